@@ -1,0 +1,45 @@
+# Every target sets up what it needs, starting from a fresh clone with only python3 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check test-zoo bench clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml
+	@echo "== setting up $(VENV): probe-kd, torch, torchvision and timm (several GB, a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@# A torch and a torchvision that were built apart fail at the first operator, so the pair is tried, not trusted.
+	@$(BIN)/python -c "import torchvision.ops" 2>/dev/null || { \
+		echo "== torch and torchvision do not match here; installing them anew, as a pair"; \
+		$(BIN)/python -m pip uninstall --quiet --yes torch torchvision; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check torchvision 'torch>=2.9,!=2.13.0'; }
+	$(BIN)/python -c "import torch, torchvision.ops, timm; print('== torch', torch.__version__, 'torchvision', torchvision.__version__, 'timm', timm.__version__)"
+	@touch $@
+
+quickstart: $(READY)  ## train a CNN teacher and distil it into a vision transformer (4 minutes on 2 cores)
+	@echo "== probe-kd train recipes/quickstart.yaml"
+	$(BIN)/probe-kd train recipes/quickstart.yaml --overwrite
+
+test: $(READY)  ## all tests, with every family of the zoo sampled
+	@echo "== running the tests"
+	$(BIN)/python -m pytest -n auto
+
+check: $(READY)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test-zoo: $(READY)  ## trace every model of timm, about ten minutes; writes zoo.csv
+	$(BIN)/python -m pytest -n auto -m zoo
+
+bench: $(READY)  ## the benchmarks, as ratios against bare loops
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:  ## remove the virtual environment and the caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

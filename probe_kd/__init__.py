@@ -1,0 +1,78 @@
+"""probe-kd: knowledge distillation between any two timm models, by hooks, matching, adapters and losses.
+
+The names below are the whole public interface. Each is loaded when it is first used, so that `import probe_kd` costs
+nothing: torch and timm take seconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapters",
+    "Distiller": "distiller",
+    "FeatureSpec": "spec",
+    "InputSpec": "spec",
+    "Layout": "spec",
+    "LOSSES": "losses",
+    "Loss": "losses",
+    "Objective": "distiller",
+    "Pair": "spec",
+    "Probe": "probe",
+    "ProbeKDError": "errors",
+    "Tap": "spec",
+    "Trace": "spec",
+    "adapt": "adapters",
+    "freeze": "surgery",
+    "match": "matching",
+    "replace": "surgery",
+    "share": "surgery",
+    "trace": "tracing",
+}
+
+__all__ = [
+    "LOSSES",
+    "Adapter",
+    "Distiller",
+    "FeatureSpec",
+    "InputSpec",
+    "Layout",
+    "Loss",
+    "Objective",
+    "Pair",
+    "Probe",
+    "ProbeKDError",
+    "Tap",
+    "Trace",
+    "__version__",
+    "adapt",
+    "freeze",
+    "match",
+    "replace",
+    "share",
+    "trace",
+]
+
+if TYPE_CHECKING:
+    from probe_kd.adapters import Adapter, adapt
+    from probe_kd.distiller import Distiller, Objective
+    from probe_kd.errors import ProbeKDError
+    from probe_kd.losses import LOSSES, Loss
+    from probe_kd.matching import match
+    from probe_kd.probe import Probe
+    from probe_kd.spec import FeatureSpec, InputSpec, Layout, Pair, Tap, Trace
+    from probe_kd.surgery import freeze, replace, share
+    from probe_kd.tracing import trace
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'probe_kd' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"probe_kd.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,216 @@
+"""Data: timm's datasets and transforms, and scikit-learn's digits, which need no download."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from torch.utils.data import DataLoader, Dataset
+
+from probe_kd.errors import DataError, nearest
+from probe_kd.spec import InputSpec
+
+
+class DataOptions(BaseModel):
+    """The `data:` section of a recipe. Names and meanings are those of timm's `create_dataset` and `create_transform`.
+
+    `dataset` is `sklearn/digits`, or what timm's `create_dataset` reads: `torch/cifar100`, `torch/fashion_mnist`,
+    `hfds/...`, `wds/...`, a folder of folders (empty name). `input_size` is (channels, height, width).
+    `mean` and `std` are the student's, where they differ from timm's config of the model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dataset: str = ""
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    download: bool = False
+    num_classes: int | None = Field(default=None, ge=1)
+    input_size: tuple[int, int, int]
+    batch_size: int = Field(default=128, ge=1)
+    workers: int = Field(default=0, ge=0)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
+    crop_pct: float | None = Field(default=None, gt=0, le=1)
+    no_aug: bool = False
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    vflip: float = Field(default=0.0, ge=0, le=1)
+    color_jitter: float | None = Field(default=0.4, ge=0)
+    aa: str | None = None
+    reprob: float = Field(default=0.0, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Training and held-out images, as PIL images with a class index, and how many classes there are."""
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    num_classes: int
+
+
+def open_datasets(options: DataOptions) -> Datasets:
+    """Open what the recipe names. Raises DataError when it is not there, or does not say how many classes it has."""
+    if options.dataset == "sklearn/digits":
+        return _digits(options)
+    if options.dataset.startswith("sklearn/"):
+        raise DataError(f"there is no dataset {options.dataset!r}; from scikit-learn there is 'sklearn/digits'")
+    train, test = (_timm_dataset(options, split, training) for split, training in _splits(options))
+    return Datasets(train, test, options.num_classes or _count_classes(train, options.dataset))
+
+
+def loader(
+    dataset: Dataset[Any], options: DataOptions, wanted: InputSpec, *, training: bool
+) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of (images normalised as `wanted` says, class indices). Training batches are augmented and shuffled."""
+    return DataLoader(
+        _Transformed(dataset, _transform(options, wanted, training)),
+        batch_size=options.batch_size,
+        shuffle=training,
+        drop_last=training and len(dataset) > options.batch_size,  # type: ignore[arg-type]
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _transform(options: DataOptions, wanted: InputSpec, training: bool) -> Callable[[Image.Image], torch.Tensor]:
+    from timm.data import create_transform
+
+    channels = wanted.size[0]
+    transform: Callable[[Image.Image], torch.Tensor] = create_transform(
+        input_size=wanted.size,
+        is_training=training,
+        no_aug=options.no_aug,
+        scale=options.scale,
+        ratio=options.ratio,
+        hflip=options.hflip,
+        vflip=options.vflip,
+        color_jitter=options.color_jitter,
+        auto_augment=options.aa,
+        interpolation=options.interpolation if training or options.interpolation != "random" else "bicubic",
+        mean=_per_channel(wanted.mean, channels),
+        std=_per_channel(wanted.std, channels),
+        re_prob=options.reprob if training else 0.0,
+        crop_pct=options.crop_pct,
+    )
+    return transform
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return values if len(values) == channels else values * channels
+
+
+class _Transformed(Dataset[Any]):
+    """A dataset of images seen through a transform, in as many channels as the models take."""
+
+    def __init__(self, images: Dataset[Any], transform: Callable[[Image.Image], torch.Tensor]) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, target = self.images[index]
+        return self.transform(image), int(target)
+
+
+class _Digits(Dataset[Any]):
+    """The handwritten digits of scikit-learn (UCI): 8x8 grey images of the figures 0 to 9."""
+
+    def __init__(self, pixels: Any, targets: Any, mode: str) -> None:
+        self.images = [Image.fromarray((image * (255 / 16)).astype("uint8")).convert(mode) for image in pixels]
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], int(self.targets[index])
+
+
+def _digits(options: DataOptions) -> Datasets:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if options.num_classes not in (None, 10):
+        raise DataError(f"num_classes {options.num_classes}: sklearn/digits has 10 classes")
+    pixels, targets = load_digits(return_X_y=True)
+    # One split for ever, whatever the seed of a run: runs are compared on the same 360 images.
+    split = train_test_split(pixels.reshape(-1, 8, 8), targets, test_size=0.2, random_state=0, stratify=targets)
+    train_pixels, test_pixels, train_targets, test_targets = split
+    mode = "L" if options.input_size[0] == 1 else "RGB"
+    return Datasets(_Digits(train_pixels, train_targets, mode), _Digits(test_pixels, test_targets, mode), 10)
+
+
+def _splits(options: DataOptions) -> tuple[tuple[str, bool], tuple[str, bool]]:
+    return (options.train_split, True), (options.val_split, False)
+
+
+def _timm_dataset(options: DataOptions, split: str, training: bool) -> Dataset[Any]:
+    from timm.data import create_dataset
+
+    if not options.dataset and not (options.root and Path(options.root).is_dir()):
+        raise DataError(f"there is no folder {options.root!r} to read images from; set `root`, or name a `dataset`")
+    try:
+        dataset: Dataset[Any] = create_dataset(
+            options.dataset,
+            root=options.root,
+            split=split,
+            is_training=training,
+            download=options.download,
+            input_img_mode="L" if options.input_size[0] == 1 else "RGB",
+        )
+    except Exception as refusal:  # timm, torchvision and the hub raise anything
+        raise DataError(_why_unreadable(options, split, refusal)) from refusal
+    return dataset if hasattr(dataset, "reader") else _InMode(dataset, options.input_size[0])
+
+
+def _why_unreadable(options: DataOptions, split: str, refusal: Exception) -> str:
+    text = " ".join(str(refusal).split()) or type(refusal).__name__
+    kind, _, name = options.dataset.partition("/")
+    if kind == "torch":
+        known = [
+            "cifar10",
+            "cifar100",
+            "mnist",
+            "kmnist",
+            "fashion_mnist",
+            "qmnist",
+            "inaturalist",
+            "places365",
+            "image_folder",
+        ]
+        text += nearest(name, known) if name not in known else " (`download: true` fetches it)" * (not options.download)
+    return f"cannot read the {split!r} split of dataset {options.dataset!r} in {options.root!r}: {text}"
+
+
+class _InMode(Dataset[Any]):
+    """A torchvision dataset with its images in one mode: MNIST's are grey, whatever the models take."""
+
+    def __init__(self, images: Dataset[Any], channels: int) -> None:
+        self.images, self.mode = images, "L" if channels == 1 else "RGB"
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.images[index]
+        return image.convert(self.mode), target
+
+
+def _count_classes(dataset: Dataset[Any], name: str) -> int:
+    inner = getattr(dataset, "images", dataset)
+    for holder in (inner, getattr(inner, "reader", None)):
+        for attribute in ("classes", "class_to_idx"):
+            found = getattr(holder, attribute, None)
+            if found:
+                return len(found)
+    raise DataError(f"dataset {name!r} does not tell how many classes it has; set `num_classes`")

@@ -1,0 +1,87 @@
+"""Every error this package raises on purpose.
+
+    ProbeKDError
+    ├── TapError        a tap that cannot be parsed, found, or captured
+    ├── TraceError      a model that cannot be built or run for tracing
+    ├── MatchError      two traces with nothing to pair
+    ├── AdapterError    two features that no adapter can bring together
+    ├── LossError       a loss called with what it cannot compare
+    ├── DataError       images or labels that cannot be read, or do not fit the models
+    ├── RecipeError     a recipe that cannot be run; carries every problem found, with its line
+    └── RunError        a run that cannot start, or cannot go on
+
+The message is written for the person who has to mend the cause: what is wrong, where, what was expected, the nearest
+legal thing. The command line prints it and exits with status 2; a traceback is always a defect of ours.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+class ProbeKDError(Exception):
+    """The root: `except ProbeKDError` catches all that this package raises on purpose."""
+
+
+class TapError(ProbeKDError):
+    pass
+
+
+class TraceError(ProbeKDError):
+    pass
+
+
+class MatchError(ProbeKDError):
+    pass
+
+
+class AdapterError(ProbeKDError):
+    pass
+
+
+class LossError(ProbeKDError):
+    pass
+
+
+class DataError(ProbeKDError):
+    pass
+
+
+class RunError(ProbeKDError):
+    pass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe. `line` and `column` count from 1; 0 when the problem has no single place."""
+
+    message: str
+    line: int = 0
+    column: int = 0
+
+
+class RecipeError(ProbeKDError):
+    """All problems of one recipe at once, each as `file:line:column: message` with the offending line and a caret."""
+
+    def __init__(self, source: str, problems: Sequence[Problem], text: str = "") -> None:
+        self.source = source
+        self.problems = tuple(sorted(problems, key=lambda problem: (problem.line, problem.column)))
+        lines = text.splitlines()
+        super().__init__("\n".join(_show(source, problem, lines) for problem in self.problems))
+
+
+def _show(source: str, problem: Problem, lines: list[str]) -> str:
+    if not problem.line:
+        return f"{source}: {problem.message}"
+    head = f"{source}:{problem.line}:{problem.column}: {problem.message}"
+    if problem.line > len(lines):
+        return head
+    return f"{head}\n    {lines[problem.line - 1]}\n    {' ' * (problem.column - 1)}^"
+
+
+def nearest(word: str, legal: Iterable[str], count: int = 3) -> str:
+    """The tail of a sentence, `; did you mean 'a' or 'b'?`, or an empty string when nothing legal is near."""
+    close = get_close_matches(word, list(legal), n=count, cutoff=0.5)
+    if not close:
+        return ""
+    return f"; did you mean {' or '.join(repr(name) for name in close)}?"

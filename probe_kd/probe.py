@@ -1,0 +1,446 @@
+"""Reading tensors inside a model while it runs. No other file of this package registers a forward hook."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from probe_kd.errors import TapError, nearest
+from probe_kd.spec import FeatureSpec, Tap
+
+Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class Probe:
+    """Runs one model and returns the tensors at its taps.
+
+        probe = Probe(model, ["layer3", "layer4@input", ""])
+        features = probe(images)                 # {Tap("layer3"): Tensor, ...}
+
+    Capture and reading are one call, so nothing is ever stale, and a frozen model inside a probe is invisible to
+    whatever holds the probe: a Probe is not an `nn.Module`.
+
+    The hooks are on the model only while the probe runs, so copies, pickles and averages of the model never carry one.
+    The exception is `attach()`, which `torch.compile` needs: a hook added after the first compiled call never fires.
+
+    The first call in each mode (`train`, `eval`) is the rehearsal: the whole model runs, every tap is checked, and the
+    taps that a later in-place operation overwrites are found; only those are cloned from then on. Taps given as
+    `FeatureSpec`s of a trace were rehearsed there. After it, where `stop_early` and no tap needs the model's own
+    output, the forward ends at the last tap; under `torch.compile` the unused layers disappear as dead code instead.
+
+    Raises TapError: at once for a module that does not exist; in the rehearsal for a module that is never called, one
+    that is called several times without an index, and a value that is not a tensor.
+    """
+
+    def __init__(self, model: nn.Module, taps: Iterable[str | Tap | FeatureSpec], *, stop_early: bool = True) -> None:
+        wanted = list(taps)
+        specs = [item for item in wanted if isinstance(item, FeatureSpec)]
+        self.model = model
+        self.taps = tuple(
+            dict.fromkeys(item.tap if isinstance(item, FeatureSpec) else Tap.parse(item) for item in wanted)
+        )
+        self.stop_early = stop_early
+        self._clones = {spec.tap for spec in specs if spec.clone}
+        self._rehearsed = {True, False} if len(specs) == len(wanted) else set[bool]()
+        self._rehearsing = False
+        self._recording = False
+        self._missing = 0
+        self._store: dict[Tap, Tensor | None] = dict.fromkeys(self.taps)
+        self._versions: dict[Tap, tuple[Tensor, int]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._attached = False  # not read off the handles: torch.compile cannot look at those
+        _refuse_unhookable(model)
+        self._hooks = self._plan_hooks(dict(model.named_modules(remove_duplicate=False)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Tap, Tensor]:
+        if torch.compiler.is_compiling():
+            return self._run_compiled(args, kwargs)
+        if self.model.training not in self._rehearsed:
+            return self._rehearse(args, kwargs)
+        with self._hooked():
+            return self._run(args, kwargs)
+
+    def attach(self) -> Self:
+        """Put the hooks on the model to stay, until `close()`: what `torch.compile` needs before its first call."""
+        if not self._attached:
+            self._handles = [handle for hook in self._hooks for handle in hook.register()]
+            self._attached = True
+        return self
+
+    def close(self) -> None:
+        """Take the hooks off the model; twice is as good as once."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._attached = False
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Probe":
+        twin = Probe(copy.deepcopy(self.model, memo), self.taps, stop_early=self.stop_early)
+        twin._clones, twin._rehearsed = set(self._clones), set(self._rehearsed)
+        return twin.attach() if self._attached else twin
+
+    def __repr__(self) -> str:
+        return f"Probe({type(self.model).__name__}, [{', '.join(repr(str(tap)) for tap in self.taps)}])"
+
+    def _plan_hooks(self, modules: Mapping[str, nn.Module]) -> "list[_Hook]":
+        for tap in self.taps:
+            if tap.module not in modules:
+                raise TapError(_unknown(self.model, tap, modules))
+        inner = [tap for tap in self.taps if not _at_root(tap)]
+        found = {id(modules[tap.module]): modules[tap.module] for tap in inner}
+        return [
+            _Hook(self, module, [tap for tap in inner if modules[tap.module] is module]) for module in found.values()
+        ]
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        if self._attached:
+            yield
+            return
+        self.attach()
+        try:
+            yield
+        finally:
+            self.close()
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
+        self._open()
+        try:
+            for tap in self.taps:
+                if _at_root(tap) and tap.port == "input":
+                    self.record(tap, pick_argument(tap, args, kwargs))
+            self._stop_if_done()
+            output = self.model(*args, **kwargs)
+            for tap in self.taps:
+                if _at_root(tap) and tap.port == "output":
+                    self.record(tap, pick(tap, output, tap.items))
+            self._refuse_overwritten()
+        except _AllCaptured:
+            pass
+        finally:
+            captured = self._close_window()
+        return self._complete(captured)
+
+    def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
+        # An exception cannot leave a compiled region, so there is no early stop: the compiler drops what no tap needs.
+        if self._hooks and not self._attached:
+            raise TapError(
+                "this probe runs under torch.compile without its hooks: call probe.attach() before compiling"
+            )
+        self._open()
+        output = self.model(*args, **kwargs)
+        for tap in self.taps:
+            if _at_root(tap):
+                value = pick(tap, output, tap.items) if tap.port == "output" else pick_argument(tap, args, kwargs)
+                self._store[tap] = value
+        return self._complete(self._close_window())
+
+    def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
+        """A whole forward in which everything is cloned, so that its captures are right before the plan is known."""
+        calls: Counter[str] = Counter()
+        names = _names_by_identity(self.model)
+
+        def count(_: str, module: nn.Module, *__: Any) -> None:
+            calls.update(names[id(module)])
+
+        self._rehearsing = True
+        try:
+            with self._hooked(), watch(self.model, before=count):
+                captured = self._run_rehearsal(args, kwargs, calls)
+        finally:
+            self._rehearsing = False
+        if not any(tensor.is_inference() for tensor in captured.values()):  # these keep no version to compare
+            self._rehearsed.add(self.model.training)
+        return captured
+
+    def _run_rehearsal(self, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Counter[str]) -> dict[Tap, Tensor]:
+        try:
+            captured = self._run(args, kwargs)
+        except _Missing:
+            raise TapError("\n".join(self._complaints(calls))) from None
+        complaints = self._complaints(calls)
+        if complaints:
+            raise TapError("\n".join(complaints))
+        return captured
+
+    def _complaints(self, calls: Mapping[str, int]) -> list[str]:
+        inner = (tap for tap in self.taps if not _at_root(tap))
+        return [text for text in (explain_calls(self.model, tap, calls) for tap in inner) if text]
+
+    def _open(self) -> None:
+        for tap in self.taps:
+            self._store[tap] = None
+        for hook in self._hooks:
+            hook.count = 0
+        self._versions.clear()
+        self._missing = len(self.taps)
+        self._recording = True
+
+    def _close_window(self) -> dict[Tap, Tensor | None]:
+        self._recording = False
+        captured = dict(self._store)
+        for tap in self.taps:
+            self._store[tap] = None
+        self._versions.clear()
+        return captured
+
+    def _complete(self, captured: dict[Tap, Tensor | None]) -> dict[Tap, Tensor]:
+        lost = [str(tap) for tap, tensor in captured.items() if tensor is None]
+        if lost:
+            raise _Missing(f"captured nothing at {', '.join(map(repr, lost))}: the module did not run in this forward")
+        return {tap: tensor for tap, tensor in captured.items() if tensor is not None}
+
+    def record(self, tap: Tap, tensor: Tensor) -> None:
+        if self._store[tap] is not None and not self._rehearsing:
+            raise TapError(f"'{tap.module}' was called again in one forward; write '{tap.module}#0' for the first call")
+        clone = tap in self._clones or self._rehearsing
+        if not torch.compiler.is_compiling():
+            clone = clone or tensor.is_inference()  # keeps no version, so nothing would tell that it was overwritten
+            if not tensor.is_inference():
+                self._versions.setdefault(tap, (tensor, tensor._version))
+        self._store[tap] = tensor.clone() if clone else tensor
+        self._missing -= 1
+
+    def _stop_if_done(self) -> None:
+        if self._missing == 0 and self.stop_early and not self._rehearsing and not torch.compiler.is_compiling():
+            raise _AllCaptured
+
+    def _refuse_overwritten(self) -> None:
+        overwritten = {tap for tap, (tensor, version) in self._versions.items() if tensor._version != version}
+        if self._rehearsing:
+            self._clones |= overwritten
+        elif overwritten - self._clones:
+            names = ", ".join(repr(str(tap)) for tap in overwritten - self._clones)
+            raise TapError(
+                f"{names}: an in-place operation overwrote the captured tensor, which it did not do in the dry run; "
+                "build a new Probe in the mode (train or eval) and with the input that you now use"
+            )
+
+
+class _AllCaptured(BaseException):
+    """Leaves the forward at the last tap. A BaseException, so that no model mistakes it for an error of its own."""
+
+
+class _Missing(TapError):
+    pass
+
+
+class _Hook:
+    """The hook of one module for one probe: before its forward for the inputs, after it for the output.
+
+    Inputs are taken before the module runs, because it may overwrite them (`nn.ReLU(inplace=True)`).
+    """
+
+    def __init__(self, probe: Probe, module: nn.Module, taps: Sequence[Tap]) -> None:
+        self.probe = probe
+        self.module = module
+        self.inputs = [tap for tap in taps if tap.port == "input"]
+        self.outputs = [tap for tap in taps if tap.port == "output"]
+        self.count = 0
+
+    def register(self) -> list[RemovableHandle]:
+        return [
+            self.module.register_forward_pre_hook(self, with_kwargs=True),
+            self.module.register_forward_hook(self, with_kwargs=True),
+        ]
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        probe = self.probe
+        if not probe._recording:  # a module shared with another model runs there too, and a copy never records
+            return
+        call = self.count
+        for tap in self.outputs if output else self.inputs:
+            if tap.call is None or tap.call == call:
+                value = pick(tap, output[0], tap.items) if output else pick_argument(tap, args, kwargs)
+                probe.record(tap, value)
+        if output:
+            self.count += 1
+        probe._stop_if_done()
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        # A deepcopy or pickle of an attached model must not write into this probe: its hook does nothing.
+        return _make_nothing, ()
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _make_nothing() -> Callable[..., None]:
+    return _nothing
+
+
+@contextmanager
+def watch(model: nn.Module, before: Before | None = None, after: After | None = None) -> Iterator[None]:
+    """Call back around every module call of `model` (its own included) with the name and what goes in and comes out."""
+    handles: list[RemovableHandle] = []
+    _refuse_unhookable(model)
+    for name, module in model.named_modules():
+        if before is not None:
+            handles.append(module.register_forward_pre_hook(_named(before, name), with_kwargs=True))
+        if after is not None:
+            handles.append(module.register_forward_hook(_named(after, name), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _named(callback: Callable[..., None], name: str) -> Callable[..., None]:
+    return lambda *seen: callback(name, *seen)
+
+
+def pick(tap: Tap, value: Any, items: Sequence[int | str]) -> Tensor:
+    """Follow `items` into a tuple, list, dict or dataclass until a tensor; TapError says what there is instead."""
+    for item in items:
+        value = _step(tap, value, item)
+    if isinstance(value, Tensor):
+        return value
+    inside = [f"[{key}]" for key in _keys(value)]
+    raise TapError(
+        f"'{tap}' yields {_describe(value)}, not a tensor"
+        + (f"; write one of {', '.join(repr(str(tap) + key) for key in inside[:6])}" if inside else "")
+    )
+
+
+def _step(tap: Tap, value: Any, item: int | str) -> Any:
+    if isinstance(value, Mapping) and isinstance(item, int) and item not in value:
+        item = str(item)
+    keys = _keys(value)
+    if item not in keys:
+        legal = ", ".join(map(str, keys)) or "none"
+        raise TapError(f"'{tap}': no item [{item}] in {_describe(value)}; items there: {legal}")
+    return value[item] if isinstance(value, tuple | list | Mapping) else getattr(value, str(item))  # type: ignore[index]
+
+
+def _keys(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value)
+    if isinstance(value, tuple | list):
+        return list(range(len(value)))
+    return list(getattr(value, "__dataclass_fields__", ()))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, tuple | list | Mapping):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a value of type {type(value).__name__}"
+
+
+def pick_argument(tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor that a module was called with: the first argument, or the one that the tap's first item names."""
+    if not tap.items:
+        first = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+        if first is None:
+            raise TapError(f"'{tap}': the module is called without any argument")
+        return pick(tap, first, ())
+    which, *rest = tap.items
+    if isinstance(which, int) and which < len(args):
+        return pick(tap, args[which], rest)
+    if isinstance(which, str) and which in kwargs:
+        return pick(tap, kwargs[which], rest)
+    legal = ", ".join([f"[{position}]" for position in range(len(args))] + [f"[{key}]" for key in kwargs])
+    raise TapError(f"'{tap}': the module is not called with an argument [{which}]; its arguments: {legal or 'none'}")
+
+
+def explain_calls(model: nn.Module, tap: Tap, calls: Mapping[str, int]) -> str:
+    """Why a forward with these call counts does not define the tap; an empty string when it does."""
+    times = calls.get(tap.module, 0)
+    if times == 0:
+        return f"'{tap}' never fires: {why_silent(model, tap.module, {name for name, count in calls.items() if count})}"
+    if tap.call is None and times > 1:
+        first, last = Tap(tap.module, tap.port, 0, tap.items), Tap(tap.module, tap.port, times - 1, tap.items)
+        return f"'{tap.module}' is called {times} times in one forward; write which, '{first}' to '{last}'"
+    if tap.call is not None and tap.call >= times:
+        last = Tap(tap.module, tap.port, None if times == 1 else times - 1, tap.items)
+        return f"'{tap}': '{tap.module}' is called {times} time{'s' * (times > 1)} in one forward; the last is '{last}'"
+    return ""
+
+
+def why_silent(model: nn.Module, name: str, called: Collection[str]) -> str:
+    """Why a module did not run in a forward in which `called` did, and the nearest of those."""
+    module = model.get_submodule(name)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList):
+        cause = f"a {type(module).__name__} only holds its children and is never called"
+    elif getattr(parent, "fused_attn", False):
+        cause = (
+            "fused attention computes it inside one kernel (timm.layers.set_fused_attn(False) makes it a module call)"
+        )
+    elif any(other.startswith(f"{name}.") for other in called):
+        cause = "its children are called one by one, but the module itself is not"
+    else:
+        cause = f"this {type(module).__name__} takes no part in the forward"
+    near = _nearest_called(name, called)
+    return cause + (f"; the nearest module that is called is '{near}'" if near else "")
+
+
+def _nearest_called(name: str, called: Collection[str]) -> str:
+    """The last of its own children, else a sibling before or after it, else an ancestor."""
+    for scope in (name, *_ancestors(name)):
+        inside = [other for other in called if other.startswith(f"{scope}.") or not scope]
+        if scope == name and inside:
+            shallowest = min(other.count(".") for other in inside)
+            return _natural_sort([other for other in inside if other.count(".") == shallowest])[-1]
+        if scope in called and scope:
+            return scope
+        if inside:
+            return _natural_sort(inside)[-1]
+    return ""
+
+
+def _natural_sort(names: Iterable[str]) -> list[str]:
+    return sorted(
+        names, key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
+    )
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _names_by_identity(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def _unknown(model: nn.Module, tap: Tap, modules: Mapping[str, nn.Module]) -> str:
+    hint = (
+        nearest(tap.module, modules)
+        or f"; its top-level modules: {', '.join(name for name, _ in model.named_children())}"
+    )
+    return f"{type(model).__name__} has no module '{tap.module}'{hint}"
+
+
+def _at_root(tap: Tap) -> bool:
+    return tap.module == ""
+
+
+def _refuse_unhookable(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TapError(
+            "a TorchScript model runs outside Python, where no hook fires; give the nn.Module it was made from"
+        )
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise TapError(
+            "this model is compiled already, and a hook added now would never fire; build the Probe on the eager "
+            "model, attach() it, and compile the function that calls the probe"
+        )

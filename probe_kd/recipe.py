@@ -1,0 +1,465 @@
+"""Recipes: what a YAML file may say, and the plan it stands for.
+
+`load` reads a file into a Recipe; `plan` checks it against the models and the data. Both collect every problem before
+they raise one RecipeError, each with its line. Nothing in a recipe is code: it is read as plain YAML.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from probe_kd.adapters import Normalize, Policy, Tokens, adapt
+from probe_kd.data import DataOptions, Datasets, open_datasets
+from probe_kd.distiller import Objective
+from probe_kd.errors import ProbeKDError, Problem, RecipeError, nearest
+from probe_kd.matching import match
+from probe_kd.spec import InputSpec, Pair, Tap, Trace
+from probe_kd.tracing import trace
+
+Path_ = tuple[str | int, ...]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimizerOptions(_Section):
+    """timm's `create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `momentum`, and `opt_args` for what else one takes."""
+
+    opt: str = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    opt_args: dict[str, Any] = {}
+
+
+class SchedulerOptions(_Section):
+    """timm's `create_scheduler_v2`, stepped every update: `sched` and its arguments, counted in epochs."""
+
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "constant"] = "cosine"
+    warmup_epochs: float = Field(default=0, ge=0)
+    warmup_lr: float = Field(default=1e-6, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    decay_epochs: float = Field(default=30, gt=0)
+    decay_milestones: list[int] = [90, 180, 270]
+    decay_rate: float = Field(default=0.1, gt=0)
+
+
+class LossOptions(BaseModel):
+    """One loss: its name in `LOSSES`, its weight, what is done before it, and the loss function's own arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)  # the rest is the loss function's, and checked against it
+
+    loss: str
+    weight: float = 1.0
+    policy: Policy = "auto"
+    tokens: Tokens = "drop"
+    normalize: Normalize = "none"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class StageOptions(_Section):
+    """One phase of training: losses, epochs, optimizer, scheduler."""
+
+    name: str = "train"
+    epochs: int = Field(ge=1)
+    losses: dict[str, LossOptions] = {}
+    optimizer: OptimizerOptions = OptimizerOptions()
+    scheduler: SchedulerOptions = SchedulerOptions()
+    clip_grad: float | None = Field(default=None, gt=0)
+
+
+class TeacherTraining(_Section):
+    """How to train a teacher that has no weights yet, on the labels alone."""
+
+    epochs: int = Field(ge=1)
+    optimizer: OptimizerOptions = OptimizerOptions()
+    scheduler: SchedulerOptions = SchedulerOptions()
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class ModelOptions(_Section):
+    """A model: what `probe-kd inspect` takes as its name, with `model_kwargs` for timm's `create_model`."""
+
+    model: str
+    pretrained: bool = False
+    checkpoint: str | None = None
+    model_kwargs: dict[str, Any] = {}
+
+
+class TeacherOptions(ModelOptions):
+    """The teacher has weights (`pretrained`, `checkpoint`) or is trained first (`train`).
+
+    `input_size`, `mean` and `std` are for a teacher that does not expect what timm's config says and the data gives.
+    """
+
+    input_size: tuple[int, int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    train: TeacherTraining | None = None
+
+
+class AutoPairs(_Section):
+    """`pairs: auto`, or with arguments for `match`."""
+
+    level: Literal["stage", "block"] = "stage"
+    num_pairs: int | None = Field(default=None, ge=1)
+
+
+def _read_pairs(value: Any) -> Any:
+    if value == "auto":
+        return {"level": "stage"}
+    if isinstance(value, str):
+        raise ValueError(f"{value!r}: expected `auto`, or a mapping of student layers to teacher layers")
+    return value
+
+
+class Recipe(_Section):
+    """A whole recipe. `pairs` maps student taps to teacher taps, or is `auto`."""
+
+    student: ModelOptions
+    teacher: TeacherOptions | None = None
+    data: DataOptions
+    pairs: Annotated[AutoPairs | dict[str, str], BeforeValidator(_read_pairs)] = {}
+    stages: list[StageOptions] = Field(min_length=1)
+    baseline: bool = False
+    seed: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A recipe with the text it came from, which knows the line of every key."""
+
+    recipe: Recipe
+    name: str
+    text: str
+    tree: Any
+
+    def problem(self, where: Path_, message: str) -> Problem:
+        line, column = _position(self.tree, where)
+        return Problem(message, line, column)
+
+
+def load(path: str | Path) -> Source:
+    """Read a recipe file. Raises RecipeError with every problem of form: YAML, keys, types, bounds."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as refusal:
+        near = nearest(Path(path).name, [file.name for file in Path(path).absolute().parent.glob("*.y*ml")])
+        raise RecipeError(str(path), [Problem(f"cannot read the recipe: {_reason(refusal)}{near}")]) from None
+    return parse(text, str(path))
+
+
+def parse(text: str, name: str = "recipe") -> Source:
+    """`load` from text."""
+    tree = _read_yaml(text, name)
+    try:
+        return Source(Recipe.model_validate(_plain(tree)), name, text, tree)
+    except ValidationError as refusal:
+        problems = [_form_problem(tree, error) for error in refusal.errors()]
+        raise RecipeError(name, list(dict.fromkeys(problems)), text) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe with every default written out, as YAML."""
+    stream = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _read_yaml(text: str, name: str) -> Any:
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as refusal:
+        mark = refusal.problem_mark
+        line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+        message = " ".join(str(part) for part in (refusal.context, refusal.problem) if part)
+        raise RecipeError(name, [Problem(f"not YAML: {message}", line, column)], text) from None
+    except (YAMLError, ValueError, RecursionError) as refusal:
+        raise RecipeError(name, [Problem(f"not YAML: {refusal}")], text) from None
+    if not isinstance(tree, Mapping):
+        raise RecipeError(name, [Problem("expected a mapping with `student`, `data` and `stages`", 1, 1)], text)
+    return tree
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return [_plain(item) for item in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return None if node is None else str(node)
+
+
+def _position(tree: Any, where: Path_) -> tuple[int, int]:
+    """Line and column, from 1, of the deepest part of `where` that the file has: of the key, or of the list item."""
+    line, column = 1, 1
+    node: Any = tree  # ruamel's maps and lists, which keep their lines in `lc`
+    for step in where:
+        if hasattr(node, "keys"):
+            key = next((key for key in node if str(key) == str(step)), None)
+            if key is None:
+                break
+            line, column = _from_one(node.lc.key(key))
+            node = node[key]
+        elif hasattr(node, "append") and isinstance(step, int) and step < len(node):
+            line, column = _from_one(node.lc.item(step))
+            node = node[step]
+        else:
+            continue  # a step that pydantic put in, such as the branch of a union
+    return line, column
+
+
+def _from_one(place: tuple[int, int]) -> tuple[int, int]:
+    return place[0] + 1, place[1] + 1
+
+
+def _form_problem(tree: Any, error: Any) -> Problem:
+    where = tuple(error["loc"])
+    name = ".".join(str(step) for step in where if step not in ("AutoPairs", "dict[str,str]"))
+    line, column = _position(tree, where)
+    if error["type"] == "extra_forbidden":
+        legal = _legal_keys(where[:-1])
+        hint = nearest(str(where[-1]), legal) or f"; the keys here: {', '.join(legal)}"
+        return Problem(f"unknown key `{where[-1]}`{hint}", line, column)
+    if error["type"] == "missing":
+        return Problem(f"`{name}` is missing", line, column)
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(error["input"], dict | list) else f", got {error['input']!r}"
+    return Problem(f"`{name}`: {message[:1].lower()}{message[1:]}{given}", line, column)
+
+
+def _legal_keys(where: Path_) -> list[str]:
+    section: Any = Recipe
+    for step in where:
+        if isinstance(step, int) or step == "dict[str,str]":
+            continue
+        if step == "AutoPairs":
+            section = AutoPairs
+            continue
+        field = section.model_fields.get(step) if hasattr(section, "model_fields") else None
+        section = _section_of(field.annotation) if field else section
+    return list(section.model_fields) if hasattr(section, "model_fields") else []
+
+
+def _section_of(annotation: Any) -> Any:
+    """The pydantic model inside an annotation such as `list[StageOptions]` or `TeacherOptions | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = [_section_of(part) for part in getattr(annotation, "__args__", ())]
+    return next((part for part in inner if part is not None), None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that has been checked against models and data: all that training needs, and nothing left to guess."""
+
+    recipe: Recipe
+    datasets: Datasets
+    student: Trace
+    teacher: Trace | None
+    student_input: InputSpec
+    teacher_input: InputSpec | None
+    pairs: tuple[Pair, ...]
+    objectives: tuple[tuple[Objective, ...], ...]  # of each stage
+
+
+def plan(source: Source) -> Plan:
+    """Check a recipe against its models and data. Raises RecipeError with all problems that do not hide each other."""
+    return _Planner(source).plan()
+
+
+class _Planner:
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.recipe = source.recipe
+        self.problems: list[Problem] = []
+
+    @contextmanager
+    def at(self, *where: str | int) -> Iterator[None]:
+        """Turn an error inside into a problem of this place of the recipe, and go on."""
+        try:
+            yield
+        except ProbeKDError as refusal:
+            self.problems.append(self.source.problem(where, str(refusal)))
+
+    def stop_if_problems(self) -> None:
+        if self.problems:
+            raise RecipeError(self.source.name, self.problems, self.source.text)
+
+    def plan(self) -> Plan:
+        recipe = self.recipe
+        datasets: Datasets | None = None
+        with self.at("data", "dataset" if recipe.data.dataset else "root"):
+            datasets = open_datasets(recipe.data)
+        classes = datasets.num_classes if datasets else None
+        student = self._trace("student", recipe.student, recipe.data.input_size, classes, training=True)
+        teacher = self._trace_teacher(classes)
+        self._check_teacher(teacher, classes)
+        for key in ("student", "teacher"):
+            self._check_checkpoint(key)
+        pairs = self._pairs(student, teacher)
+        objectives = [self._objectives(index, pairs) for index in range(len(recipe.stages))]
+        self._check_adapters(objectives, student, teacher)
+        self.stop_if_problems()
+        assert datasets is not None
+        assert student is not None
+        return Plan(
+            recipe=recipe,
+            datasets=datasets,
+            student=student,
+            teacher=teacher,
+            student_input=self._student_input(student),
+            teacher_input=self._teacher_input(teacher) if teacher else None,
+            pairs=pairs,
+            objectives=tuple(tuple(stage) for stage in objectives),
+        )
+
+    def _trace(
+        self, key: str, model: ModelOptions, size: tuple[int, int, int], classes: int | None, *, training: bool
+    ) -> Trace | None:
+        kwargs = dict(model.model_kwargs)
+        if classes is not None and not (key == "teacher" and model.pretrained):
+            kwargs.setdefault("num_classes", classes)  # a pretrained teacher keeps the head it was trained with
+        if size[0] != 3:
+            kwargs.setdefault("in_chans", size[0])
+        with self.at(key, "model"):
+            return trace(model.model, size, training=training, model_kwargs=kwargs)
+        return None
+
+    def _trace_teacher(self, classes: int | None) -> Trace | None:
+        teacher = self.recipe.teacher
+        if teacher is None:
+            return None
+        return self._trace(
+            "teacher", teacher, teacher.input_size or self.recipe.data.input_size, classes, training=False
+        )
+
+    def _check_teacher(self, trace_: Trace | None, classes: int | None) -> None:
+        teacher = self.recipe.teacher
+        if teacher is None:
+            return
+        if not (teacher.pretrained or teacher.checkpoint or teacher.train):
+            message = (
+                "the teacher has random weights; give `pretrained: true`, a `checkpoint`, or `train: {epochs: ...}`"
+            )
+            self.problems.append(self.source.problem(("teacher", "model"), message))
+        if trace_ is None or classes is None:
+            return
+        if trace_.output.channels != classes:
+            message = (
+                f"the teacher's classifier has {trace_.output.channels} classes and the data {classes}; "
+                "fine-tune it on these data and give its `checkpoint`, or `train` it here"
+            )
+            self.problems.append(self.source.problem(("teacher", "model"), message))
+
+    def _check_checkpoint(self, key: str) -> None:
+        model: ModelOptions | None = getattr(self.recipe, key)
+        if model and model.checkpoint and not Path(model.checkpoint).is_file():
+            parent = Path(model.checkpoint).parent
+            near = nearest(
+                Path(model.checkpoint).name, [file.name for file in parent.glob("*")] if parent.is_dir() else []
+            )
+            message = f"there is no checkpoint {model.checkpoint!r}{near}"
+            self.problems.append(self.source.problem((key, "checkpoint"), message))
+
+    def _student_input(self, student: Trace) -> InputSpec:
+        data = self.recipe.data
+        return _input_spec(student, data.input_size, data.mean, data.std)
+
+    def _teacher_input(self, teacher: Trace) -> InputSpec:
+        options = self.recipe.teacher
+        assert options is not None
+        return _input_spec(teacher, teacher.input_size, options.mean, options.std)
+
+    def _pairs(self, student: Trace | None, teacher: Trace | None) -> tuple[Pair, ...]:
+        wanted = self.recipe.pairs
+        if self.recipe.teacher is None or student is None or teacher is None:
+            return ()
+        if isinstance(wanted, AutoPairs):
+            with self.at("pairs"):
+                return match(student, teacher, level=wanted.level, num_pairs=wanted.num_pairs)
+            return ()
+        pairs: list[Pair] = []
+        for ours, theirs in wanted.items():
+            with self.at("pairs", ours):
+                pair = Pair(Tap.parse(ours), Tap.parse(theirs))
+                for trace_, tap in ((student, pair.student), (teacher, pair.teacher)):
+                    trace_[tap]
+                pairs.append(pair)
+        return tuple(pairs)
+
+    def _objectives(self, index: int, pairs: tuple[Pair, ...]) -> list[Objective]:
+        stage = self.recipe.stages[index]
+        found: list[Objective] = []
+        if not stage.losses:
+            message = f"stage `{stage.name}` has no losses; give at least `losses: {{task: {{loss: cross_entropy}}}}`"
+            self.problems.append(self.source.problem(("stages", index), message))
+        for name, options in stage.losses.items():
+            with self.at("stages", index, "losses", name):
+                found.append(_objective(name, options, pairs))
+            if found and found[-1].tap_pairs() and self.recipe.teacher is None and found[-1].name == name:
+                message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"
+                self.problems.append(self.source.problem(("stages", index, "losses", name), message))
+        return found
+
+    def _check_adapters(self, objectives: list[list[Objective]], student: Trace | None, teacher: Trace | None) -> None:
+        if student is None or teacher is None:
+            return
+        for index, stage in enumerate(objectives):
+            for objective in stage:
+                with self.at("stages", index, "losses", objective.name):
+                    for pair in objective.tap_pairs():
+                        adapt(
+                            student[pair.student],
+                            teacher[pair.teacher],
+                            policy="auto" if objective.resolved.reads == "flows" else objective.policy,
+                            tokens=objective.tokens,
+                            normalize=objective.normalize,
+                        )
+
+
+def _objective(name: str, options: LossOptions, pairs: tuple[Pair, ...]) -> Objective:
+    return Objective(
+        options.loss,
+        name,
+        weight=options.weight,
+        pairs=pairs,
+        options=options.options,
+        policy=options.policy,
+        tokens=options.tokens,
+        normalize=options.normalize,
+    )
+
+
+def _input_spec(
+    trace_: Trace, size: tuple[int, int, int], mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> InputSpec:
+    """The recipe's numbers, else those of timm's config for this model."""
+    own = InputSpec.of(_config_of(trace_), size)
+    return InputSpec(size, mean or own.mean, std or own.std)
+
+
+def _config_of(trace_: Trace) -> Any:
+    from probe_kd.tracing import build_on_meta
+
+    return build_on_meta(trace_.model, trace_.model_kwargs)

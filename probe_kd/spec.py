@@ -1,0 +1,272 @@
+"""The frozen values that everything else passes around: what to capture, what was seen there, what goes with what.
+
+Nothing here imports torch, so that a recipe can be read and refused in milliseconds.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Literal, Self
+
+from probe_kd.errors import DataError, TapError, nearest
+
+
+class Layout(StrEnum):
+    """What the axes of a feature mean (timm's `Format`, and two more).
+
+    `OTHER` is a tensor that is no per-image feature: a scalar, a stack of windows, an attention matrix.
+    """
+
+    NCHW = "NCHW"
+    NHWC = "NHWC"
+    NLC = "NLC"
+    NCL = "NCL"
+    NC = "NC"
+    OTHER = "other"
+
+
+_TAP = re.compile(
+    r"(?P<module>[^#@\[\]]*)(?:\#(?P<call>[0-9]{1,9}))?(?:@(?P<port>input|output))?(?P<items>(?:\[[^\[\]]+\])*)"
+)
+_TAP_FORM = "module[#call][@input][[item]], as in 'layer3', 'layer3@input', 'blocks.5#1', 'head[0]', or '' (the output)"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place in a model where a tensor can be read.
+
+    `module` is the path in `named_modules()`; `""` is the model itself, so `Tap("")` is its output (the logits).
+    `call` picks one of several calls of the same module, counted from 0; None says that there is only one.
+    `items` picks from a tuple, list (an int) or dict (a str); at an input, the first item picks the argument, by
+    position or by keyword, and no item at all means the first argument.
+
+    The text form is canonical, and `Tap.parse(str(tap)) == tap` for every legal tap. Raises TapError for another form.
+    """
+
+    module: str
+    port: Literal["output", "input"] = "output"
+    call: int | None = None
+    items: tuple[int | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, str) or re.search(r"[#@\[\]\s]", self.module):
+            raise TapError(
+                f"{self.module!r} is not a module path: it must be a name without spaces, '#', '@', '[', ']'"
+            )
+        if self.port not in ("output", "input"):
+            raise TapError(f"port {self.port!r} of a tap: expected 'output' or 'input'")
+        if self.call is not None and self.call < 0:
+            raise TapError(f"call {self.call} of a tap: calls are counted from 0")
+        if any(
+            isinstance(item, str) and not re.fullmatch(r"[^\[\]\s]*[^\[\]\s0-9][^\[\]\s]*", item) for item in self.items
+        ):
+            raise TapError(
+                f"items {self.items!r} of a tap: a key needs one character that is no digit, and no brackets"
+            )
+        if any(isinstance(item, int) and item < 0 for item in self.items):
+            raise TapError(f"items {self.items!r} of a tap: positions are counted from 0")
+
+    @classmethod
+    def parse(cls, text: "str | Tap") -> Self:
+        """Read the text form; a Tap passes unchanged, so that public functions can accept either."""
+        if isinstance(text, cls):
+            return text
+        if not isinstance(text, str):
+            raise TapError(f"{text!r} is not a tap; expected text of the form {_TAP_FORM}")
+        found = _TAP.fullmatch(text.strip())
+        if found is None:
+            raise TapError(f"{text!r} is not a tap; expected {_TAP_FORM}")
+        items = re.findall(r"\[([^\[\]]+)\]", found["items"])
+        return cls(
+            module=found["module"],
+            port="input" if found["port"] == "input" else "output",
+            call=None if found["call"] is None else int(found["call"]),
+            items=tuple(int(item) if re.fullmatch("[0-9]{1,9}", item) else item for item in items),
+        )
+
+    def __str__(self) -> str:
+        call = "" if self.call is None else f"#{self.call}"
+        port = "@input" if self.port == "input" else ""
+        return f"{self.module}{call}{port}{''.join(f'[{item}]' for item in self.items)}"
+
+    @property
+    def is_output(self) -> bool:
+        """Whether this is the model's own output (or an item of it): the logits, as a rule."""
+        return self.module == "" and self.port == "output"
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What a tap was seen to yield in one dry forward.
+
+    `shape` includes the batch. `grid` is (height, width) in positions, possibly non-square, None without positions.
+    `prefix_tokens` counts class, register and distillation tokens, which stand before the grid. `reduction` is the
+    stride against the input, height of the image / height of the grid. `order` numbers all tensors of the forward in
+    the order they came to be. `tensor` is equal at two taps that carry one tensor with the same contents, such as a
+    container and its last child. `clone` says that a later in-place operation overwrites the tensor, so that a capture
+    has to copy it.
+    """
+
+    tap: Tap
+    layout: Layout
+    shape: tuple[int, ...]
+    channels: int = 0
+    grid: tuple[int, int] | None = None
+    prefix_tokens: int = 0
+    reduction: float | None = None
+    order: int = 0
+    tensor: int = 0
+    calls: int = 1
+    clone: bool = False
+
+    @property
+    def spatial(self) -> bool:
+        """Whether there is a grid of positions to compare."""
+        return self.grid is not None
+
+    def describe(self) -> str:
+        """The short form used in plans and tables: `tokens 14x14+1 192`, `map 28x28 512`, `vector 1000`."""
+        grid = "" if self.grid is None else f" {self.grid[0]}x{self.grid[1]}"
+        prefix = f"+{self.prefix_tokens}" if self.prefix_tokens else ""
+        kinds = {Layout.NC: "vector", Layout.NLC: "tokens", Layout.NCL: "tokens", Layout.OTHER: "other"}
+        if self.layout is Layout.OTHER:
+            return f"other {'x'.join(map(str, self.shape[1:]))}"
+        return f"{kinds.get(self.layout, 'map')}{grid}{prefix} {self.channels}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student tap with the teacher tap it learns from: student first, always, as in `F.mse_loss(input, target)`.
+
+    Accepts the text form of taps. `weight` multiplies this pair's share of a loss; `reason` says why `match` chose it.
+    """
+
+    student: Tap
+    teacher: Tap
+    weight: float = field(default=1.0, kw_only=True)
+    reason: str = field(default="", kw_only=True, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "student", Tap.parse(self.student))
+        object.__setattr__(self, "teacher", Tap.parse(self.teacher))
+
+    def __str__(self) -> str:
+        return f"{str(self.student) or 'output'} <- {str(self.teacher) or 'output'}"
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One module as a dry forward saw it: what it is, what it holds, how often and when it ran.
+
+    `parameters` counts its own and its children's; `macs` are multiply-accumulates for one image over all its calls.
+    `first` and `last` are the orders at which its first call began and its last call ended, -1 where it never ran;
+    `silent` then says why.
+    """
+
+    name: str
+    kind: str
+    children: tuple[str, ...] = ()
+    parameters: int = 0
+    macs: int = 0
+    calls: int = 0
+    first: int = -1
+    last: int = -1
+    silent: str = ""
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def depth(self) -> int:
+        """0 for the model itself, 1 for its children."""
+        return self.name.count(".") + 1 if self.name else 0
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that one dry forward of a model tells: a FeatureSpec for every module call, input and output.
+
+    `model` is the name to build it by, with `model_kwargs`; `input_size` is (channels, height, width); `training` is
+    the mode that was traced. `trace["layer3"]` is the spec of one tap, and raises TapError with the cause and the
+    nearest legal taps when there is none.
+    """
+
+    model: str
+    input_size: tuple[int, int, int]
+    training: bool
+    specs: tuple[FeatureSpec, ...]
+    modules: Mapping[str, ModuleSpec]
+    model_kwargs: Mapping[str, object] = field(default_factory=dict)
+
+    @cached_property
+    def _by_tap(self) -> dict[Tap, FeatureSpec]:
+        return {spec.tap: spec for spec in self.specs}
+
+    @property
+    def output(self) -> FeatureSpec:
+        """The model's own output; the first item where it is a tuple."""
+        return next(spec for spec in self.specs if spec.tap.is_output)
+
+    @property
+    def parameters(self) -> int:
+        return self.modules[""].parameters
+
+    @property
+    def macs(self) -> int:
+        return self.modules[""].macs
+
+    def __getitem__(self, tap: str | Tap) -> FeatureSpec:
+        wanted = Tap.parse(tap)
+        spec = self._by_tap.get(wanted)
+        if spec is None and wanted.call == 0:  # '#0' of a module that is called once is that call
+            spec = self._by_tap.get(Tap(wanted.module, wanted.port, None, wanted.items))
+        if spec is None:
+            raise TapError(self._explain(wanted))
+        return spec
+
+    def _explain(self, tap: Tap) -> str:
+        module = self.modules.get(tap.module)
+        if module is None:
+            hint = (
+                nearest(tap.module, self.modules) or f"; its top-level modules: {', '.join(self.modules[''].children)}"
+            )
+            return f"{self.model} has no module '{tap.module}'{hint}"
+        if module.silent:
+            return f"'{tap}' never fires: {module.silent}"
+        if tap.call is None and module.calls > 1:
+            first, last = (Tap(tap.module, tap.port, call, tap.items) for call in (0, module.calls - 1))
+            return f"'{tap.module}' is called {module.calls} times in one forward; write which, '{first}' to '{last}'"
+        legal = [str(spec.tap) for spec in self.specs if spec.tap.module == tap.module]
+        return f"{self.model} yields no tensor at '{tap}'; its taps there: {', '.join(map(repr, legal[:8]))}"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What images a model expects: (channels, height, width), and the mean and standard deviation of its normalisation.
+
+    One value of `mean` and `std` stands for all channels.
+    """
+
+    size: tuple[int, int, int]
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if any(value <= 0 for value in self.std):
+            raise DataError(f"std {self.std} of an input: every value has to be positive")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.size[0]):
+                raise DataError(f"{name} {values} of an input: expected 1 or {self.size[0]} values, one per channel")
+
+    @classmethod
+    def of(cls, model: object, size: tuple[int, int, int] | None = None) -> Self:
+        """From timm's `pretrained_cfg` on the model; images in [0, 1], not normalised, where it has none."""
+        config = getattr(model, "pretrained_cfg", None) or {}
+        size = size or tuple(config.get("input_size") or (3, 224, 224))
+        mean, std = tuple(config.get("mean") or (0.0,)), tuple(config.get("std") or (1.0,))
+        if size[0] == 1 and len(mean) == 3:  # a grey image is normalised as the mean of its three equal channels
+            mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+        return cls(size, mean, std)
