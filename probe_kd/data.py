@@ -69,14 +69,17 @@ def open_datasets(options: DataOptions) -> Datasets:
 def loader(
     dataset: Dataset[Any], options: DataOptions, wanted: InputSpec, *, training: bool
 ) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of (images normalised as `wanted` says, class indices). Training batches are augmented and shuffled."""
+    """Batches of (images normalised as `wanted` says, class indices). Training batches are augmented and shuffled.
+
+    Workers live for one epoch: then the seed of an epoch decides all of its randomness, and a run that goes on from a
+    checkpoint sees the images that it would have seen.
+    """
     return DataLoader(
         _Transformed(dataset, _transform(options, wanted, training)),
         batch_size=options.batch_size,
         shuffle=training,
         drop_last=training and len(dataset) > options.batch_size,  # type: ignore[arg-type]
         num_workers=options.workers,
-        persistent_workers=options.workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
 

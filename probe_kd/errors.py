@@ -3,6 +3,7 @@
     ProbeKDError
     ├── TapError        a tap that cannot be parsed, found, or captured
     ├── TraceError      a model that cannot be built or run for tracing
+    ├── WeightsError    a checkpoint that cannot be read, or does not fit the model
     ├── MatchError      two traces with nothing to pair
     ├── AdapterError    two features that no adapter can bring together
     ├── LossError       a loss called with what it cannot compare
@@ -28,6 +29,10 @@ class TapError(ProbeKDError):
 
 
 class TraceError(ProbeKDError):
+    pass
+
+
+class WeightsError(ProbeKDError):
     pass
 
 

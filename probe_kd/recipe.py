@@ -11,7 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -19,7 +19,9 @@ from probe_kd.adapters import Normalize, Policy, Tokens, adapt
 from probe_kd.data import DataOptions, Datasets, open_datasets
 from probe_kd.distiller import Objective
 from probe_kd.errors import ProbeKDError, Problem, RecipeError, nearest
+from probe_kd.losses import LOSSES
 from probe_kd.matching import match
+from probe_kd.models import build_on_meta, load_weights
 from probe_kd.spec import InputSpec, Pair, Tap, Trace
 from probe_kd.tracing import trace
 
@@ -117,23 +119,40 @@ class AutoPairs(_Section):
     num_pairs: int | None = Field(default=None, ge=1)
 
 
-def _read_pairs(value: Any) -> Any:
-    if value == "auto":
-        return {"level": "stage"}
+def _read_auto(value: Any) -> Any:
     if isinstance(value, str):
-        raise ValueError(f"{value!r}: expected `auto`, or a mapping of student layers to teacher layers")
+        if value != "auto":
+            raise ValueError(f"{value!r}: expected `auto`, or a mapping of student layers to teacher layers")
+        return {}
     return value
 
 
+def _kind_of_pairs(value: Any) -> str:
+    is_mapping = isinstance(value, Mapping) and not (value and set(value) <= set(AutoPairs.model_fields))
+    return "mapping" if is_mapping else "auto"
+
+
+Pairs = Annotated[
+    Annotated[AutoPairs, BeforeValidator(_read_auto), Tag("auto")] | Annotated[dict[str, str], Tag("mapping")],
+    Discriminator(_kind_of_pairs),
+]
+
+
 class Recipe(_Section):
-    """A whole recipe. `pairs` maps student taps to teacher taps, or is `auto`."""
+    """A whole recipe.
+
+    `pairs` maps student taps to teacher taps, or is `auto`. `baseline` also trains the student alone: the same weights
+    to begin with, the same images, and only the losses that read labels. `precision` is accelerate's, whose own
+    configuration decides where it is not given.
+    """
 
     student: ModelOptions
     teacher: TeacherOptions | None = None
     data: DataOptions
-    pairs: Annotated[AutoPairs | dict[str, str], BeforeValidator(_read_pairs)] = {}
+    pairs: Pairs = {}
     stages: list[StageOptions] = Field(min_length=1)
     baseline: bool = False
+    precision: Literal["no", "bf16", "fp16"] | None = None
     seed: int = Field(default=0, ge=0)
 
 
@@ -235,7 +254,7 @@ def _from_one(place: tuple[int, int]) -> tuple[int, int]:
 
 def _form_problem(tree: Any, error: Any) -> Problem:
     where = tuple(error["loc"])
-    name = ".".join(str(step) for step in where if step not in ("AutoPairs", "dict[str,str]"))
+    name = ".".join(str(step) for step in where if step not in ("auto", "mapping"))
     line, column = _position(tree, where)
     if error["type"] == "extra_forbidden":
         legal = _legal_keys(where[:-1])
@@ -251,9 +270,9 @@ def _form_problem(tree: Any, error: Any) -> Problem:
 def _legal_keys(where: Path_) -> list[str]:
     section: Any = Recipe
     for step in where:
-        if isinstance(step, int) or step == "dict[str,str]":
+        if isinstance(step, int) or step == "mapping":
             continue
-        if step == "AutoPairs":
+        if step == "auto":
             section = AutoPairs
             continue
         field = section.model_fields.get(step) if hasattr(section, "model_fields") else None
@@ -281,6 +300,19 @@ class Plan:
     teacher_input: InputSpec | None
     pairs: tuple[Pair, ...]
     objectives: tuple[tuple[Objective, ...], ...]  # of each stage
+
+    @property
+    def resolved(self) -> Recipe:
+        """The recipe with what was found written out: the pairs, and the arguments that the models are built with."""
+        recipe = self.recipe
+        student = recipe.student.model_copy(update={"model_kwargs": dict(self.student.model_kwargs)})
+        found: dict[str, Any] = {"student": student}
+        if recipe.teacher is not None and self.teacher is not None:
+            kwargs = dict(self.teacher.model_kwargs)
+            found["teacher"] = recipe.teacher.model_copy(update={"model_kwargs": kwargs})
+        if self.pairs:
+            found["pairs"] = {str(pair.student): str(pair.teacher) for pair in self.pairs}
+        return recipe.model_copy(update=found)
 
 
 def plan(source: Source) -> Plan:
@@ -315,8 +347,9 @@ class _Planner:
         student = self._trace("student", recipe.student, recipe.data.input_size, classes, training=True)
         teacher = self._trace_teacher(classes)
         self._check_teacher(teacher, classes)
-        for key in ("student", "teacher"):
-            self._check_checkpoint(key)
+        self._check_checkpoint("student", student)
+        self._check_checkpoint("teacher", teacher)
+        self._check_baseline()
         pairs = self._pairs(student, teacher)
         objectives = [self._objectives(index, pairs) for index in range(len(recipe.stages))]
         self._check_adapters(objectives, student, teacher)
@@ -372,15 +405,24 @@ class _Planner:
             )
             self.problems.append(self.source.problem(("teacher", "model"), message))
 
-    def _check_checkpoint(self, key: str) -> None:
+    def _check_checkpoint(self, key: str, trace_: Trace | None) -> None:
         model: ModelOptions | None = getattr(self.recipe, key)
-        if model and model.checkpoint and not Path(model.checkpoint).is_file():
-            parent = Path(model.checkpoint).parent
-            near = nearest(
-                Path(model.checkpoint).name, [file.name for file in parent.glob("*")] if parent.is_dir() else []
-            )
+        if model is None or model.checkpoint is None:
+            return
+        path = Path(model.checkpoint)
+        if not path.is_file():
+            near = nearest(path.name, [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else [])
             message = f"there is no checkpoint {model.checkpoint!r}{near}"
             self.problems.append(self.source.problem((key, "checkpoint"), message))
+        elif trace_ is not None:
+            with self.at(key, "checkpoint"):
+                load_weights(build_on_meta(trace_.model, trace_.model_kwargs), path)
+
+    def _check_baseline(self) -> None:
+        losses = [loss.loss for stage in self.recipe.stages for loss in stage.losses.values()]
+        if self.recipe.baseline and not any(loss in LOSSES and LOSSES[loss].reads == "labels" for loss in losses):
+            message = "the student alone has no loss to train on: no stage has one that reads labels (`cross_entropy`)"
+            self.problems.append(self.source.problem(("baseline",), message))
 
     def _student_input(self, student: Trace) -> InputSpec:
         data = self.recipe.data
@@ -455,11 +497,5 @@ def _input_spec(
     trace_: Trace, size: tuple[int, int, int], mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> InputSpec:
     """The recipe's numbers, else those of timm's config for this model."""
-    own = InputSpec.of(_config_of(trace_), size)
+    own = InputSpec.of(build_on_meta(trace_.model, trace_.model_kwargs), size)
     return InputSpec(size, mean or own.mean, std or own.std)
-
-
-def _config_of(trace_: Trace) -> Any:
-    from probe_kd.tracing import build_on_meta
-
-    return build_on_meta(trace_.model, trace_.model_kwargs)

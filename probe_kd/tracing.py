@@ -5,9 +5,8 @@ tensors holds the channels; every other tensor gets its layout from the leaves t
 """
 
 import copy
-import importlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from probe_kd.errors import TraceError, nearest
+from probe_kd.errors import TraceError
+from probe_kd.models import build_on_meta, short
 from probe_kd.probe import watch, why_silent
 from probe_kd.spec import FeatureSpec, Layout, ModuleSpec, Tap, Trace
 
@@ -54,64 +54,8 @@ def trace(
         return _trace_on_meta(built, size, training, model, kwargs)
     except Exception as refusal:
         if size == _resolve_size(None, built) or "img_size" in kwargs:
-            raise TraceError(f"{model} does not run on an input of {_times(size)}: {_short(refusal)}") from refusal
+            raise TraceError(f"{model} does not run on an input of {_times(size)}: {short(refusal)}") from refusal
         return _trace_resized(model, kwargs, size, training, refusal)
-
-
-def build_on_meta(name: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
-    """The named model with neither weights nor memory."""
-    with torch.device("meta"):
-        return build_model(name, model_kwargs)
-
-
-def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """The named model: `timm.create_model`, or the function that `package.module:function` names.
-
-    Raises TraceError for a name nobody knows, with the nearest ones, and for arguments that the model refuses.
-    """
-    import timm  # 3.5 s: only where a model is built
-
-    if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        factory: Callable[..., Any] = _import_factory(name)
-        arguments = dict(model_kwargs)
-    else:
-        _check_name(name, timm)
-        factory = timm.create_model
-        arguments = {"model_name": name, "pretrained": pretrained, **model_kwargs}
-    try:
-        model = factory(**arguments)
-    except Exception as refusal:
-        given = ", ".join(f"{key}={value!r}" for key, value in model_kwargs.items())
-        raise TraceError(f"cannot build {name}({given}): {_short(refusal)}") from refusal
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"{name} returned a {type(model).__name__}; expected an nn.Module")
-    return model
-
-
-def _check_name(name: str, timm: Any) -> None:
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        raise TraceError(f"timm has no model {name!r}{nearest(architecture, timm.list_models())}")
-    tag = name.partition(".")[2]
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
-    if tag and tag not in tags:
-        known = f"; its weights: {', '.join(tags)}" if tags else "; it has no pretrained weights"
-        raise TraceError(f"timm has no weights {tag!r} for {architecture}{nearest(tag, tags)}{known}")
-
-
-def _import_factory(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as refusal:  # the user's own code may fail in any way
-        raise TraceError(f"cannot import {module_name!r} to build {name!r}: {_short(refusal)}") from refusal
-    factory: Callable[..., Any] | None = getattr(module, attribute, None)
-    if not callable(factory):
-        legal = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise TraceError(f"{module_name} has no function {attribute!r}{nearest(attribute, legal)}")
-    return factory
 
 
 def _trace_resized(model: str, kwargs: dict[str, Any], size: Size, training: bool, refusal: Exception) -> Trace:
@@ -119,7 +63,7 @@ def _trace_resized(model: str, kwargs: dict[str, Any], size: Size, training: boo
         resized = {**kwargs, "img_size": size[1] if size[1] == size[2] else size[1:]}
         return _trace_on_meta(build_on_meta(model, resized), size, training, model, resized)
     except Exception:
-        raise TraceError(f"{model} does not run on an input of {_times(size)}: {_short(refusal)}") from refusal
+        raise TraceError(f"{model} does not run on an input of {_times(size)}: {short(refusal)}") from refusal
 
 
 def _trace_module(model: nn.Module, size: Size, training: bool) -> Trace:
@@ -145,7 +89,7 @@ def _trace_for_real(model: nn.Module, size: Size, name: str, refusal: Exception)
         with torch.no_grad():
             return _observe(model, torch.zeros(BATCH, *size, device=device), name, {})
     except Exception:
-        raise TraceError(f"{name} does not run on an input of {_times(size)}: {_short(refusal)}") from refusal
+        raise TraceError(f"{name} does not run on an input of {_times(size)}: {short(refusal)}") from refusal
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -426,8 +370,3 @@ class _Ruler:
 
 def _times(size: Size) -> str:
     return "x".join(map(str, size))
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,0 +1,124 @@
+"""Models by name, and their weights on disk."""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probe_kd.errors import TraceError, WeightsError, nearest
+
+
+def build_on_meta(name: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
+    """The named model with neither weights nor memory."""
+    with torch.device("meta"):
+        return build_model(name, model_kwargs)
+
+
+def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
+    """The named model: `timm.create_model`, or the function that `package.module:function` names.
+
+    Raises TraceError for a name nobody knows, with the nearest ones, and for arguments that the model refuses.
+    """
+    import timm  # 3.5 s: only where a model is built
+
+    if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        factory: Callable[..., Any] = _import_factory(name)
+        arguments = dict(model_kwargs)
+    else:
+        _check_name(name, timm)
+        factory = timm.create_model
+        arguments = {"model_name": name, "pretrained": pretrained, **model_kwargs}
+    try:
+        model = factory(**arguments)
+    except Exception as refusal:
+        given = ", ".join(f"{key}={value!r}" for key, value in model_kwargs.items())
+        raise TraceError(f"cannot build {name}({given}): {short(refusal)}") from refusal
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"{name} returned a {type(model).__name__}; expected an nn.Module")
+    return model
+
+
+def _check_name(name: str, timm: Any) -> None:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise TraceError(f"timm has no model {name!r}{nearest(architecture, timm.list_models())}")
+    tag = name.partition(".")[2]
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        known = f"; its weights: {', '.join(tags)}" if tags else "; it has no pretrained weights"
+        raise TraceError(f"timm has no weights {tag!r} for {architecture}{nearest(tag, tags)}{known}")
+
+
+def _import_factory(name: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as refusal:  # the user's own code may fail in any way
+        raise TraceError(f"cannot import {module_name!r} to build {name!r}: {short(refusal)}") from refusal
+    factory: Callable[..., Any] | None = getattr(module, attribute, None)
+    if not callable(factory):
+        legal = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise TraceError(f"{module_name} has no function {attribute!r}{nearest(attribute, legal)}")
+    return factory
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: safetensors, or what `torch.save` wrote, of timm or of a bare state dict.
+
+    Nothing in it is run (`weights_only`). Raises WeightsError when it cannot be read.
+    """
+    from timm.models import load_state_dict
+
+    try:
+        return dict(load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True))
+    except Exception as refusal:  # a pickle can fail in any way
+        raise WeightsError(f"cannot read the checkpoint {str(path)!r}: {short(refusal)}") from refusal
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint, all of it and nothing else; on the meta device this only compares.
+
+    Raises WeightsError with the first differences: timm would build a teacher of another number of classes and leave
+    its classifier random.
+    """
+    weights = read_weights(path)
+    expected = model.state_dict()
+    differences = [
+        f"{name!r} is {_shape(weights, name)} in the checkpoint and {_shape(expected, name)} in the model"
+        for name in dict.fromkeys([*expected, *weights])
+        if _shape(weights, name) != _shape(expected, name)
+    ]
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise WeightsError(
+            f"the checkpoint {str(path)!r} does not fit {type(model).__name__}: {'; '.join(differences[:3])}{more}"
+        )
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        model.load_state_dict(weights)
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> str:
+    return "x".join(map(str, weights[name].shape)) or "a scalar" if name in weights else "absent"
+
+
+def save_weights(model: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
+    """Write safetensors that `timm.create_model(..., checkpoint_path=path)` loads, with `about` in its header."""
+    from safetensors.torch import save_file
+
+    # Cloned, since safetensors refuses parameters that share memory, and timm asks for every name.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    aside = path.with_suffix(".partial")
+    save_file(tensors, str(aside), {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}})
+    aside.replace(path)
+
+
+def short(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
