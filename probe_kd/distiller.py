@@ -54,6 +54,21 @@ class Objective:
         if self.resolved.reads in ("features", "flows") and not self.pairs:
             raise LossError(f"{own!r} compares layers, and there are no pairs; give some, or take them from match()")
 
+    def adapter(self, student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
+        """What brings the features of one of `tap_pairs` together. Raises AdapterError where nothing can."""
+        policy, flows = self.policy, self.resolved.reads == "flows"
+        if flows and policy == "auto" and student.channels == teacher.channels:
+            policy = "never"  # the paper compares the Gram matrices as they are
+        return adapt(
+            student,
+            teacher,
+            policy=policy,
+            tokens=self.tokens,
+            normalize=self.normalize,
+            resize=not flows,
+            bias=not flows,
+        )
+
     def tap_pairs(self) -> tuple[Pair, ...]:
         """All (student tap, teacher tap) that are captured for this objective, in the order of its adapters."""
         reads = self.resolved.reads
@@ -121,7 +136,7 @@ class Distiller(nn.Module):
             self._teacher_probe = Probe(teacher.eval(), specs).attach()
             for objective in self.objectives:
                 adapters = [
-                    _adapter(objective, seen[pair.student], known[pair.teacher]) for pair in objective.tap_pairs()
+                    objective.adapter(seen[pair.student], known[pair.teacher]) for pair in objective.tap_pairs()
                 ]
                 self.adapters[_key(objective.name)] = nn.ModuleList(adapters)
 
@@ -222,21 +237,6 @@ def _trace_teacher(teacher: nn.Module, wanted: InputSpec | None, given: InputSpe
         return trace(teacher, given.size[1:])
     except TraceError:
         return trace(teacher)  # built for one size, which is not the student's
-
-
-def _adapter(objective: Objective, student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
-    policy, flows = objective.policy, objective.resolved.reads == "flows"
-    if flows and policy == "auto" and student.channels == teacher.channels:
-        policy = "never"  # the paper compares the Gram matrices as they are
-    return adapt(
-        student,
-        teacher,
-        policy=policy,
-        tokens=objective.tokens,
-        normalize=objective.normalize,
-        resize=not flows,
-        bias=not flows,
-    )
 
 
 def _key(name: str) -> str:

@@ -29,3 +29,7 @@ def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: 
         raise MatchError("no stages")
     count = min(len(ours), len(theirs), num_pairs or len(ours))
     return tuple(Pair(a.tap, b.tap, reason="") for a, b in zip(ours[-count:], theirs[-count:], strict=True))
+
+
+def blocks(trace: Trace) -> list[FeatureSpec]:
+    return stages(trace)

@@ -4,9 +4,11 @@
 they raise one RecipeError, each with its line. Nothing in a recipe is code: it is read as plain YAML.
 """
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from probe_kd.adapters import Normalize, Policy, Tokens, adapt
+from probe_kd.adapters import Normalize, Policy, Tokens
 from probe_kd.data import DataOptions, Datasets, open_datasets
 from probe_kd.distiller import Objective
 from probe_kd.errors import ProbeKDError, Problem, RecipeError, nearest
@@ -170,14 +172,18 @@ class Source:
         return Problem(message, line, column)
 
 
-def load(path: str | Path) -> Source:
-    """Read a recipe file. Raises RecipeError with every problem of form: YAML, keys, types, bounds."""
+def load(path: str | Path, seed: int | None = None) -> Source:
+    """Read a recipe file; `seed` replaces its own.
+
+    Raises RecipeError with every problem of form: YAML, keys, types, bounds.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as refusal:
         near = nearest(Path(path).name, [file.name for file in Path(path).absolute().parent.glob("*.y*ml")])
         raise RecipeError(str(path), [Problem(f"cannot read the recipe: {_reason(refusal)}{near}")]) from None
-    return parse(text, str(path))
+    source = parse(text, str(path))
+    return source if seed is None else replace(source, recipe=source.recipe.model_copy(update={"seed": seed}))
 
 
 def parse(text: str, name: str = "recipe") -> Source:
@@ -197,6 +203,73 @@ def dump(recipe: Recipe) -> str:
     yaml.default_flow_style = False
     yaml.dump(recipe.model_dump(mode="json"), stream)
     return stream.getvalue()
+
+
+def write_recipe(student: Trace, teacher: Trace, pairs: Sequence[Pair], path: Path) -> None:
+    """A complete recipe for these pairs, with the reasons, that runs as it stands. Raises RecipeError."""
+    pair_lines = [f"  {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {pair.reason}" for pair in pairs]
+    text = _TEMPLATE.format(
+        path=path,
+        student=_model_lines(student),
+        teacher=_model_lines(teacher),
+        input_size=list(student.input_size),
+        teacher_size=""
+        if teacher.input_size == student.input_size
+        else f"\n  input_size: {list(teacher.input_size)}  # the teacher sees the same images at its own size",
+        pairs="\n".join(pair_lines),
+    )
+    parse(text, str(path))  # what we write is what we read
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as refusal:
+        raise RecipeError(str(path), [Problem(f"cannot write the recipe: {_reason(refusal)}")]) from None
+
+
+_TEMPLATE = """\
+# probe-kd train {path}
+# It runs as it is, on scikit-learn's digits. Put your own data and your own teacher's weights in.
+student:
+{student}
+teacher:
+{teacher}{teacher_size}
+  # pretrained: true            # timm's weights, where they were trained on your classes; or
+  # checkpoint: teacher.safetensors
+  train:                        # without weights, it is trained first, on the labels
+    epochs: 5
+    optimizer: {{opt: adamw, lr: 1.0e-3, weight_decay: 0.05}}
+data:
+  dataset: sklearn/digits       # torch/cifar100, hfds/..., wds/...; or only `root`, a folder of folders
+  # root: data
+  input_size: {input_size}
+  batch_size: 64
+  crop_pct: 1.0
+  scale: [0.7, 1.0]             # random resized crops, as timm makes them
+  hflip: 0.0                    # a mirrored digit is no digit; 0.5 for photographs
+  color_jitter: 0.0
+pairs:                          # student layer: teacher layer
+{pairs}
+baseline: true                  # also train the student alone, to compare
+stages:
+  - name: distil
+    epochs: 10
+    losses:                     # their weighted sum is minimised
+      task: {{loss: cross_entropy, weight: 1.0}}
+      soft: {{loss: soft_targets, temperature: 4.0, weight: 1.0}}
+      hint: {{loss: hint, normalize: layer, weight: 1.0}}
+    optimizer: {{opt: adamw, lr: 1.0e-3, weight_decay: 0.05}}
+    scheduler: {{sched: cosine, warmup_epochs: 1}}
+seed: 0
+"""
+
+
+def _model_lines(trace_: Trace) -> str:
+    kwargs = json.dumps(dict(trace_.model_kwargs))  # JSON is YAML
+    return f"  model: {trace_.model}" + (f"\n  model_kwargs: {kwargs}" if trace_.model_kwargs else "")
+
+
+def _quoted(tap: Tap) -> str:
+    return json.dumps(str(tap)) if re.search(r"[#@\[\]]", str(tap)) or not str(tap) else str(tap)
 
 
 def _reason(error: Exception) -> str:
@@ -289,6 +362,16 @@ def _section_of(annotation: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What one loss compares in one stage, and what brings the two together first."""
+
+    stage: str
+    objective: Objective
+    pair: Pair
+    adapter: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe that has been checked against models and data: all that training needs, and nothing left to guess."""
 
@@ -300,6 +383,7 @@ class Plan:
     teacher_input: InputSpec | None
     pairs: tuple[Pair, ...]
     objectives: tuple[tuple[Objective, ...], ...]  # of each stage
+    comparisons: tuple[Comparison, ...]
 
     @property
     def resolved(self) -> Recipe:
@@ -352,7 +436,7 @@ class _Planner:
         self._check_baseline()
         pairs = self._pairs(student, teacher)
         objectives = [self._objectives(index, pairs) for index in range(len(recipe.stages))]
-        self._check_adapters(objectives, student, teacher)
+        comparisons = tuple(self._comparisons(objectives, student, teacher))
         self.stop_if_problems()
         assert datasets is not None
         assert student is not None
@@ -365,6 +449,7 @@ class _Planner:
             teacher_input=self._teacher_input(teacher) if teacher else None,
             pairs=pairs,
             objectives=tuple(tuple(stage) for stage in objectives),
+            comparisons=comparisons,
         )
 
     def _trace(
@@ -464,20 +549,17 @@ class _Planner:
                 self.problems.append(self.source.problem(("stages", index, "losses", name), message))
         return found
 
-    def _check_adapters(self, objectives: list[list[Objective]], student: Trace | None, teacher: Trace | None) -> None:
+    def _comparisons(
+        self, stages: list[list[Objective]], student: Trace | None, teacher: Trace | None
+    ) -> Iterator[Comparison]:
         if student is None or teacher is None:
             return
-        for index, stage in enumerate(objectives):
-            for objective in stage:
+        for index, objectives in enumerate(stages):
+            for objective in objectives:
                 with self.at("stages", index, "losses", objective.name):
                     for pair in objective.tap_pairs():
-                        adapt(
-                            student[pair.student],
-                            teacher[pair.teacher],
-                            policy="auto" if objective.resolved.reads == "flows" else objective.policy,
-                            tokens=objective.tokens,
-                            normalize=objective.normalize,
-                        )
+                        adapter = objective.adapter(student[pair.student], teacher[pair.teacher])
+                        yield Comparison(self.recipe.stages[index].name, objective, pair, str(adapter))
 
 
 def _objective(name: str, options: LossOptions, pairs: tuple[Pair, ...]) -> Objective:

@@ -4,13 +4,21 @@ import csv
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from probe_kd.adapters import adapt
+from probe_kd.errors import MatchError, TapError, nearest
+from probe_kd.matching import blocks, stages
+from probe_kd.recipe import Plan
+from probe_kd.spec import FeatureSpec, ModuleSpec, Pair, Tap, Trace
 
 Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name
 MEASURES = ("subject", "stage", "epoch", "accuracy", "agreement", "images_per_second", "lr")
@@ -104,6 +112,149 @@ class Display:
             self.progress = None
 
 
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a model as `inspect` shows it; `note` says what to know before tapping it."""
+
+    mark: str
+    tap: str
+    kind: str
+    layout: str
+    shape: tuple[int, ...]
+    reduction: float | None
+    parameters: int
+    macs: int
+    note: str
+
+
+def layer_rows(
+    trace: Trace, *, every: bool = False, glob: str | None = None, depth: int | None = None
+) -> list[LayerRow]:
+    """The stage ends and blocks of a trace; or all of its modules, or those that `glob` and `depth` leave.
+
+    Raises TapError for a glob that no module matches.
+    """
+    marks = _marks(trace)
+    narrowed = glob is not None or depth is not None
+    found: list[tuple[int, LayerRow]] = []
+    for name, module in trace.modules.items():
+        if (glob is not None and not fnmatchcase(name, glob)) or (depth is not None and module.depth > depth):
+            continue
+        specs = [spec for spec in trace.specs if spec.tap.module == name and spec.tap.port == "output"]
+        shown = [spec for spec in specs if every or narrowed or spec.tap in marks]
+        found += [(spec.order, _layer_row(spec, module, marks)) for spec in shown]
+        found += [(-1, _silent_row(module))] * (not specs and (every or narrowed))
+    if glob is not None and not found:
+        raise TapError(f"no module of {trace.model} is named {glob!r}{nearest(glob, trace.modules)}")
+    if not (every or narrowed):  # the choice reads in the order of the forward, the whole in that of the modules
+        found.sort(key=lambda item: item[0])
+    return [row for _, row in found]
+
+
+def _marks(trace: Trace) -> dict[Tap, str]:
+    try:
+        ends = {spec.tap: "stage" for spec in stages(trace)}
+    except MatchError:  # a model without stages still has layers to show
+        ends = {}
+    return {spec.tap: "block" for spec in blocks(trace)} | ends | {trace.output.tap: "output"}
+
+
+def _layer_row(spec: FeatureSpec, module: ModuleSpec, marks: Mapping[Tap, str]) -> LayerRow:
+    notes = [f"called {spec.calls} times"] * (spec.calls > 1) + ["overwritten later, so cloned"] * spec.clone
+    notes += [f"{spec.prefix_tokens} prefix tokens"] * bool(spec.prefix_tokens)
+    return LayerRow(
+        mark=marks.get(spec.tap, ""),
+        tap=str(spec.tap),
+        kind=module.kind,
+        layout=str(spec.layout),
+        shape=spec.shape[1:],
+        reduction=spec.reduction,
+        parameters=module.parameters,
+        macs=module.macs,
+        note=", ".join(notes),
+    )
+
+
+def _silent_row(module: ModuleSpec) -> LayerRow:
+    note = module.silent or "yields no tensor"
+    return LayerRow("", module.name, module.kind, "", (), None, module.parameters, module.macs, note)
+
+
+def layers_table(trace: Trace, rows: Iterable[LayerRow]) -> Table:
+    """What `inspect` prints."""
+    size = "x".join(map(str, trace.input_size))
+    title = f"{trace.model}  {size}  {amount(trace.parameters)} parameters  {amount(trace.macs)} MACs"
+    table = _table(title, "tap", "module", "layout", "shape>", "stride>", "parameters>", "MACs>", "note")
+    table.caption = "shapes without the batch; ● stage end, ○ block: what `match` chooses from; ◆ the output"
+    signs = {"stage": "[bold green]●[/]", "block": "○", "output": "◆"}
+    for row in rows:
+        table.add_row(
+            f"{signs.get(row.mark, ' ')} {row.tap or repr('')}",
+            row.kind,
+            row.layout,
+            "x".join(map(str, row.shape)),
+            "" if row.reduction is None else f"{row.reduction:.3g}",
+            amount(row.parameters),
+            amount(row.macs),
+            row.note,
+            style="bold" if row.mark in ("stage", "output") else "",
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One pair as `match` shows it."""
+
+    student: str
+    student_feature: str
+    teacher: str
+    teacher_feature: str
+    adapter: str
+    reason: str
+
+
+def pair_rows(pairs: Iterable[Pair], student: Trace, teacher: Trace) -> list[PairRow]:
+    """The pairs with what they yield and how that is brought together for a hint."""
+    rows = []
+    for pair in pairs:
+        ours, theirs = student[pair.student], teacher[pair.teacher]
+        adapter = str(adapt(ours, theirs))
+        row = PairRow(str(pair.student), ours.describe(), str(pair.teacher), theirs.describe(), adapter, pair.reason)
+        rows.append(row)
+    return rows
+
+
+def pairs_table(student: str, teacher: str, rows: Iterable[PairRow]) -> Table:
+    """What `match` prints."""
+    table = _table(f"{student} <- {teacher}", "student layer", "yields", "teacher layer", "yields", "adapter", "reason")
+    for row in rows:
+        table.add_row(*astuple(row))
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a recipe is about to do: every comparison, with its adapter."""
+    table = _table("What is compared: student <- teacher", "stage", "loss", "weight>", "layers", "adapter")
+    for item in plan.comparisons:
+        weight = f"{item.objective.weight:g}"
+        table.add_row(item.stage, item.objective.name, weight, str(item.pair), item.adapter)
+    return table
+
+
+def report_run(results: Sequence[Result], rows: Sequence[Row], plan: Plan, folder: Path, console: Console) -> None:
+    """The end of a run: the table, the curves, and how to go on with the student."""
+    draw_curves(rows, folder / "curves.png")
+    write_summary(results, {"seed": plan.recipe.seed}, folder / "summary.json")
+    console.print(results_table(results))
+    student = results[-1]
+    arguments = "".join(f", {key}={value!r}" for key, value in student.model_kwargs.items())
+    weights = folder / student.weights
+    console.print(f"Results in {folder}. The student is plain timm:", highlight=False)
+    line = f"  timm.create_model({student.model!r}, checkpoint_path={str(weights)!r}{arguments})"
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def write_metrics(rows: Sequence[Row], path: Path) -> None:
     """One line per epoch of every subject, a column for whatever any of them measured."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -144,9 +295,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
 
 def results_table(results: Iterable[Result]) -> Table:
     """The end of a run: accuracy, agreement with the teacher, size."""
-    table = Table(title="Test images")
-    for column in ("", "model", "accuracy", "agreement", "parameters", "MACs", "training"):
-        table.add_column(column, justify="left" if column in ("", "model") else "right")
+    table = _table("Test images", "", "model", "accuracy>", "agreement>", "parameters>", "MACs>", "training>")
     for result in results:
         table.add_row(
             result.role,
@@ -157,6 +306,16 @@ def results_table(results: Iterable[Result]) -> Table:
             amount(result.macs),
             f"{result.seconds:.0f} s" if result.seconds else "",
         )
+    return table
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    """A table whose first column, the names, is never cut. A column written `name>` is aligned to the right."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for column in others:
+        right = column.endswith(">")
+        table.add_column(column.removesuffix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
     return table
 
 

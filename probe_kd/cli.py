@@ -1,0 +1,212 @@
+"""The command line: parse, call, print. What takes seconds to import is imported by the command that needs it."""
+
+import ast
+import json
+import os
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from probe_kd import __version__
+from probe_kd.errors import ProbeKDError, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from probe_kd.spec import Trace
+
+app = typer.Typer(
+    help="Knowledge distillation between any two timm models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODEL_HELP = "A timm name, `hf-hub:...`, `local-dir:...`, or `package.module:function` for your own nn.Module."
+Kwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-kwargs", metavar="KEY=VALUE", help="An argument for the model, as in `depth=6`; may be repeated."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+InputSize = Annotated[
+    str | None,
+    typer.Option(help="Size of the images: `224`, `224x192` (height x width) or `3x224x192`. Default: the model's."),
+]
+
+
+class LevelChoice(StrEnum):
+    stage = "stage"
+    block = "block"
+
+
+def main() -> None:
+    """The `probe-kd` command. Errors that are the user's to mend print one message and exit with status 2."""
+    sys.path.insert(0, os.getcwd())  # for `package.module:function` in the project one stands in
+    try:
+        app()
+    except ProbeKDError as refusal:
+        _complain(str(refusal))
+        sys.exit(2)
+    except BrokenPipeError:  # `probe-kd inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"probe-kd {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    all_modules: Annotated[bool, typer.Option("--all", help="Every module that yields a tensor.")] = False,
+    glob: Annotated[str | None, typer.Option(help="Only the modules of such names, as in `blocks.*.mlp`.")] = None,
+    depth: Annotated[int | None, typer.Option(min=0, help="Only modules nested so deep at most.")] = None,
+    input_size: InputSize = None,
+    train: Annotated[bool, typer.Option("--train", help="Trace in training mode.")] = False,
+    model_kwargs: Kwargs = None,
+    as_json: Json = False,
+) -> None:
+    """List the layers of a model that can be matched: layout, shape, stride, parameters, MACs.
+
+    Without --all, --glob and --depth: the stage ends (marked) and the blocks. Nothing is downloaded or computed.
+    """
+    from probe_kd.report import layer_rows, layers_table
+
+    found = _trace(model, input_size, model_kwargs, training=train)
+    rows = layer_rows(found, every=all_modules, glob=glob, depth=depth)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return
+    _console().print(layers_table(found, rows))
+
+
+@app.command()
+def match(
+    student: Annotated[str, typer.Option(help=MODEL_HELP)],
+    teacher: Annotated[str, typer.Option(help="As for the student.")],
+    level: Annotated[LevelChoice, typer.Option(help="Pair stage ends, or blocks.")] = LevelChoice.stage,
+    num_pairs: Annotated[int | None, typer.Option(min=1, help="So many pairs; the deepest is always kept.")] = None,
+    input_size: InputSize = None,
+    teacher_input_size: Annotated[str | None, typer.Option(help="Where the teacher's differs.")] = None,
+    student_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")] = None,
+    teacher_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a complete recipe.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pair the layers of a student with those of a teacher, and say why."""
+    from probe_kd.matching import match as match_layers
+    from probe_kd.recipe import write_recipe
+    from probe_kd.report import pair_rows, pairs_table
+
+    if output is not None and output.exists() and not overwrite:
+        raise RunError(f"{output} exists; --overwrite replaces it")
+    ours = _trace(student, input_size, student_kwargs, training=True)
+    size = teacher_input_size or input_size or "x".join(map(str, ours.input_size))
+    theirs = _trace(teacher, size, teacher_kwargs, or_own_size=teacher_input_size is None and input_size is None)
+    pairs = match_layers(ours, theirs, level=level.value, num_pairs=num_pairs)
+    rows = pair_rows(pairs, ours, theirs)
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        _console().print(pairs_table(student, teacher, rows))
+    if output is not None:
+        write_recipe(ours, theirs, pairs, output)
+        typer.echo(f"wrote {output}; run it with: probe-kd train {output}", err=as_json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    out: Annotated[Path | None, typer.Option(help="The folder of results. Default: runs/NAME-OF-THE-RECIPE.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished epoch.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what a former run left there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the results.")] = False,
+) -> None:
+    """Run a recipe: train, evaluate, and write the student as safetensors that timm loads."""
+    from probe_kd.recipe import load, plan
+
+    if resume and overwrite:
+        raise RunError("--resume goes on with a run and --overwrite deletes it; give one of the two")
+    folder = out or Path("runs") / recipe.stem
+    source = load(recipe, seed=seed)
+    console = _console()
+    with console.status("tracing the models"):
+        planned = plan(source)
+    from probe_kd.report import Display, plan_table, report_run
+    from probe_kd.train import train as run
+
+    if not quiet:
+        console.print(plan_table(planned))
+    try:
+        journal = run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        _complain(f"stopped; go on with: {_again(recipe, out, seed)}", "")
+        sys.exit(130)
+    report_run(list(journal.results.values()), journal.rows, planned, folder, console)
+
+
+def _again(recipe: Path, out: Path | None, seed: int | None) -> str:
+    options = [f"--out {out}"] * (out is not None) + [f"--seed {seed}"] * (seed is not None)
+    return " ".join(["probe-kd train", str(recipe), *options, "--resume"])
+
+
+def _trace(
+    model: str, size: str | None, kwargs: list[str] | None, *, training: bool = False, or_own_size: bool = False
+) -> "Trace":
+    from probe_kd.errors import TraceError
+    from probe_kd.tracing import trace
+
+    arguments = dict(_key_value(text) for text in kwargs or ())
+    try:
+        return trace(model, _sides(size), training=training, model_kwargs=arguments)
+    except TraceError:
+        if not or_own_size:
+            raise
+        return trace(model, training=training, model_kwargs=arguments)
+
+
+def _sides(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.lower().replace(",", "x").split("x")
+    if not 1 <= len(parts) <= 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise RunError(f"input size {text!r}; expected `224`, `224x192` (height x width) or `3x224x192`")
+    return [int(part) for part in parts]
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise RunError(f"model argument {text!r}; expected KEY=VALUE, as in `depth=6`")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=160)  # a pipe has no width; 80 would fold every name
+
+
+def _complain(message: str, start: str = "error: ") -> None:
+    print(f"{start}{message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
