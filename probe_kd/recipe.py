@@ -201,7 +201,7 @@ def dump(recipe: Recipe) -> str:
     stream = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    yaml.dump(recipe.model_dump(mode="json", exclude_none=True), stream)
     return stream.getvalue()
 
 

@@ -52,9 +52,7 @@ class Tap:
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, str) or re.search(r"[#@\[\]\s]", self.module):
-            raise TapError(
-                f"{self.module!r} is not a module path; expected a name without spaces, '#', '@', '[', ']'"
-            )
+            raise TapError(f"{self.module!r} is not a module path; expected a name without spaces, '#', '@', '[', ']'")
         if self.port not in ("output", "input"):
             raise TapError(f"port {self.port!r} of a tap: expected 'output' or 'input'")
         if self.call is not None and self.call < 0:

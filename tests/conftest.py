@@ -1,0 +1,48 @@
+"""Small things that the tests share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = """\
+student:
+  model: vit_tiny_patch16_224
+  model_kwargs: {img_size: 16, patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}
+teacher:
+  model: resnet10t
+  train: {epochs: 1}
+data:
+  dataset: sklearn/digits
+  input_size: [3, 16, 16]
+  batch_size: 256
+  hflip: 0.0
+pairs:
+  blocks.0: layer2
+  blocks.1: layer3
+baseline: true
+stages:
+  - name: hint
+    epochs: 1
+    losses:
+      hint: {loss: hint, normalize: layer}
+  - name: task
+    epochs: 2
+    losses:
+      task: {loss: cross_entropy}
+      soft: {loss: soft_targets, temperature: 2.0, weight: 0.5}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The workers of pytest-xdist fill the cores already; and one thread adds in one order."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A recipe that runs in a second: two stages, a teacher to train, a baseline."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
