@@ -52,7 +52,9 @@ class Objective:
             raise LossError(f"an objective cannot be named {self.name!r}: the result has that key already")
         self.resolved.check_options(own, self.options)
         if self.resolved.reads in ("features", "flows") and not self.pairs:
-            raise LossError(f"{own!r} compares layers, and there are no pairs; give some, or take them from match()")
+            raise LossError(
+                f"{own!r} compares layers, and there are no pairs; name them, or let match find them (`pairs: auto`)"
+            )
 
     def adapter(self, student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
         """What brings the features of one of `tap_pairs` together. Raises AdapterError where nothing can."""

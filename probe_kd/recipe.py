@@ -436,10 +436,11 @@ class _Planner:
         self._check_baseline()
         pairs = self._pairs(student, teacher)
         objectives = [self._objectives(index, pairs) for index in range(len(recipe.stages))]
-        comparisons = tuple(self._comparisons(objectives, student, teacher))
+        comparisons = () if pairs is None else tuple(self._comparisons(objectives, student, teacher))
         self.stop_if_problems()
         assert datasets is not None
         assert student is not None
+        assert pairs is not None
         return Plan(
             recipe=recipe,
             datasets=datasets,
@@ -518,14 +519,17 @@ class _Planner:
         assert options is not None
         return _input_spec(teacher, teacher.input_size, options.mean, options.std)
 
-    def _pairs(self, student: Trace | None, teacher: Trace | None) -> tuple[Pair, ...]:
+    def _pairs(self, student: Trace | None, teacher: Trace | None) -> tuple[Pair, ...] | None:
+        """None where they cannot be known: then a loss without pairs is not its own mistake."""
         wanted = self.recipe.pairs
-        if self.recipe.teacher is None or student is None or teacher is None:
+        if self.recipe.teacher is None or not wanted:
             return ()
+        if student is None or teacher is None:
+            return None
         if isinstance(wanted, AutoPairs):
             with self.at("pairs"):
                 return match(student, teacher, level=wanted.level, num_pairs=wanted.num_pairs)
-            return ()
+            return None
         pairs: list[Pair] = []
         for ours, theirs in wanted.items():
             with self.at("pairs", ours):
@@ -533,9 +537,9 @@ class _Planner:
                 for trace_, tap in ((student, pair.student), (teacher, pair.teacher)):
                     trace_[tap]
                 pairs.append(pair)
-        return tuple(pairs)
+        return tuple(pairs) if len(pairs) == len(wanted) else None
 
-    def _objectives(self, index: int, pairs: tuple[Pair, ...]) -> list[Objective]:
+    def _objectives(self, index: int, pairs: Sequence[Pair] | None) -> list[Objective]:
         stage = self.recipe.stages[index]
         found: list[Objective] = []
         if not stage.losses:
@@ -543,7 +547,7 @@ class _Planner:
             self.problems.append(self.source.problem(("stages", index), message))
         for name, options in stage.losses.items():
             with self.at("stages", index, "losses", name):
-                found.append(_objective(name, options, pairs))
+                found.append(_objective(name, options, [_UNKNOWN] if pairs is None else pairs))
             if found and found[-1].tap_pairs() and self.recipe.teacher is None and found[-1].name == name:
                 message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"
                 self.problems.append(self.source.problem(("stages", index, "losses", name), message))
@@ -562,7 +566,10 @@ class _Planner:
                         yield Comparison(self.recipe.stages[index].name, objective, pair, str(adapter))
 
 
-def _objective(name: str, options: LossOptions, pairs: tuple[Pair, ...]) -> Objective:
+_UNKNOWN = Pair(Tap(""), Tap(""))  # stands for pairs that could not be read
+
+
+def _objective(name: str, options: LossOptions, pairs: Sequence[Pair]) -> Objective:
     return Objective(
         options.loss,
         name,

@@ -1,0 +1,111 @@
+"""Data: the same batches as timm's own loader, and files that are not there."""
+
+import gzip
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.data import create_dataset, create_loader
+
+from probe_kd.data import DataOptions, loader, open_datasets
+from probe_kd.errors import DataError
+from probe_kd.spec import InputSpec
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Digits as PNG files in a folder per class, as ImageFolder wants them."""
+    datasets = open_datasets(DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8)))
+    for split, dataset in (("train", datasets.train), ("validation", datasets.test)):
+        for index in range(24):
+            image, target = dataset[index]
+            path = tmp_path / split / f"class{target}"
+            path.mkdir(parents=True, exist_ok=True)
+            image.resize((20 + index, 30)).save(path / f"{index}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("size", [(3, 16, 16), (3, 16, 24)])
+def test_batches_are_those_of_timms_loader(folder: Path, training: bool, size: tuple[int, int, int]) -> None:
+    options = DataOptions(root=str(folder), input_size=size, batch_size=5, reprob=0.3, aa="rand-m3", num_classes=10)
+    wanted = InputSpec(size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    ours = open_datasets(options)
+    dataset = create_dataset("", root=str(folder), split="train" if training else "validation", is_training=training)
+    theirs = create_loader(
+        dataset,
+        input_size=size,
+        batch_size=5,
+        is_training=training,
+        use_prefetcher=False,
+        num_workers=0,
+        persistent_workers=False,
+        pin_memory=False,
+        mean=wanted.mean,
+        std=wanted.std,
+        interpolation="bicubic",
+        re_prob=0.3,
+        auto_augment="rand-m3",
+        color_jitter=0.4,
+    )
+    batches = []
+    for source in (loader(ours.train if training else ours.test, options, wanted, training=training), theirs):
+        torch.manual_seed(7)
+        random.seed(7)
+        np.random.seed(7)
+        batches.append(list(source))
+    assert len(batches[0]) == len(batches[1]) > 2
+    for (images, target), (expected, labels) in zip(*batches, strict=True):
+        assert torch.equal(target, labels)
+        torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+def test_digits_are_split_once_for_all_without_overlap() -> None:
+    options = DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))
+    one, two = open_datasets(options), open_datasets(options)
+    pixels = [[split[i][0].tobytes() for i in range(len(split))] for split in (one.train, one.test)]
+    assert (len(pixels[0]), len(pixels[1]), one.num_classes) == (1437, 360, 10)
+    assert not set(pixels[0]) & set(pixels[1])
+    assert [two.test[i][1] for i in range(360)] == [one.test[i][1] for i in range(360)]
+
+
+def test_fashion_mnist_is_read_from_its_files_in_grey_or_colour(tmp_path: Path) -> None:
+    """The IDX files of torchvision's `FashionMNIST/raw`, as Debian's package has them too."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, count in (("train", 12), ("t10k", 6)):
+        pixels = np.random.default_rng(0).integers(0, 255, (count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        for name, header, values in (
+            ("images-idx3", struct.pack(">IIII", 2051, count, 28, 28), pixels),
+            ("labels-idx1", struct.pack(">II", 2049, count), labels),
+        ):
+            (raw / f"{split}-{name}-ubyte").write_bytes(header + values.tobytes())
+            with gzip.open(raw / f"{split}-{name}-ubyte.gz", "wb") as file:
+                file.write(header + values.tobytes())
+    for channels in (1, 3):
+        size = (channels, 28, 28)
+        options = DataOptions(dataset="torch/fashion_mnist", root=str(tmp_path), input_size=size, batch_size=4)
+        datasets = open_datasets(options)
+        assert (len(datasets.train), len(datasets.test), datasets.num_classes) == (12, 6, 10)  # type: ignore[arg-type]
+        images, target = next(iter(loader(datasets.test, options, InputSpec(size), training=False)))
+        assert images.shape == (4, channels, 28, 28)
+        assert target.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dataset": "sklearn/iris"}, "there is 'sklearn/digits'"),
+        ({"dataset": "sklearn/digits", "num_classes": 9}, "has 10 classes"),
+        ({"dataset": "torch/cifar100", "root": "nowhere"}, "download: true"),
+        ({"dataset": "", "root": "nowhere"}, "no folder 'nowhere'"),
+    ],
+    ids=str,
+)
+def test_data_that_is_not_there(options: dict[str, object], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        open_datasets(DataOptions(input_size=(3, 8, 8), **options))  # type: ignore[arg-type]

@@ -1,0 +1,127 @@
+"""Recipes: every problem at once, each with its line and what to write instead."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import TINY
+from safetensors.torch import save_file
+
+from probe_kd.errors import RecipeError
+from probe_kd.recipe import Recipe, dump, load, parse, plan
+
+# (what to replace, by what, the line of the problem, what the message has to say)
+FORM = [
+    ("epochs: 1\n    losses", "epoch: 1\n    losses", 18, "unknown key `epoch`; did you mean 'epochs'"),
+    ("epochs: 2", "epochs: 0", 22, "greater than or equal to 1, got 0"),
+    ("epochs: 2", "epochs: two", 22, "got 'two'"),
+    ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: automatic", 12, "expected `auto`"),
+    ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: {level: stages}", 12, "'stage' or 'block'"),
+    ("train: {epochs: 1}", "train: {epochs: 1, lr: 3}", 6, "unknown key `lr`"),
+    ("normalize: layer", "normalize: batch", 20, "'none', 'layer' or 'channel', got 'batch'"),
+    ("input_size: [3, 16, 16]", "input_size: 16", 9, "data.input_size"),
+    ("stages:", "stage:", 16, "unknown key `stage`; did you mean 'stages'"),
+    ("hflip: 0.0", "hflip: [", 13, "not YAML"),
+    ("hflip: 0.0", "hflip: 0.0\n  hflip: 0.1", 12, "duplicate key"),
+    ("weight: 0.5", "weight: !!python/object/apply:os.system [ls]", 25, "valid number"),
+]
+MEANING = [
+    ("model: resnet10t", "model: resnet10tt", 5, "timm has no model 'resnet10tt'; did you mean 'resnet10t'"),
+    ("model: resnet10t", "model: os:getcwd", 5, "cannot build os:getcwd"),
+    ("model: resnet10t", "model: nowhere:build", 5, "cannot import 'nowhere'"),
+    ("depth: 2", "depht: 2", 2, "unexpected keyword argument 'depht'"),
+    ("blocks.0: layer2", "blocks.0: layer9", 13, "has no module 'layer9'; did you mean"),
+    ("blocks.0: layer2", "blocks.0.attn.attn_drop: layer2", 13, "never fires"),
+    ("blocks.0: layer2", "block.0: layer2", 13, "did you mean 'blocks.0'"),
+    ("blocks.0: layer2", "blocks.0[: layer2", 13, "is not a tap"),
+    ("loss: hint", "loss: hints", 20, "there is no loss 'hints'; did you mean 'hint'"),
+    ("temperature: 2.0", "temprature: 2.0", 25, "no option 'temprature'; did you mean 'temperature'"),
+    ("dataset: sklearn/digits", "dataset: sklearn/digit", 8, "there is 'sklearn/digits'"),
+    ("dataset: sklearn/digits", "dataset: torch/cifar1000", 8, "did you mean 'cifar100'"),
+    ("dataset: sklearn/digits", "root: nowhere", 8, "there is no folder 'nowhere'"),
+    ("train: {epochs: 1}", "input_size: [3, 16, 16]", 5, "random weights"),
+    ("train: {epochs: 1}", "checkpoint: nowhere.pth", 6, "there is no checkpoint 'nowhere.pth'"),
+    ("train: {epochs: 1}", "train: {epochs: 1}\n  model_kwargs: {num_classes: 7}", 5, "has 7 classes and the data 10"),
+    ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3\n", "", 17, "let match find them"),
+    ("task: {loss: cross_entropy}", "task: {loss: logits}", 15, "the student alone has no loss"),
+    ("hint: {loss: hint", "loss: {loss: hint", 20, "cannot be named 'loss'"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "line", "says"), FORM + MEANING, ids=lambda value: str(value)[:30])
+def test_each_mistake_is_named_at_its_line(old: str, new: str, line: int, says: str) -> None:
+    assert TINY.count(old) == 1 or old == "loss: hint" or old.startswith("model")
+    with pytest.raises(RecipeError) as caught:
+        plan(parse(TINY.replace(old, new, 1) if not old.startswith("model: res") else TINY.replace(old, new)))
+    problems = caught.value.problems
+    assert any(problem.line == line and says in problem.message for problem in problems), str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once_with_the_place_and_a_caret() -> None:
+    text = TINY.replace("blocks.0: layer2", "blocks.7: layer2").replace("blocks.1: layer3", "blocks.1: layer33")
+    text = text.replace("temperature: 2.0", "temperature: 2.0, reduction: sum").replace(
+        "train: {epochs: 1}", "checkpoint: x"
+    )
+    with pytest.raises(RecipeError) as caught:
+        plan(parse(text, "my.yaml"))
+    assert [problem.line for problem in caught.value.problems] == [6, 13, 14, 25]
+    assert "my.yaml:13:3: " in str(caught.value)
+    assert "\n      blocks.7: layer2\n      ^" in str(caught.value)
+
+
+def test_a_mistyped_file_name_is_told(tmp_path: Path) -> None:
+    (tmp_path / "quick.yaml").write_text(TINY)
+    with pytest.raises(RecipeError, match=r"cannot read the recipe: No such file.*did you mean 'quick\.yaml'"):
+        load(tmp_path / "quik.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "3", "student", "\x00", "a: &a [*a]", "? [1, 2]\n: 3"])
+def test_what_is_no_recipe_is_refused_as_one(text: str) -> None:
+    with pytest.raises(RecipeError):
+        parse(text)
+
+
+def test_a_recipe_without_a_teacher_trains_on_labels_and_refuses_the_rest() -> None:
+    text = TINY.replace("teacher:\n  model: resnet10t\n  train: {epochs: 1}\n", "")
+    with pytest.raises(RecipeError) as caught:
+        plan(parse(text))
+    assert "loss `soft` needs a teacher" in str(caught.value)
+    for gone in (
+        "  - name: hint\n    epochs: 1\n    losses:\n      hint: {loss: hint, normalize: layer}\n",
+        "      soft: {loss: soft_targets, temperature: 2.0, weight: 0.5}\n",
+    ):
+        assert gone in text
+        text = text.replace(gone, "")
+    assert plan(parse(text)).teacher is None
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_with_the_difference(tmp_path: Path) -> None:
+    """timm would load the rest and leave the classifier random."""
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t", num_classes=7).state_dict(), tmp_path / "seven.safetensors")
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
+    differs = "'fc.weight' is 7x512 in the checkpoint and 10x512 in the model"
+    for file, says in (("seven.safetensors", differs), ("torn.pth", "cannot read")):
+        with pytest.raises(RecipeError) as caught:
+            plan(parse(TINY.replace("train: {epochs: 1}", f"checkpoint: {tmp_path / file}")))
+        assert [problem.line for problem in caught.value.problems] == [6]
+        assert says in str(caught.value)
+
+
+def test_the_resolved_recipe_says_everything_and_means_the_same() -> None:
+    first = plan(parse(TINY.replace("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: auto")))
+    second = plan(parse(dump(first.resolved)))
+    assert second.pairs == first.pairs != ()
+    assert second.resolved == first.resolved
+    assert (second.student, second.student_input) == (first.student, first.student_input)
+    assert (second.teacher, second.teacher_input) == (first.teacher, first.teacher_input)
+    assert [str(item) for item in second.comparisons] == [str(item) for item in first.comparisons]
+
+
+def test_the_published_schema_is_that_of_the_recipe() -> None:
+    """Editors read it; it must at least be JSON and know every section."""
+    schema = json.dumps(Recipe.model_json_schema())
+    for key in ("student", "teacher", "data", "pairs", "stages", "baseline", "seed", "precision"):
+        assert f'"{key}"' in schema
