@@ -1,35 +1,341 @@
-"""Which layer of the student learns from which layer of the teacher, found from two traces alone."""
+"""Which layer of the student learns from which layer of the teacher, found from two traces alone.
 
-from typing import Literal
+Nothing here knows an architecture by name. A model is read as a sequence of *units*, the modules that one would write
+on one line of its diagram: from the root down, a container is opened as long as it spans several strides. A stage ends
+with the last unit before the stride grows. A model of one stride, such as a plain vision transformer, has no such ends;
+its blocks are counted instead.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import ceil, log2
+from typing import Literal, TypeVar, get_args
 
 from probe_kd.errors import MatchError
-from probe_kd.spec import FeatureSpec, Pair, Trace
+from probe_kd.spec import FeatureSpec, Layout, Pair, Trace
 
+T = TypeVar("T")
 Level = Literal["stage", "block"]
+
+# Two strides are one stage unless they differ by more than this: convolutions without padding cut a few positions off.
+SAME_STRIDE = 1.4
+# A container that holds less of the model's compute is a stem or a head, however many strides it passes.
+MAIN_SHARE = 0.25
+# A container that holds more is the model in a wrapper.
+WHOLE_SHARE = 0.9
+# A tail that holds less than this prepares the classifier: a norm, a last convolution, a fusion of scales.
+TAIL_SHARE = 0.01
+ISOTROPIC_STAGES = 4
 
 
 def stages(trace: Trace) -> list[FeatureSpec]:
-    """The stage ends: the last feature at each stride, under the shortest name of that tensor."""
-    last: dict[float, FeatureSpec] = {}
-    for spec in trace.specs:
-        known = spec.reduction is not None and spec.tap.port == "output" and spec.tap.module != ""
-        if known and spec.calls == 1:
-            last[spec.reduction or 0] = spec
-    ends = []
-    for end in last.values():
-        twins = [spec for spec in trace.specs if spec.tensor == end.tensor and spec.tap.module and spec.calls == 1]
-        ends.append(min((t for t in twins if t.tap.port == "output"), key=lambda spec: spec.tap.module.count(".")))
-    return sorted(ends, key=lambda spec: spec.order)
+    """The ends of the stages, first to last: what a person would choose for a hint.
 
+    Where the stride never grows after the stem, four blocks at equal distances, the last block among them.
 
-def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None) -> tuple[Pair, ...]:
-    """Pair the stage ends of two models from the top. Raises MatchError where one has none."""
-    ours, theirs = stages(student), stages(teacher)
-    if not ours or not theirs:
-        raise MatchError("no stages")
-    count = min(len(ours), len(theirs), num_pairs or len(ours))
-    return tuple(Pair(a.tap, b.tap, reason="") for a, b in zip(ours[-count:], theirs[-count:], strict=True))
+    Raises MatchError for a model without spatial features.
+    """
+    plan = _Anatomy(trace)
+    ends = plan.stage_ends()
+    if not ends:
+        raise MatchError(
+            f"{trace.model} yields no feature map or tokens that could be matched; name layers in `pairs` by hand"
+        )
+    chain = plan.blocks()
+    if plan.isotropic() and len(chain) > 1:
+        return _spread(chain, min(ISOTROPIC_STAGES, len(chain)))
+    return ends
 
 
 def blocks(trace: Trace) -> list[FeatureSpec]:
-    return stages(trace)
+    """The blocks that are repeated in every stage: residual, transformer, mixer blocks; none in a plain VGG."""
+    return _Anatomy(trace).blocks()
+
+
+def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None) -> tuple[Pair, ...]:
+    """Pairs of layers, student first, in the order of both models, no layer twice, each with its reason.
+
+    Stage ends are paired by stride, and by relative depth where a model has one stride only. `level="block"` pairs the
+    blocks between two paired stage ends by relative depth. `num_pairs` thins the pairs evenly and keeps the deepest.
+
+    Raises MatchError where a model has nothing to match, or there are fewer pairs than were asked for.
+    """
+    if level not in get_args(Level):
+        raise MatchError(f"level {level!r}: expected 'stage' or 'block'")
+    ours, theirs = _Anatomy(student), _Anatomy(teacher)
+    pairs = _stage_pairs(ours, theirs)
+    if level == "block":
+        pairs = _block_pairs(ours, theirs, pairs)
+    if num_pairs is None:
+        return tuple(pairs)
+    if not 1 <= num_pairs <= len(pairs):
+        raise MatchError(
+            f"num_pairs {num_pairs}: {student.model} and {teacher.model} make {len(pairs)} pairs of {level}s"
+            + ("; level 'block' may make more" if level == "stage" and num_pairs > 0 else "")
+        )
+    return tuple(_spread(pairs, num_pairs))
+
+
+class _Anatomy:
+    """A trace read as units, stages and blocks."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.outputs: dict[str, FeatureSpec] = {}
+        self.entry: dict[str, float] = {}  # the stride at which a module is entered
+        for spec in trace.specs:
+            name = spec.tap.module
+            if spec.grid is None or spec.layout is Layout.OTHER:
+                continue
+            if spec.tap.port == "input":
+                self.entry.setdefault(name, spec.reduction or 1.0)
+            else:
+                self.outputs.setdefault(name, spec)  # of several, the first: the others go to side branches
+        self.trunk = self._trunk()
+
+    def stride(self, name: str) -> float:
+        return self.outputs[name].reduction or 1.0
+
+    def called_children(self, name: str) -> list[str]:
+        """What runs directly under a module, in order; a ModuleList does not run, its items do."""
+        found: list[str] = []
+        for child in self.trace.modules[name].children:
+            if child not in self.trace.modules:  # a module that is shared has one name only
+                continue
+            found += [child] if self.trace.modules[child].calls else self.called_children(child)
+        return sorted(found, key=lambda child: self.trace.modules[child].first)
+
+    def is_container(self, name: str) -> bool:
+        return any(self.trace.modules[child].parameters for child in self.called_children(name))
+
+    def opens(self, name: str) -> bool:
+        """Whether a container is no unit but a series of them: its stride grows twice, or after its first part."""
+        share = self.trace.modules[name].macs / max(self.trace.macs, 1)
+        if share < MAIN_SHARE:
+            return False
+        start, end = self.entry.get(name, 1.0), self.stride(name) if name in self.outputs else float("inf")
+        children = [child for child in self.called_children(name) if child in self.outputs]
+        parts = [child for child in children if self.is_container(child)] or children
+        strides = [self.stride(child) for child in parts if self.stride(child) < end * SAME_STRIDE]  # no side branches
+        grows = [new > old * SAME_STRIDE for old, new in pairwise([start, *strides])]
+        return sum(grows) > 1 or any(grows[1:]) or (share > WHOLE_SHARE and len(parts) > 1)
+
+    def units(self, name: str = "") -> list[str]:
+        found: list[str] = []
+        for child in self.called_children(name):
+            found += self.units(child) if self.opens(child) else [child]
+        return found
+
+    def _trunk(self) -> list[str]:
+        """The units on the way from the image to the classifier's pooling, in order, the stride never shrinking."""
+        found: list[str] = []
+        for name in self.units():
+            module = self.trace.modules[name]
+            if name not in self.outputs or (module.calls > 1 and not module.parameters):
+                continue
+            if self._pools_all(name, found):
+                break
+            if found and self.stride(name) * SAME_STRIDE < self.stride(found[-1]):
+                if module.macs < MAIN_SHARE * self.trace.macs / len(found):
+                    continue  # a side branch
+                found = [other for other in found if self.stride(other) < self.stride(name) * SAME_STRIDE]
+            found.append(name)
+        while any(map(self.is_container, found[:-1])) and self._is_tail(found[-1]):
+            if not self._near(found[-1], [self.stride(found[-2])]):
+                break
+            found.pop()
+        return self._without_class_attention(found)
+
+    def _pools_all(self, name: str, before: Sequence[str]) -> bool:
+        """Whether only one position is left, by a pooling or by a convolution as large as the map."""
+        grid = self.outputs[name].grid
+        if not before or grid != (1, 1) or self.outputs[before[-1]].grid == grid:
+            return False
+        return not self.trace.modules[name].parameters or self.stride(name) > 4 * SAME_STRIDE * self.stride(before[-1])
+
+    def _is_tail(self, name: str) -> bool:
+        """Whether the last unit is no block: a norm, an activation, one convolution that widens for the classifier."""
+        leaves = [part for part in self.trace.modules if part == name or part.startswith(f"{name}.")]
+        working = [part for part in leaves if not self.is_container(part) and self.trace.modules[part].macs]
+        return len(working) < 2 or self.trace.modules[name].macs < TAIL_SHARE * self.trace.macs
+
+    def _without_class_attention(self, trunk: list[str]) -> list[str]:
+        """Last blocks that add a class token and change nothing else (CaiT, Touvron et al. 2021) are no stage."""
+        late = [name for name in trunk if self.outputs[name].prefix_tokens]
+        early = [name for name in trunk if name not in late and self.is_container(name)]
+        macs = {name: self.trace.modules[name].macs for name in trunk}
+        few = sum(macs[name] for name in late) < 0.2 * sum(macs.values())
+        apart = not {_parent(name) for name in late} & {_parent(name) for name in early}
+        return [name for name in trunk if name not in late] if late and early and few and apart else trunk
+
+    def stage_ends(self) -> list[FeatureSpec]:
+        ends: list[FeatureSpec] = []
+        for name in self.trunk:
+            if ends and self.stride(name) < SAME_STRIDE * (ends[-1].reduction or 1.0):
+                ends.pop()
+            ends.append(self.outputs[name])
+        return ends
+
+    def isotropic(self) -> bool:
+        """Whether (nearly) all blocks work at one stride."""
+        chain = self.blocks()
+        if len(chain) < 2:
+            return False
+        last = chain[-1].reduction or 1.0
+        return all((spec.reduction or 1.0) * SAME_STRIDE > last for spec in chain)
+
+    def blocks(self) -> list[FeatureSpec]:
+        ends = {spec.tap.module for spec in self.stage_ends()}
+        found: list[str] = []
+        lone: list[str] = []
+        for unit in filter(self.is_container, self.trunk):
+            if self.stride(unit) > 2 * SAME_STRIDE * self.entry.get(unit, 1.0):
+                continue  # a stem
+            inside = self._blocks_in(unit)
+            found += inside
+            if inside == [unit] and not _numbered(unit):
+                lone.append(unit)
+        strides = [self.stride(name) for name in found if name not in lone]
+        kept = [name for name in found if name not in lone or (name in ends and not self._near(name, strides))]
+        return [self.outputs[name] for name in kept]
+
+    def _near(self, name: str, strides: Sequence[float]) -> bool:
+        own = self.stride(name)
+        return any(own < stride * SAME_STRIDE and stride < own * SAME_STRIDE for stride in strides)
+
+    def _blocks_in(self, name: str) -> list[str]:
+        """The numbered containers of which `name` is a series, opened as far as that goes; or `name` itself."""
+        children = [child for child in self.called_children(name) if self.is_container(child)]
+        numbered = [child for child in children if _numbered(child)]
+        for series in (numbered, *([child] for child in children if child not in numbered)):
+            if series and all(child in self.outputs for child in series) and self._ends_as(series[-1], name):
+                opened = [block for child in series for block in self._blocks_in(child)]
+                if len(series) > 1 or opened != series or self._is(series[0], name):
+                    return opened
+        return [name]
+
+    def _ends_as(self, child: str, name: str) -> bool:
+        """Whether a child's output has the form of its parent's: it is the trunk there, not a branch."""
+        if name not in self.outputs:
+            return False
+        own, whole = self.outputs[child], self.outputs[name]
+        return self._is(child, name) or (own.grid, own.channels) == (whole.grid, whole.channels)
+
+    def _is(self, child: str, name: str) -> bool:
+        """Whether a numbered child yields the very tensor of its parent, so that it stands for it."""
+        return _numbered(child) and self.outputs[child].tensor == self.outputs[name].tensor
+
+    def depth(self, spec: FeatureSpec) -> float:
+        """How deep a feature lies, 0..1, counted in blocks; in compute where there are none."""
+        chain = self.blocks()
+        if len(chain) > 1:
+            return sum(block.order <= spec.order for block in chain) / len(chain)
+        return (spec.order + 1) / (self.trace.output.order + 1)
+
+
+def _stage_pairs(student: _Anatomy, teacher: _Anatomy) -> list[Pair]:
+    """By stride where both have several, otherwise by relative depth."""
+    ours, theirs = stages(student.trace), stages(teacher.trace)
+    if student.isotropic() and teacher.isotropic():
+        count = min(len(ours), len(theirs))
+        return [
+            _pair(student, teacher, a, b) for a, b in zip(_spread(ours, count), _spread(theirs, count), strict=True)
+        ]
+    if student.isotropic():
+        return _by_depth(student, teacher, student.blocks(), _above_stem(theirs))
+    if teacher.isotropic():
+        return _by_depth(student, teacher, _above_stem(ours), teacher.blocks())
+    return _by_stride(student, teacher, _above_stem(ours), _above_stem(theirs))
+
+
+def _above_stem(ends: list[FeatureSpec]) -> list[FeatureSpec]:
+    """Without the features of stride 1 and 2, which hold little more than edges, where enough others remain."""
+    deep = [spec for spec in ends if (spec.reduction or 1.0) > 2 * SAME_STRIDE]
+    return deep if len(deep) > 1 else ends
+
+
+def _by_depth(
+    student: _Anatomy, teacher: _Anatomy, ours: Sequence[FeatureSpec], theirs: Sequence[FeatureSpec]
+) -> list[Pair]:
+    """Every layer of the shorter list with the one of the longer that lies as deep, the last with the last."""
+    return [
+        _pair(student, teacher, ours[i], theirs[j])
+        for i, j in _align(
+            [student.depth(spec) for spec in ours],
+            [teacher.depth(spec) for spec in theirs],
+        )
+    ]
+
+
+def _by_stride(
+    student: _Anatomy, teacher: _Anatomy, ours: Sequence[FeatureSpec], theirs: Sequence[FeatureSpec]
+) -> list[Pair]:
+    """Equal strides first; what is left between two such pairs, by the nearest stride."""
+    return [
+        _pair(student, teacher, ours[i], theirs[j])
+        for i, j in _align(
+            [log2(spec.reduction or 1.0) + student.depth(spec) / 2 for spec in ours],
+            [log2(spec.reduction or 1.0) + teacher.depth(spec) / 2 for spec in theirs],
+        )
+    ]
+
+
+def _align(ours: Sequence[float], theirs: Sequence[float]) -> list[tuple[int, int]]:
+    """Pairs of positions, monotone and unique, that use all of the shorter list and differ least in sum.
+
+    The last is always paired with the last: it is what the classifier sees.
+    """
+    if len(ours) > len(theirs):
+        return [(i, j) for j, i in _align(theirs, ours)]
+    short, long = len(ours), len(theirs)
+    best: dict[tuple[int, int], tuple[float, list[tuple[int, int]]]] = {(0, j): (0.0, []) for j in range(long + 1)}
+    for i in range(1, short + 1):
+        for j in range(i, long + 1):
+            cost, path = best[i - 1, j - 1]
+            taken = (cost + abs(ours[i - 1] - theirs[j - 1]), [*path, (i - 1, j - 1)])
+            left_out = best.get((i, j - 1))
+            best[i, j] = taken if left_out is None or taken[0] <= left_out[0] else left_out
+    if short == 0:
+        return []
+    _, path = best[short - 1, long - 1]
+    return [*path, (short - 1, long - 1)]
+
+
+def _block_pairs(student: _Anatomy, teacher: _Anatomy, anchors: Sequence[Pair]) -> list[Pair]:
+    """The blocks between two paired stage ends by relative depth, and the ends themselves."""
+    pairs: list[Pair] = []
+    low = (-1, -1)
+    for anchor in anchors:
+        ends = student.trace[anchor.student], teacher.trace[anchor.teacher]
+        between = [
+            [spec for spec in side.blocks() if start < spec.order < end.order and spec.tensor != end.tensor]
+            for side, start, end in zip((student, teacher), low, ends, strict=True)
+        ]
+        shares = [[(index + 1) / (len(side) + 1) for index in range(len(side))] for side in between]
+        inner = _align([*shares[0], 1.0], [*shares[1], 1.0])[:-1]
+        pairs += [_pair(student, teacher, between[0][i], between[1][j]) for i, j in inner]
+        pairs.append(anchor)
+        low = (ends[0].order, ends[1].order)
+    return pairs
+
+
+def _pair(student: _Anatomy, teacher: _Anatomy, ours: FeatureSpec, theirs: FeatureSpec) -> Pair:
+    depths = f"depth {student.depth(ours):.0%} and {teacher.depth(theirs):.0%}"
+    own, other = ours.reduction or 1.0, theirs.reduction or 1.0
+    if own < SAME_STRIDE * other and other < SAME_STRIDE * own:
+        strides = f"stride {own:.3g}" if f"{own:.3g}" == f"{other:.3g}" else f"stride {own:.3g} and {other:.3g}"
+        return Pair(ours.tap, theirs.tap, reason=f"{strides}; {depths}")
+    return Pair(ours.tap, theirs.tap, reason=f"{depths}; stride {own:.3g} and {other:.3g}")
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _numbered(name: str) -> bool:
+    return name.rpartition(".")[2].isdigit()
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """So many of them at equal distances, the last one included."""
+    return [items[ceil((index + 1) * len(items) / count) - 1] for index in range(count)]
