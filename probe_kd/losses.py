@@ -30,7 +30,10 @@ P = ParamSpec("P")
 
 
 def _in_float32(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Promote every tensor argument, detach all but the first (the student), and leave autocast."""
+    """Promote every tensor argument, detach all but the first (the student), and leave autocast.
+
+    The tensors are positional only: one given by keyword would pass by here, and keep its gradient and its type.
+    """
 
     @wraps(loss)
     def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -78,6 +81,7 @@ def _same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
 def cross_entropy(
     student: Float[Tensor, "batch classes"],
     target: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
+    /,
     *,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
@@ -99,6 +103,7 @@ def cross_entropy(
 def soft_targets(
     student: Float[Tensor, "batch classes"],
     teacher: Float[Tensor, "batch classes"],
+    /,
     *,
     temperature: float = 4.0,
 ) -> Float[Tensor, ""]:
@@ -121,6 +126,7 @@ def soft_targets(
 def logits(
     student: Float[Tensor, "batch classes"],
     teacher: Float[Tensor, "batch classes"],
+    /,
     *,
     center: bool = False,
     reduction: Reduction = "mean",
@@ -141,6 +147,7 @@ def logits(
 def hint(
     student: Float[Tensor, "batch ..."],
     teacher: Float[Tensor, "batch ..."],
+    /,
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""]:
@@ -154,16 +161,27 @@ def hint(
 
 
 @_in_float32
-def fsp(student: Flow, teacher: Flow, *, reduction: Reduction = "sum") -> Float[Tensor, ""]:
+def fsp(student: Flow, teacher: Flow, /, *, reduction: Reduction = "sum") -> Float[Tensor, ""]:
     """||G(student) - G(teacher)||_F^2 of the Gram matrices between a block's input and its output.
 
     FSP, Yim et al. 2017 (CVPR), eq. 1 and 2: G = sum over positions of F1 F2^T / (h w), of m x n channels; squared, and
     summed over the matrix. Where the block downsamples, the larger map is max-pooled to the smaller, as in the paper.
     Student and teacher need the same channels, not the same spatial size.
     """
+    _two_maps(student, "student")
+    _two_maps(teacher, "teacher")
     ours, theirs = flow_matrix(*student), flow_matrix(*teacher)
     _same_shape(ours, theirs, "fsp")
     return _reduce((ours - theirs).square(), reduction)
+
+
+def _two_maps(flow: Any, side: str) -> None:
+    seen = [tuple(map_.shape) for map_ in flow] if isinstance(flow, tuple) else [tuple(flow.shape)]
+    if [len(shape) for shape in seen] != [4, 4] or seen[0][0] != seen[1][0]:
+        raise LossError(
+            f"fsp: a flow is two maps (batch, channels, height, width) of one batch, the input and the output of a "
+            f"block; the {side}'s is {', '.join(map(str, seen))}"
+        )
 
 
 def flow_matrix(

@@ -7,6 +7,7 @@ its blocks are counted instead.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
@@ -19,7 +20,7 @@ Level = Literal["stage", "block"]
 
 # Two strides are one stage unless they differ by more than this: convolutions without padding cut a few positions off.
 SAME_STRIDE = 1.4
-# A container that holds less of the model's compute is a stem or a head, however many strides it passes.
+# A container that holds less of the model's compute is a stem, a head, or one block.
 MAIN_SHARE = 0.25
 # A container that holds more is the model in a wrapper.
 WHOLE_SHARE = 0.9
@@ -36,20 +37,20 @@ def stages(trace: Trace) -> list[FeatureSpec]:
     Raises MatchError for a model without spatial features.
     """
     plan = _Anatomy(trace)
-    ends = plan.stage_ends()
+    ends = plan.ends
     if not ends:
         raise MatchError(
             f"{trace.model} yields no feature map or tokens that could be matched; name layers in `pairs` by hand"
         )
-    chain = plan.blocks()
-    if plan.isotropic() and len(chain) > 1:
+    chain = plan.chain
+    if plan.isotropic and len(chain) > 1:
         return _spread(chain, min(ISOTROPIC_STAGES, len(chain)))
     return ends
 
 
 def blocks(trace: Trace) -> list[FeatureSpec]:
     """The blocks that are repeated in every stage: residual, transformer, mixer blocks; none in a plain VGG."""
-    return _Anatomy(trace).blocks()
+    return _Anatomy(trace).chain
 
 
 def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None) -> tuple[Pair, ...]:
@@ -111,14 +112,13 @@ class _Anatomy:
     def opens(self, name: str) -> bool:
         """Whether a container is no unit but a series of them: its stride grows twice, or after its first part."""
         share = self.trace.modules[name].macs / max(self.trace.macs, 1)
-        if share < MAIN_SHARE:
-            return False
         start, end = self.entry.get(name, 1.0), self.stride(name) if name in self.outputs else float("inf")
         children = [child for child in self.called_children(name) if child in self.outputs]
         parts = [child for child in children if self.is_container(child)] or children
         strides = [self.stride(child) for child in parts if self.stride(child) < end * SAME_STRIDE]  # no side branches
         grows = [new > old * SAME_STRIDE for old, new in pairwise([start, *strides])]
-        return sum(grows) > 1 or any(grows[1:]) or (share > WHOLE_SHARE and len(parts) > 1)
+        grows_later = sum(grows) > 1 or any(grows[1:])
+        return share > MAIN_SHARE and (grows_later or (share > WHOLE_SHARE and len(parts) > 1))
 
     def units(self, name: str = "") -> list[str]:
         found: list[str] = []
@@ -129,22 +129,31 @@ class _Anatomy:
     def _trunk(self) -> list[str]:
         """The units on the way from the image to the classifier's pooling, in order, the stride never shrinking."""
         found: list[str] = []
-        for name in self.units():
+        units = [name for name in self.units() if name in self.outputs]
+        for index, name in enumerate(units):
             module = self.trace.modules[name]
-            if name not in self.outputs or (module.calls > 1 and not module.parameters):
+            if module.calls > 1 and not module.parameters:
                 continue
             if self._pools_all(name, found):
                 break
             if found and self.stride(name) * SAME_STRIDE < self.stride(found[-1]):
-                if module.macs < MAIN_SHARE * self.trace.macs / len(found):
-                    continue  # a side branch
+                if not self._begins_anew(units[index:], self.stride(found[-1])):
+                    continue  # a side branch, a fusion of scales
                 found = [other for other in found if self.stride(other) < self.stride(name) * SAME_STRIDE]
             found.append(name)
-        while any(map(self.is_container, found[:-1])) and self._is_tail(found[-1]):
-            if not self._near(found[-1], [self.stride(found[-2])]):
-                break
-            found.pop()
+        last = [name for name in found if self._near(name, [self.stride(found[-1])])]
+        if not all(map(self._is_tail, last)):
+            while self._is_tail(found[-1]):
+                found.pop()
         return self._without_class_attention(found)
+
+    def _begins_anew(self, rest: Sequence[str], stride: float) -> bool:
+        """Whether a second pass over the strides reaches the old one again (HRNet), or is most of the model."""
+        macs = sum(self.trace.modules[name].macs for name in rest)
+        return (
+            any(self._near(name, [stride]) for name in rest[1:] if self.is_container(name))
+            or macs > self.trace.macs / 2
+        )
 
     def _pools_all(self, name: str, before: Sequence[str]) -> bool:
         """Whether only one position is left, by a pooling or by a convolution as large as the map."""
@@ -168,7 +177,8 @@ class _Anatomy:
         apart = not {_parent(name) for name in late} & {_parent(name) for name in early}
         return [name for name in trunk if name not in late] if late and early and few and apart else trunk
 
-    def stage_ends(self) -> list[FeatureSpec]:
+    @cached_property
+    def ends(self) -> list[FeatureSpec]:
         ends: list[FeatureSpec] = []
         for name in self.trunk:
             if ends and self.stride(name) < SAME_STRIDE * (ends[-1].reduction or 1.0):
@@ -176,16 +186,18 @@ class _Anatomy:
             ends.append(self.outputs[name])
         return ends
 
+    @cached_property
     def isotropic(self) -> bool:
         """Whether (nearly) all blocks work at one stride."""
-        chain = self.blocks()
+        chain = self.chain
         if len(chain) < 2:
             return False
         last = chain[-1].reduction or 1.0
         return all((spec.reduction or 1.0) * SAME_STRIDE > last for spec in chain)
 
-    def blocks(self) -> list[FeatureSpec]:
-        ends = {spec.tap.module for spec in self.stage_ends()}
+    @cached_property
+    def chain(self) -> list[FeatureSpec]:
+        ends = {spec.tap.module for spec in self.ends}
         found: list[str] = []
         lone: list[str] = []
         for unit in filter(self.is_container, self.trunk):
@@ -227,7 +239,7 @@ class _Anatomy:
 
     def depth(self, spec: FeatureSpec) -> float:
         """How deep a feature lies, 0..1, counted in blocks; in compute where there are none."""
-        chain = self.blocks()
+        chain = self.chain
         if len(chain) > 1:
             return sum(block.order <= spec.order for block in chain) / len(chain)
         return (spec.order + 1) / (self.trace.output.order + 1)
@@ -236,15 +248,15 @@ class _Anatomy:
 def _stage_pairs(student: _Anatomy, teacher: _Anatomy) -> list[Pair]:
     """By stride where both have several, otherwise by relative depth."""
     ours, theirs = stages(student.trace), stages(teacher.trace)
-    if student.isotropic() and teacher.isotropic():
+    if student.isotropic and teacher.isotropic:
         count = min(len(ours), len(theirs))
         return [
             _pair(student, teacher, a, b) for a, b in zip(_spread(ours, count), _spread(theirs, count), strict=True)
         ]
-    if student.isotropic():
-        return _by_depth(student, teacher, student.blocks(), _above_stem(theirs))
-    if teacher.isotropic():
-        return _by_depth(student, teacher, _above_stem(ours), teacher.blocks())
+    if student.isotropic:
+        return _by_depth(student, teacher, student.chain, _above_stem(theirs))
+    if teacher.isotropic:
+        return _by_depth(student, teacher, _above_stem(ours), teacher.chain)
     return _by_stride(student, teacher, _above_stem(ours), _above_stem(theirs))
 
 
@@ -308,7 +320,7 @@ def _block_pairs(student: _Anatomy, teacher: _Anatomy, anchors: Sequence[Pair]) 
     for anchor in anchors:
         ends = student.trace[anchor.student], teacher.trace[anchor.teacher]
         between = [
-            [spec for spec in side.blocks() if start < spec.order < end.order and spec.tensor != end.tensor]
+            [spec for spec in side.chain if start < spec.order < end.order and spec.tensor != end.tensor]
             for side, start, end in zip((student, teacher), low, ends, strict=True)
         ]
         shares = [[(index + 1) / (len(side) + 1) for index in range(len(side))] for side in between]
