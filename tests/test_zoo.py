@@ -1,0 +1,98 @@
+"""The zoo of timm: captures equal to timm's own, and every model traced."""
+
+import pytest
+import timm
+import torch
+from families import families
+from torch import Tensor, nn
+
+from probe_kd import Probe, Tap, Trace, trace
+
+# No module has the name that `feature_info` gives; Hiera's tokens are in the order of its windows until timm sorts them.
+WITHOUT_ORACLE = {"coat_tiny", "gemma4_vit_167m", "hiera_tiny_224", "mvitv2_tiny", "twins_svt_small"}
+LARGE = {"deepseek_vit_412m", "qwen3_vit_88m", "gemma4_vit_167m"}  # a minute each
+
+
+def as_map(feature: Tensor, expected: Tensor) -> Tensor:
+    """A capture as timm's NCHW map of the same numbers: only axes move, and class tokens are left out."""
+    if feature.ndim == 4:
+        return feature if feature.shape == expected.shape else feature.permute(0, 3, 1, 2)
+    positions = expected.shape[2] * expected.shape[3]
+    return feature[:, feature.shape[1] - positions :].transpose(1, 2).reshape(expected.shape)
+
+
+def oracle(model: nn.Module, images: Tensor) -> tuple[list[str], list[Tensor]]:
+    """timm's own intermediate features, with the modules that they come from."""
+    modules = [str(info["module"]) for info in model.feature_info.info] if hasattr(model.feature_info, "info") else []
+    modules = modules or [str(info["module"]) for info in model.feature_info]
+    features = model.forward_intermediates(images, intermediates_only=True, norm=False, output_fmt="NCHW")
+    return modules, features
+
+
+@torch.no_grad()
+def agree(name: str) -> int:
+    """How many features of a model were compared, all equal to the last bit."""
+    torch.manual_seed(0)
+    model, traced = timm.create_model(name).eval(), trace(name)
+    images = torch.randn(1, *traced.input_size, generator=torch.Generator().manual_seed(1))
+    modules, features = oracle(model, images)
+    taps = [tap_of(traced, module, feature.shape[1]) for module, feature in zip(modules, features, strict=False)]
+    found = [(tap, feature) for tap, feature in zip(taps, features, strict=False) if tap is not None]
+    captured = Probe(model, [tap for tap, _ in found])(images)
+    for tap, expected in found:
+        assert torch.equal(as_map(captured[tap], expected), expected), tap
+    return len(found)
+
+
+def tap_of(traced: Trace, module: str, channels: int) -> Tap | None:
+    """The output of a module; the item of the right width, where it yields several."""
+    specs = [spec for spec in traced.specs if spec.tap.module == module and spec.tap.port == "output" and spec.spatial]
+    return next((spec.tap for spec in specs if spec.channels == channels or not spec.tap.items), None)
+
+
+@pytest.mark.parametrize("name", [name for name in families() if name not in WITHOUT_ORACLE | LARGE])
+def test_captures_equal_timms_intermediates_bit_for_bit(name: str) -> None:
+    assert agree(name) >= 3
+
+
+@pytest.mark.parametrize("name", families())
+def test_every_family_is_traced_as_student_and_as_teacher(name: str) -> None:
+    for training in (False, True):
+        traced = trace(name, training=training)
+        assert traced.parameters > 0
+        assert traced.macs > 0
+        orders = [spec.order for spec in traced.specs]
+        assert orders == sorted(set(orders))
+        assert {spec.tap.module for spec in traced.specs} <= set(traced.modules)
+        assert len({spec.tap for spec in traced.specs}) == len(orders)
+
+
+def trace_one(name: str) -> tuple[str, float, str]:
+    """(name, seconds, what went wrong)"""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    try:
+        traced = trace(name)
+        problem = "" if any(spec.spatial for spec in traced.specs) else "no spatial feature"
+    except Exception as refusal:
+        problem = f"{type(refusal).__name__}: {refusal}"
+    return name, time.perf_counter() - started, problem
+
+
+@pytest.mark.zoo
+def test_every_model_of_timm_is_traced() -> None:
+    """Writes zoo.csv, the ones that fail first."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = sorted(pool.map(trace_one, timm.list_models(), chunksize=8), key=lambda row: (not row[2], row[0]))
+    with Path("zoo.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["model", "seconds", "problem"])
+        writer.writerows((name, f"{seconds:.3f}", problem) for name, seconds, problem in rows)
+    failed = [f"{name}: {problem}" for name, _, problem in rows if problem]
+    seconds = [seconds for _, seconds, _ in rows]
+    print(
+        f"{len(rows)} models, {len(failed)} fail; seconds: median {statistics.median(seconds):.2f}, max {max(seconds):.1f}"
+    )
+    assert len(rows) > 1000
+    assert not failed, "\n".join(failed)
+    assert statistics.median(seconds) < 0.5
