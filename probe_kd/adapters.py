@@ -269,4 +269,6 @@ class ImageView(nn.Module):
 
 
 def _interpolate(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(feature, size, mode="bilinear", antialias=True, align_corners=False)
+    # In float32, since torch has no antialiased filter for half precision on the CPU: autocast would fail there.
+    exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
+    return F.interpolate(exact, size, mode="bilinear", antialias=True, align_corners=False).to(feature.dtype)

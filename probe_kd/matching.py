@@ -141,11 +141,28 @@ class _Anatomy:
                     continue  # a side branch, a fusion of scales
                 found = [other for other in found if self.stride(other) < self.stride(name) * SAME_STRIDE]
             found.append(name)
-        last = [name for name in found if self._near(name, [self.stride(found[-1])])]
-        if not all(map(self._is_tail, last)):
-            while self._is_tail(found[-1]):
-                found.pop()
-        return self._without_class_attention(found)
+        return self._without_class_attention(self._without_tails(found))
+
+    def _without_tails(self, units: Sequence[str]) -> list[str]:
+        """Every stage up to its last block; a stem has none, and stays as it is."""
+        kept: list[str] = []
+        for group in self._by_stage(units):
+            final = group[-1] == units[-1]
+            blocks = [index for index, name in enumerate(group) if not self._is_tail(name, final)]
+            end = blocks[-1] + 1 if blocks else len(group)
+            while end < len(group) and self._completes(group[end], group[blocks[-1]]):
+                end += 1
+            kept += group[:end]
+        return kept
+
+    def _by_stage(self, units: Sequence[str]) -> list[list[str]]:
+        groups: list[list[str]] = []
+        for name in units:
+            if groups and self.stride(name) < SAME_STRIDE * self.stride(groups[-1][-1]):
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        return groups
 
     def _begins_anew(self, rest: Sequence[str], stride: float) -> bool:
         """Whether a second pass over the strides reaches the old one again (HRNet), or is most of the model."""
@@ -162,11 +179,29 @@ class _Anatomy:
             return False
         return not self.trace.modules[name].parameters or self.stride(name) > 4 * SAME_STRIDE * self.stride(before[-1])
 
-    def _is_tail(self, name: str) -> bool:
-        """Whether the last unit is no block: a norm, an activation, one convolution that widens for the classifier."""
-        leaves = [part for part in self.trace.modules if part == name or part.startswith(f"{name}.")]
-        working = [part for part in leaves if not self.is_container(part) and self.trace.modules[part].macs]
-        return len(working) < 2 or self.trace.modules[name].macs < TAIL_SHARE * self.trace.macs
+    def _is_tail(self, name: str, final: bool) -> bool:
+        """Whether a unit is no block: a norm, an activation, one convolution that widens for the classifier.
+
+        One convolution in a series of stages is a stage to the model's author (MobileNetV3), so to us.
+        """
+        if self._is_series(name):
+            return False
+        small = final and self.trace.modules[name].macs < TAIL_SHARE * self.trace.macs
+        return small or sum(self.trace.modules[part].macs > 0 for part in self._leaves(name)) < 2
+
+    def _is_series(self, name: str) -> bool:
+        """Whether this is a numbered series of numbered blocks."""
+        return _numbered(name) and any(map(_numbered, self.called_children(name)))
+
+    def _completes(self, name: str, block: str) -> bool:
+        """Whether a norm or an activation belongs to the bare convolutions before it, which have none (Xception)."""
+        bare = all(self.trace.modules[part].macs for part in self._leaves(block))
+        return bare and not self.trace.modules[name].macs
+
+    def _leaves(self, name: str) -> list[str]:
+        """The layers in a module that have parameters or work to do, or the module itself."""
+        parts = [part for part in self.trace.modules if part == name or part.startswith(f"{name}.")]
+        return [part for part in parts if self.trace.modules[part].calls and not self.is_container(part)]
 
     def _without_class_attention(self, trunk: list[str]) -> list[str]:
         """Last blocks that add a class token and change nothing else (CaiT, Touvron et al. 2021) are no stage."""

@@ -1,9 +1,8 @@
 """Reading tensors inside a model while it runs. No other file of this package registers a forward hook."""
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import torch
@@ -49,7 +48,9 @@ class Probe:
         self._clones = {spec.tap for spec in specs if spec.clone}
         self._rehearsed = {True, False} if len(specs) == len(wanted) else set[bool]()
         self._rehearsing = False
+        self._watched = False  # whether a rehearsal saw the version of every capture
         self._recording = False
+        self._may_stop = False
         self._missing = 0
         self._store: dict[Tap, Tensor | None] = dict.fromkeys(self.taps)
         self._versions: dict[Tap, tuple[Tensor, int]] = {}
@@ -86,10 +87,10 @@ class Probe:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Probe":
-        twin = Probe(copy.deepcopy(self.model, memo), self.taps, stop_early=self.stop_early)
-        twin._clones, twin._rehearsed = set(self._clones), set(self._rehearsed)
-        return twin.attach() if self._attached else twin
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy or a pickle gets hooks of its own on its own model, with what the rehearsals of this one found.
+        known = set(self._clones), set(self._rehearsed)
+        return _rebuild, (self.model, self.taps, self.stop_early, *known, self._attached)
 
     def __repr__(self) -> str:
         return f"Probe({type(self.model).__name__}, [{', '.join(repr(str(tap)) for tap in self.taps)}])"
@@ -98,6 +99,8 @@ class Probe:
         for tap in self.taps:
             if tap.module not in modules:
                 raise TapError(_unknown(self.model, tap, modules))
+            if _at_root(tap) and tap.call:
+                raise TapError(f"'{tap}': the model itself runs once; write '{Tap('', tap.port, None, tap.items)}'")
         inner = [tap for tap in self.taps if not _at_root(tap)]
         found = {id(modules[tap.module]): modules[tap.module] for tap in inner}
         return [
@@ -116,19 +119,11 @@ class Probe:
             self.close()
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
-        self._open()
+        self._open(may_stop=self.stop_early and not self._rehearsing)
         try:
-            for tap in self.taps:
-                if _at_root(tap) and tap.port == "input":
-                    self.record(tap, pick_argument(tap, args, kwargs))
-            self._stop_if_done()
-            output = self.model(*args, **kwargs)
-            for tap in self.taps:
-                if _at_root(tap) and tap.port == "output":
-                    self.record(tap, pick(tap, output, tap.items))
+            with suppress(_AllCaptured):
+                self._forward(args, kwargs)
             self._refuse_overwritten()
-        except _AllCaptured:
-            pass
         finally:
             captured = self._close_window()
         return self._complete(captured)
@@ -139,13 +134,19 @@ class Probe:
             raise TapError(
                 "this probe runs under torch.compile without its hooks: call probe.attach() before compiling"
             )
-        self._open()
+        self._open(may_stop=False)
+        self._forward(args, kwargs)
+        return self._complete(self._close_window())
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for tap in self.taps:
+            if _at_root(tap) and tap.port == "input":
+                self.record(tap, pick_argument(tap, args, kwargs))
+        self._stop_if_done()
         output = self.model(*args, **kwargs)
         for tap in self.taps:
-            if _at_root(tap):
-                value = pick(tap, output, tap.items) if tap.port == "output" else pick_argument(tap, args, kwargs)
-                self._store[tap] = value
-        return self._complete(self._close_window())
+            if _at_root(tap) and tap.port == "output":
+                self.record(tap, pick(tap, output, tap.items))
 
     def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
         """A whole forward in which everything is cloned, so that its captures are right before the plan is known."""
@@ -158,12 +159,9 @@ class Probe:
         self._rehearsing = True
         try:
             with self._hooked(), watch(self.model, before=count):
-                captured = self._run_rehearsal(args, kwargs, calls)
+                return self._run_rehearsal(args, kwargs, calls)
         finally:
             self._rehearsing = False
-        if not any(tensor.is_inference() for tensor in captured.values()):  # these keep no version to compare
-            self._rehearsed.add(self.model.training)
-        return captured
 
     def _run_rehearsal(self, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Counter[str]) -> dict[Tap, Tensor]:
         try:
@@ -173,19 +171,22 @@ class Probe:
         complaints = self._complaints(calls)
         if complaints:
             raise TapError("\n".join(complaints))
+        if self._watched:
+            self._rehearsed.add(self.model.training)
         return captured
 
     def _complaints(self, calls: Mapping[str, int]) -> list[str]:
         inner = (tap for tap in self.taps if not _at_root(tap))
         return [text for text in (explain_calls(self.model, tap, calls) for tap in inner) if text]
 
-    def _open(self) -> None:
+    def _open(self, *, may_stop: bool) -> None:
         for tap in self.taps:
             self._store[tap] = None
         for hook in self._hooks:
             hook.count = 0
         self._versions.clear()
         self._missing = len(self.taps)
+        self._may_stop = may_stop
         self._recording = True
 
     def _close_window(self) -> dict[Tap, Tensor | None]:
@@ -205,28 +206,36 @@ class Probe:
     def record(self, tap: Tap, tensor: Tensor) -> None:
         if self._store[tap] is not None and not self._rehearsing:
             raise TapError(f"'{tap.module}' was called again in one forward; write '{tap.module}#0' for the first call")
-        clone = tap in self._clones or self._rehearsing
-        if not torch.compiler.is_compiling():
-            clone = clone or tensor.is_inference()  # keeps no version, so nothing would tell that it was overwritten
-            if not tensor.is_inference():
-                self._versions.setdefault(tap, (tensor, tensor._version))
+        # Not rehearsed yet: in the rehearsal itself, or in a compiled forward that had none.
+        clone = tap in self._clones or self.model.training not in self._rehearsed
+        if not torch.compiler.is_compiling() and not tensor.is_inference():  # both keep no version to compare
+            self._versions.setdefault(tap, (tensor, tensor._version))
         self._store[tap] = tensor.clone() if clone else tensor
         self._missing -= 1
 
     def _stop_if_done(self) -> None:
-        if self._missing == 0 and self.stop_early and not self._rehearsing and not torch.compiler.is_compiling():
+        if self._missing == 0 and self._may_stop and not torch.compiler.is_compiling():
             raise _AllCaptured
 
     def _refuse_overwritten(self) -> None:
         overwritten = {tap for tap, (tensor, version) in self._versions.items() if tensor._version != version}
         if self._rehearsing:
             self._clones |= overwritten
+            self._watched = len(self._versions) == len(self.taps)
         elif overwritten - self._clones:
             names = ", ".join(repr(str(tap)) for tap in overwritten - self._clones)
             raise TapError(
                 f"{names}: an in-place operation overwrote the captured tensor, which it did not do in the dry run; "
                 "build a new Probe in the mode (train or eval) and with the input that you now use"
             )
+
+
+def _rebuild(
+    model: nn.Module, taps: tuple[Tap, ...], stop_early: bool, clones: set[Tap], rehearsed: set[bool], attached: bool
+) -> Probe:
+    probe = Probe(model, taps, stop_early=stop_early)
+    probe._clones, probe._rehearsed = clones, rehearsed
+    return probe.attach() if attached else probe
 
 
 class _AllCaptured(BaseException):

@@ -22,8 +22,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     if not name:
         raise TapError("the model itself cannot be replaced inside itself; name one of its modules")
     old = get(model, name)
-    for parent in model.modules():
-        for child_name, child in parent.named_children():
+    for parent in list(model.modules()):  # as they are now: the new module may hold the old one
+        for child_name, child in list(parent._modules.items()):  # not named_children(), which tells a module once
             if child is old:
                 parent.add_module(child_name, module)
     return old
@@ -57,17 +57,16 @@ def _first_difference(own: nn.Module, other: nn.Module) -> str:
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     """Stop training the parameters whose names match a glob. Returns the names that were trainable before.
 
-    Raises TapError for a pattern that matches nothing.
+    Raises TapError for a pattern that matches nothing, before anything is frozen.
     """
     names = [name for name, _ in model.named_parameters()]
-    frozen: list[str] = []
+    matching: list[str] = []
     for pattern in patterns:
-        matching = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
-        if not matching:
+        found = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
+        if not found:
             raise TapError(f"no parameter of {type(model).__name__} matches {pattern!r}{nearest(pattern, names)}")
-        for name in matching:
-            parameter = model.get_parameter(name)
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                frozen.append(name)
+        matching += found
+    frozen = [name for name in dict.fromkeys(matching) if model.get_parameter(name).requires_grad]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     return frozen

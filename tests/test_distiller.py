@@ -1,0 +1,215 @@
+"""The Distiller: one step against a loop written by hand, and a teacher that nothing can see or change."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from probe_kd import Distiller, InputSpec, Objective, Pair, match, trace
+from probe_kd.errors import LossError, ProbeKDError, TapError
+
+SMALL_VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
+HINT = Objective("hint", pairs=[Pair("blocks.1", "layer2"), Pair("blocks.3", "layer4", weight=0.5)], weight=2.0)
+SOFT = Objective("soft_targets", "soft", options={"temperature": 2.0}, weight=0.7)
+TASK = Objective("cross_entropy", "task")
+
+
+def models() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    student = timm.create_model("vit_tiny_patch16_224", **SMALL_VIT)
+    return student, timm.create_model("resnet10t", num_classes=10)
+
+
+def batch(size: int = 64, seed: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, 3, size, size, generator=generator), torch.randint(0, 10, (4,), generator=generator)
+
+
+def distil(objectives: Sequence[Objective] = (TASK, SOFT, HINT), **options: Any) -> Distiller:
+    student, teacher = models()
+    same = InputSpec((3, 64, 64))
+    return Distiller(student, teacher, objectives, **{"student_input": same, "teacher_input": same, **options}).train()
+
+
+def test_a_step_is_what_a_loop_by_hand_does() -> None:
+    distiller = distil()
+    student, teacher = models()
+    student.train()
+    student.load_state_dict(distiller.student.state_dict())
+    teacher.load_state_dict(distiller._teacher_probe.model.state_dict())  # type: ignore[union-attr]
+    images, target = batch()
+    result = distiller(images, target)
+
+    seen: dict[str, Tensor] = {}
+    student.blocks[1].register_forward_hook(lambda *_: seen.update({"blocks.1": _[2]}))
+    student.blocks[3].register_forward_hook(lambda *_: seen.update({"blocks.3": _[2]}))
+    logits = student(images)
+    with torch.no_grad():
+        told = teacher.eval()(images)
+        maps = teacher.forward_intermediates(images, intermediates_only=True)
+    hints = []
+    for index, (name, theirs) in enumerate((("blocks.1", maps[2]), ("blocks.3", maps[4]))):
+        tokens = seen[name][:, 1:]  # without the class token
+        map_ = tokens.transpose(1, 2).reshape(4, 48, 8, 8)
+        map_ = F.adaptive_avg_pool2d(map_, theirs.shape[2:])
+        projector = distiller.adapters["hint_"][index].student_steps[-1]
+        hints.append(F.mse_loss(F.conv2d(map_, projector.weight, projector.bias), theirs))
+    task, hint = F.cross_entropy(logits, target), hints[0] + 0.5 * hints[1]
+    soft = 4 * F.kl_div((logits / 2).log_softmax(1), (told / 2).softmax(1), reduction="batchmean")
+    for name, expected in (("task", task), ("soft", soft), ("hint", hint), ("output", logits)):
+        torch.testing.assert_close(result[name], expected, msg=name)
+    torch.testing.assert_close(result["loss"], task + 0.7 * soft + 2.0 * hint)
+
+    result["loss"].backward()
+    (task + 0.7 * soft + 2.0 * hint).backward()
+    for (name, ours), other in zip(distiller.student.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_result_is_the_contract_of_timms_training_task() -> None:
+    result = distil()(*batch())
+    assert list(result) == ["loss", "output", "task", "soft", "hint"]
+    assert result["output"].shape == (4, 10)
+    assert all(result[name].ndim == 0 for name in ("loss", "task", "soft", "hint"))
+
+
+def test_nothing_changes_the_teacher_and_nobody_sees_it() -> None:
+    distiller = distil()
+    teacher = distiller._teacher_probe.model  # type: ignore[union-attr]
+    before = copy.deepcopy(teacher.state_dict())
+    distiller.train()
+    assert distiller.student.training
+    assert not any(module.training for module in teacher.modules())
+    names = {name.split(".")[0] for name in (*distiller.state_dict(), *dict(distiller.named_parameters()))}
+    assert names == {"student", "adapters"}
+    assert teacher not in set(distiller.modules())
+    optimizer = torch.optim.SGD(distiller.parameters(), 0.1)
+    for seed in range(2):
+        distiller(*batch(seed=seed))["loss"].backward()
+        optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in distiller.parameters())
+
+
+def test_the_teacher_follows_to_another_precision() -> None:
+    distiller = distil().double()
+    assert {parameter.dtype for parameter in distiller._teacher_probe.model.parameters()} == {torch.float64}  # type: ignore[union-attr]
+    images, target = batch()
+    assert distiller(images.double(), target)["loss"].dtype == torch.float64
+
+
+def test_each_model_sees_images_of_its_own_size_and_normalisation() -> None:
+    student, teacher = models()
+    ours = InputSpec((3, 64, 64), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    theirs = InputSpec((3, 96, 96), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    distiller = Distiller(student, teacher, [SOFT, HINT], student_input=ours, teacher_input=theirs).eval()
+    pixels = torch.rand(4, 3, 96, 96, generator=torch.Generator().manual_seed(2))
+    seen: list[Tensor] = []
+    student.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    teacher.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    distiller((pixels - 0.5) / 0.5)
+    small = F.interpolate(pixels, (64, 64), mode="bilinear", antialias=True, align_corners=False)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (theirs.mean, theirs.std))
+    torch.testing.assert_close(seen[0], (small - 0.5) / 0.5)
+    torch.testing.assert_close(seen[1], (pixels - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+def test_the_student_stops_below_where_no_loss_needs_its_output() -> None:
+    distiller = distil([Objective("hint", pairs=[Pair("blocks.1", "layer2")])])
+    for _ in range(2):
+        distiller.zero_grad()
+        result = distiller(batch()[0])
+        assert result["output"] is None
+        result["loss"].backward()
+    untouched = {name for name, p in distiller.student.named_parameters() if p.grad is None}
+    assert {"head.weight", "blocks.2.norm1.weight", "blocks.3.mlp.fc1.weight"} <= untouched
+    assert not any(name.startswith(("blocks.0", "blocks.1", "patch_embed")) for name in untouched)
+
+
+@pytest.mark.parametrize("loss", ["hint", "fsp", "logits", "soft_targets", "cross_entropy"])
+def test_every_loss_trains_every_kind_of_pair(loss: str) -> None:
+    torch.manual_seed(0)
+    student, teacher = timm.create_model("resnet10t", num_classes=10), timm.create_model("resnet18", num_classes=10)
+    names = ("layer1", "layer2", "layer3") if loss in ("hint", "fsp") else ()
+    objective = Objective(loss, pairs=[Pair(name, name) for name in names])
+    distiller = Distiller(student, teacher, [objective], student_input=InputSpec((3, 64, 64))).train()
+    distiller(*batch())["loss"].backward()
+    assert student.layer1[0].conv1.weight.grad is not None
+    assert student.conv1[0].weight.grad.abs().sum() > 0
+
+
+def test_copies_and_compiled_distillers_do_the_same() -> None:
+    distiller, (images, target) = distil().eval(), batch()
+    expected = distiller(images, target)
+    twin = copy.deepcopy(distiller)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(distil().eval(), backend=counter, fullgraph=True)
+    for other in (twin, compiled):
+        for name, value in other(images, target).items():
+            torch.testing.assert_close(value, expected[name])
+    compiled(*batch(seed=5))
+    assert counter.frame_count == 1
+    nn.init.zeros_(twin.student.head.weight)
+    assert torch.equal(distiller(images, target)["loss"], expected["loss"])
+
+
+def test_losses_are_computed_in_float32_under_autocast() -> None:
+    distiller = distil()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = distiller(*batch())
+    assert result["output"].dtype == torch.bfloat16
+    assert {result[name].dtype for name in ("loss", "task", "soft", "hint")} == {torch.float32}
+    result["loss"].backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in distiller.parameters())
+
+
+def test_closing_takes_all_hooks_off() -> None:
+    distiller = distil()
+    both = [distiller.student, distiller._teacher_probe.model]  # type: ignore[union-attr]
+    distiller.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for model in both for m in model.modules())
+
+
+def test_the_plan_says_what_is_compared() -> None:
+    lines = [f"{name}: {pair}: {adapter}" for name, pair, adapter in distil().plan]
+    assert lines == [
+        "soft: output <- output: vector 10",
+        "hint: blocks.1 <- layer2: tokens 8x8+1 48 -> map -> conv1x1 48->128",
+        "hint: blocks.3 <- layer4: tokens 8x8+1 48 -> map -> 2x2 -> conv1x1 48->512",
+    ]
+
+
+def test_matched_pairs_go_straight_in() -> None:
+    student, teacher = models()
+    pairs = match(trace(student, 64, training=True), trace(teacher, 64))
+    distiller = Distiller(student, teacher, [Objective("hint", pairs=pairs)], student_input=InputSpec((3, 64, 64)))
+    assert len(distiller.plan) == 4
+    assert torch.isfinite(distiller(batch()[0])["loss"])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: distil([]), LossError, "at least one objective"),
+        (lambda: distil([TASK, TASK]), LossError, "two objectives are named 'task'"),
+        (lambda: Objective("hitn"), LossError, "there is no loss 'hitn'; did you mean 'hint'"),
+        (lambda: Objective("hint"), LossError, "there are no pairs; name them"),
+        (lambda: Objective("soft_targets", options={"T": 2}), LossError, "no option 'T'; it has temperature"),
+        (lambda: Objective("logits", "loss"), LossError, "cannot be named 'loss'"),
+        (lambda: distil([Objective("hint", pairs=[Pair("blocks.9", "layer2")])]), TapError, "did you mean 'blocks"),
+        (lambda: distil([Objective("hint", pairs=[Pair("blocks.1", "layer9")])]), TapError, "did you mean 'layer"),
+        (lambda: Distiller(models()[0], None, [SOFT]), LossError, "'soft' need a teacher"),
+        (lambda: distil([TASK])(batch()[0]), LossError, "'task' compares with labels, and the step got no target"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_before_the_first_step(make: Any, error: type, says: str) -> None:
+    assert issubclass(error, ProbeKDError)
+    with pytest.raises(error, match=says):
+        make()
