@@ -17,17 +17,23 @@ _HOME = {
     "Layout": "spec",
     "LOSSES": "losses",
     "Loss": "losses",
-    "Objective": "distiller",
+    "Objective": "objectives",
     "Pair": "spec",
     "Probe": "probe",
     "ProbeKDError": "errors",
     "Tap": "spec",
     "Trace": "spec",
+    "Schedule": "spec",
+    "Sharing": "sharing",
     "adapt": "adapters",
     "freeze": "surgery",
+    "graft": "sharing",
+    "load_student": "sharing",
     "match": "matching",
     "replace": "surgery",
     "share": "surgery",
+    "share_convolutions": "sharing",
+    "share_trunk": "sharing",
     "trace": "tracing",
 }
 
@@ -43,25 +49,33 @@ __all__ = [
     "Pair",
     "Probe",
     "ProbeKDError",
+    "Schedule",
+    "Sharing",
     "Tap",
     "Trace",
     "__version__",
     "adapt",
     "freeze",
+    "graft",
+    "load_student",
     "match",
     "replace",
     "share",
+    "share_convolutions",
+    "share_trunk",
     "trace",
 ]
 
 if TYPE_CHECKING:
     from probe_kd.adapters import Adapter, adapt
-    from probe_kd.distiller import Distiller, Objective
+    from probe_kd.distiller import Distiller
     from probe_kd.errors import ProbeKDError
     from probe_kd.losses import LOSSES, Loss
     from probe_kd.matching import match
+    from probe_kd.objectives import Objective
     from probe_kd.probe import Probe
-    from probe_kd.spec import FeatureSpec, InputSpec, Layout, Pair, Tap, Trace
+    from probe_kd.sharing import Sharing, graft, load_student, share_convolutions, share_trunk
+    from probe_kd.spec import FeatureSpec, InputSpec, Layout, Pair, Schedule, Tap, Trace
     from probe_kd.surgery import freeze, replace, share
     from probe_kd.tracing import trace
 

@@ -4,29 +4,43 @@ The student is projected to the teacher's width and never the other way round: a
 make the loss zero by mapping everything to zero. What is done to the teacher's feature has no parameters.
 """
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from probe_kd.errors import AdapterError
+from probe_kd.losses import flow_matrix
 from probe_kd.spec import FeatureSpec, InputSpec, Layout
 
-Policy = Literal["auto", "always", "never"]
+Policy = Literal["auto", "always", "never", "fixed"]
 Tokens = Literal["drop", "cls", "pool"]
 Normalize = Literal["none", "layer", "channel"]
+Projector = Literal["linear", "valid"]
+Activation = Literal["none", "tap", "relu", "relu6", "gelu", "silu", "hardswish", "sigmoid", "tanh"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
 
 
 class Adapter(nn.Module):
-    """`adapter(student, teacher)` gives both in one shape, (batch, channels, height, width) or (batch, channels).
+    """`adapter(student, teacher)` gives both in one form: maps, vectors, or matrices of their channels.
 
     Only `student_steps` has parameters. `str(adapter)` is the plan.
     """
 
-    def __init__(self, student_steps: nn.Sequential, teacher_steps: nn.Sequential, plan: str) -> None:
+    def __init__(self, student_steps: nn.Module, teacher_steps: nn.Module, plan: str) -> None:
         super().__init__()
         self.student_steps = student_steps
         self.teacher_steps = teacher_steps
@@ -50,45 +64,125 @@ def adapt(
     policy: Policy = "auto",
     tokens: Tokens = "drop",
     normalize: Normalize = "none",
-    resize: bool = True,
-    bias: bool = True,
+    projector: Projector = "linear",
+    activation: Activation = "none",
 ) -> Adapter:
     """The adapter from one feature to another, as both were traced.
 
     `policy`: `always` puts a learned 1x1 convolution (a linear layer for vectors) on the student even where the widths
-    agree, since without it the student's own features pay for the match; `never` has none, the exact paper form, and
-    needs equal widths; `auto` is `always` for features and `never` for outputs of equal width, whose classes already
-    mean the same.
+    agree, since without it the student's own features pay for the match, and so does `auto`; `never` has none, the
+    exact paper form, and needs equal widths; `fixed` maps the teacher to the student's width by a random
+    semi-orthogonal matrix that is never trained.
     `tokens`: `drop` compares the grids and drops class, register and distillation tokens; `cls` compares only the class
     token (the mean over positions where a model has none); `pool` compares the means over positions.
     `normalize`: what is done to the target: `layer` standardises each position over its channels, `channel` each
     channel over batch and positions. Without it, the few outlier channels of an un-normalised residual stream
     (ConvNeXt) are all that a squared error sees.
+    `projector`: `linear` is the 1x1 convolution; `valid` is the regressor of FitNets (Romero et al. 2015, sec. 2.2), a
+    convolution without padding whose kernel is as large as takes the student's grid to the teacher's.
+    `activation`: what the projector ends in. `tap` is the teacher tap's own nonlinearity, as in FitNets; `none` is a
+    linear regressor, which reaches every target.
 
     Two grids are brought to the smaller in each direction: by average pooling where it divides, by antialiased
-    interpolation where it does not. A grid against a vector is averaged. `resize=False` leaves both grids as they are
-    and `bias=False` makes the projector linear: what a loss over Gram matrices (`fsp`) needs.
+    interpolation where it does not. A grid against a vector is averaged.
 
-    Raises AdapterError for features that cannot be compared, and for `never` with unequal widths.
+    Raises AdapterError for features that cannot be compared, for `never` with unequal widths, and for an activation
+    that cannot reach the target: a ReLU on a tap that is signed.
     """
     _check_choices(policy=(policy, Policy), tokens=(tokens, Tokens), normalize=(normalize, Normalize))
-    for side, spec in (("student", student), ("teacher", teacher)):
-        if spec.layout is Layout.OTHER:
-            shape = "x".join(map(str, spec.shape))
-            raise AdapterError(f"{side} tap '{spec.tap}' yields {shape}, which is no feature of single images")
+    _check_choices(projector=(projector, Projector), activation=(activation, Activation))
+    _check_features(student, teacher)
     if tokens == "cls" and not (student.prefix_tokens or teacher.prefix_tokens):
         raise AdapterError(f"tokens 'cls': neither '{student.tap}' nor '{teacher.tap}' has a class token; use 'pool'")
     as_maps = student.spatial and teacher.spatial and tokens == "drop"
     ours, theirs = _Plan(student, tokens), _Plan(teacher, tokens)
+    kernel = _valid_kernel(student, teacher, as_maps) if projector == "valid" else (1, 1)
     if as_maps:
-        ours.to_map(_smaller_grid(student, teacher) if resize else student.grid)
-        theirs.to_map(_smaller_grid(student, teacher) if resize else teacher.grid)
+        grid = _smaller_grid(student, teacher)
+        ours.to_map(student.grid if projector == "valid" else grid)
+        theirs.to_map(grid)
     else:
         ours.to_vector()
         theirs.to_vector()
-    if _needs_projector(student, teacher, policy):
-        ours.project(student.channels, teacher.channels, as_maps, bias)
     theirs.normalize(normalize)
+    if policy == "fixed":
+        theirs.project_fixed(teacher.channels, student.channels)
+    elif _needs_projector(student, teacher, policy):
+        ours.project(student.channels, teacher.channels, kernel if as_maps else None)
+        ours.activate(_activation(activation, teacher, normalize))
+    return _adapter(ours, theirs)
+
+
+def adapt_maps(student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
+    """Both as maps at one grid, each with its own channels: what `attention` compares.
+
+    Raises AdapterError for features without positions, or with a single one, whose share of the attention is all of it.
+    """
+    _check_maps(student, teacher)
+    if _smaller_grid(student, teacher) == (1, 1):
+        raise AdapterError(f"{student.tap} <- {teacher.tap} have one position in common, and nothing to attend to")
+    ours, theirs = _Plan(student, "drop"), _Plan(teacher, "drop")
+    for plan in (ours, theirs):
+        plan.to_map(_smaller_grid(student, teacher))
+    return _adapter(ours, theirs)
+
+
+def adapt_matrices(
+    student: Sequence[FeatureSpec], teacher: Sequence[FeatureSpec], *, policy: Policy = "auto"
+) -> Adapter:
+    """From two maps of each model, the two ends of a flow, to comparable matrices of their channels (`flow_matrix`).
+
+    The adapter takes each side as a tuple. One map stands for both ends (`gram`). The grids of student and teacher need
+    not agree; the widths do: with `auto` only where they differ, and with `always`, the student's matrix G becomes
+    A1 G A2^T, which is what a 1x1 convolution without bias on each map would give (for a block that downsamples: after
+    the pooling), at a small part of the cost. `fixed` maps the teacher's matrix to the student's widths by random
+    semi-orthogonal matrices that are never trained. `never` compares as it is, as in the paper.
+
+    Raises AdapterError for features without positions, and for `never` with unequal widths.
+    """
+    _check_choices(policy=(policy, Policy))
+    for ours, theirs in zip(student, teacher, strict=True):
+        _check_maps(ours, theirs)
+    sides = [_MatrixPlan(student), _MatrixPlan(teacher)]
+    widths = [[spec.channels for spec in side] for side in (student, teacher)]
+    if policy == "never" and widths[0] != widths[1]:
+        raise AdapterError(
+            f"policy 'never' for {student[0].tap} <- {teacher[0].tap}: the widths {widths[0]} and {widths[1]} differ; "
+            "use policy 'auto', which projects the student's matrix, or 'fixed'"
+        )
+    if policy == "fixed":
+        sides[1].project(widths[1], widths[0], fixed=True)
+    elif policy == "always" or widths[0] != widths[1]:
+        sides[0].project(widths[0], widths[1], fixed=False)
+    return Adapter(nn.Sequential(*sides[0].steps), nn.Sequential(*sides[1].steps), f"{sides[0]} | teacher {sides[1]}")
+
+
+def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequence[int] | None = None) -> Adapter:
+    """The logits of both, in the student's classes: `class_map[i]` is the teacher's index of the student's class i.
+
+    Raises AdapterError where the numbers of classes differ and no map is given, and for a map that does not fit.
+    """
+    ours, theirs = _Plan(student, "pool"), _Plan(teacher, "pool")
+    if class_map is not None:
+        check_class_map(class_map, student.channels, teacher.channels)
+        theirs.add(Classes(class_map), f"{len(class_map)} classes")
+    elif student.channels != teacher.channels:
+        raise AdapterError(
+            f"the student has {student.channels} classes and the teacher {teacher.channels}; give a `class_map` with "
+            "the teacher's index of each of the student's classes"
+        )
+    return _adapter(ours, theirs)
+
+
+def check_class_map(class_map: Sequence[int], student: int, teacher: int) -> None:
+    """AdapterError for a class map that is not one teacher class for every class of the student."""
+    wrong = [index for index in class_map if not 0 <= index < teacher]
+    if wrong or len(class_map) != student:
+        says = f"{wrong[0]} is none of the teacher's {teacher} classes" if wrong else f"it has {len(class_map)} entries"
+        raise AdapterError(f"class_map: {says}; expected {student} indices, one for every class of the student")
+
+
+def _adapter(ours: "_Plan", theirs: "_Plan") -> Adapter:
     theirs_text = "" if len(theirs.steps) == 0 else f" | teacher {theirs}"
     return Adapter(nn.Sequential(*ours.steps), nn.Sequential(*theirs.steps), f"{ours}{theirs_text}")
 
@@ -99,22 +193,73 @@ def _check_choices(**choices: tuple[str, object]) -> None:
             raise AdapterError(f"{name} {value!r}: expected one of {', '.join(map(repr, get_args(kind)))}")
 
 
+def _check_features(student: FeatureSpec, teacher: FeatureSpec) -> None:
+    for side, spec in (("student", student), ("teacher", teacher)):
+        if spec.layout is Layout.OTHER:
+            shape = "x".join(map(str, spec.shape))
+            raise AdapterError(f"{side} tap '{spec.tap}' yields {shape}, which is no feature of single images")
+
+
+def _check_maps(student: FeatureSpec, teacher: FeatureSpec) -> None:
+    _check_features(student, teacher)
+    for side, spec in (("student", student), ("teacher", teacher)):
+        if not spec.spatial:
+            raise AdapterError(f"{side} tap '{spec.tap}' yields {spec.describe()}, which has no positions to compare")
+
+
 def _needs_projector(student: FeatureSpec, teacher: FeatureSpec, policy: Policy) -> bool:
-    agree = student.channels == teacher.channels
-    if policy == "never" and not agree:
+    if policy == "never" and student.channels != teacher.channels:
         raise AdapterError(
             f"policy 'never' for {student.tap} <- {teacher.tap}: the widths {student.channels} and {teacher.channels} "
             "differ; use policy 'auto', which projects the student to the teacher's width"
         )
-    if policy == "auto" and student.tap.is_output and teacher.tap.is_output:
-        return not agree
     return policy != "never"
+
+
+def _activation(wanted: Activation, teacher: FeatureSpec, normalize: Normalize) -> str:
+    """The activation that the projector ends in, empty for none."""
+    if wanted == "none" or (wanted == "tap" and not teacher.activation):
+        return ""
+    if normalize != "none":
+        raise AdapterError(
+            f"activation '{wanted}' cannot reach a target that is standardised (normalize '{normalize}'), which has "
+            "both signs; use activation 'none'"
+        )
+    if wanted not in ("tap", teacher.activation):
+        ends = f"ends in {teacher.activation}" if teacher.activation else "ends in no activation, so it has both signs"
+        raise AdapterError(
+            f"activation '{wanted}' on a regressor for teacher tap '{teacher.tap}', which {ends}; use 'tap' or 'none'"
+        )
+    return teacher.activation
+
+
+def _valid_kernel(student: FeatureSpec, teacher: FeatureSpec, as_maps: bool) -> tuple[int, int]:
+    if not as_maps or student.grid is None or teacher.grid is None:
+        raise AdapterError(
+            f"projector 'valid' needs two maps, and {student.tap} <- {teacher.tap} are none; use 'linear'"
+        )
+    height, width = (ours - theirs + 1 for ours, theirs in zip(student.grid, teacher.grid, strict=True))
+    if height < 1 or width < 1:
+        raise AdapterError(
+            f"projector 'valid' for {student.tap} <- {teacher.tap}: the student's grid {student.grid} is smaller than "
+            f"the teacher's {teacher.grid}; use 'linear', which brings both to the smaller"
+        )
+    return height, width
 
 
 def _smaller_grid(student: FeatureSpec, teacher: FeatureSpec) -> tuple[int, int]:
     assert student.grid is not None
     assert teacher.grid is not None
     return min(student.grid[0], teacher.grid[0]), min(student.grid[1], teacher.grid[1])
+
+
+def semi_orthogonal(rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+    """A random matrix that keeps lengths as far as its shape allows; the same one for the same shape, always."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    larger, smaller = max(rows, columns), min(rows, columns)
+    drawn = torch.randn(larger, smaller, generator=generator, dtype=torch.float64, device="cpu")
+    orthogonal: Tensor = torch.linalg.qr(drawn).Q.float()
+    return (orthogonal if rows >= columns else orthogonal.T).contiguous()
 
 
 class _Plan:
@@ -148,9 +293,17 @@ class _Plan:
         else:
             self.add(Mean(self.spec.layout, self.spec.prefix_tokens), "mean")
 
-    def project(self, width: int, target: int, as_maps: bool, bias: bool) -> None:
-        layer = nn.Conv2d(width, target, 1, bias=bias) if as_maps else nn.Linear(width, target, bias=bias)
-        self.add(layer, f"{'conv1x1' if as_maps else 'linear'} {width}->{target}")
+    def project(self, width: int, target: int, kernel: tuple[int, int] | None) -> None:
+        layer = nn.Linear(width, target) if kernel is None else nn.Conv2d(width, target, kernel)
+        name = "linear" if kernel is None else f"conv{kernel[0]}x{kernel[1]}"
+        self.add(layer, f"{name} {width}->{target}")
+
+    def project_fixed(self, width: int, target: int) -> None:
+        self.add(FixedProjection(width, target), f"fixed {width}->{target}")
+
+    def activate(self, name: str) -> None:
+        if name:
+            self.add(_ACTIVATIONS[name](), name)
 
     def normalize(self, kind: Normalize) -> None:
         if kind != "none":
@@ -158,6 +311,87 @@ class _Plan:
 
     def __str__(self) -> str:
         return " -> ".join(self.words)
+
+
+class _MatrixPlan:
+    """The steps from the two maps of one side to their matrix, with the words for them."""
+
+    def __init__(self, ends: Sequence[FeatureSpec]) -> None:
+        to_map = []
+        for spec in ends:
+            plan = _Plan(spec, "drop")
+            plan.to_map(spec.grid)
+            to_map.append(nn.Sequential(*plan.steps))
+        self.steps: list[nn.Module] = [FlowMatrix(*to_map)]
+        widths = "x".join(str(spec.channels) for spec in (ends[0], ends[-1]))
+        self.words = [" . ".join(dict.fromkeys(spec.describe() for spec in ends)), f"matrix {widths}"]
+
+    def project(self, widths: Sequence[int], targets: Sequence[int], *, fixed: bool) -> None:
+        self.steps.append(MatrixProjection(widths, targets, fixed=fixed))
+        sides = ", ".join(f"{width}->{target}" for width, target in zip(widths, targets, strict=True))
+        self.words.append(f"{'fixed' if fixed else 'project'} {sides}")
+
+    def __str__(self) -> str:
+        return " -> ".join(self.words)
+
+
+class FlowMatrix(nn.Module):
+    """The matrix of two maps, or of one map with itself; always in float32 at least."""
+
+    def __init__(self, *to_map: nn.Module) -> None:
+        super().__init__()
+        self.to_map = nn.ModuleList(to_map)
+
+    def forward(self, ends: Sequence[Tensor]) -> Float[Tensor, "batch m n"]:
+        maps = [to_map(end) for to_map, end in zip(self.to_map, ends, strict=True)]
+        return flow_matrix(maps[0], maps[-1])
+
+
+class MatrixProjection(nn.Module):
+    """A1 G A2^T. With one width, both are the same A."""
+
+    def __init__(self, widths: Sequence[int], targets: Sequence[int], *, fixed: bool) -> None:
+        super().__init__()
+        self.factors = nn.ParameterList() if not fixed else None
+        for index, (width, target) in enumerate(zip(widths, targets, strict=True)):
+            if self.factors is None:
+                self.register_buffer(f"factor{index}", semi_orthogonal(target, width))
+            else:
+                self.factors.append(nn.Linear(width, target, bias=False).weight)
+        self.ends = len(widths)
+
+    def forward(self, matrix: Float[Tensor, "batch m n"]) -> Float[Tensor, "batch p q"]:
+        factors = (
+            [getattr(self, f"factor{index}") for index in range(self.ends)] if self.factors is None else self.factors
+        )
+        with torch.autocast(matrix.device.type, enabled=False):
+            first, second = factors[0].to(matrix.dtype), factors[self.ends - 1].to(matrix.dtype)
+            projected: Tensor = first @ matrix @ second.T
+            return projected
+
+
+class FixedProjection(nn.Module):
+    """A map or a vector to another width, by a semi-orthogonal matrix that is never trained."""
+
+    def __init__(self, width: int, target: int) -> None:
+        super().__init__()
+        self.register_buffer("factor", semi_orthogonal(target, width))
+        self.factor: Tensor
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return einsum(feature, self.factor.to(feature.dtype), "b c ..., d c -> b d ...")
+
+
+class Classes(nn.Module):
+    """Some classes of the logits, in an order of their own."""
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("indices", torch.tensor(indices), persistent=False)
+        self.indices: Tensor
+
+    def forward(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch some"]:
+        return logits.index_select(1, self.indices)
 
 
 class ToMap(nn.Module):
@@ -183,7 +417,7 @@ class ToMap(nn.Module):
 
 
 class Resize(nn.Module):
-    """A map to a grid that is nowhere larger: exact average pooling where it divides, else antialiased bilinear."""
+    """A map to another grid: exact average pooling where it divides, else antialiased bilinear interpolation."""
 
     def __init__(self, source: tuple[int, int], target: tuple[int, int]) -> None:
         super().__init__()

@@ -1,14 +1,15 @@
 """Data: timm's datasets and transforms, and scikit-learn's digits, which need no download."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
-from torch.utils.data import DataLoader, Dataset
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from probe_kd.errors import DataError, nearest
 from probe_kd.spec import InputSpec
@@ -19,7 +20,9 @@ class DataOptions(BaseModel):
 
     `dataset` is `sklearn/digits`, or what timm's `create_dataset` reads: `torch/cifar100`, `torch/fashion_mnist`,
     `hfds/...`, `wds/...`, a folder of folders (empty name). `input_size` is (channels, height, width).
-    `mean` and `std` are the student's, where they differ from timm's config of the model.
+    `mean` and `std` are the student's, where they differ from timm's config of the model. `holdout` is the share of the
+    training images that is kept from training, for choosing by (`keep: best`). `mixup` and `cutmix` mix two images, and
+    their labels, before either model sees them (timm's `Mixup`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,19 +48,78 @@ class DataOptions(BaseModel):
     color_jitter: float | None = Field(default=0.4, ge=0)
     aa: str | None = None
     reprob: float = Field(default=0.0, ge=0, le=1)
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    mixup_prob: float = Field(default=1.0, ge=0, le=1)
+    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    @model_validator(mode="after")
+    def _mixes_in_pairs(self) -> Self:
+        if self.mixes and self.batch_size % 2:
+            raise ValueError(f"batch_size {self.batch_size} is odd, and mixup and cutmix mix images in pairs")
+        return self
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """Training and held-out images, as PIL images with a class index, and how many classes there are."""
+    """Training and test images, as PIL images with a class index, and how many classes there are.
+
+    `held_out` are the training images that are kept from training.
+    """
 
     train: Dataset[Any]
     test: Dataset[Any]
     num_classes: int
+    held_out: Dataset[Any] | None = None
 
 
 def open_datasets(options: DataOptions) -> Datasets:
     """Open what the recipe names. Raises DataError when it is not there, or does not say how many classes it has."""
+    found = _open(options)
+    if not options.holdout:
+        return found
+    if isinstance(found.train, IterableDataset):
+        raise DataError(f"holdout {options.holdout}: dataset {options.dataset!r} is a stream, and cannot be divided")
+    count = len(found.train)  # type: ignore[arg-type]
+    kept = round(count * options.holdout)
+    if not 0 < kept < count:
+        raise DataError(f"holdout {options.holdout} of {count} training images leaves none on one side")
+    # One division for ever, whatever the seed of a run: runs are compared on the same images.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return replace(found, train=Subset(found.train, order[kept:]), held_out=Subset(found.train, order[:kept]))
+
+
+def mixer(options: DataOptions, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """timm's Mixup and CutMix: a batch (images, class indices) to (images, distributions); None without."""
+    from timm.data import Mixup
+
+    if not options.mixes:
+        return None
+    mix = Mixup(
+        mixup_alpha=options.mixup,
+        cutmix_alpha=options.cutmix,
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
+        label_smoothing=0.0,  # the loss has its own
+        num_classes=num_classes,
+    )
+
+    def mixed(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        even = len(images) // 2 * 2  # a dataset smaller than a batch may leave an odd image
+        answer: tuple[Tensor, Tensor] = mix(images[:even], target[:even])
+        return answer
+
+    return mixed
+
+
+def _open(options: DataOptions) -> Datasets:
     if options.dataset == "sklearn/digits":
         return _digits(options)
     if options.dataset.startswith("sklearn/"):

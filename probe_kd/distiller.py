@@ -1,90 +1,22 @@
 """One training step as one module: the student, its adapters and the objectives, with the teacher at their side."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from probe_kd.adapters import Adapter, ImageView, Normalize, Policy, Tokens, adapt
-from probe_kd.errors import LossError, TraceError, nearest
-from probe_kd.losses import LOSSES, Loss
+from probe_kd.adapters import Adapter, ImageView
+from probe_kd.errors import LossError, TraceError
+from probe_kd.objectives import Comparison, Objective
 from probe_kd.probe import Probe
-from probe_kd.spec import FeatureSpec, InputSpec, Pair, Tap, Trace
+from probe_kd.sharing import Sharing
+from probe_kd.spec import InputSpec, Schedule, Tap, Trace, value_at
+from probe_kd.surgery import detached, get, replaying
 from probe_kd.tracing import trace
 
-_OUTPUT = Pair(Tap(""), Tap(""))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """One term of the loss: a loss function, the pairs it compares, its weight.
-
-    `loss` is a name in `LOSSES`, or a `Loss` of your own. `name` is the key in the Distiller's result, the loss's own
-    name by default. `pairs` are needed by losses that read features (`hint`) or flows (`fsp`: the input and the output
-    of each paired module); each contributes its weight times its loss, and the sum is taken over the pairs. `options`
-    are the loss function's keyword arguments; `policy`, `tokens`, `normalize` are those of `adapt`.
-
-    Raises LossError for a loss, an option or a missing pair.
-    """
-
-    loss: str | Loss
-    name: str = ""
-    weight: float = field(default=1.0, kw_only=True)
-    pairs: Sequence[Pair] = field(default=(), kw_only=True)
-    options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    policy: Policy = field(default="auto", kw_only=True)
-    tokens: Tokens = field(default="drop", kw_only=True)
-    normalize: Normalize = field(default="none", kw_only=True)
-    resolved: Loss = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.loss, str) and self.loss not in LOSSES:
-            known = ", ".join(LOSSES)
-            raise LossError(f"there is no loss {self.loss!r}{nearest(self.loss, LOSSES)}; the losses: {known}")
-        own = self.loss if isinstance(self.loss, str) else self.loss.function.__name__
-        object.__setattr__(self, "resolved", LOSSES[self.loss] if isinstance(self.loss, str) else self.loss)
-        object.__setattr__(self, "name", self.name or own)
-        object.__setattr__(self, "pairs", tuple(self.pairs))
-        if self.name in ("loss", "output"):
-            raise LossError(f"an objective cannot be named {self.name!r}: the result has that key already")
-        self.resolved.check_options(own, self.options)
-        if self.resolved.reads in ("features", "flows") and not self.pairs:
-            raise LossError(
-                f"{own!r} compares layers, and there are no pairs; name them, or let match find them (`pairs: auto`)"
-            )
-
-    def adapter(self, student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
-        """What brings the features of one of `tap_pairs` together. Raises AdapterError where nothing can."""
-        policy, flows = self.policy, self.resolved.reads == "flows"
-        if flows and policy == "auto" and student.channels == teacher.channels:
-            policy = "never"  # the paper compares the Gram matrices as they are
-        return adapt(
-            student,
-            teacher,
-            policy=policy,
-            tokens=self.tokens,
-            normalize=self.normalize,
-            resize=not flows,
-            bias=not flows,
-        )
-
-    def tap_pairs(self) -> tuple[Pair, ...]:
-        """All (student tap, teacher tap) that are captured for this objective, in the order of its adapters."""
-        reads = self.resolved.reads
-        if reads == "labels":
-            return ()
-        if reads == "outputs":
-            return (_OUTPUT,)
-        if reads == "features":
-            return tuple(self.pairs)
-        return tuple(
-            Pair(Tap(pair.student.module, port, pair.student.call), Tap(pair.teacher.module, port, pair.teacher.call))
-            for pair in self.pairs
-            for port in ("input", "output")
-        )
+Block = Literal["output", "params", "trunk", "off"]
 
 
 class Distiller(nn.Module):
@@ -94,15 +26,27 @@ class Distiller(nn.Module):
     `output` is the student's logits, or None where no objective needs them and the student stopped below.
 
     The student and the adapters are what this module owns: what an optimizer, DDP, `state_dict` and `train()` see. The
-    teacher follows `.to(device)`, stays in eval mode, runs under `no_grad`, and is otherwise invisible.
+    teacher follows `.to(device)`, stays in eval mode, runs under `no_grad`, and is otherwise invisible. It may be None
+    where no objective needs it.
 
     `images` are normalised as `student_input` says, and may be larger: each model sees them at its own size. The
     teacher sees them normalised as `teacher_input` says. Both default to the mean and standard deviation in timm's
     config on the model; the student's size then is that of the images, and so is the teacher's, unless it is built for
-    another. The teacher may be None where no objective needs it.
+    another. `class_map` gives the teacher's index of each of the student's classes, where they are not the same.
 
-    Traces may be given where they were already made (of the student: in training mode). Everything is planned here:
-    layers that do not exist, never fire, or cannot be compared raise TapError or AdapterError now and not in a step.
+    `block` lets the teacher train too, which then is owned, and seen by all, as the student is (Rocket Launching, Zhou
+    et al. 2018, arXiv 1708.04106). It is the gradient block, what a loss that compares both models may move:
+
+    - `output`: nothing through the teacher's features, as in the authors' code;
+    - `params`: of what flows through the teacher, only the parameters that it shares with the student, as in the text;
+    - `trunk`: as `output`, and no loss of the student's moves what is shared at all;
+    - `off`: both models.
+
+    `sharing` says what the two have in common, as `share_convolutions`, `share_trunk` and `graft` made it.
+
+    Traces may be given where they were already made (of a model that trains: in training mode). Everything is planned
+    here: layers that do not exist, never fire, or cannot be compared raise TapError or AdapterError now and not in a
+    step.
     """
 
     def __init__(
@@ -115,88 +59,158 @@ class Distiller(nn.Module):
         teacher_input: InputSpec | None = None,
         student_trace: Trace | None = None,
         teacher_trace: Trace | None = None,
+        class_map: Sequence[int] | None = None,
+        block: Block | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         super().__init__()
         self.objectives = tuple(objectives)
-        _check_names(self.objectives, teacher)
-        self._tap_pairs = [objective.tap_pairs() for objective in self.objectives]
+        _check(self.objectives, teacher, block, sharing)
+        self.block, self.sharing = block, sharing
         self.student = student
+        self.teacher = teacher if block else None
         seen = student_trace or trace(student, student_input.size if student_input else None, training=True)
         given = student_input or InputSpec.of(student, seen.input_size)
-        pairs = list(chain.from_iterable(self._tap_pairs))
-        needs_output = any(objective.resolved.reads == "labels" for objective in self.objectives)
-        taps = dict.fromkeys(chain((pair.student for pair in pairs), [Tap("")] * needs_output))
         self.student_view = ImageView(given, given) if student_input else nn.Identity()
+        taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[0])
         self._student_probe = Probe(student, [seen[tap] for tap in taps]).attach()
         self._teacher_probe: Probe | None = None
         self.adapters = nn.ModuleDict()
-        if teacher is not None and pairs:
-            known = teacher_trace or _trace_teacher(teacher, teacher_input, given)
-            wanted = teacher_input or InputSpec.of(teacher, known.input_size)
-            self.teacher_view = ImageView(given, wanted)
-            specs = [known[tap] for tap in dict.fromkeys(pair.teacher for pair in pairs)]
-            self._teacher_probe = Probe(teacher.eval(), specs).attach()
+        if teacher is not None and (block or any(objective.needs_teacher for objective in self.objectives)):
+            known = teacher_trace or _trace_teacher(teacher, teacher_input, given, training=bool(block))
+            self._bring_teacher(teacher, teacher_input or InputSpec.of(teacher, known.input_size), given, known)
             for objective in self.objectives:
-                adapters = [
-                    objective.adapter(seen[pair.student], known[pair.teacher]) for pair in objective.tap_pairs()
-                ]
-                self.adapters[_key(objective.name)] = nn.ModuleList(adapters)
+                found = [objective.adapter(comparison, seen, known, class_map) for comparison in objective.comparisons]
+                self.adapters[_key(objective.name)] = nn.ModuleList(found)
+        self.set_epoch(0, 1)
+
+    def _bring_teacher(self, teacher: nn.Module, wanted: InputSpec, given: InputSpec, known: Trace) -> None:
+        replayed = self.sharing.replayed if self.sharing else {}
+        if replayed and (wanted.mean, wanted.std, wanted.size) != (given.mean, given.std, given.size):
+            raise LossError(
+                f"a shared trunk sees one image: the student expects {given} and the teacher {wanted}; give both the "
+                "same size, mean and std"
+            )
+        self.teacher_view = ImageView(given, wanted)
+        taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[1])
+        taps.update(dict.fromkeys(replayed.values()))
+        self._teacher_probe = Probe(teacher, [known[tap] for tap in taps]).attach()
+        self._replayed = {get(self.student, name): tap for name, tap in replayed.items()}
+        mine = {id(parameter) for parameter in self.student.parameters()}
+        theirs = list(teacher.parameters())
+        self._shared = [parameter for parameter in theirs if id(parameter) in mine] if self.block else []
+        self._own = [parameter for parameter in theirs if id(parameter) not in mine] if self.block else []
+        self.train(self.training)
+
+    def set_epoch(self, epoch: float, epochs: int) -> None:
+        """Move every weight and option that is a `Schedule` to where it is after `epoch` of `epochs`."""
+        self._weights = [value_at(objective.weight, epoch, epochs) for objective in self.objectives]
+        self._options = [
+            {name: value_at(value, epoch, epochs) for name, value in objective.options.items()}
+            for objective in self.objectives
+        ]
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether `set_epoch` changes anything."""
+        values = [value for objective in self.objectives for value in (objective.weight, *objective.options.values())]
+        return any(isinstance(value, Schedule) for value in values)
 
     def forward(self, images: Tensor, target: Tensor | None = None) -> dict[str, Tensor | None]:
-        ours = self._student_probe(self.student_view(images))
-        theirs = self._ask_teacher(images)
+        theirs, told = self._ask_teacher(images)
+        with self._shared_as_it_is(theirs):
+            ours = self._student_probe(self.student_view(images))
         result: dict[str, Tensor | None] = {}
         loss: Tensor | float = 0.0
-        for objective, pairs in zip(self.objectives, self._tap_pairs, strict=True):
-            term = self._term(objective, pairs, ours, theirs, target)
+        for index, objective in enumerate(self.objectives):
+            if objective.resolved.reads == "labels":
+                answer = ours if objective.of == "student" else theirs
+                term = self._labels(index, answer[Tap("")], target)
+            else:
+                term = self._comparisons(index, ours, told)
             result[objective.name] = term
-            loss = loss + objective.weight * term
+            loss = loss + self._weights[index] * term
         assert isinstance(loss, Tensor)
         return {"loss": loss, "output": ours.get(Tap("")), **result}
 
-    def _ask_teacher(self, images: Tensor) -> dict[Tap, Tensor]:
+    def _ask_teacher(self, images: Tensor) -> tuple[dict[Tap, Tensor], dict[Tap, Tensor]]:
+        """What the teacher gives, and what of it the student is compared with."""
         if self._teacher_probe is None:
-            return {}
-        # no_grad and not inference_mode: its tensors could not be saved for the student's backward
-        with torch.no_grad():
-            return self._teacher_probe(self.teacher_view(images))
+            return {}, {}
+        view = self.teacher_view(images)
+        if self.block is None:
+            # no_grad and not inference_mode: its tensors could not be saved for the student's backward
+            with torch.no_grad():
+                features = self._teacher_probe(view)
+            return features, features
+        state = _State(self._teacher_probe.model) if self.block == "params" else None
+        features = self._teacher_probe(view)
+        if state is None:
+            return features, features
+        # The same forward once more, in which the teacher's own parameters are constants.
+        with state.restored(), detached(self._teacher_probe.model, self._own):
+            return features, self._teacher_probe(view)
 
-    def _term(
-        self,
-        objective: Objective,
-        pairs: tuple[Pair, ...],
-        ours: Mapping[Tap, Tensor],
-        theirs: Mapping[Tap, Tensor],
-        target: Tensor | None,
-    ) -> Tensor:
-        loss, options = objective.resolved, objective.options
-        if loss.reads == "labels":
-            if target is None:
-                raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
-            return loss.function(ours[Tap("")], target, **options)
-        features: list[tuple[Any, Any]] = [
-            adapter(ours[pair.student], theirs[pair.teacher])
-            for pair, adapter in zip(pairs, self._adapters_of(objective), strict=True)
-        ]
-        if loss.reads == "flows":  # input and output of a block alternate
-            features = [((a, c), (b, d)) for (a, b), (c, d) in zip(features[::2], features[1::2], strict=True)]
-        weights = [pair.weight for pair in objective.pairs] if loss.reads != "outputs" else [1.0]
-        terms = [
-            weight * loss.function(student, teacher, **options)
-            for weight, (student, teacher) in zip(weights, features, strict=True)
-        ]
+    @contextmanager
+    def _shared_as_it_is(self, theirs: Mapping[Tap, Tensor]) -> Iterator[None]:
+        """Around the student's forward: what the teacher has computed is not computed again, and the block is kept."""
+        if self._teacher_probe is None or self.block is None:
+            yield
+            return
+        blocked = self.block == "trunk"
+        answers = {module: theirs[tap].detach() if blocked else theirs[tap] for module, tap in self._replayed.items()}
+        constants = detached(self.student, self._shared) if blocked else nullcontext()
+        with replaying(answers), constants:
+            yield
+
+    def _labels(self, index: int, output: Tensor, target: Tensor | None) -> Tensor:
+        objective = self.objectives[index]
+        if target is None:
+            raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
+        return objective.resolved.function(output, target, **self._options[index])
+
+    def _comparisons(self, index: int, ours: Mapping[Tap, Tensor], theirs: Mapping[Tap, Tensor]) -> Tensor:
+        objective, options = self.objectives[index], self._options[index]
+        if self.block in ("params", "off"):
+            options = {**options, "block_gradient": False}
+        terms = []
+        for comparison, adapter in zip(objective.comparisons, self._adapters_of(objective), strict=True):
+            student: Any = tuple(ours[pair.student] for pair in comparison.pairs)
+            teacher: Any = tuple(theirs[pair.teacher] for pair in comparison.pairs)
+            if objective.resolved.reads not in ("flows", "grams"):  # matrices are made of a tuple of maps
+                (student,), (teacher,) = student, teacher
+            terms.append(comparison.weight * objective.resolved.function(*adapter(student, teacher), **options))
         return torch.stack(terms).sum()
 
+    def audit(self, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:
+        """The norm of the gradient that each objective, unweighted, gives to each parameter that it reaches.
+
+        Names are those of `named_parameters()`. Neither gradients, buffers nor random numbers are changed.
+        """
+        named = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        found: dict[str, dict[str, float]] = {}
+        with _State(self).restored():
+            result = self(images, target)
+            for objective in self.objectives:
+                term = result[objective.name]
+                assert term is not None
+                gradients: Sequence[Tensor | None] = [None] * len(named)
+                if term.requires_grad:
+                    gradients = torch.autograd.grad(term, list(named.values()), retain_graph=True, allow_unused=True)
+                pairs = zip(named, gradients, strict=True)
+                found[objective.name] = {name: float(g.norm()) for name, g in pairs if g is not None}
+        return found
+
     def train(self, mode: bool = True) -> Self:
-        """Sets the student's mode; the teacher stays in eval, or its running statistics would drift."""
+        """Sets the student's mode; a frozen teacher stays in eval, or its running statistics would drift."""
         super().train(mode)
-        if self._teacher_probe is not None:
+        if self._teacher_probe is not None and self.block is None:
             self._teacher_probe.model.eval()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._teacher_probe is not None:
+        if self._teacher_probe is not None and self.block is None:
             self._teacher_probe.model._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
@@ -207,38 +221,77 @@ class Distiller(nn.Module):
             self._teacher_probe.close()
 
     @property
-    def plan(self) -> list[tuple[str, Pair, str]]:
-        """(objective, pair, adapter) for everything that is compared, ready to print."""
+    def plan(self) -> list[tuple[str, Comparison, str]]:
+        """(objective, comparison, adapter) for everything that is compared, ready to print."""
         return [
-            (objective.name, pair, str(adapter))
-            for objective, pairs in zip(self.objectives, self._tap_pairs, strict=True)
-            for pair, adapter in zip(pairs, self._adapters_of(objective), strict=True)
+            (objective.name, comparison, str(adapter))
+            for objective in self.objectives
+            for comparison, adapter in zip(objective.comparisons, self._adapters_of(objective), strict=True)
         ]
 
-    def _adapters_of(self, objective: Objective) -> list[nn.Module]:
+    def _adapters_of(self, objective: Objective) -> list[Adapter]:
         key = _key(objective.name)
-        return list(self.adapters[key].children()) if key in self.adapters else []
+        return list(self.adapters[key].children()) if key in self.adapters else []  # type: ignore[arg-type]
 
 
-def _check_names(objectives: Sequence[Objective], teacher: nn.Module | None) -> None:
+class _State:
+    """The buffers of a module and the random numbers, as they are now: what a forward changes besides its answer."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        self.random = torch.get_rng_state()
+        self.devices = sorted(
+            {buffer.device.index for buffer, _ in self.buffers if buffer.device.type == "cuda"} - {None}
+        )
+        self.device_random = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, random numbers are those of then; afterwards, what was at the start of the block is there again."""
+        now = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.random)
+            for device, state in zip(self.devices, self.device_random, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for buffer, before in now:
+                        buffer.copy_(before)
+
+
+def _check(
+    objectives: Sequence[Objective], teacher: nn.Module | None, block: Block | None, sharing: Sharing | None
+) -> None:
     if not objectives:
         raise LossError("a Distiller needs at least one objective")
     names = [objective.name for objective in objectives]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise LossError(f"two objectives are named {', '.join(map(repr, double))}; give each a name of its own")
-    needy = [objective.name for objective in objectives if objective.tap_pairs()]
-    if teacher is None and needy:
-        raise LossError(f"{', '.join(map(repr, needy))} need a teacher, and there is none")
+    needy = [objective.name for objective in objectives if objective.needs_teacher]
+    if teacher is None and (needy or block):
+        raise LossError(f"{', '.join(map(repr, needy)) or 'block'} need a teacher, and there is none")
+    if block is not None and block not in get_args(Block):
+        raise LossError(f"block {block!r}: expected one of {', '.join(map(repr, get_args(Block)))}")
+    if block is None and (sharing or any(objective.of == "teacher" for objective in objectives)):
+        raise LossError(
+            "the teacher is frozen, so it neither shares nor learns; give a gradient `block` to train it too"
+        )
+    if block is not None and not any(objective.of == "teacher" for objective in objectives):
+        raise LossError(
+            "the teacher trains too, and no objective is its own; add one of the labels with `of='teacher'`"
+        )
 
 
-def _trace_teacher(teacher: nn.Module, wanted: InputSpec | None, given: InputSpec) -> Trace:
+def _trace_teacher(teacher: nn.Module, wanted: InputSpec | None, given: InputSpec, *, training: bool) -> Trace:
     if wanted is not None:
-        return trace(teacher, wanted.size)
+        return trace(teacher, wanted.size, training=training)
     try:
-        return trace(teacher, given.size[1:])
+        return trace(teacher, given.size[1:], training=training)
     except TraceError:
-        return trace(teacher)  # built for one size, which is not the student's
+        return trace(teacher, training=training)  # built for one size, which is not the student's
 
 
 def _key(name: str) -> str:

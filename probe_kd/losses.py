@@ -7,7 +7,8 @@ is the paper's norm.
 
 Every loss is computed in float32 at least (float64 stays) and outside autocast: bfloat16 captures lose the small
 differences that a loss is made of, and a float16 Gram matrix overflows. The teacher is a target: no gradient flows
-into it.
+into it, except where a call says `block_gradient=False`, which every loss takes: where both models train together, the
+gradient block of Rocket Launching (Zhou et al. 2018, arXiv 1708.04106, sec. 3.3) is a choice.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,38 +26,25 @@ from torch import Tensor
 from probe_kd.errors import LossError, nearest
 
 Reduction = Literal["sum", "mean"]
-Flow = tuple[Float[Tensor, "batch m h1 w1"], Float[Tensor, "batch n h2 w2"]]
 P = ParamSpec("P")
 
 
-def _in_float32(loss: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Promote every tensor argument, detach all but the first (the student), and leave autocast.
+def _in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Promote every tensor argument to float32 at least, and leave autocast.
 
-    The tensors are positional only: one given by keyword would pass by here, and keep its gradient and its type.
+    The tensors are positional only: one given by keyword would pass by here, and keep its type and its gradient.
     """
 
-    @wraps(loss)
+    @wraps(function)
     def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        student, *targets = args
-        arguments = [_promote(student), *(_detach(_promote(target)) for target in targets)]
-        with torch.autocast(_device_of(student), enabled=False):
-            return loss(*arguments, **kwargs)
+        with torch.autocast(args[0].device.type, enabled=False):  # type: ignore[attr-defined]
+            return function(*map(_promote, args), **kwargs)
 
     return computed
 
 
 def _promote(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return tuple(_promote(item) for item in value)
     return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
-
-
-def _detach(value: Any) -> Any:
-    return tuple(_detach(item) for item in value) if isinstance(value, tuple) else value.detach()
-
-
-def _device_of(value: Any) -> str:
-    return _device_of(value[0]) if isinstance(value, tuple | list) else str(value.device.type)
 
 
 def _reduce(event: Tensor, reduction: Reduction) -> Tensor:
@@ -69,6 +57,18 @@ def _reduce(event: Tensor, reduction: Reduction) -> Tensor:
     return (flat.sum(1) if reduction == "sum" else flat.mean(1)).mean()
 
 
+def _loss(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """A loss in float32 that detaches all but its first argument, the student, unless `block_gradient` is False."""
+    computed = _in_float32(function)
+
+    @wraps(function)
+    def blocked(student: Tensor, *targets: Tensor, block_gradient: bool = True, **options: Any) -> Tensor:
+        given = [target.detach() for target in targets] if block_gradient else targets
+        return computed(student, *given, **options)  # type: ignore[arg-type]
+
+    return blocked  # type: ignore[return-value]
+
+
 def _same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
     if student.shape != teacher.shape:
         raise LossError(
@@ -77,7 +77,7 @@ def _same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
         )
 
 
-@_in_float32
+@_loss
 def cross_entropy(
     student: Float[Tensor, "batch classes"],
     target: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
@@ -99,13 +99,14 @@ def cross_entropy(
     return F.cross_entropy(student, target, label_smoothing=label_smoothing)
 
 
-@_in_float32
+@_loss
 def soft_targets(
     student: Float[Tensor, "batch classes"],
     teacher: Float[Tensor, "batch classes"],
     /,
     *,
     temperature: float = 4.0,
+    standardize: bool = False,
 ) -> Float[Tensor, ""]:
     """T^2 KL(softmax(v/T) || softmax(z/T)), summed over the classes and averaged over the batch.
 
@@ -113,37 +114,45 @@ def soft_targets(
     divergence stands for the paper's cross entropy, from which it differs by a constant, so that it is 0 at equality.
     T^2 keeps the gradient's size when T changes. There is no `reduction`: a mean over the classes, which many
     implementations take, divides the paper's loss by their number once too often.
+
+    `standardize` takes the z-score of each image's logits first, so that a student need not reach the teacher's scale
+    (Sun et al. 2024, arXiv 2403.01427, with a temperature of about 2 and a weight of about 9).
     """
     _same_shape(student, teacher, "soft_targets")
-    if temperature <= 0:
-        raise LossError(f"soft_targets: temperature {temperature}; it has to be positive")
+    _check_temperature("soft_targets", temperature)
+    if standardize:
+        student, teacher = _standardize(student), _standardize(teacher)
     log_p = F.log_softmax(student / temperature, dim=1)
     log_q = F.log_softmax(teacher / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
 
-@_in_float32
+@_loss
 def logits(
     student: Float[Tensor, "batch classes"],
     teacher: Float[Tensor, "batch classes"],
     /,
     *,
     center: bool = False,
+    standardize: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""]:
     """||z - v||^2 of the pre-softmax logits.
 
     Ba and Caruana 2014 (arXiv 1312.6184), eq. 1, which has 1/2 before the sum: weight 0.5 with `reduction="sum"`.
     `center` takes the mean over the classes from both, to which a softmax is blind; then 1/(2 C) of the sum over C
-    classes is the limit of `soft_targets` for a high temperature (Hinton et al. 2015, sec. 2.1).
+    classes is the limit of `soft_targets` for a high temperature (Hinton et al. 2015, sec. 2.1; Kim et al. 2021, arXiv
+    2105.08919). `standardize` also divides by the standard deviation over the classes (Sun et al. 2024).
     """
     _same_shape(student, teacher, "logits")
-    if center:
+    if standardize:
+        student, teacher = _standardize(student), _standardize(teacher)
+    elif center:
         student, teacher = student - student.mean(1, keepdim=True), teacher - teacher.mean(1, keepdim=True)
     return _reduce((student - teacher).square(), reduction)
 
 
-@_in_float32
+@_loss
 def hint(
     student: Float[Tensor, "batch ..."],
     teacher: Float[Tensor, "batch ..."],
@@ -160,66 +169,170 @@ def hint(
     return _reduce((student - teacher).square(), reduction)
 
 
-@_in_float32
-def fsp(student: Flow, teacher: Flow, /, *, reduction: Reduction = "sum") -> Float[Tensor, ""]:
-    """||G(student) - G(teacher)||_F^2 of the Gram matrices between a block's input and its output.
+def _check_temperature(loss: str, temperature: float) -> None:
+    if temperature <= 0:
+        raise LossError(f"{loss}: temperature {temperature}; it has to be positive")
 
-    FSP, Yim et al. 2017 (CVPR), eq. 1 and 2: G = sum over positions of F1 F2^T / (h w), of m x n channels; squared, and
-    summed over the matrix. Where the block downsamples, the larger map is max-pooled to the smaller, as in the paper.
-    Student and teacher need the same channels, not the same spatial size.
+
+def _standardize(logits: Float[Tensor, "batch classes"], eps: float = 1e-7) -> Float[Tensor, "batch classes"]:
+    deviation, mean = torch.std_mean(logits, 1, keepdim=True)
+    return (logits - mean) / (deviation + eps)
+
+
+@_loss
+def dist(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    /,
+    *,
+    temperature: float = 1.0,
+    inter: float = 1.0,
+    intra: float = 1.0,
+) -> Float[Tensor, ""]:
+    """T^2 times inter (1 - r over an image's classes) + intra (1 - r over a class's images); r is Pearson's.
+
+    DIST, Huang et al. 2022 (arXiv 2205.10536), eq. 6 to 10, on probabilities at temperature T; `inter` and `intra` are
+    its beta and gamma. A strong teacher's order of the classes is asked for, and not its numbers. The second part
+    compares the images of a batch with each other, so it needs two at least.
     """
-    _two_maps(student, "student")
-    _two_maps(teacher, "teacher")
-    ours, theirs = flow_matrix(*student), flow_matrix(*teacher)
-    _same_shape(ours, theirs, "fsp")
-    return _reduce((ours - theirs).square(), reduction)
+    _same_shape(student, teacher, "dist")
+    _check_temperature("dist", temperature)
+    p, q = (student / temperature).softmax(1), (teacher / temperature).softmax(1)
+    return temperature**2 * (inter * (1 - _pearson(p, q)).mean() + intra * (1 - _pearson(p.T, q.T)).mean())
 
 
-def _two_maps(flow: Any, side: str) -> None:
-    seen = [tuple(map_.shape) for map_ in flow] if isinstance(flow, tuple) else [tuple(flow.shape)]
-    if [len(shape) for shape in seen] != [4, 4] or seen[0][0] != seen[1][0]:
-        raise LossError(
-            f"fsp: a flow is two maps (batch, channels, height, width) of one batch, the input and the output of a "
-            f"block; the {side}'s is {', '.join(map(str, seen))}"
-        )
+def _pearson(a: Float[Tensor, "rows n"], b: Float[Tensor, "rows n"], eps: float = 1e-8) -> Float[Tensor, " rows"]:
+    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=eps)
 
 
+@_loss
+def fsp(
+    student: Float[Tensor, "batch m n"],
+    teacher: Float[Tensor, "batch m n"],
+    /,
+    *,
+    relative: bool = False,
+    reduction: Reduction = "sum",
+) -> Float[Tensor, ""]:
+    """||G(student) - G(teacher)||_F^2 of two FSP matrices, as `flow_matrix` makes them.
+
+    FSP, Yim et al. 2017 (CVPR), eq. 2. `relative` divides by the variance of the teacher's matrices over the batch,
+    sum over the matrix of Var(G_ij): then 1 is the loss of a student that knows the mean matrix and nothing else, and
+    1 minus the loss is the share of the variance that is explained. The paper's form grows with the fourth power of the
+    activations, and the matrix after a ReLU is for the most part constant. `relative` needs two images at least.
+    """
+    return _matrices("fsp", student, teacher, relative, reduction)
+
+
+@_loss
+def gram(
+    student: Float[Tensor, "batch channels channels"],
+    teacher: Float[Tensor, "batch channels channels"],
+    /,
+    *,
+    relative: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, ""]:
+    """||G(student) - G(teacher)||_F^2 of the Gram matrices of a map with itself.
+
+    The style loss of Gatys et al. 2016 (CVPR), eq. 4, between two networks: theirs has 1/4 before the mean. `relative`
+    is that of `fsp`.
+    """
+    return _matrices("gram", student, teacher, relative, reduction)
+
+
+def _matrices(loss: str, student: Tensor, teacher: Tensor, relative: bool, reduction: Reduction) -> Tensor:
+    _same_shape(student, teacher, loss)
+    if not relative:
+        return _reduce((student - teacher).square(), reduction)
+    if len(teacher) < 2:
+        raise LossError(f"{loss}: `relative` divides by the variance over a batch, and this one has a single image")
+    error = _reduce((student - teacher).square(), "sum")
+    return error / teacher.var(0).sum().clamp_min(torch.finfo(teacher.dtype).tiny)
+
+
+@_in_float32
 def flow_matrix(
-    first: Float[Tensor, "batch m h1 w1"], second: Float[Tensor, "batch n h2 w2"]
+    first: Float[Tensor, "batch m h1 w1"], second: Float[Tensor, "batch n h2 w2"], /
 ) -> Float[Tensor, "batch m n"]:
-    """The FSP matrix of two maps (Yim et al. 2017, eq. 1)."""
+    """G = sum over positions of F1 F2^T / (h w): the FSP matrix of two maps (Yim et al. 2017, eq. 1).
+
+    Where the grids differ, as in a block that downsamples, the larger is max-pooled to the smaller, as in the paper.
+    """
+    if not first.ndim == second.ndim == 4 or len(first) != len(second):
+        raise LossError(
+            "flow_matrix: expected two maps (batch, channels, height, width) of one batch, the input and the output of "
+            f"a block, got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
     height, width = (min(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True))
     first, second = (_max_pool(map_, (height, width)).flatten(2) for map_ in (first, second))
-    return first @ second.transpose(1, 2) / (height * width)
+    return (first @ second.transpose(1, 2)).div_(height * width)  # in place: no second matrix
 
 
 def _max_pool(map_: Tensor, size: tuple[int, int]) -> Tensor:
     return map_ if tuple(map_.shape[2:]) == size else F.adaptive_max_pool2d(map_, size)
 
 
-Reads = Literal["labels", "outputs", "features", "flows"]
+@_loss
+def attention(
+    student: Float[Tensor, "batch c1 height width"],
+    teacher: Float[Tensor, "batch c2 height width"],
+    /,
+    *,
+    form: Literal["paper", "code"] = "paper",
+) -> Float[Tensor, ""]:
+    """The distance of two attention maps Q = sum over channels of A^2, each divided by its norm.
+
+    Zagoruyko and Komodakis 2017 (arXiv 1612.03928), eq. 2. `paper`: ||Q_S - Q_T||_2, the norm itself, whose weight is
+    beta/2. `code`: the authors' published code, the mean over positions of the squared difference, whose weight is beta
+    (1000 with its defaults). The two networks' channels need not agree, their grids must.
+    """
+    if student.ndim != 4 or (len(student), *student.shape[2:]) != (len(teacher), *teacher.shape[2:]):
+        raise LossError(
+            f"attention: expected two maps (batch, channels, height, width) of one batch and grid, got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        )
+    ours, theirs = (F.normalize(map_.square().mean(1).flatten(1), dim=1) for map_ in (student, teacher))
+    if form == "code":
+        return (ours - theirs).square().mean()
+    if form != "paper":
+        raise LossError(f"attention: form {form!r}; expected 'paper' or 'code'")
+    distance: Tensor = torch.linalg.vector_norm(ours - theirs, dim=1)
+    return distance.mean()
+
+
+Reads = Literal["labels", "outputs", "features", "maps", "grams", "flows"]
 
 
 @dataclass(frozen=True)
 class Loss:
     """A loss and what it reads.
 
-    `labels`: the student's logits and the target; `outputs`: both models' logits; `features`: the features of a pair;
-    `flows`: the (input, output) of a pair's two modules.
+    `labels`: logits and the target; `outputs`: both models' logits. Of every pair of layers, `features`: both features
+    in one shape; `maps`: both at one grid, each with its own channels; `grams`: the matrix of each feature with itself;
+    `flows`: the matrix between the input and the output of the two modules.
     """
 
     function: Callable[..., Tensor]
     reads: Reads
 
+    @property
+    def reads_layers(self) -> bool:
+        """Whether it compares pairs of layers."""
+        return self.reads not in ("labels", "outputs")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of its options."""
+        parameters = signature(self.function).parameters.items()
+        return tuple(name for name, value in parameters if value.kind is Parameter.KEYWORD_ONLY)
+
     def check_options(self, name: str, options: Mapping[str, Any]) -> None:
         """LossError for an option that the function does not have, with the nearest that it has."""
-        legal = [
-            key for key, value in signature(self.function).parameters.items() if value.kind is Parameter.KEYWORD_ONLY
-        ]
         for option in options:
-            if option not in legal:
-                known = f"; it has {', '.join(legal)}" if legal else "; it has none"
-                raise LossError(f"loss {name!r} has no option {option!r}{nearest(option, legal)}{known}")
+            if option not in self.options:
+                known = f"; it has {', '.join(self.options)}" if self.options else "; it has none"
+                raise LossError(f"loss {name!r} has no option {option!r}{nearest(option, self.options)}{known}")
 
 
 LOSSES: Mapping[str, Loss] = MappingProxyType(
@@ -227,7 +340,10 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
         "cross_entropy": Loss(cross_entropy, "labels"),
         "soft_targets": Loss(soft_targets, "outputs"),
         "logits": Loss(logits, "outputs"),
+        "dist": Loss(dist, "outputs"),
         "hint": Loss(hint, "features"),
         "fsp": Loss(fsp, "flows"),
+        "gram": Loss(gram, "grams"),
+        "attention": Loss(attention, "maps"),
     }
 )

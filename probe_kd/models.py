@@ -118,6 +118,17 @@ def save_weights(model: nn.Module, path: Path, about: Mapping[str, Any]) -> None
     aside.replace(path)
 
 
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What `save_weights` wrote about the model. Raises WeightsError where the file is none of that kind."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+    except Exception as refusal:  # safetensors has errors of its own
+        raise WeightsError(f"cannot read {str(path)!r}: {short(refusal)}") from refusal
+
+
 def short(error: BaseException) -> str:
     """What an error of somebody else's says, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -11,20 +11,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from torch import nn
 
-from probe_kd.adapters import Normalize, Policy, Tokens
+from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens, check_class_map
 from probe_kd.data import DataOptions, Datasets, open_datasets
-from probe_kd.distiller import Objective
-from probe_kd.errors import ProbeKDError, Problem, RecipeError, nearest
+from probe_kd.distiller import Block
+from probe_kd.errors import LossError, ProbeKDError, Problem, RecipeError, WeightsError, nearest
 from probe_kd.losses import LOSSES
 from probe_kd.matching import match
 from probe_kd.models import build_on_meta, load_weights
-from probe_kd.spec import InputSpec, Pair, Tap, Trace
+from probe_kd.objectives import Comparison, Objective
+from probe_kd.sharing import Pattern, Sharing, graft, share_convolutions, share_trunk
+from probe_kd.spec import InputSpec, Pair, Schedule, Tap, Trace
+from probe_kd.surgery import in_pattern
 from probe_kd.tracing import trace
 
 Path_ = tuple[str | int, ...]
@@ -35,13 +48,18 @@ class _Section(BaseModel):
 
 
 class OptimizerOptions(_Section):
-    """timm's `create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `momentum`, and `opt_args` for what else one takes."""
+    """timm's `create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `momentum`, and `opt_args` for what else one takes.
+
+    `lr_scale` multiplies the learning rate of the student's parameters in a module, or whose names match a glob, as in
+    `{layer1: 0.1}`; where several match, the last does.
+    """
 
     opt: str = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     layer_decay: float | None = Field(default=None, gt=0, le=1)
+    lr_scale: dict[str, float] = {}
     opt_args: dict[str, Any] = {}
 
 
@@ -57,24 +75,68 @@ class SchedulerOptions(_Section):
     decay_rate: float = Field(default=0.1, gt=0)
 
 
+class ScheduleOptions(_Section):
+    """A number that moves from `start` to `end` over so many epochs of its stage, by default all of them."""
+
+    start: float
+    end: float
+    epochs: float | None = Field(default=None, gt=0)
+    shape: Literal["linear", "cosine"] = "linear"
+
+
+def _kind_of_number(value: Any) -> str:
+    return "schedule" if isinstance(value, Mapping | ScheduleOptions) else "number"
+
+
+Scheduled = Annotated[
+    Annotated[float, Tag("number")] | Annotated[ScheduleOptions, Tag("schedule")], Discriminator(_kind_of_number)
+]
+
+
+def _schedule(value: Any) -> Any:
+    return Schedule(**value.model_dump()) if isinstance(value, ScheduleOptions) else value
+
+
 class LossOptions(BaseModel):
-    """One loss: its name in `LOSSES`, its weight, what is done before it, and the loss function's own arguments."""
+    """One loss: its name in `LOSSES`, its weight, what is done before it, and the loss function's own arguments.
+
+    `weight`, and a number among the arguments, may be a schedule: `{start: 4, end: 1, epochs: 400}`.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)  # the rest is the loss function's, and checked against it
 
     loss: str
-    weight: float = 1.0
+    weight: Scheduled = 1.0
     policy: Policy = "auto"
     tokens: Tokens = "drop"
     normalize: Normalize = "none"
+    projector: Projector = "linear"
+    activation: Activation = "none"
+    of: Literal["student", "teacher"] = "student"
+    between: list[tuple[str, str]] = []
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+        """The loss function's own. Raises LossError for a mapping that is no schedule."""
+        return {key: self._read(key, value) for key, value in (self.model_extra or {}).items()}
+
+    @staticmethod
+    def _read(key: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            return _schedule(ScheduleOptions.model_validate(value))
+        except ValidationError as refusal:
+            first = refusal.errors()[0]
+            raise LossError(f"`{key}`: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
 
 
 class StageOptions(_Section):
-    """One phase of training: losses, epochs, optimizer, scheduler."""
+    """One phase of training: losses, epochs, optimizer, scheduler.
+
+    What no loss of the stage reaches takes no part in it. `keep: best` ends the stage with the epoch whose losses,
+    weighted and summed, were least on held-out training images (`data.holdout`).
+    """
 
     name: str = "train"
     epochs: int = Field(ge=1)
@@ -82,6 +144,7 @@ class StageOptions(_Section):
     optimizer: OptimizerOptions = OptimizerOptions()
     scheduler: SchedulerOptions = SchedulerOptions()
     clip_grad: float | None = Field(default=None, gt=0)
+    keep: Literal["last", "best"] = "last"
 
 
 class TeacherTraining(_Section):
@@ -106,12 +169,45 @@ class TeacherOptions(ModelOptions):
     """The teacher has weights (`pretrained`, `checkpoint`) or is trained first (`train`).
 
     `input_size`, `mean` and `std` are for a teacher that does not expect what timm's config says and the data gives.
+    `class_map` is its index of each of the student's classes, where they are not the same: a list, or a JSON file.
     """
 
     input_size: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    class_map: list[int] | str | None = None
     train: TeacherTraining | None = None
+
+
+class ShareOptions(_Section):
+    """Teacher and student train together (Rocket Launching), and this is what they have in common.
+
+    `form: weights`: the convolutions and linear layers in `modules`: `interval`, `bottom`, names, or student name:
+    teacher name. `form: trunk`: all layers up to `at`, which run once; `form: graft`: the student's layers up to `at`
+    are replaced by the teacher's; `at` is one layer, or student layer: teacher layer. `form: none`: nothing.
+    `block` is the gradient block: what a loss between the two may move.
+    """
+
+    form: Literal["weights", "trunk", "graft", "none"] = "weights"
+    modules: Pattern | list[str] | dict[str, str] | None = None
+    at: str | Annotated[dict[str, str], Field(min_length=1, max_length=1)] | None = None
+    block: Block = "output"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        wanted = {"weights": "modules", "trunk": "at", "graft": "at"}.get(self.form)
+        for key in ("modules", "at"):
+            if key != wanted and getattr(self, key) is not None:
+                raise ValueError(f"form `{self.form}` has no `{key}`" + (f"; it has `{wanted}`" if wanted else ""))
+        if self.form != "weights" and wanted and getattr(self, wanted) is None:
+            raise ValueError(f"form `{self.form}` needs `{wanted}`: the last layer that both have in common")
+        return self
+
+    @property
+    def cut(self) -> tuple[Tap, Tap]:
+        """Raises TapError."""
+        ours, theirs = (self.at, self.at) if isinstance(self.at, str) else next(iter((self.at or {"": ""}).items()))
+        return Tap.parse(ours), Tap.parse(theirs)
 
 
 class AutoPairs(_Section):
@@ -144,14 +240,15 @@ class Recipe(_Section):
     """A whole recipe.
 
     `pairs` maps student taps to teacher taps, or is `auto`. `baseline` also trains the student alone: the same weights
-    to begin with, the same images, and only the losses that read labels. `precision` is accelerate's, whose own
-    configuration decides where it is not given.
+    to begin with, the same images, and only the losses that read labels. `share` trains both together; the teacher is
+    trained alone first, to compare. `precision` is accelerate's, whose own configuration decides where it is not given.
     """
 
     student: ModelOptions
     teacher: TeacherOptions | None = None
     data: DataOptions
     pairs: Pairs = {}
+    share: ShareOptions | None = None
     stages: list[StageOptions] = Field(min_length=1)
     baseline: bool = False
     precision: Literal["no", "bf16", "fp16"] | None = None
@@ -362,12 +459,12 @@ def _section_of(annotation: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Planned:
     """What one loss compares in one stage, and what brings the two together first."""
 
     stage: str
     objective: Objective
-    pair: Pair
+    comparison: Comparison
     adapter: str
 
 
@@ -383,7 +480,15 @@ class Plan:
     teacher_input: InputSpec | None
     pairs: tuple[Pair, ...]
     objectives: tuple[tuple[Objective, ...], ...]  # of each stage
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Planned, ...]
+    class_map: tuple[int, ...] | None = None
+    sharing: Sharing | None = None
+    grown: Trace | None = None  # of the student as it is trained, where that is a graft
+
+    @property
+    def trained(self) -> Trace:
+        """The student as it is trained."""
+        return self.grown or self.student
 
     @property
     def resolved(self) -> Recipe:
@@ -395,7 +500,8 @@ class Plan:
             kwargs = dict(self.teacher.model_kwargs)
             found["teacher"] = recipe.teacher.model_copy(update={"model_kwargs": kwargs})
         if self.pairs:
-            found["pairs"] = {str(pair.student): str(pair.teacher) for pair in self.pairs}
+            body = "body." if self.grown else ""
+            found["pairs"] = {str(pair.student).removeprefix(body): str(pair.teacher) for pair in self.pairs}
         return recipe.model_copy(update=found)
 
 
@@ -434,9 +540,14 @@ class _Planner:
         self._check_checkpoint("student", student)
         self._check_checkpoint("teacher", teacher)
         self._check_baseline()
-        pairs = self._pairs(student, teacher)
+        self._check_stages(student)
+        class_map = self._class_map(student, teacher)
+        grown, sharing = self._join(student, teacher)
+        pairs = self._pairs(student, teacher, grown)
         objectives = [self._objectives(index, pairs) for index in range(len(recipe.stages))]
-        comparisons = () if pairs is None else tuple(self._comparisons(objectives, student, teacher))
+        found = () if pairs is None else self._comparisons(objectives, grown or student, teacher, class_map)
+        comparisons = tuple(found)
+        self._check_inputs(student, teacher)
         self.stop_if_problems()
         assert datasets is not None
         assert student is not None
@@ -446,11 +557,14 @@ class _Planner:
             datasets=datasets,
             student=student,
             teacher=teacher,
-            student_input=self._student_input(student),
+            student_input=self._input_of_student(student, teacher),
             teacher_input=self._teacher_input(teacher) if teacher else None,
             pairs=pairs,
             objectives=tuple(tuple(stage) for stage in objectives),
             comparisons=comparisons,
+            class_map=class_map,
+            sharing=sharing,
+            grown=grown,
         )
 
     def _trace(
@@ -470,24 +584,31 @@ class _Planner:
         if teacher is None:
             return None
         return self._trace(
-            "teacher", teacher, teacher.input_size or self.recipe.data.input_size, classes, training=False
+            "teacher",
+            teacher,
+            teacher.input_size or self.recipe.data.input_size,
+            classes if teacher.class_map is None or teacher.train else None,
+            training=self.recipe.share is not None,
         )
 
     def _check_teacher(self, trace_: Trace | None, classes: int | None) -> None:
         teacher = self.recipe.teacher
         if teacher is None:
             return
-        if not (teacher.pretrained or teacher.checkpoint or teacher.train):
+        if self.recipe.share and teacher.train:
+            message = "with `share` the stages train the teacher too, alone and with the student; leave `train` out"
+            self.problems.append(self.source.problem(("teacher", "train"), message))
+        if not (teacher.pretrained or teacher.checkpoint or teacher.train or self.recipe.share):
             message = (
                 "the teacher has random weights; give `pretrained: true`, a `checkpoint`, or `train: {epochs: ...}`"
             )
             self.problems.append(self.source.problem(("teacher", "model"), message))
         if trace_ is None or classes is None:
             return
-        if trace_.output.channels != classes:
+        if trace_.output.channels != classes and teacher.class_map is None:
             message = (
-                f"the teacher's classifier has {trace_.output.channels} classes and the data {classes}; "
-                "fine-tune it on these data and give its `checkpoint`, or `train` it here"
+                f"the teacher's classifier has {trace_.output.channels} classes and the data {classes}; give a "
+                "`class_map` with its index of each of the data's classes, fine-tune it on these data, or `train` it"
             )
             self.problems.append(self.source.problem(("teacher", "model"), message))
 
@@ -504,11 +625,68 @@ class _Planner:
             with self.at(key, "checkpoint"):
                 load_weights(build_on_meta(trace_.model, trace_.model_kwargs), path)
 
+    def _class_map(self, student: Trace | None, teacher: Trace | None) -> tuple[int, ...] | None:
+        given = self.recipe.teacher.class_map if self.recipe.teacher else None
+        if given is None:
+            return None
+        with self.at("teacher", "class_map"):
+            found = _read_class_map(given) if isinstance(given, str) else given
+            if student is not None and teacher is not None:
+                check_class_map(found, student.output.channels, teacher.output.channels)
+            return tuple(found)
+        return None
+
+    def _check_stages(self, student: Trace | None) -> None:
+        for index, stage in enumerate(self.recipe.stages):
+            if stage.keep == "best" and not self.recipe.data.holdout:
+                message = "`keep: best` chooses by held-out training images; give `data: {holdout: 0.1}`"
+                self.problems.append(self.source.problem(("stages", index, "keep"), message))
+            names = _parameter_names(student) if student and stage.optimizer.lr_scale else []
+            for pattern in stage.optimizer.lr_scale if names else ():
+                if not any(in_pattern(name, pattern) for name in names):
+                    message = f"no parameter of the student matches {pattern!r}{nearest(pattern, _modules_of(names))}"
+                    self.problems.append(
+                        self.source.problem(("stages", index, "optimizer", "lr_scale", pattern), message)
+                    )
+
+    def _join(self, student: Trace | None, teacher: Trace | None) -> tuple[Trace | None, Sharing | None]:
+        """What is shared, tried on models without weights; and the trace of a graft."""
+        share = self.recipe.share
+        if share is None:
+            return None, None
+        if self.recipe.teacher is None:
+            self.problems.append(self.source.problem(("share",), "there is no `teacher:` to share with"))
+        if student is None or teacher is None:
+            return None, None
+        with self.at("share"):
+            models = [build_on_meta(side.model, side.model_kwargs) for side in (student, teacher)]
+            joined, sharing = join(share, models[0], models[1], student, teacher)
+            grown = trace(joined, teacher.input_size, training=True) if share.form == "graft" else None
+            return grown and replace(grown, model=f"{student.model} on {teacher.model}"), sharing
+        return None, None
+
+    def _check_inputs(self, student: Trace | None, teacher: Trace | None) -> None:
+        share = self.recipe.share
+        if share is None or share.form != "trunk" or student is None or teacher is None or self.problems:
+            return
+        ours, theirs = self._student_input(student), self._teacher_input(teacher)
+        if ours != theirs:
+            message = (
+                f"a shared trunk sees one image, and the student expects {ours} and the teacher {theirs}; give `mean` "
+                "and `std` of `data`, and `mean`, `std` and `input_size` of `teacher`, so that they agree"
+            )
+            self.problems.append(self.source.problem(("share",), message))
+
     def _check_baseline(self) -> None:
         losses = [loss.loss for stage in self.recipe.stages for loss in stage.losses.values()]
         if self.recipe.baseline and not any(loss in LOSSES and LOSSES[loss].reads == "labels" for loss in losses):
             message = "the student alone has no loss to train on: no stage has one that reads labels (`cross_entropy`)"
             self.problems.append(self.source.problem(("baseline",), message))
+
+    def _input_of_student(self, student: Trace, teacher: Trace | None) -> InputSpec:
+        """A graft begins with the teacher's layers, so it sees what the teacher sees."""
+        grafted = self.recipe.share is not None and self.recipe.share.form == "graft"
+        return self._teacher_input(teacher) if grafted and teacher else self._student_input(student)
 
     def _student_input(self, student: Trace) -> InputSpec:
         data = self.recipe.data
@@ -519,7 +697,7 @@ class _Planner:
         assert options is not None
         return _input_spec(teacher, teacher.input_size, options.mean, options.std)
 
-    def _pairs(self, student: Trace | None, teacher: Trace | None) -> tuple[Pair, ...] | None:
+    def _pairs(self, student: Trace | None, teacher: Trace | None, grown: Trace | None) -> tuple[Pair, ...] | None:
         """None where they cannot be known: then a loss without pairs is not its own mistake."""
         wanted = self.recipe.pairs
         if self.recipe.teacher is None or not wanted:
@@ -528,13 +706,16 @@ class _Planner:
             return None
         if isinstance(wanted, AutoPairs):
             with self.at("pairs"):
-                return match(student, teacher, level=wanted.level, num_pairs=wanted.num_pairs)
+                found = match(student, teacher, level=wanted.level, num_pairs=wanted.num_pairs)
+                return found if grown is None else _above_the_cut(found, student, grown)
             return None
         pairs: list[Pair] = []
         for ours, theirs in wanted.items():
             with self.at("pairs", ours):
                 pair = Pair(Tap.parse(ours), Tap.parse(theirs))
-                for trace_, tap in ((student, pair.student), (teacher, pair.teacher)):
+                if grown is not None:
+                    pair = _in_body(pair)
+                for trace_, tap in ((grown or student, pair.student), (teacher, pair.teacher)):
                     trace_[tap]
                 pairs.append(pair)
         return tuple(pairs) if len(pairs) == len(wanted) else None
@@ -548,22 +729,36 @@ class _Planner:
         for name, options in stage.losses.items():
             with self.at("stages", index, "losses", name):
                 found.append(_objective(name, options, [_UNKNOWN] if pairs is None else pairs))
-            if found and found[-1].tap_pairs() and self.recipe.teacher is None and found[-1].name == name:
+            last = found[-1] if found and found[-1].name == name else None
+            if last and last.needs_teacher and self.recipe.teacher is None:
                 message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"
                 self.problems.append(self.source.problem(("stages", index, "losses", name), message))
+            elif last and last.of == "teacher" and self.recipe.share is None:
+                message = f"loss `{name}` is `of: teacher`, which learns only where both train together; give `share`"
+                self.problems.append(self.source.problem(("stages", index, "losses", name), message))
+        if self.recipe.share and found and not any(objective.of == "teacher" for objective in found):
+            message = (
+                f"stage `{stage.name}` trains the teacher too, and has no loss for it; add "
+                "`booster: {loss: cross_entropy, of: teacher}`"
+            )
+            self.problems.append(self.source.problem(("stages", index, "losses"), message))
         return found
 
     def _comparisons(
-        self, stages: list[list[Objective]], student: Trace | None, teacher: Trace | None
-    ) -> Iterator[Comparison]:
+        self,
+        stages: list[list[Objective]],
+        student: Trace | None,
+        teacher: Trace | None,
+        class_map: Sequence[int] | None,
+    ) -> Iterator[Planned]:
         if student is None or teacher is None:
             return
         for index, objectives in enumerate(stages):
             for objective in objectives:
                 with self.at("stages", index, "losses", objective.name):
-                    for pair in objective.tap_pairs():
-                        adapter = objective.adapter(student[pair.student], teacher[pair.teacher])
-                        yield Comparison(self.recipe.stages[index].name, objective, pair, str(adapter))
+                    for comparison in objective.comparisons:
+                        adapter = objective.adapter(comparison, student, teacher, class_map)
+                        yield Planned(self.recipe.stages[index].name, objective, comparison, str(adapter))
 
 
 _UNKNOWN = Pair(Tap(""), Tap(""))  # stands for pairs that could not be read
@@ -573,13 +768,63 @@ def _objective(name: str, options: LossOptions, pairs: Sequence[Pair]) -> Object
     return Objective(
         options.loss,
         name,
-        weight=options.weight,
+        weight=_schedule(options.weight),
         pairs=pairs,
         options=options.options,
         policy=options.policy,
         tokens=options.tokens,
         normalize=options.normalize,
+        projector=options.projector,
+        activation=options.activation,
+        of=options.of,
+        between=options.between,
     )
+
+
+def join(
+    share: ShareOptions, student: nn.Module, teacher: nn.Module, seen: Trace, known: Trace
+) -> tuple[nn.Module, Sharing | None]:
+    """Let two models have in common what the recipe says. Returns the student to train; the given one is changed.
+
+    Raises TapError where they cannot.
+    """
+    if share.form == "none":
+        return student, None
+    if share.form == "weights":
+        return student, share_convolutions(student, teacher, share.modules or "interval")
+    ours, theirs = share.cut
+    if share.form == "trunk":
+        return student, share_trunk(student, teacher, ours, theirs, seen, known)
+    return graft(student, teacher, ours, theirs, seen, known)
+
+
+def _in_body(pair: Pair) -> Pair:
+    return replace(pair, student=replace(pair.student, module=f"body.{pair.student.module}"))
+
+
+def _above_the_cut(pairs: Sequence[Pair], student: Trace, grown: Trace) -> tuple[Pair, ...]:
+    """Of the pairs of the plain student, those whose layers are still there in the graft."""
+    moved = [_in_body(pair) for pair in pairs]
+    kinds = {name: module.kind for name, module in grown.modules.items()}
+    return tuple(pair for pair in moved if kinds.get(pair.student.module, "Idle") != "Idle")
+
+
+def _parameter_names(trace_: Trace) -> list[str]:
+    return [name for name, _ in build_on_meta(trace_.model, trace_.model_kwargs).named_parameters()]
+
+
+def _modules_of(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([name.rpartition(".")[0] for name in names] + list(names)))
+
+
+def _read_class_map(path: str) -> list[int]:
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as refusal:
+        raise WeightsError(f"cannot read the class map {path!r}: {_reason(refusal)}") from None
+    if not isinstance(found, list) or not all(type(index) is int for index in found):
+        raise WeightsError(f"the class map {path!r} is not a JSON list of whole numbers")
+    return found
 
 
 def _input_spec(

@@ -18,7 +18,7 @@ from probe_kd.adapters import adapt
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.matching import blocks, stages
 from probe_kd.recipe import Plan
-from probe_kd.spec import FeatureSpec, ModuleSpec, Pair, Tap, Trace
+from probe_kd.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 
 Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name
 MEASURES = ("subject", "stage", "epoch", "accuracy", "agreement", "images_per_second", "lr")
@@ -237,9 +237,14 @@ def plan_table(plan: Plan) -> Table:
     """What a recipe is about to do: every comparison, with its adapter."""
     table = _table("What is compared: student <- teacher", "stage", "loss", "weight>", "layers", "adapter")
     for item in plan.comparisons:
-        weight = f"{item.objective.weight:g}"
-        table.add_row(item.stage, item.objective.name, weight, str(item.pair), item.adapter)
+        table.add_row(
+            item.stage, item.objective.name, _weight(item.objective.weight), str(item.comparison), item.adapter
+        )
     return table
+
+
+def _weight(weight: float | Schedule) -> str:
+    return f"{weight.start:g} to {weight.end:g}" if isinstance(weight, Schedule) else f"{weight:g}"
 
 
 def report_run(results: Sequence[Result], rows: Sequence[Row], plan: Plan, folder: Path, console: Console) -> None:
@@ -250,8 +255,11 @@ def report_run(results: Sequence[Result], rows: Sequence[Row], plan: Plan, folde
     student = results[-1]
     arguments = "".join(f", {key}={value!r}" for key, value in student.model_kwargs.items())
     weights = folder / student.weights
-    console.print(f"Results in {folder}. The student is plain timm:", highlight=False)
+    is_graft = plan.grown is not None
+    kind = "has the first layers of the teacher" if is_graft else "is plain timm"
+    console.print(f"Results in {folder}. The student {kind}:", highlight=False)
     line = f"  timm.create_model({student.model!r}, checkpoint_path={str(weights)!r}{arguments})"
+    line = f"  probe_kd.load_student({str(weights)!r})" if is_graft else line
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -294,7 +302,8 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
 
 
 def results_table(results: Iterable[Result]) -> Table:
-    """The end of a run: accuracy, agreement with the teacher, size."""
+    """The end of a run: accuracy, agreement with the teacher, size; what a teacher lost by training with a student."""
+    results = list(results)
     table = _table("Test images", "", "model", "accuracy>", "agreement>", "parameters>", "MACs>", "training>")
     for result in results:
         table.add_row(
@@ -306,6 +315,11 @@ def results_table(results: Iterable[Result]) -> Table:
             amount(result.macs),
             f"{result.seconds:.0f} s" if result.seconds else "",
         )
+    by_role = {result.role: result for result in results}
+    if "teacher alone" in by_role and "teacher" in by_role:
+        change = 100 * (by_role["teacher"].accuracy - by_role["teacher alone"].accuracy)
+        word = "gained" if change > 0 else "lost"
+        table.caption = f"training with the student, the teacher {word} {abs(change):.2f} points of accuracy"
     return table
 
 

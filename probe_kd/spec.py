@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from math import cos, pi
 from typing import Literal, Self
 
 from probe_kd.errors import DataError, TapError, nearest
@@ -103,8 +104,9 @@ class FeatureSpec:
     `prefix_tokens` counts class, register and distillation tokens, which stand before the grid. `reduction` is the
     stride against the input, height of the image / height of the grid. `order` numbers all tensors of the forward in
     the order they came to be. `tensor` is equal at two taps that carry one tensor with the same contents, such as a
-    container and its last child. `clone` says that a later in-place operation overwrites the tensor, so that a capture
-    has to copy it.
+    container and its last child. `activation` names the nonlinearity whose output the tensor is (`relu`, `gelu`, ...);
+    it is empty for another tensor, which as a rule has both signs. `clone` says that a later in-place operation
+    overwrites the tensor, so that a capture has to copy it.
     """
 
     tap: Tap
@@ -116,6 +118,7 @@ class FeatureSpec:
     reduction: float | None = None
     order: int = 0
     tensor: int = 0
+    activation: str = ""
     calls: int = 1
     clone: bool = False
 
@@ -152,6 +155,30 @@ class Pair:
 
     def __str__(self) -> str:
         return f"{str(self.student) or 'output'} <- {str(self.teacher) or 'output'}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number that moves from `start` to `end` over so many epochs of a stage (default: all), and stays there.
+
+    FitNets (Romero et al. 2015, sec. 3.1) lets the weight of the soft targets go down from 4 to 1.
+    """
+
+    start: float
+    end: float
+    epochs: float | None = None
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def at(self, epoch: float, epochs: int) -> float:
+        """The value after so many epochs of a stage of `epochs`."""
+        share = min(max(epoch / (self.epochs or epochs), 0.0), 1.0)
+        if self.shape == "cosine":
+            share = (1 - cos(pi * share)) / 2
+        return self.start + (self.end - self.start) * share
+
+
+def value_at(value: float | Schedule, epoch: float, epochs: int) -> float:
+    return value.at(epoch, epochs) if isinstance(value, Schedule) else value
 
 
 @dataclass(frozen=True)

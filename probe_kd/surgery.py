@@ -1,9 +1,17 @@
-"""Changing a model by name: `replace`, `share`, `freeze`. Each returns what it displaced, so that it can be undone."""
+"""Changing a model by name: `replace`, `share`, `share_weights`, `freeze`. Each returns what it displaced.
 
-from collections.abc import Iterable, Mapping
+Two more change a model for the time of a `with` block only: `replaying` lets modules give an answer that is known
+already, and `detached` lets parameters pass no gradient.
+"""
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from itertools import zip_longest
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from probe_kd.errors import TapError, nearest
 
@@ -32,7 +40,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 def share(student: nn.Module, teacher: nn.Module, names: Mapping[str, str]) -> dict[str, nn.Module]:
     """Let the student use the teacher's modules, `{student name: teacher name}`. Returns the student's old modules.
 
-    Raises TapError at the first parameter or buffer in which two modules differ, before anything is changed.
+    Raises TapError at the first layer, parameter or buffer in which two modules differ, before anything is changed.
     """
     found = {ours: (get(student, ours), get(teacher, theirs)) for ours, theirs in names.items()}
     for ours, (own, other) in found.items():
@@ -51,7 +59,119 @@ def _first_difference(own: nn.Module, other: nn.Module) -> str:
             return (
                 f"'{name}' is {tuple(ours[name].shape)} in the student and {tuple(theirs[name].shape)} in the teacher"
             )
+    # The same tensors do not make the same function: strides, activations and rates stand in the text form.
+    for mine, yours in zip_longest(repr(own).splitlines(), repr(other).splitlines(), fillvalue="nothing"):
+        if mine != yours:
+            return f"the student has {mine.strip()} where the teacher has {yours.strip()}"
     return ""
+
+
+def share_weights(student: nn.Module, teacher: nn.Module, names: Mapping[str, str]) -> dict[str, nn.Parameter]:
+    """Let convolutions and linear layers of the student use the teacher's parameters, `{student name: teacher name}`.
+
+    A name stands for all such layers inside it. Everything else, norms above all, stays each model's own, as in Rocket
+    Launching (Zhou et al. 2018, arXiv 1708.04106). Returns the student's old parameters by name.
+
+    Raises TapError at the first difference, before anything is changed.
+    """
+    found: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
+    for ours, theirs in names.items():
+        own, other = weight_layers(get(student, ours)), weight_layers(get(teacher, theirs))
+        if not own:
+            raise TapError(f"'{ours}' of the student has no convolution or linear layer whose weights could be shared")
+        for layer in own.keys() | other.keys():
+            if layer not in own or layer not in other:
+                side = "student" if layer in own else "teacher"
+                raise TapError(f"'{ours}' cannot share weights with '{theirs}': only the {side} has '{layer}'")
+        for layer, module in own.items():
+            for key, parameter in module.named_parameters(recurse=False):
+                target = other[layer]._parameters.get(key)
+                if target is None or target.shape != parameter.shape:
+                    there = "absent" if target is None else tuple(target.shape)
+                    raise TapError(
+                        f"'{ours}' cannot share weights with '{theirs}': '{_join(layer, key)}' is "
+                        f"{tuple(parameter.shape)} in the student and {there} in the teacher"
+                    )
+                found[_join(ours, layer, key)] = module, key, target
+    displaced = {name: module.get_parameter(key) for name, (module, key, _) in found.items()}
+    for module, key, target in found.values():
+        module.register_parameter(key, target)
+    return displaced
+
+
+def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The convolutions and linear layers in a module, by name; its own is `""`."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, kinds)}
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def prune_after(model: nn.Module, kept: Collection[str]) -> nn.Module:
+    """A second model of the same layers, in which what is neither in `kept` nor leads to it is an Identity.
+
+    The kept modules are the very same objects; the containers above them are copied, so `model` stays as it was.
+    """
+    return _prune(model, "", set(kept))
+
+
+def _prune(module: nn.Module, name: str, kept: set[str]) -> nn.Module:
+    if name in kept:
+        return module
+    twin = copy.copy(module)
+    twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+    twin._modules = {}
+    for key, child in module._modules.items():
+        path = _join(name, key)
+        leads = any(other == path or other.startswith(f"{path}.") for other in kept)
+        twin._modules[key] = _prune(child, path, kept) if leads and child is not None else nn.Identity()
+    return twin
+
+
+@contextmanager
+def replaying(answers: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Modules that give these tensors instead of computing: in the block their hooks run, their layers do not."""
+    for module, answer in answers.items():
+        module.forward = _Answer(answer)
+    try:
+        yield
+    finally:
+        for module in answers:
+            del module.forward
+
+
+class _Answer:
+    def __init__(self, answer: Tensor) -> None:
+        self.answer = answer
+
+    def __call__(self, *_: Any, **__: Any) -> Tensor:
+        return self.answer
+
+
+@contextmanager
+def detached(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Some of the model's parameters, under every name, as constants: in the block no gradient enters them."""
+    wanted = {id(parameter) for parameter in parameters}
+    places = [
+        (module, key, parameter)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in wanted
+    ]
+    for module, key, parameter in places:
+        module._parameters[key] = parameter.detach()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, key, parameter in places:
+            module._parameters[key] = parameter
+
+
+def in_pattern(name: str, pattern: str) -> bool:
+    """Whether a parameter's name matches a glob, or lies in the module of that name."""
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
@@ -62,7 +182,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     matching: list[str] = []
     for pattern in patterns:
-        found = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
+        found = [name for name in names if in_pattern(name, pattern)]
         if not found:
             raise TapError(f"no parameter of {type(model).__name__} matches {pattern!r}{nearest(pattern, names)}")
         matching += found

@@ -165,6 +165,13 @@ class _Log:
             for position, item in enumerate(value):
                 self.see(module, port, call, item, (*items, position))
 
+    def close(self, name: str) -> tuple[int, int]:
+        """(call, flops at its start) of the module that ends; what is open inside it was stopped early."""
+        while True:
+            opened, call, start = self.open.pop()
+            if opened == name:
+                return call, start
+
     def learn_axis(self, module: nn.Module, value: Any) -> None:
         axis = _channel_axis(module, value) if isinstance(value, Tensor) else None
         if axis is not None:
@@ -172,28 +179,54 @@ class _Log:
             self.axes_by_shape[tuple(value.shape)] = axis
 
 
-class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """torch's own formulas, added up. Its `FlopCounterMode` follows modules too, and fails on cait's class tokens."""
+# Nonlinearities by the operation that computes them; a trailing `_` (in place) is left off.
+_ACTIVATIONS = {
+    "relu": "relu",
+    "hardtanh": "relu6",
+    "gelu": "gelu",
+    "silu": "silu",
+    "hardswish": "hardswish",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+}
+
+
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What the operations below the modules tell: their flops, and which tensors an activation made.
+
+    The flops are torch's own formulas, added up; its `FlopCounterMode` follows modules too, and fails on cait's class
+    tokens.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.flops = 0
+        self.activations: dict[tuple[int, int], str] = {}  # (id of a tensor, version)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=output)
+            self.flops += formula(*args, **(kwargs or {}), out_val=output)
+        if isinstance(output, Tensor):
+            name = func._overloadpacket.__name__
+            in_place = name.endswith("_")  # whose version is counted up only after this
+            # Written for every operation, so that what a tensor of the same id was before is forgotten.
+            self.activations[id(output), output._version + in_place] = self._activation(name.rstrip("_"), args)
         return output
+
+    def _activation(self, name: str, args: Sequence[Any]) -> str:
+        is_relu6 = name == "hardtanh" and tuple(args[1:]) == (0, 6)
+        return _ACTIVATIONS.get(name, "") if is_relu6 or name != "hardtanh" else ""
 
 
 def _observe(model: nn.Module, images: Tensor, name: str, kwargs: Mapping[str, Any]) -> Trace:
     log = _Log()
-    flops = _Flops()
+    operations = _Operations()
 
     def before(module_name: str, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         log.first.setdefault(module_name, log.order)
-        log.open.append((module_name, log.calls[module_name], flops.total))
+        log.open.append((module_name, log.calls[module_name], operations.flops))
         log.calls[module_name] += 1
         call = log.calls[module_name] - 1
         for position, value in enumerate(args):
@@ -203,15 +236,15 @@ def _observe(model: nn.Module, images: Tensor, name: str, kwargs: Mapping[str, A
         log.learn_axis(module, args[0] if args else None)
 
     def after(module_name: str, module: nn.Module, _: Any, __: Any, output: Any) -> None:
-        _, call, start = log.open.pop()
-        log.macs[module_name] += flops.total - start
+        call, start = log.close(module_name)
+        log.macs[module_name] += operations.flops - start
         log.see(module_name, "output", call, output)
         log.last[module_name] = log.order
         log.learn_axis(module, output)
 
-    with flops, watch(model, before, after):
+    with operations, watch(model, before, after):
         model(images)
-    ruler = _Ruler(log, images, getattr(model, "num_prefix_tokens", 0))
+    ruler = _Ruler(log, images, getattr(model, "num_prefix_tokens", 0), operations.activations)
     specs = tuple(ruler.measure(sight) for sight in log.sights)
     _, channels, height, width = images.shape
     return Trace(name, (channels, height, width), model.training, specs, _modules(model, log), dict(kwargs))
@@ -267,8 +300,11 @@ def _channel_axis(module: nn.Module, tensor: Tensor) -> int | None:
 class _Ruler:
     """Turns what was seen into FeatureSpecs. The whole forward is known by then, so later layers tell of earlier."""
 
-    def __init__(self, log: _Log, images: Tensor, prefix_tokens: int) -> None:
+    def __init__(
+        self, log: _Log, images: Tensor, prefix_tokens: int, activations: Mapping[tuple[int, int], str]
+    ) -> None:
         self.log = log
+        self.activations = activations
         self.size = (int(images.shape[2]), int(images.shape[3]))
         self.prefix_tokens = prefix_tokens if isinstance(prefix_tokens, int) else 0
         self.grids: list[tuple[int, int]] = []  # of the maps seen so far, the latest last
@@ -291,6 +327,7 @@ class _Ruler:
             reduction=self.size[0] / grid[0] if grid else None,
             order=sight.order,
             tensor=self.contents.setdefault((id(tensor), sight.version), len(self.contents)),
+            activation=self.activations.get((id(tensor), sight.version), ""),
             calls=self.log.calls[sight.module],
             clone=tensor._version != sight.version,
         )

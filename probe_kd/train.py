@@ -2,34 +2,45 @@
 
 A run trains up to three subjects, one after the other: the teacher where it has no weights yet, the student alone where
 the recipe asks for a baseline, and the student. The two students begin with the same weights and see the same images.
+Where a recipe shares (Rocket Launching), the first is the teacher alone, and the last is the student with a teacher
+that began as the first did.
 """
 
 import json
+import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from probe_kd import __version__
 from probe_kd.adapters import ImageView
-from probe_kd.data import loader
-from probe_kd.distiller import Distiller, Objective
+from probe_kd.data import loader, mixer
+from probe_kd.distiller import Distiller
 from probe_kd.errors import RunError
 from probe_kd.models import build_model, load_weights, save_weights
-from probe_kd.recipe import ModelOptions, OptimizerOptions, Plan, SchedulerOptions, dump
+from probe_kd.objectives import Objective
+from probe_kd.recipe import ModelOptions, OptimizerOptions, Plan, SchedulerOptions, dump, join
 from probe_kd.report import Display, Result, Row, write_metrics
+from probe_kd.sharing import Sharing
 from probe_kd.spec import InputSpec, Trace
+from probe_kd.surgery import in_pattern
 
 CHECKPOINT = "checkpoint"
+# It warns of every tensor that two models share, each time it saves one copy of it, which is what is wanted.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+BEST = "best.safetensors"
+TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
 
 
 @dataclass(frozen=True)
@@ -42,17 +53,20 @@ class Phase:
     optimizer: OptimizerOptions
     scheduler: SchedulerOptions
     clip_grad: float | None = None
+    keep: str = "last"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be trained, and how."""
+    """A model to be trained, and how. `partner` is the teacher that trains with it, and `sharing` what they share."""
 
     role: str
     model: nn.Module
     trace: Trace
     input: InputSpec
     phases: tuple[Phase, ...]
+    partner: "Subject | None" = None
+    sharing: Sharing | None = None
 
 
 @dataclass
@@ -65,6 +79,8 @@ class Journal:
     phase: int = 0
     epoch: int = 0  # epochs of this phase that are done
     seconds: float = 0.0  # spent on this subject
+    best: float | None = None  # the least held-out loss of this phase, where it keeps the best epoch
+    best_epoch: int = 0
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -86,8 +102,7 @@ def train(plan: Plan, folder: Path, display: Display, *, resume: bool = False, o
     former run left. Raises RunError where a run is in the folder and neither was asked for, where the recipe to resume
     is another, and where a loss stops being a number.
     """
-    unused = DistributedDataParallelKwargs(find_unused_parameters=_leaves_layers_out(plan))
-    accelerator = Accelerator(mixed_precision=plan.recipe.precision, kwargs_handlers=[unused])
+    accelerator = Accelerator(mixed_precision=plan.recipe.precision)
     journals: list[Any] = [None]
     if accelerator.is_main_process:
         journals = [open_run(plan, folder, resume=resume, overwrite=overwrite)]
@@ -99,18 +114,14 @@ def train(plan: Plan, folder: Path, display: Display, *, resume: bool = False, o
             run.train_subject(subject)
         elif result.weights:
             load_weights(subject.model, folder / result.weights)
-        if subject.role == "teacher":
+            if subject.partner:
+                load_weights(subject.partner.model, folder / journal.results["teacher"].weights)
+        if subject.role in ("teacher", TEACHER_ALONE):
             run.teacher = subject
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return journal
-
-
-def _leaves_layers_out(plan: Plan) -> bool:
-    """Whether some stage trains on features alone, so that the layers above them get no gradient."""
-    reads = [{objective.resolved.reads for objective in objectives} for objectives in plan.objectives]
-    return any(not kinds & {"labels", "outputs"} for kinds in reads)
 
 
 def open_run(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Journal:
@@ -157,17 +168,42 @@ class _Run:
     resuming: bool
     teacher: Subject | None = None
     teacher_answers: Tensor | None = None
+    best: dict[str, Tensor] = field(default_factory=dict)
 
     def subjects(self) -> Iterator[Subject]:
         """Each is built when its turn comes, so that no more than two models are in memory."""
         plan, recipe = self.plan, self.plan.recipe
-        if recipe.teacher is not None and plan.teacher is not None and plan.teacher_input is not None:
-            model = self._build(recipe.teacher, plan.teacher)
-            yield Subject("teacher", model, plan.teacher, plan.teacher_input, self._teacher_phases())
-        for role in ("student alone", "student") if recipe.baseline else ("student",):
-            model = self._build(recipe.student, plan.student)
-            phases = self._student_phases(alone=role == "student alone")
-            yield Subject(role, model, plan.student, plan.student_input, phases)
+        if recipe.teacher is not None:
+            yield self._teacher(TEACHER_ALONE if recipe.share else "teacher")
+        if recipe.baseline:
+            model, phases = self._build(recipe.student, plan.student), self._stages(alone="student")
+            yield Subject(STUDENT_ALONE, model, plan.student, self._input_alone(), phases)
+        model, partner, sharing = self._build(recipe.student, plan.student), None, None
+        if recipe.share and plan.teacher:
+            self.teacher = partner = self._teacher("teacher")
+            self.teacher_answers = None
+            set_seed(recipe.seed)  # of a graft's adapter
+            model, sharing = join(recipe.share, model, partner.model, plan.student, plan.teacher)
+            model.to(self.accelerator.device)
+        yield Subject("student", model, plan.trained, plan.student_input, self._stages(), partner, sharing)
+
+    def _teacher(self, role: str) -> Subject:
+        plan, options = self.plan, self.plan.recipe.teacher
+        assert options is not None
+        assert plan.teacher is not None
+        assert plan.teacher_input is not None
+        phases: tuple[Phase, ...] = ()
+        if options.train is not None:
+            wish = options.train
+            labels = Objective("cross_entropy", "task", options={"label_smoothing": wish.label_smoothing})
+            phases = (Phase("train", wish.epochs, (labels,), wish.optimizer, wish.scheduler),)
+        elif role == TEACHER_ALONE and not (options.pretrained or options.checkpoint):
+            phases = self._stages(alone="teacher")
+        return Subject(role, self._build(options, plan.teacher), plan.teacher, plan.teacher_input, phases)
+
+    def _input_alone(self) -> InputSpec:
+        """What the plain student sees: the size that the recipe gives, also where a graft sees the teacher's."""
+        return replace(self.plan.student_input, size=self.plan.student.input_size)
 
     def _build(self, options: ModelOptions, trace_: Trace) -> nn.Module:
         set_seed(self.plan.recipe.seed)
@@ -176,40 +212,36 @@ class _Run:
             load_weights(model, options.checkpoint)
         return model.to(self.accelerator.device)
 
-    def _teacher_phases(self) -> tuple[Phase, ...]:
-        teacher = self.plan.recipe.teacher
-        if teacher is None or teacher.train is None:
-            return ()
-        wish = teacher.train
-        labels = Objective("cross_entropy", "task", options={"label_smoothing": wish.label_smoothing})
-        return (Phase("train", wish.epochs, (labels,), wish.optimizer, wish.scheduler),)
-
-    def _student_phases(self, *, alone: bool) -> tuple[Phase, ...]:
+    def _stages(self, alone: str = "") -> tuple[Phase, ...]:
+        """The recipe's stages; for a model alone, what of them it can learn from labels."""
         phases = []
         for stage, objectives in zip(self.plan.recipe.stages, self.plan.objectives, strict=True):
-            if alone:
-                objectives = _labels_only(objectives)
-            if objectives:
-                phase = Phase(stage.name, stage.epochs, objectives, stage.optimizer, stage.scheduler, stage.clip_grad)
-                phases.append(phase)
+            kept = _labels_only(objectives, alone) if alone else objectives
+            options = stage.optimizer if not alone else stage.optimizer.model_copy(update={"lr_scale": {}})
+            phase = Phase(stage.name, stage.epochs, kept, options, stage.scheduler, stage.clip_grad, stage.keep)
+            phases += [phase] * bool(kept)
         return tuple(phases)
 
     def train_subject(self, subject: Subject) -> None:
         journal = self.journal
         if journal.role != subject.role:
             journal.role, journal.phase, journal.epoch, journal.seconds = subject.role, 0, 0, 0.0
+            journal.best, journal.best_epoch = None, 0
         for index in range(journal.phase, len(subject.phases)):
             if index != journal.phase:
-                journal.phase, journal.epoch = index, 0
+                journal.phase, journal.epoch, journal.best, journal.best_epoch = index, 0, None, 0
             self._train_phase(subject, subject.phases[index])
         self._finish(subject)
 
     def _train_phase(self, subject: Subject, phase: Phase) -> None:
         accelerator, first = self.accelerator, self.journal.epoch
         distiller = self._distiller(subject, phase)
+        resting = self._leave_out_what_no_loss_reaches(distiller, subject)
         loop = self._loop(subject, phase, distiller)
         if self.resuming:
             accelerator.load_state(str(self.folder / CHECKPOINT))
+            best = self.folder / CHECKPOINT / BEST
+            self.best = load_file(best) if best.exists() else {}
             self.resuming = False
         else:
             self.save()
@@ -219,14 +251,55 @@ class _Run:
                 set_seed(self._seed(epoch), device_specific=True)
                 started = time.perf_counter()
                 losses = self._train_epoch(loop, epoch)
-                self._record(subject, phase, losses, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                if phase.keep == "best":
+                    losses["held_out_loss"] = self._keep_if_best(loop, subject)
+                self._record(subject, phase, losses, seconds)
+            if self.best:
+                distiller.load_state_dict(self.best)
         finally:
+            self.best = {}
             self.display.end()
             distiller.close()
             accelerator.free_memory()
+            for parameter in resting:
+                parameter.requires_grad_(True)
+
+    def _leave_out_what_no_loss_reaches(self, distiller: Distiller, subject: Subject) -> list[nn.Parameter]:
+        """So that no optimizer moves it, by weight decay say, and DDP does not wait for it. Returns what rests."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(2, *self._images_for(subject).size, generator=generator).to(self.accelerator.device)
+        target = torch.zeros(2, dtype=torch.long, device=self.accelerator.device)
+        distiller.train()
+        reached = {name for found in distiller.audit(images, target).values() for name in found}
+        resting = [p for name, p in distiller.named_parameters() if p.requires_grad and name not in reached]
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        return resting
+
+    @torch.no_grad()
+    def _keep_if_best(self, loop: "_Loop", subject: Subject) -> float:
+        """The weighted loss on held-out images; of the epochs of a phase, the weights with the least are kept."""
+        datasets, accelerator = self.plan.datasets, self.accelerator
+        assert datasets.held_out is not None
+        images_held_out = loader(datasets.held_out, self.plan.recipe.data, self._images_for(subject), training=False)
+        losses: list[Tensor] = []
+        distiller = loop.distiller.eval()
+        for images, target in accelerator.prepare_data_loader(images_held_out):
+            if len(target) > 1 or not losses:  # one image has no variance, which some losses divide by
+                with accelerator.autocast():
+                    loss = distiller(images, target)["loss"]
+                losses.append(accelerator.gather_for_metrics(loss.repeat(len(target))).cpu())
+        mean = torch.cat(losses).double().mean().item()
+        if self.journal.best is None or mean < self.journal.best:
+            self.journal.best, self.journal.best_epoch = mean, self.journal.epoch + 1
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in distiller.state_dict().items()}
+        return mean
 
     def _distiller(self, subject: Subject, phase: Phase) -> Distiller:
-        teacher = self.teacher if any(objective.tap_pairs() for objective in phase.objectives) else None
+        needed = subject.partner or any(objective.needs_teacher for objective in phase.objectives)
+        teacher = self.teacher if needed else None
+        share = self.plan.recipe.share
         set_seed(self.plan.recipe.seed)  # of the adapters
         distiller = Distiller(
             subject.model,
@@ -236,13 +309,18 @@ class _Run:
             teacher_input=teacher.input if teacher else None,
             student_trace=subject.trace if subject.trace.training else None,
             teacher_trace=teacher.trace if teacher else None,
+            class_map=self.plan.class_map,
+            block=share.block if share and subject.partner else None,
+            sharing=subject.sharing,
         )
         return distiller.to(self.accelerator.device)
 
     def _loop(self, subject: Subject, phase: Phase, distiller: Distiller) -> "_Loop":
         images = loader(self.plan.datasets.train, self.plan.recipe.data, self._images_for(subject), training=True)
         module, optimizer, batches = self.accelerator.prepare(distiller, _optimizer(distiller, phase.optimizer), images)
-        return _Loop(module, optimizer, batches, _scheduler(optimizer, phase, len(batches)), phase.clip_grad)
+        schedule = _scheduler(optimizer, phase, len(batches))
+        mix = mixer(self.plan.recipe.data, self.plan.datasets.num_classes)
+        return _Loop(distiller, module, optimizer, batches, schedule, phase, mix)
 
     def _images_for(self, subject: Subject) -> InputSpec:
         """Normalised for this subject, and as large as the larger model wants: each takes its own view of them."""
@@ -261,10 +339,13 @@ class _Run:
         sums: dict[str, Tensor] = {}
         for index, (images, target) in enumerate(loop.batches):
             loop.schedule.step_update(epoch * len(loop.batches) + index)
+            loop.distiller.set_epoch(epoch + index / len(loop.batches), loop.phase.epochs)
+            if loop.mix is not None:
+                images, target = loop.mix(images, target)
             result = loop.module(images, target)
             accelerator.backward(result["loss"])
-            if loop.clip_grad is not None:
-                accelerator.clip_grad_norm_(loop.module.parameters(), loop.clip_grad)
+            if loop.phase.clip_grad is not None:
+                accelerator.clip_grad_norm_(loop.module.parameters(), loop.phase.clip_grad)
             loop.optimizer.step()
             loop.optimizer.zero_grad()
             for name in result.keys() - {"output"}:
@@ -289,18 +370,22 @@ class _Run:
         journal = self.journal
         journal.epoch += 1
         journal.seconds += seconds
-        accuracy, agreement = self._measure(subject)
-        place = {"subject": subject.role, "stage": phase.name, "epoch": journal.epoch}
         rate = len(self.plan.datasets.train) / seconds  # type: ignore[arg-type]
-        row = {**place, "accuracy": accuracy, "agreement": agreement, "images_per_second": round(rate, 1), **losses}
-        journal.rows.append(row)
+        for measured in filter(None, (subject.partner, subject)):
+            accuracy, agreement = self._measure(measured)
+            row = {"subject": measured.role, "stage": phase.name, "epoch": journal.epoch, "accuracy": accuracy}
+            row |= {"agreement": agreement, "images_per_second": round(rate, 1)}
+            journal.rows.append(row | losses if measured is subject else row)
         self.save()
-        self.display.epoch(row)
+        self.display.epoch(journal.rows[-1])
 
     def _measure(self, subject: Subject) -> tuple[float, float | None]:
         """(accuracy, agreement with the teacher) on the test images; no agreement for the teacher itself."""
         answers, targets = self._answers(subject)
         accuracy = (answers == targets).double().mean().item()
+        if subject is self.teacher or subject.role == TEACHER_ALONE:  # while it trains, its answers change
+            self.teacher_answers = answers
+            return accuracy, None
         if self.teacher is None or subject.role == "teacher":
             return accuracy, None
         if self.teacher_answers is None:
@@ -318,13 +403,18 @@ class _Run:
         for images, target in accelerator.prepare_data_loader(images_of_test):
             with accelerator.autocast():
                 output = model(view(images))
-            answer = _logits(output).argmax(1)
+            logits = _logits(output)
+            if self.plan.class_map is not None and subject.role == "teacher":
+                logits = logits[:, list(self.plan.class_map)]
+            answer = logits.argmax(1)
             gathered = accelerator.gather_for_metrics((answer, target))
             answers.append(gathered[0].cpu())
             targets.append(gathered[1].cpu())
         return torch.cat(answers), torch.cat(targets)
 
     def _finish(self, subject: Subject) -> None:
+        if subject.partner is not None:
+            self._finish(replace(subject.partner, phases=subject.phases))
         accuracy, agreement = self._measure(subject)
         weights = f"{subject.role.replace(' ', '-')}.safetensors" if subject.phases else ""
         trace_ = subject.trace
@@ -341,8 +431,26 @@ class _Run:
         )
         if weights and self.accelerator.is_main_process:
             about = {"model": trace_.model, "model_kwargs": dict(trace_.model_kwargs), "probe_kd": __version__}
-            save_weights(subject.model, self.folder / weights, about)
+            save_weights(subject.model, self.folder / weights, about | self._about_graft(subject))
         self.journal.results[subject.role] = result
+
+    def _about_graft(self, subject: Subject) -> dict[str, Any]:
+        """What `load_student` needs to build a student that is no single model of timm."""
+        plan, share = self.plan, self.plan.recipe.share
+        if not (share and share.form == "graft" and plan.teacher and subject.role == "student"):
+            return {}
+        sides = {"student": (plan.student, share.cut[0]), "teacher": (plan.teacher, share.cut[1])}
+        return {
+            "graft": {
+                side: {
+                    "model": trace_.model,
+                    "model_kwargs": dict(trace_.model_kwargs),
+                    "input_size": list(trace_.input_size),
+                    "at": str(at),
+                }
+                for side, (trace_, at) in sides.items()
+            }
+        }
 
     def save(self) -> None:
         """Write the checkpoint aside, then put it in the place of the last: whenever we are stopped, one is whole."""
@@ -354,6 +462,8 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.journal.write(new / "journal.json")
+            if self.best:
+                save_file(self.best, new / BEST)
             shutil.rmtree(old, ignore_errors=True)
             if now.exists():
                 now.rename(old)
@@ -367,11 +477,13 @@ class _Run:
 class _Loop:
     """What one phase runs on, after `accelerator.prepare`."""
 
-    module: nn.Module
+    distiller: Distiller
+    module: nn.Module  # the distiller, as it is prepared
     optimizer: torch.optim.Optimizer
     batches: DataLoader[Any]
     schedule: Any
-    clip_grad: float | None
+    phase: Phase
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
 
 
 def _logits(output: Any) -> Tensor:
@@ -381,23 +493,26 @@ def _logits(output: Any) -> Tensor:
     return output
 
 
-def _labels_only(objectives: Sequence[Objective]) -> tuple[Objective, ...]:
-    """What a student alone can learn from. A single loss weighs 1: less would only be a smaller learning rate."""
-    labels = [objective for objective in objectives if objective.resolved.reads == "labels"]
+def _labels_only(objectives: Sequence[Objective], side: str) -> tuple[Objective, ...]:
+    """What a model alone can learn from. A single loss weighs 1: less would only be a smaller learning rate."""
+    labels = [
+        replace(objective, of="student")
+        for objective in objectives
+        if objective.resolved.reads == "labels" and objective.of == side
+    ]
     return (replace(labels[0], weight=1.0),) if len(labels) == 1 else tuple(labels)
 
 
 def _optimizer(distiller: Distiller, options: OptimizerOptions) -> torch.optim.Optimizer:
-    """timm's optimizer over the student and its adapters, without weight decay on biases and norms."""
-    from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+    """timm's optimizer over all that trains, without weight decay on biases and norms."""
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
-    student, decay = distiller.student, options.weight_decay
-    exempt: set[str] = getattr(student, "no_weight_decay", set)()  # timm models name them
-    if options.layer_decay is None:
-        groups = list(param_groups_weight_decay(student, decay, no_weight_decay_list=exempt))
-    else:
-        layer_decay = options.layer_decay
-        groups = list(param_groups_layer_decay(student, decay, no_weight_decay_list=exempt, layer_decay=layer_decay))
+    decay, groups, seen = options.weight_decay, [], set[int]()
+    for model in filter(None, (distiller.student, distiller.teacher)):
+        for group in _groups(model, options):
+            fresh = [parameter for parameter in group["params"] if id(parameter) not in seen]  # shared by both
+            seen |= {id(parameter) for parameter in fresh}
+            groups += _scaled({**group, "params": fresh}, distiller.student, options.lr_scale)
     groups += param_groups_weight_decay(distiller.adapters, decay)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         [group for group in groups if group["params"]],
@@ -408,6 +523,27 @@ def _optimizer(distiller: Distiller, options: OptimizerOptions) -> torch.optim.O
         **options.opt_args,
     )
     return optimizer
+
+
+def _groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]:
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()  # timm models name them
+    arguments: dict[str, Any] = {"weight_decay": options.weight_decay, "no_weight_decay_list": exempt}
+    if options.layer_decay is None:
+        return list(param_groups_weight_decay(model, **arguments))
+    return list(param_groups_layer_decay(model, **arguments, layer_decay=options.layer_decay))
+
+
+def _scaled(group: dict[str, Any], student: nn.Module, scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The group, divided by how its learning rate is scaled; timm's schedulers read `lr_scale`."""
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    parts: dict[float, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        found = [scale for pattern, scale in scales.items() if in_pattern(names.get(id(parameter), ""), pattern)]
+        parts.setdefault(found[-1] if found else 1.0, []).append(parameter)
+    own = group.get("lr_scale", 1.0)
+    return [{**group, "params": part, "lr_scale": own * scale} for scale, part in parts.items()]
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, phase: Phase, steps: int) -> Any:

@@ -1,5 +1,6 @@
 """Adapters: one map in every layout against one map in every other, with the numbers worked out in numpy."""
 
+import dataclasses
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -13,7 +14,18 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from probe_kd import FeatureSpec, InputSpec, Layout, Tap, adapt
-from probe_kd.adapters import ClassToken, ImageView, Mean, Resize, Standardize, ToMap
+from probe_kd.adapters import (
+    ClassToken,
+    ImageView,
+    Mean,
+    Resize,
+    Standardize,
+    ToMap,
+    adapt_maps,
+    adapt_matrices,
+    adapt_outputs,
+    semi_orthogonal,
+)
 from probe_kd.errors import AdapterError
 
 BATCH = 3
@@ -170,25 +182,122 @@ def test_tokens_without_a_grid_are_class_tokens_or_averaged() -> None:
 
 def test_the_policy_decides_on_the_projector() -> None:
     same, other = (feature((Layout.NCHW, 0), (4, 4), width, 0)[0] for width in (6, 8))
-    output = FeatureSpec(Tap(""), Layout.NC, (BATCH, 6), 6)
-    wider = FeatureSpec(Tap(""), Layout.NC, (BATCH, 8), 8)
 
     def parameters(student: FeatureSpec, teacher: FeatureSpec, policy: Any) -> int:
         return adapt(student, teacher, policy=policy).parameter_count
 
-    assert [parameters(same, same, policy) for policy in ("auto", "always", "never")] == [42, 42, 0]
-    assert [parameters(output, output, policy) for policy in ("auto", "always", "never")] == [0, 42, 0]
-    assert parameters(output, wider, "auto") == 56
-    assert adapt(same, other, bias=False).parameter_count == 48
+    assert [parameters(same, same, policy) for policy in ("auto", "always", "never", "fixed")] == [42, 42, 0, 0]
+    assert [parameters(same, other, policy) for policy in ("auto", "always", "fixed")] == [56, 56, 0]
     with pytest.raises(AdapterError, match="policy 'never' for x <- x: the widths 6 and 8 differ; use policy 'auto'"):
         adapt(same, other, policy="never")
 
 
-def test_flows_keep_their_grids() -> None:
-    spec, student, *_ = feature((Layout.NLC, 1), (8, 8), 6, 0)
-    other, teacher, *_ = feature((Layout.NHWC, 0), (4, 4), 10, 1)
-    ours, theirs = adapt(spec, other, resize=False)(student, teacher)
-    assert (ours.shape, theirs.shape) == ((BATCH, 10, 8, 8), (BATCH, 10, 4, 4))
+@pytest.mark.parametrize(("rows", "columns"), [(3, 8), (8, 3), (5, 5)])
+def test_a_fixed_projection_keeps_lengths_as_far_as_it_can_and_is_always_the_same(rows: int, columns: int) -> None:
+    matrix = semi_orthogonal(rows, columns)
+    small = matrix @ matrix.T if rows <= columns else matrix.T @ matrix
+    torch.testing.assert_close(small, torch.eye(min(rows, columns)))
+    torch.manual_seed(5)
+    assert torch.equal(semi_orthogonal(rows, columns), matrix)
+    ours, theirs = (feature((Layout.NHWC, 0), (4, 6), width, 1)[0] for width in (rows, columns))
+    _, _, map_, _ = feature((Layout.NHWC, 0), (4, 6), columns, 1)
+    _, target = adapt(ours, theirs, policy="fixed")(
+        torch.zeros(BATCH, 4, 6, rows), torch.from_numpy(map_).movedim(1, 3)
+    )
+    np.testing.assert_allclose(target, np.einsum("dc,bchw->bdhw", matrix.numpy(), map_), rtol=1e-4, atol=1e-5)
+
+
+def test_the_regressor_of_fitnets_is_a_valid_convolution_to_the_teachers_grid() -> None:
+    student, tensor, *_ = feature((Layout.NLC, 1), (7, 6), 5, 0)
+    teacher, target, *_ = feature((Layout.NCHW, 0), (3, 4), 8, 1)
+    adapter = adapt(student, teacher, projector="valid")
+    assert str(adapter) == "tokens 7x6+1 5 -> map -> conv5x3 5->8"
+    ours, theirs = adapter(tensor, target)
+    assert ours.shape == theirs.shape == (BATCH, 8, 3, 4)
+    with pytest.raises(AdapterError, match=r"smaller than the teacher's \(7, 6\); use 'linear'"):
+        adapt(teacher, student, projector="valid")
+
+
+def test_a_regressor_ends_in_the_taps_own_nonlinearity_or_in_none() -> None:
+    """A ReLU on a signed target is the defect of two well-known repositories: half of it cannot be reached."""
+    student = feature((Layout.NCHW, 0), (4, 4), 5, 0)[0]
+    signed = feature((Layout.NCHW, 0), (4, 4), 6, 1, "bn2")[0]
+    positive = dataclasses.replace(signed, tap=Tap("act2"), activation="relu")
+    assert str(adapt(student, positive, activation="tap")).endswith("conv1x1 5->6 -> relu")
+    assert str(adapt(student, positive, activation="relu")).endswith("conv1x1 5->6 -> relu")
+    assert str(adapt(student, signed, activation="tap")) == str(adapt(student, positive)) == "map 4x4 5 -> conv1x1 5->6"
+    with pytest.raises(AdapterError, match="'relu' on a regressor for teacher tap 'bn2', which ends in no activation"):
+        adapt(student, signed, activation="relu")
+    with pytest.raises(
+        AdapterError, match="'gelu' on a regressor for teacher tap 'act2', which ends in relu; use 'tap'"
+    ):
+        adapt(student, positive, activation="gelu")
+    with pytest.raises(AdapterError, match="cannot reach a target that is standardised"):
+        adapt(student, positive, activation="tap", normalize="layer")
+
+
+FLOWS = [((Layout.NCHW, 0), (8, 8)), ((Layout.NHWC, 0), (4, 4)), ((Layout.NLC, 1), (4, 4)), ((Layout.NLC, 0), (8, 8))]
+
+
+@pytest.mark.parametrize("theirs", FLOWS, ids=str)
+@pytest.mark.parametrize("ours", FLOWS, ids=str)
+def test_a_projected_matrix_is_the_matrix_of_projected_maps(ours: tuple[Kind, Grid], theirs: tuple[Kind, Grid]) -> None:
+    """A1 G A2^T against 1x1 convolutions on the maps, for a block that keeps its grid and for one that halves it."""
+    for first_grid in (ours[1], (8, 8)):
+        ends = [feature(ours[0], grid, width, seed) for grid, width, seed in ((first_grid, 3, 1), (ours[1], 5, 2))]
+        targets = [feature(theirs[0], theirs[1], width, seed) for width, seed in ((6, 3), (7, 4))]
+        adapter = adapt_matrices([end[0] for end in ends], [target[0] for target in targets])
+        student, teacher = (tuple(side[1] for side in both) for both in (ends, targets))
+        seen, wanted = adapter(student, teacher)  # type: ignore[arg-type]
+
+        maps = [torch.from_numpy(np.ascontiguousarray(end[2])).double() for end in ends]
+        maps[0] = F.adaptive_max_pool2d(maps[0], ours[1])
+        factors = [factor.detach().double() for factor in adapter.parameters()]
+        assert [tuple(factor.shape) for factor in factors] == [(6, 3), (7, 5)]
+        a, b = (F.conv2d(map_, factor[:, :, None, None]) for map_, factor in zip(maps, factors, strict=True))
+        expected = torch.einsum("bihw,bjhw->bij", a, b) / (ours[1][0] * ours[1][1])
+        torch.testing.assert_close(seen.double(), expected, rtol=1e-4, atol=1e-5)
+        a, b = (torch.from_numpy(np.ascontiguousarray(target[2])).double() for target in targets)
+        expected = torch.einsum("bihw,bjhw->bij", a, b) / (theirs[1][0] * theirs[1][1])
+        torch.testing.assert_close(wanted.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_of_equal_widths_are_compared_as_they_are() -> None:
+    wide, narrow = ([feature((Layout.NCHW, 0), (4, 4), width, 0)[0]] * 2 for width in (8, 3))
+    assert adapt_matrices(narrow, narrow).parameter_count == 0
+    assert adapt_matrices(narrow, narrow, policy="always").parameter_count == 18
+    assert adapt_matrices(narrow[:1], wide[:1]).parameter_count == 24  # one map with itself: one factor for both sides
+    fixed = adapt_matrices(narrow, wide, policy="fixed")
+    assert (fixed.parameter_count, len(list(fixed.buffers()))) == (0, 2)
+    assert str(fixed) == "map 4x4 3 -> matrix 3x3 | teacher map 4x4 8 -> matrix 8x8 -> fixed 8->3, 8->3"
+    matrix = fixed(*([draw(BATCH, width, 4, 4)] * 2 for width in (3, 8)))[1]
+    assert matrix.shape == (BATCH, 3, 3)
+    with pytest.raises(AdapterError, match=r"'never'.*\[3, 3\] and \[8, 8\] differ.*'fixed'"):
+        adapt_matrices(narrow, wide, policy="never")
+    with pytest.raises(AdapterError, match="vector 4, which has no positions"):
+        adapt_matrices([feature((Layout.NC, 0), (4, 4), 4, 0)[0]], wide[:1])
+
+
+def test_maps_of_two_widths_come_to_one_grid_each_with_its_own_channels() -> None:
+    student, teacher = feature((Layout.NLC, 1), (8, 8), 3, 0), feature((Layout.NHWC, 0), (4, 4), 7, 1)
+    ours, theirs = adapt_maps(student[0], teacher[0])(student[1], teacher[1])
+    assert (ours.shape, theirs.shape) == ((BATCH, 3, 4, 4), (BATCH, 7, 4, 4))
+    np.testing.assert_allclose(ours, shrink(student[2], (4, 4)), rtol=1e-4, atol=1e-5)
+    with pytest.raises(AdapterError, match="one position in common"):
+        adapt_maps(student[0], feature((Layout.NCHW, 0), (1, 1), 7, 1)[0])
+
+
+def test_outputs_are_compared_class_by_class() -> None:
+    three, five = (FeatureSpec(Tap(""), Layout.NC, (BATCH, width), width) for width in (3, 5))
+    logits = draw(BATCH, 5)
+    assert adapt_outputs(five, five).parameter_count == 0
+    _, told = adapt_outputs(three, five, [4, 0, 2])(logits[:, :3], logits)
+    assert torch.equal(told, torch.stack([logits[:, 4], logits[:, 0], logits[:, 2]], 1))
+    with pytest.raises(AdapterError, match="3 classes and the teacher 5; give a `class_map`"):
+        adapt_outputs(three, five)
+    for wrong, says in (([0, 1], "2 entries; expected 3 indices"), ([0, 1, 5], "5 is none of the teacher's 5 classes")):
+        with pytest.raises(AdapterError, match=says):
+            adapt_outputs(three, five, wrong)
 
 
 @pytest.mark.parametrize("shape", [(BATCH, 4, 5, 6), (BATCH, 4)])

@@ -11,7 +11,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probe_kd import Distiller, InputSpec, Objective, Pair, match, trace
+from probe_kd import LOSSES, Distiller, InputSpec, Objective, Pair, match, trace
 from probe_kd.errors import LossError, ProbeKDError, TapError
 
 SMALL_VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
@@ -111,9 +111,9 @@ def test_each_model_sees_images_of_its_own_size_and_normalisation() -> None:
     theirs = InputSpec((3, 96, 96), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     distiller = Distiller(student, teacher, [SOFT, HINT], student_input=ours, teacher_input=theirs).eval()
     pixels = torch.rand(4, 3, 96, 96, generator=torch.Generator().manual_seed(2))
-    seen: list[Tensor] = []
-    student.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    teacher.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    seen: dict[int, Tensor] = {}
+    student.register_forward_pre_hook(lambda _, args: seen.update({0: args[0]}))
+    teacher.register_forward_pre_hook(lambda _, args: seen.update({1: args[0]}))
     distiller((pixels - 0.5) / 0.5)
     small = F.interpolate(pixels, (64, 64), mode="bilinear", antialias=True, align_corners=False)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (theirs.mean, theirs.std))
@@ -133,11 +133,11 @@ def test_the_student_stops_below_where_no_loss_needs_its_output() -> None:
     assert not any(name.startswith(("blocks.0", "blocks.1", "patch_embed")) for name in untouched)
 
 
-@pytest.mark.parametrize("loss", ["hint", "fsp", "logits", "soft_targets", "cross_entropy"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains_every_kind_of_pair(loss: str) -> None:
     torch.manual_seed(0)
     student, teacher = timm.create_model("resnet10t", num_classes=10), timm.create_model("resnet18", num_classes=10)
-    names = ("layer1", "layer2", "layer3") if loss in ("hint", "fsp") else ()
+    names = ("layer1", "layer2", "layer3") if LOSSES[loss].reads_layers else ()
     objective = Objective(loss, pairs=[Pair(name, name) for name in names])
     distiller = Distiller(student, teacher, [objective], student_input=InputSpec((3, 64, 64))).train()
     distiller(*batch())["loss"].backward()

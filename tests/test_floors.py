@@ -14,7 +14,8 @@ FLOORS = (
     {"errors", "spec"},
     {"probe", "surgery", "losses", "models"},
     {"tracing", "adapters", "matching"},
-    {"distiller", "data"},
+    {"objectives", "sharing", "data"},
+    {"distiller"},
     {"recipe", "train", "report"},
     {"cli"},
 )

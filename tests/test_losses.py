@@ -1,16 +1,18 @@
 """Losses: each against the paper's equation, written out in float64 numpy over single images."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from probe_kd import LOSSES, Loss
 from probe_kd.errors import LossError
-from probe_kd.losses import cross_entropy, fsp, hint, logits, soft_targets
+from probe_kd.losses import attention, cross_entropy, dist, flow_matrix, fsp, gram, hint, logits, soft_targets
 
 Array = NDArray[np.float64]
 
@@ -74,7 +76,7 @@ def test_squared_errors_sum_or_average_one_image_and_average_the_batch(loss: Cal
     assert loss(s, t).item() == pytest.approx(np.mean(per_image) / s[0].numel(), rel=1e-12)
 
 
-def gram(first: Array, second: Array) -> Array:
+def written_gram(first: Array, second: Array) -> Array:
     """Yim et al. 2017, eq. 1, as it stands there: sums over positions, for maps (channels, height, width)."""
     _, height, width = second.shape
     matrix = np.zeros((len(first), len(second)))
@@ -96,27 +98,67 @@ def test_fsp_is_the_squared_distance_of_the_flow_matrices(downsamples: bool) -> 
     teacher = draw(3, 2, 6, 6, seed=2), draw(3, 5, 6, 6, seed=3)  # another grid than the student's: no matter
     shrink = halve if downsamples else np.asarray
     expected = [
-        ((gram(shrink(a), b) - gram(c, d)) ** 2).sum()
+        ((written_gram(shrink(a), b) - written_gram(c, d)) ** 2).sum()
         for a, b, c, d in zip(*(map_.numpy() for map_ in (*student, *teacher)), strict=True)
     ]
-    assert fsp(student, teacher).item() == pytest.approx(np.mean(expected), rel=1e-12)
-    assert fsp(student, teacher, reduction="mean").item() == pytest.approx(np.mean(expected) / 10, rel=1e-12)
+    ours, theirs = flow_matrix(*student), flow_matrix(*teacher)
+    assert fsp(ours, theirs).item() == pytest.approx(np.mean(expected), rel=1e-12)
+    assert fsp(ours, theirs, reduction="mean").item() == pytest.approx(np.mean(expected) / 10, rel=1e-12)
+    mean = np.mean([written_gram(c, d) for c, d in zip(*(map_.numpy() for map_ in teacher), strict=True)], 0)
+    spread = [
+        ((written_gram(c, d) - mean) ** 2).sum() for c, d in zip(*(map_.numpy() for map_ in teacher), strict=True)
+    ]
+    relative = np.mean(expected) / (np.sum(spread) / (3 - 1))
+    assert fsp(ours, theirs, relative=True).item() == pytest.approx(relative, rel=1e-12)
 
 
-CASES: dict[str, Callable[[int], Tensor | tuple[Tensor, Tensor]]] = {
+def test_a_gram_matrix_is_the_flow_of_a_map_with_itself_and_gatys_is_a_quarter_of_its_mean() -> None:
+    student, teacher = draw(3, 4, 5, 2), draw(3, 4, 3, 3, seed=1)
+    ours, theirs = flow_matrix(student, student), flow_matrix(teacher, teacher)
+    expected = [
+        ((written_gram(a, a) - written_gram(b, b)) ** 2).sum()
+        for a, b in zip(student.numpy(), teacher.numpy(), strict=True)
+    ]
+    assert gram(ours, theirs).item() == pytest.approx(np.mean(expected) / 16, rel=1e-12)
+    assert gram(ours, theirs, reduction="sum").item() == pytest.approx(np.mean(expected), rel=1e-12)
+
+
+def test_dist_is_one_less_pearsons_correlation_over_classes_and_over_images() -> None:
+    z, v, temperature = draw(6, 4), draw(6, 4, seed=1), 2.0
+    p, q = (np.stack([softmax(row / temperature) for row in side.numpy()]) for side in (z, v))
+    inter = np.mean([1 - np.corrcoef(p[row], q[row])[0, 1] for row in range(6)])
+    intra = np.mean([1 - np.corrcoef(p[:, column], q[:, column])[0, 1] for column in range(4)])
+    value = dist(z, v, temperature=temperature, inter=2.0, intra=0.5)
+    assert value.item() == pytest.approx(temperature**2 * (2.0 * inter + 0.5 * intra), rel=1e-6)
+
+
+def test_attention_has_the_papers_form_and_that_of_the_authors_code() -> None:
+    student, teacher = draw(3, 4, 5, 2), draw(3, 7, 5, 2, seed=1)  # other channels, no matter
+    maps = [(side.numpy() ** 2).sum(1).reshape(3, -1) for side in (student, teacher)]
+    ours, theirs = (map_ / np.linalg.norm(map_, axis=1, keepdims=True) for map_ in maps)
+    norms = np.linalg.norm(ours - theirs, axis=1)
+    assert attention(student, teacher).item() == pytest.approx(norms.mean(), rel=1e-12)
+    assert attention(student, teacher, form="code").item() == pytest.approx((norms**2 / 10).mean(), rel=1e-12)
+
+
+def test_standardized_logits_are_z_scores_of_each_image() -> None:
+    z, v = draw(5, 7) * 3 + 1, draw(5, 7, seed=1)
+    scores = [(side - side.mean(1, keepdim=True)) / side.std(1, keepdim=True) for side in (z, v)]
+    torch.testing.assert_close(logits(z, v, standardize=True), logits(*scores), rtol=1e-6, atol=0)
+    expected = soft_targets(*scores, temperature=2.0)
+    torch.testing.assert_close(soft_targets(z, v, temperature=2.0, standardize=True), expected, rtol=1e-6, atol=0)
+    assert soft_targets(3 * z + 1, z, standardize=True).item() == pytest.approx(0, abs=1e-10)
+
+
+CASES: dict[str, Callable[[int], Tensor]] = {
     "soft_targets": lambda seed: draw(5, 7, seed=seed),
     "logits": lambda seed: draw(5, 7, seed=seed),
+    "dist": lambda seed: draw(5, 7, seed=seed),
     "hint": lambda seed: draw(5, 3, 4, 4, seed=seed),
-    "fsp": lambda seed: (draw(5, 3, 4, 4, seed=seed), draw(5, 2, 4, 4, seed=seed + 9)),
+    "fsp": lambda seed: draw(5, 3, 4, seed=seed),
+    "gram": lambda seed: draw(5, 3, 3, seed=seed),
+    "attention": lambda seed: draw(5, 3, 4, 4, seed=seed),
 }
-
-
-def parts(side: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    return side if isinstance(side, tuple) else (side,)
-
-
-def cast(side: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor | tuple[Tensor, ...]:
-    return tuple(part.to(dtype) for part in side) if isinstance(side, tuple) else side.to(dtype)
 
 
 def test_every_loss_is_tested_here() -> None:
@@ -127,11 +169,15 @@ def test_every_loss_is_tested_here() -> None:
 def test_zero_at_equality_and_a_gradient_for_the_student_only(name: str) -> None:
     loss, student, teacher = LOSSES[name].function, CASES[name](0), CASES[name](1)
     assert loss(student, CASES[name](0)).item() == pytest.approx(0, abs=1e-12)
-    for part in (*parts(student), *parts(teacher)):
-        part.requires_grad_()
+    student.requires_grad_()
+    teacher.requires_grad_()
     loss(student, teacher).backward()
-    assert all(part.grad is not None and part.grad.abs().sum() > 0 for part in parts(student))
-    assert all(part.grad is None for part in parts(teacher))
+    assert student.grad is not None
+    assert student.grad.abs().sum() > 0
+    assert teacher.grad is None
+    loss(student, teacher, block_gradient=False).backward()
+    assert teacher.grad is not None
+    assert teacher.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,8 +190,8 @@ def test_a_teacher_given_by_keyword_would_keep_its_gradient_and_is_refused(name:
 def test_half_precision_and_autocast_change_nothing_but_the_inputs(name: str) -> None:
     loss = LOSSES[name].function
     for dtype in (torch.bfloat16, torch.float16):
-        student, teacher = cast(CASES[name](0), dtype), cast(CASES[name](1), dtype)
-        exact = loss(cast(student, torch.float32), cast(teacher, torch.float32))  # type: ignore[arg-type]
+        student, teacher = CASES[name](0).to(dtype), CASES[name](1).to(dtype)
+        exact = loss(student.float(), teacher.float())
         with torch.autocast("cpu", torch.bfloat16):
             value = loss(student, teacher)
         assert value.dtype == torch.float32
@@ -155,8 +201,10 @@ def test_half_precision_and_autocast_change_nothing_but_the_inputs(name: str) ->
 def test_a_float16_gram_matrix_of_large_values_does_not_overflow() -> None:
     flow = torch.full((2, 3, 8, 8), 3e4, dtype=torch.float16), torch.full((2, 3, 8, 8), 3e4, dtype=torch.float16)
     assert torch.isinf(flow[0] * flow[1]).all()
-    nothing = torch.zeros_like(flow[0]), torch.zeros_like(flow[1])
-    assert fsp(flow, nothing).item() == pytest.approx(9 * (torch.tensor(3e4).half().item() ** 2) ** 2, rel=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        matrix = flow_matrix(*flow)
+    assert matrix.dtype == torch.float32
+    torch.testing.assert_close(matrix, torch.full((2, 3, 3), torch.tensor(3e4).half().item() ** 2))
 
 
 @pytest.mark.parametrize("name", ["soft_targets", "logits", "hint"])
@@ -168,15 +216,50 @@ def test_shapes_that_would_broadcast_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "words"),
     [
-        ((draw(5, 3, 4, 4), draw(5, 2, 4, 4)), (draw(5, 3, 4, 4), draw(5, 6, 4, 4)), r"\(5, 3, 2\).*\(5, 3, 6\)"),
-        ((draw(5, 16, 3), draw(5, 16, 2)), (draw(5, 16, 3), draw(5, 16, 2)), r"two maps.*\(5, 16, 3\)"),
-        (draw(5, 3, 4, 4), draw(5, 3, 4, 4), r"two maps.*\(5, 3, 4, 4\)"),
-        ((draw(5, 3, 4, 4), draw(2, 2, 4, 4)), (draw(5, 3, 4, 4), draw(5, 2, 4, 4)), r"two maps.*\(2, 2, 4, 4\)"),
+        (draw(5, 16, 3), draw(5, 16, 2), r"two maps.*\(5, 16, 3\)"),
+        (draw(5, 3, 4, 4), draw(2, 2, 4, 4), r"two maps.*\(2, 2, 4, 4\)"),
     ],
 )
-def test_flows_that_make_no_comparable_matrices_are_refused(student: object, teacher: object, words: str) -> None:
+def test_maps_that_make_no_flow_are_refused(student: Tensor, teacher: Tensor, words: str) -> None:
     with pytest.raises(LossError, match=words):
-        fsp(student, teacher)  # type: ignore[arg-type]
+        flow_matrix(student, teacher)
+
+
+def test_what_a_loss_cannot_compare_is_refused() -> None:
+    with pytest.raises(LossError, match=r"fsp: student \(5, 3, 2\) and teacher \(5, 3, 6\)"):
+        fsp(draw(5, 3, 2), draw(5, 3, 6))
+    with pytest.raises(LossError, match="`relative` divides by the variance over a batch, and this one has a single"):
+        fsp(draw(1, 3, 2), draw(1, 3, 2), relative=True)
+    with pytest.raises(LossError, match=r"one batch and grid, got student \(5, 3, 4, 4\) and teacher \(5, 3, 2, 2\)"):
+        attention(draw(5, 3, 4, 4), draw(5, 3, 2, 2))
+    with pytest.raises(LossError, match="form 'papers'; expected 'paper' or 'code'"):
+        attention(draw(5, 3, 4, 4), draw(5, 3, 4, 4), form="papers")  # type: ignore[arg-type]
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of all tensors that operations make and do not merely look at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+        self.known = set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.known |= {arg.untyped_storage().data_ptr() for arg in args if isinstance(arg, Tensor)}
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.untyped_storage().data_ptr() not in self.known:
+            self.made += output.untyped_storage().nbytes()
+        return output
+
+
+@pytest.mark.parametrize("layout", ["maps", "tokens"])
+def test_a_flow_matrix_takes_no_memory_besides_its_inputs_and_itself(layout: str) -> None:
+    first, second = draw(4, 16, 32, 32).float(), draw(4, 24, 32, 32).float()
+    if layout == "tokens":  # as an adapter makes maps of them
+        first, second = (m.flatten(2).transpose(1, 2).contiguous().mT.unflatten(2, (32, 32)) for m in (first, second))
+    with Allocations() as seen:
+        matrix = flow_matrix(first, second)
+    assert seen.made == matrix.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize(("shape", "kind"), [((5, 8), "probabilities"), ((4,), "class indices")])

@@ -1,0 +1,170 @@
+"""One term of the loss: what is compared, what brings it together first, and how much it weighs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal
+
+from probe_kd.adapters import (
+    Activation,
+    Adapter,
+    Normalize,
+    Policy,
+    Projector,
+    Tokens,
+    adapt,
+    adapt_maps,
+    adapt_matrices,
+    adapt_outputs,
+)
+from probe_kd.errors import LossError, nearest
+from probe_kd.losses import LOSSES, Loss
+from probe_kd.spec import Pair, Schedule, Tap, Trace
+
+_OUTPUT = Pair(Tap(""), Tap(""))
+# What may be said of how features are brought together, by what a loss reads; the rest has no meaning there.
+_ADAPTABLE = {
+    "features": {"policy", "tokens", "normalize", "projector", "activation"},
+    "grams": {"policy"},
+    "flows": {"policy"},
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one adapter takes: one pair of taps, or the two ends of a flow; with the share it has in its objective."""
+
+    pairs: tuple[Pair, ...]
+    weight: float
+    label: str
+
+    def __str__(self) -> str:
+        return self.label
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One term of the loss: a loss function, the pairs it compares, its weight.
+
+    `loss` is a name in `LOSSES`, or a `Loss` of your own. `name` is the key in the Distiller's result, the loss's own
+    name by default. `pairs` are needed by losses that read layers (`hint`, `fsp`, `gram`, `attention`); each
+    contributes its weight times its loss, and the sum is taken over the pairs. `options` are the loss function's
+    keyword arguments; `policy`, `tokens`, `normalize`, `projector`, `activation` are those of `adapt`. `weight` and any
+    option may be a `Schedule`.
+
+    `fsp` compares the input and the output of each paired module; `between` names, by their student layers, two pairs
+    whose outputs are the ends of a flow instead. `of="teacher"` lets a loss that reads labels train the teacher, where
+    both train together.
+
+    Raises LossError for a loss, an option or a missing pair.
+    """
+
+    loss: str | Loss
+    name: str = ""
+    weight: float | Schedule = field(default=1.0, kw_only=True)
+    pairs: Sequence[Pair] = field(default=(), kw_only=True)
+    options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    policy: Policy = field(default="auto", kw_only=True)
+    tokens: Tokens = field(default="drop", kw_only=True)
+    normalize: Normalize = field(default="none", kw_only=True)
+    projector: Projector = field(default="linear", kw_only=True)
+    activation: Activation = field(default="none", kw_only=True)
+    of: Literal["student", "teacher"] = field(default="student", kw_only=True)
+    between: Sequence[Sequence[str | Tap]] = field(default=(), kw_only=True)
+    resolved: Loss = field(init=False, repr=False, compare=False)
+    comparisons: tuple[Comparison, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            known = ", ".join(LOSSES)
+            raise LossError(f"there is no loss {self.loss!r}{nearest(self.loss, LOSSES)}; the losses: {known}")
+        own = self.loss if isinstance(self.loss, str) else self.loss.function.__name__
+        object.__setattr__(self, "resolved", LOSSES[self.loss] if isinstance(self.loss, str) else self.loss)
+        object.__setattr__(self, "name", self.name or own)
+        object.__setattr__(self, "pairs", tuple(self.pairs))
+        object.__setattr__(self, "between", tuple(tuple(map(Tap.parse, ends)) for ends in self.between))
+        self._check(own)
+        object.__setattr__(self, "comparisons", tuple(self._comparisons()))
+
+    def _check(self, own: str) -> None:
+        loss = self.resolved
+        if self.name in ("loss", "output"):
+            raise LossError(f"an objective cannot be named {self.name!r}: the result has that key already")
+        loss.check_options(own, self.options)
+        if loss.reads_layers and not self.pairs:
+            raise LossError(
+                f"{own!r} compares layers, and there are no pairs; name them, or let match find them (`pairs: auto`)"
+            )
+        if self.of == "teacher" and loss.reads != "labels":
+            raise LossError(f"{own!r} compares both models, so it is not `of` one of them; leave `of` out")
+        if self.between and loss.reads != "flows":
+            raise LossError(f"{own!r} compares no two layers of one model, so `between` means nothing; leave it out")
+        plain = {entry.name: entry.default for entry in self.__dataclass_fields__.values()}
+        for key in ("policy", "tokens", "normalize", "projector", "activation"):
+            if getattr(self, key) != plain[key] and key not in _ADAPTABLE.get(loss.reads, ()):
+                instead = (
+                    "; `relative: true` takes out the scale" if key == "normalize" and "flows" in loss.reads else ""
+                )
+                raise LossError(
+                    f"`{key}` means nothing for {own!r}, which compares {loss.reads}; leave it out{instead}"
+                )
+
+    def _comparisons(self) -> Iterator[Comparison]:
+        reads = self.resolved.reads
+        if reads == "outputs":
+            yield Comparison((_OUTPUT,), 1.0, str(_OUTPUT))
+        elif self.between:
+            yield from (self._between(*ends) for ends in self.between)
+        elif reads == "flows":
+            for pair in self.pairs:
+                before = Pair(*(Tap(tap.module, "input", tap.call) for tap in (pair.student, pair.teacher)))
+                yield Comparison((before, pair), pair.weight, f"{pair}, from input to output")
+        elif reads != "labels":
+            yield from (Comparison((pair,), pair.weight, str(pair)) for pair in self.pairs)
+
+    def _between(self, *ends: str | Tap) -> Comparison:
+        known = {pair.student: pair for pair in self.pairs}
+        if len(ends) != 2:
+            raise LossError(f"`between` takes two layers of the student at a time, got {len(ends)}")
+        for end in ends:
+            if end not in known:
+                legal = [str(tap) for tap in known]
+                raise LossError(f"`between` names '{end}', which is in no pair{nearest(str(end), legal)}; {legal} are")
+        first, second = (known[Tap.parse(end)] for end in ends)
+        return Comparison((first, second), first.weight * second.weight, f"{first} to {second}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self.comparisons) or self.of == "teacher"
+
+    @property
+    def taps(self) -> tuple[tuple[Tap, ...], tuple[Tap, ...]]:
+        """What of the student and what of the teacher is captured for this objective."""
+        pairs = list(chain.from_iterable(comparison.pairs for comparison in self.comparisons))
+        labels = (Tap(""),) * (self.resolved.reads == "labels")
+        students = [pair.student for pair in pairs] + list(labels) * (self.of == "student")
+        teachers = [pair.teacher for pair in pairs] + list(labels) * (self.of == "teacher")
+        return tuple(dict.fromkeys(students)), tuple(dict.fromkeys(teachers))
+
+    def adapter(
+        self, comparison: Comparison, student: Trace, teacher: Trace, class_map: Sequence[int] | None = None
+    ) -> Adapter:
+        """What brings one comparison together. Raises AdapterError where nothing can, TapError where no layer is."""
+        ours = [student[pair.student] for pair in comparison.pairs]
+        theirs = [teacher[pair.teacher] for pair in comparison.pairs]
+        match self.resolved.reads:
+            case "outputs":
+                return adapt_outputs(ours[0], theirs[0], class_map)
+            case "maps":
+                return adapt_maps(ours[0], theirs[0])
+            case "grams" | "flows":
+                return adapt_matrices(ours, theirs, policy=self.policy)
+        return adapt(
+            ours[0],
+            theirs[0],
+            policy=self.policy,
+            tokens=self.tokens,
+            normalize=self.normalize,
+            projector=self.projector,
+            activation=self.activation,
+        )

@@ -1,0 +1,269 @@
+"""What a student and a teacher that train together have in common.
+
+Rocket Launching, Zhou et al. 2018 (arXiv 1708.04106).
+
+Three forms. `share_convolutions`: the weights of convolutions and linear layers are one set of parameters, norms are
+each model's own, and both run in full, as in the authors' code. `share_trunk`: the models begin with the same layers,
+which run once. `graft`: the models are unlike, and the student's last layers grow on the teacher's first ones.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from probe_kd.adapters import Resize, ToMap
+from probe_kd.errors import TapError, WeightsError
+from probe_kd.models import build_model, load_weights, read_header
+from probe_kd.probe import Probe
+from probe_kd.spec import FeatureSpec, Layout, Tap, Trace
+from probe_kd.surgery import get, prune_after, replaying, share, share_weights, weight_layers
+from probe_kd.tracing import trace
+
+Pattern = Literal["bottom", "interval"]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What is shared, once it is: `names` are the student's modules with the teacher's.
+
+    `replayed` are student modules that, in a step, give the teacher's tensor at a tap instead of computing it again.
+    """
+
+    form: Literal["weights", "trunk", "graft"]
+    names: Mapping[str, str]
+    replayed: Mapping[str, Tap] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        pairs = [ours if ours == theirs else f"{ours} <- {theirs}" for ours, theirs in self.names.items()]
+        shown = ", ".join(pairs if len(pairs) < 8 else [*pairs[:6], "...", pairs[-1]])
+        return f"{self.form}: {shown}"
+
+
+def share_convolutions(
+    student: nn.Module, teacher: nn.Module, modules: Pattern | Sequence[str] | Mapping[str, str]
+) -> Sharing:
+    """Share the weights of named modules, of `{student name: teacher name}`, or of a pattern of the paper's code.
+
+    `interval`: every layer that both have under one name and in one shape, the classifier left out: the stem and the
+    first blocks of every stage. `bottom`: of those, the ones before the first layer in which the models differ.
+
+    Raises TapError where layers differ, or where a pattern finds nothing in common.
+    """
+    if isinstance(modules, str):
+        names = {name: name for name in _in_common(student, teacher, whole=modules == "interval")}
+        if not names:
+            raise TapError(
+                f"share '{modules}': {type(student).__name__} and {type(teacher).__name__} have no layer of one name "
+                "and shape in common; name the modules, share nothing (form 'none'), or use form 'graft'"
+            )
+    else:
+        names = dict(modules) if isinstance(modules, Mapping) else {name: name for name in modules}
+    share_weights(student, teacher, names)
+    return Sharing("weights", names)
+
+
+def _in_common(student: nn.Module, teacher: nn.Module, *, whole: bool) -> list[str]:
+    """Names in the order of the model; without `whole`, up to the first difference."""
+    ours, theirs = weight_layers(student), weight_layers(teacher)
+    heads = {id(module) for model in (student, teacher) for module in _classifier(model).modules()}
+    common = [name for name in ours if name in theirs and id(ours[name]) not in heads]
+    common = [name for name in common if _shapes(ours[name]) == _shapes(theirs[name])]
+    if whole:
+        return common
+    both = takewhile(lambda names: names[0] == names[1] and names[0] in common, zip(ours, theirs, strict=False))
+    return [name for name, _ in both]
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, parameter.shape) for name, parameter in module.named_parameters()]
+
+
+def _classifier(model: nn.Module) -> nn.Module:
+    found: Any = getattr(model, "get_classifier", nn.Identity)()
+    return found if isinstance(found, nn.Module) else nn.Identity()
+
+
+def share_trunk(student: nn.Module, teacher: nn.Module, at: Tap, teacher_at: Tap, seen: Trace, known: Trace) -> Sharing:
+    """Make all layers up to and including the one at `at` the teacher's own: they run once in a step.
+
+    Raises TapError where the two trunks are not built alike, with the first difference.
+    """
+    ours, theirs = trunk_units(seen, at), trunk_units(known, teacher_at)
+    if len(ours) != len(theirs):
+        raise TapError(
+            f"share 'trunk': up to '{at}' the student runs {', '.join(ours)}, and up to '{teacher_at}' the teacher "
+            f"{', '.join(theirs)}; cut both at the same layer, or use form 'graft'"
+        )
+    names = dict(zip(ours, theirs, strict=True))
+    share(student, teacher, names)
+    for own, other in zip(_holders(ours), _holders(theirs), strict=True):
+        _share_own(get(student, own), get(teacher, other), own)
+    return Sharing("trunk", names, {name: Tap(other) for name, other in names.items()})
+
+
+def trunk_units(seen: Trace, at: Tap) -> list[str]:
+    """The largest modules that end with or before the one at a tap, in the order of the forward.
+
+    Raises TapError for a tap that is no plain output of a module that runs once.
+    """
+    spec = seen[at]
+    if spec.tap.port != "output" or spec.tap.items or spec.calls != 1 or not spec.tap.module or not spec.spatial:
+        raise TapError(f"cut at '{at}': expected the output of a module that runs once and yields a map or tokens")
+    return list(_units_before(seen, "", seen.modules[spec.tap.module].last))
+
+
+def _units_before(seen: Trace, name: str, end: int) -> Iterator[str]:
+    children = [seen.modules[child] for child in seen.modules[name].children if child in seen.modules]
+    for child in sorted(children, key=lambda child: child.first):
+        if child.calls and child.last <= end:
+            yield child.name
+        elif not child.calls or child.first < end:
+            yield from _units_before(seen, child.name, end)
+
+
+def _holders(units: Sequence[str]) -> list[str]:
+    """The modules that hold the units, from the model itself down."""
+    parents = {".".join(parts[:end]) for unit in units for parts in [unit.split(".")] for end in range(len(parts))}
+    return sorted(parents)
+
+
+def _share_own(own: nn.Module, other: nn.Module, name: str) -> None:
+    """The parameters that stand in a container itself, such as a class token, where both have them."""
+    for key, parameter in own.named_parameters(recurse=False):
+        target = other._parameters.get(key)
+        if target is not None and target.shape == parameter.shape:
+            own.register_parameter(key, target)
+        elif target is not None:
+            raise TapError(
+                f"share 'trunk': '{name or 'the student'}' has {key} {tuple(parameter.shape)}, and the teacher's is "
+                f"{tuple(target.shape)}"
+            )
+
+
+class Graft(nn.Module):
+    """A student that grows on the first layers of another model: trunk, adapter, and its own last layers.
+
+    `graft(images)` answers as a model of its own. `trunk` gives the feature at the cut, `adapter` brings it into the
+    layout, grid and width that the student's next layer takes, and `body` is the student without what it replaces.
+    """
+
+    def __init__(self, trunk: nn.Module, adapter: nn.Module, body: nn.Module, cut: str) -> None:
+        super().__init__()
+        self.trunk, self.adapter, self.body, self.cut = trunk, adapter, body, cut
+
+    def forward(self, images: Tensor) -> Tensor:
+        feature = self.adapter(self.trunk(images))
+        with replaying({self.body.get_submodule(self.cut): feature}):
+            answer: Tensor = self.body(images)
+        return answer
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return getattr(self.body, "num_prefix_tokens", 0)
+
+    def get_classifier(self) -> nn.Module:
+        return _classifier(self.body)
+
+    def no_weight_decay(self) -> set[str]:
+        exempt: set[str] = getattr(self.body, "no_weight_decay", set)()
+        return {f"body.{name}" for name in exempt} | {"adapter.prefix"}
+
+
+class Prefix(nn.Module):
+    """The first layers of a model, up to one whose output is the answer."""
+
+    def __init__(self, model: nn.Module, feature: FeatureSpec) -> None:
+        super().__init__()
+        self.model = model
+        self._probe = Probe(model, [feature])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._probe(images)[self._probe.taps[0]]
+
+
+class Idle(nn.Module):
+    """Stands for a layer before the cut: costs nothing, and gives zeros of the shape that the model expects there."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def forward(self, first: Tensor, *_: Tensor, **__: Tensor) -> Tensor:
+        return first.new_zeros(len(first), *self.shape)
+
+    def extra_repr(self) -> str:
+        return "x".join(map(str, self.shape))
+
+
+class Onto(nn.Module):
+    """A feature of one model in the layout, grid and width that a layer of another one takes; with learned tokens."""
+
+    def __init__(self, given: FeatureSpec, wanted: FeatureSpec) -> None:
+        super().__init__()
+        if given.grid is None or wanted.grid is None:
+            raise TapError(f"cut: '{given.tap}' and '{wanted.tap}' need positions")
+        self.to_map = (
+            nn.Identity() if given.layout is Layout.NCHW else ToMap(given.layout, given.grid, given.prefix_tokens)
+        )
+        self.resize = nn.Identity() if given.grid == wanted.grid else Resize(given.grid, wanted.grid)
+        self.layout = wanted.layout
+        self.project = nn.Conv2d(given.channels, wanted.channels, 1)
+        self.prefix = nn.Parameter(0.02 * torch.randn(wanted.prefix_tokens, wanted.channels))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        map_: Tensor = self.project(self.resize(self.to_map(feature)))
+        if self.layout is Layout.NCHW:
+            return map_
+        if self.layout is Layout.NHWC:
+            return map_.permute(0, 2, 3, 1)
+        tokens = map_.flatten(2).transpose(1, 2)
+        prefix = self.prefix.to(tokens.dtype).expand(len(tokens), -1, -1)
+        tokens = torch.cat([prefix, tokens], 1)
+        return tokens if self.layout is Layout.NLC else tokens.transpose(1, 2)
+
+
+def graft(
+    student: nn.Module, teacher: nn.Module, at: Tap, teacher_at: Tap, seen: Trace, known: Trace
+) -> tuple[Graft, Sharing]:
+    """A student whose layers up to `at` are the teacher's up to `teacher_at`; the given student is used up.
+
+    Raises TapError for a cut that is no map or tokens of one module.
+    """
+    replaced, kept = trunk_units(seen, at), trunk_units(known, teacher_at)
+    cut, given = seen[at], known[teacher_at]
+    for name in replaced:
+        shape = next((spec.shape for spec in seen.specs if spec.tap == Tap(name)), None)
+        if shape is None:
+            raise TapError(f"cut at '{at}': '{name}' before it yields no single tensor; cut elsewhere")
+        get(student, name.rpartition(".")[0]).add_module(name.rpartition(".")[2], Idle(shape[1:]))
+    trunk = Prefix(prune_after(teacher, kept), given)
+    grown = Graft(trunk, Onto(given, cut), student, cut.tap.module)
+    names = {f"trunk.model.{name}": name for name in kept}
+    return grown, Sharing("graft", names, {"trunk": given.tap})
+
+
+def load_student(path: str | Path) -> nn.Module:
+    """The student that a run has saved, in eval mode: a plain timm model, or a `Graft`, which timm cannot build.
+
+    Raises WeightsError for a file that no run of this package wrote.
+    """
+    about = read_header(path)
+    if "model" not in about:
+        raise WeightsError(f"{str(path)!r} does not tell which model it is of; it was not written by probe-kd")
+    if "graft" not in about:
+        student = build_model(about["model"], about["model_kwargs"])
+    else:
+        sides = [about["graft"][side] for side in ("student", "teacher")]
+        models = [build_model(side["model"], side["model_kwargs"]) for side in sides]
+        traces = [
+            trace(side["model"], side["input_size"], training=True, model_kwargs=side["model_kwargs"]) for side in sides
+        ]
+        cuts = [Tap.parse(side["at"]) for side in sides]
+        student, _ = graft(models[0], models[1], cuts[0], cuts[1], traces[0], traces[1])
+    load_weights(student, path)
+    return student.eval()

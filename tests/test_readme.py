@@ -1,0 +1,73 @@
+"""Everything the README and the docs show is run, or at least read by the code that they speak of."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from probe_kd.cli import main
+from probe_kd.recipe import parse, plan
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page and number, text) of every fenced block of a language."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    found = [(page.name, fence.findall(page.read_text(encoding="utf-8"))) for page in PAGES]
+    return [(f"{name} {number}", text) for name, texts in found for number, text in enumerate(texts)]
+
+
+def commands(verb: str) -> list[str]:
+    lines = [line.partition("   #")[0].strip() for _, text in blocks("sh") for line in text.splitlines()]
+    return [line for line in lines if line.startswith(f"probe-kd {verb} ")]
+
+
+@pytest.mark.parametrize(("place", "text"), blocks("python"), ids=lambda value: value.partition("\n")[0][:30])
+def test_every_python_block_runs(place: str, text: str) -> None:
+    exec(compile(text, place, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: value.partition("\n")[0][:30])
+def test_every_recipe_is_one_that_would_be_trained(place: str, text: str) -> None:
+    assert plan(parse(text, place)).comparisons
+
+
+@pytest.mark.parametrize("line", commands("inspect") + commands("match"))
+def test_every_command_that_only_reads_runs(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    shown = capsys.readouterr().out
+    if "-o" in shlex.split(line):
+        assert plan(parse((tmp_path / "distil.yaml").read_text())).pairs
+    assert "stages.3" in shown or "blocks.11" in shown
+
+
+def test_something_was_found() -> None:
+    assert len(blocks("python")) >= 2
+    assert blocks("yaml")
+    assert commands("inspect")
+    assert commands("match")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.M)
+    }
+    assert {"quickstart", "test"} <= named <= targets
