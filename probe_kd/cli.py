@@ -17,6 +17,7 @@ from probe_kd.errors import ProbeKDError, RunError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from probe_kd.report import Reach
     from probe_kd.spec import Trace
 
 app = typer.Typer(
@@ -124,6 +125,41 @@ def match(
     if output is not None:
         write_recipe(ours, theirs, pairs, output)
         typer.echo(f"wrote {output}; run it with: probe-kd train {output}", err=as_json)
+
+
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also what every loss moves, on one real batch and untrained models.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe is about to do, and whether it can. Nothing is trained or written; status 2 on any problem."""
+    from probe_kd.recipe import load, plan
+    from probe_kd.report import models_table, plan_table, reach_table
+
+    planned = plan(load(recipe))
+    console = _console()
+    if not as_json:
+        console.print(models_table(planned))
+        console.print(plan_table(planned))
+    rows: list[Reach] = []
+    wrong: list[str] = []
+    if gradients:
+        from probe_kd.train import audit
+
+        rows, wrong = audit(planned)
+    if as_json:
+        compared = [
+            {"stage": item.stage, "loss": item.objective.name, "layers": str(item.comparison), "adapter": item.adapter}
+            for item in planned.comparisons
+        ]
+        print(json.dumps({"compared": compared, "gradients": [asdict(row) for row in rows]}, indent=1))
+    elif gradients:
+        console.print(reach_table(rows))
+    if wrong:
+        raise RunError("\n".join(f"{recipe}: {text}" for text in wrong))
 
 
 @app.command()

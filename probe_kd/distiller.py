@@ -76,6 +76,7 @@ class Distiller(nn.Module):
         self._student_probe = Probe(student, [seen[tap] for tap in taps]).attach()
         self._teacher_probe: Probe | None = None
         self.adapters = nn.ModuleDict()
+        self.shared: list[nn.Parameter] = []  # that both models have
         if teacher is not None and (block or any(objective.needs_teacher for objective in self.objectives)):
             known = teacher_trace or _trace_teacher(teacher, teacher_input, given, training=bool(block))
             self._bring_teacher(teacher, teacher_input or InputSpec.of(teacher, known.input_size), given, known)
@@ -98,7 +99,7 @@ class Distiller(nn.Module):
         self._replayed = {get(self.student, name): tap for name, tap in replayed.items()}
         mine = {id(parameter) for parameter in self.student.parameters()}
         theirs = list(teacher.parameters())
-        self._shared = [parameter for parameter in theirs if id(parameter) in mine] if self.block else []
+        self.shared = [parameter for parameter in theirs if id(parameter) in mine] if self.block else []
         self._own = [parameter for parameter in theirs if id(parameter) not in mine] if self.block else []
         self.train(self.training)
 
@@ -143,12 +144,13 @@ class Distiller(nn.Module):
             with torch.no_grad():
                 features = self._teacher_probe(view)
             return features, features
-        state = _State(self._teacher_probe.model) if self.block == "params" else None
+        teacher = self._teacher_probe.model
+        random = _Random(teacher) if self.block == "params" else None
         features = self._teacher_probe(view)
-        if state is None:
+        if random is None:
             return features, features
         # The same forward once more, in which the teacher's own parameters are constants.
-        with state.restored(), detached(self._teacher_probe.model, self._own):
+        with random.again(), _buffers_aside(teacher), detached(teacher, self._own):
             return features, self._teacher_probe(view)
 
     @contextmanager
@@ -159,7 +161,7 @@ class Distiller(nn.Module):
             return
         blocked = self.block == "trunk"
         answers = {module: theirs[tap].detach() if blocked else theirs[tap] for module, tap in self._replayed.items()}
-        constants = detached(self.student, self._shared) if blocked else nullcontext()
+        constants = detached(self.student, self.shared) if blocked else nullcontext()
         with replaying(answers), constants:
             yield
 
@@ -189,7 +191,7 @@ class Distiller(nn.Module):
         """
         named = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         found: dict[str, dict[str, float]] = {}
-        with _State(self).restored():
+        with _Random(self).again(), _buffers_aside(self):
             result = self(images, target)
             for objective in self.objectives:
                 term = result[objective.name]
@@ -234,31 +236,42 @@ class Distiller(nn.Module):
         return list(self.adapters[key].children()) if key in self.adapters else []  # type: ignore[arg-type]
 
 
-class _State:
-    """The buffers of a module and the random numbers, as they are now: what a forward changes besides its answer."""
+class _Random:
+    """The random numbers that are drawn next, on the CPU and on a module's GPUs."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-        self.random = torch.get_rng_state()
-        self.devices = sorted(
-            {buffer.device.index for buffer, _ in self.buffers if buffer.device.type == "cuda"} - {None}
-        )
-        self.device_random = [torch.cuda.get_rng_state(device) for device in self.devices]
+        places = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+        self.devices = sorted({place.index for place in places if place.type == "cuda"})
+        self.states = [torch.cuda.get_rng_state(device) for device in self.devices]
+        self.state = torch.get_rng_state()
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Inside, random numbers are those of then; afterwards, what was at the start of the block is there again."""
-        now = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
+    def again(self) -> Iterator[None]:
+        """Inside, they are drawn once more; what is drawn after it does not notice."""
         with torch.random.fork_rng(self.devices):
-            torch.set_rng_state(self.random)
-            for device, state in zip(self.devices, self.device_random, strict=True):
+            torch.set_rng_state(self.state)
+            for device, state in zip(self.devices, self.states, strict=True):
                 torch.cuda.set_rng_state(state, device)
-            try:
-                yield
-            finally:
-                with torch.no_grad():
-                    for buffer, before in now:
-                        buffer.copy_(before)
+            yield
+
+
+@contextmanager
+def _buffers_aside(module: nn.Module) -> Iterator[None]:
+    """Inside, a forward changes copies of the buffers: running statistics are not counted twice.
+
+    Copies stand in for the buffers, and are not copied back, since autograd refuses a buffer that was written again.
+    """
+    places = [
+        (part, key, buffer) for part in module.modules() for key, buffer in part._buffers.items() if buffer is not None
+    ]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in places}
+    for part, key, buffer in places:
+        part._buffers[key] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for part, key, buffer in places:
+            part._buffers[key] = buffer
 
 
 def _check(

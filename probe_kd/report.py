@@ -43,6 +43,18 @@ class Result:
     weights: str
 
 
+@dataclass(frozen=True)
+class Reach:
+    """What one loss of one stage does to one part of the models: how many of its parameters it moves, and how much."""
+
+    stage: str
+    loss: str
+    part: str
+    reached: int
+    parameters: int
+    norm: float
+
+
 class Display:
     """How a run shows itself while it goes on: a bar per stage in a terminal, a line every few seconds elsewhere."""
 
@@ -243,6 +255,31 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def models_table(plan: Plan) -> Table:
+    """The models of a recipe, and what each sees."""
+    table = _table("Models", "", "model", "sees", "parameters>", "MACs>")
+    sides = [("student", plan.trained, plan.student_input)]
+    if plan.teacher and plan.teacher_input:
+        sides.append(("teacher", plan.teacher, plan.teacher_input))
+    for role, trace, given in sides:
+        sees = f"{'x'.join(map(str, given.size))}, mean {_numbers(given.mean)}, std {_numbers(given.std)}"
+        table.add_row(role, trace.model, sees, amount(trace.parameters), amount(trace.macs))
+    table.caption = f"shared by {plan.sharing}" if plan.sharing else None
+    return table
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)
+
+
+def reach_table(rows: Iterable[Reach]) -> Table:
+    """What every loss moves, and how much: the norm of its gradient, unweighted."""
+    table = _table("Gradients on one batch, before training", "stage", "loss", "moves", "parameters>", "norm>")
+    for row in rows:
+        table.add_row(row.stage, row.loss, row.part, f"{row.reached}/{row.parameters}", f"{row.norm:.3g}")
+    return table
+
+
 def _weight(weight: float | Schedule) -> str:
     return f"{weight.start:g} to {weight.end:g}" if isinstance(weight, Schedule) else f"{weight:g}"
 
@@ -255,11 +292,12 @@ def report_run(results: Sequence[Result], rows: Sequence[Row], plan: Plan, folde
     student = results[-1]
     arguments = "".join(f", {key}={value!r}" for key, value in student.model_kwargs.items())
     weights = folder / student.weights
-    is_graft = plan.grown is not None
-    kind = "has the first layers of the teacher" if is_graft else "is plain timm"
-    console.print(f"Results in {folder}. The student {kind}:", highlight=False)
+    timms = plan.grown is None and ":" not in student.model.removeprefix("hf-hub:").removeprefix("local-dir:")
+    console.print(
+        f"Results in {folder}. " + ("The student is plain timm:" if timms else "The student:"), highlight=False
+    )
     line = f"  timm.create_model({student.model!r}, checkpoint_path={str(weights)!r}{arguments})"
-    line = f"  probe_kd.load_student({str(weights)!r})" if is_graft else line
+    line = line if timms else f"  probe_kd.load_student({str(weights)!r})"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -79,7 +79,7 @@ def share_weights(student: nn.Module, teacher: nn.Module, names: Mapping[str, st
         own, other = weight_layers(get(student, ours)), weight_layers(get(teacher, theirs))
         if not own:
             raise TapError(f"'{ours}' of the student has no convolution or linear layer whose weights could be shared")
-        for layer in own.keys() | other.keys():
+        for layer in dict.fromkeys([*own, *other]):
             if layer not in own or layer not in other:
                 side = "student" if layer in own else "teacher"
                 raise TapError(f"'{ours}' cannot share weights with '{theirs}': only the {side} has '{layer}'")

@@ -7,7 +7,6 @@ that began as the first did.
 """
 
 import json
-import logging
 import math
 import shutil
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -31,14 +31,12 @@ from probe_kd.errors import RunError
 from probe_kd.models import build_model, load_weights, save_weights
 from probe_kd.objectives import Objective
 from probe_kd.recipe import ModelOptions, OptimizerOptions, Plan, SchedulerOptions, dump, join
-from probe_kd.report import Display, Result, Row, write_metrics
+from probe_kd.report import Display, Reach, Result, Row, write_metrics
 from probe_kd.sharing import Sharing
 from probe_kd.spec import InputSpec, Trace
 from probe_kd.surgery import in_pattern
 
 CHECKPOINT = "checkpoint"
-# It warns of every tensor that two models share, each time it saves one copy of it, which is what is wanted.
-logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 BEST = "best.safetensors"
 TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
 
@@ -122,6 +120,66 @@ def train(plan: Plan, folder: Path, display: Display, *, resume: bool = False, o
     if accelerator.is_main_process:
         shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return journal
+
+
+def audit(plan: Plan) -> tuple[list[Reach], list[str]]:
+    """The gradient of every loss on one real batch, before anything is trained; and what is wrong with it.
+
+    Wrong are a loss that moves nothing, a gradient that is not finite, and a parameter that no loss of any stage
+    reaches although the student's answer depends on it.
+    """
+    run = _Run(plan, Path(), Display(Console(quiet=True), quiet=True), Accelerator(cpu=True), Journal(), resuming=False)
+    found: list[Reach] = []
+    missed: set[str] | None = None
+    for subject in run.subjects():
+        if subject.role in ("teacher", TEACHER_ALONE) and not plan.recipe.share:
+            run.teacher = subject
+        if subject.role != "student":
+            continue
+        images, target = next(
+            iter(loader(plan.datasets.train, plan.recipe.data, run._images_for(subject), training=True))
+        )
+        for phase in subject.phases:
+            distiller = run._distiller(subject, phase)
+            norms = distiller.train().audit(images, target)
+            reached = {name for loss in norms.values() for name in loss}
+            named = [name for name, _ in distiller.named_parameters() if name.startswith("student.")]
+            missed = set(named) - reached if missed is None else missed - reached
+            found += [reach for loss in norms for reach in _by_part(phase.name, loss, norms[loss], distiller)]
+            distiller.close()
+        answer = Distiller(subject.model, None, [Objective("cross_entropy")], student_input=subject.input)
+        used = set(answer.train().audit(images, target)["cross_entropy"])
+        answer.close()
+        missed = (missed or set()) & used
+    return found, _complaints(found, sorted(missed or ()))
+
+
+def _by_part(stage: str, loss: str, norms: Mapping[str, float], distiller: Distiller) -> list[Reach]:
+    parts: dict[str, list[str]] = {}
+    shared = {id(parameter) for parameter in distiller.shared}
+    for name, parameter in distiller.named_parameters():
+        part = ".".join(name.split(".")[: 1 if name.startswith("adapters") else 2])
+        part = part.replace("student.", "shared.") if id(parameter) in shared else part
+        parts.setdefault(part, []).append(name)
+    rows = [(part, [norms[name] for name in names if name in norms], len(names)) for part, names in parts.items()]
+    kept = [row for row in rows if row[1]] or [("nothing", [0.0], 0)]
+    return [Reach(stage, loss, part, len(some), total, math.hypot(*some)) for part, some, total in kept]
+
+
+def _complaints(found: Sequence[Reach], missed: Sequence[str]) -> list[str]:
+    says = []
+    for stage, loss in dict.fromkeys((reach.stage, reach.loss) for reach in found):
+        norms = [reach.norm for reach in found if (reach.stage, reach.loss) == (stage, loss)]
+        if not all(map(math.isfinite, norms)):
+            says.append(f"loss `{loss}` of stage `{stage}` has a gradient that is not finite")
+        elif not any(norms):
+            says.append(f"loss `{loss}` of stage `{stage}` moves nothing; leave it out, or compare what can be trained")
+    if missed:
+        names = ", ".join(missed[:6]) + (f" and {len(missed) - 6} more" if len(missed) > 6 else "")
+        says.append(
+            f"no loss of any stage trains {names}; add one that reads the student's answer, `cross_entropy` say"
+        )
+    return says
 
 
 def open_run(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Journal:
@@ -458,7 +516,9 @@ class _Run:
         if self.accelerator.is_main_process:
             shutil.rmtree(new, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(new))
+        # Not as safetensors, which would leave out one of two names of a tensor that two models share, and not always
+        # the same one. It is read with `weights_only`.
+        self.accelerator.save_state(str(new), safe_serialization=False)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.journal.write(new / "journal.json")

@@ -1,6 +1,8 @@
 """Small things that the tests share."""
 
+import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +34,35 @@ stages:
       task: {loss: cross_entropy}
       soft: {loss: soft_targets, temperature: 2.0, weight: 0.5}
 """
+
+
+ROCKET = """\
+student: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32]}}
+teacher: {model: resnet18, model_kwargs: {channels: [8, 16, 24, 32], stem_width: 32, stem_type: deep_tiered}}
+data: {dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 512, hflip: 0.0}
+share: {form: weights, modules: interval}
+stages:
+  - epochs: 2
+    losses:
+      light: {loss: cross_entropy}
+      booster: {loss: cross_entropy, of: teacher}
+      hint: {loss: logits, reduction: sum, weight: 0.03}
+"""
+_TEACHER = next(line for line in ROCKET.splitlines() if line.startswith("teacher"))
+TRUNK = ROCKET.replace("form: weights, modules: interval", "form: trunk, at: layer1").replace(
+    _TEACHER, "teacher: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32], layers: [1, 2, 2, 2]}}"
+)
+GRAFT = ROCKET.replace("form: weights, modules: interval", "form: graft, at: {blocks.0: layer1}").replace(
+    "student: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32]}}",
+    "student: {model: vit_tiny_patch16_224, model_kwargs: {img_size: 16, patch_size: 4, embed_dim: 32, depth: 2, "
+    "num_heads: 2}}",
+)
+
+
+def record(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run."""
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(autouse=True)

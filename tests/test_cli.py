@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ROCKET, TINY
 
 from probe_kd.cli import main
 
@@ -170,3 +170,35 @@ def test_bad_input_is_one_clear_error(command: Command, tmp_path: Path, argument
     assert (tmp_path / "r.yaml").read_text() == TINY
     assert {file.name for file in tmp_path.iterdir()} == {"r.yaml", "full"}
     assert [file.read_text() for file in (tmp_path / "full").iterdir()] == ["precious"]
+
+
+def test_check_says_what_is_compared_and_what_every_loss_moves(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(TINY)
+    result = command("check", "r.yaml", "--gradients")
+    assert result.returncode == 0, result.stderr
+    for part in ("vit_tiny_patch16_224", "conv1x1 32->128", "blocks.1 <- layer3", "student.patch_embed", "adapters"):
+        assert part in result.stdout
+    rows = json.loads(command("check", "r.yaml", "--gradients", "--json").stdout)["gradients"]
+    reached = {row["part"]: (row["reached"], row["parameters"]) for row in rows if row["loss"] == "hint"}
+    assert "student.head" not in reached
+    assert reached["student.blocks"] == (24, 24)
+    assert all(row["norm"] > 0 for row in rows)
+    assert {file.name for file in tmp_path.iterdir()} == {"r.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (
+            TINY.partition("  - name: task")[0].replace("baseline: true\n", ""),
+            "no loss of any stage trains student.head.bias",
+        ),
+        (ROCKET.replace("weights, modules: interval", "graft, at: layer4").replace("light", "l") + "seed: 1\n", ""),
+        (TINY.replace("epochs: 2", "epochs: 0"), "greater than or equal to 1"),
+    ],
+)
+def test_check_finds_what_no_loss_reaches(command: Command, tmp_path: Path, recipe: str, says: str) -> None:
+    (tmp_path / "r.yaml").write_text(recipe)
+    result = command("check", "r.yaml", "--gradients")
+    assert (result.returncode, "Traceback" in result.stderr) == (2 if says else 0, False), result.stderr
+    assert says in result.stderr

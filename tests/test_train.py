@@ -10,19 +10,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, record
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from timm.data import Mixup
 
-from probe_kd.data import loader
-from probe_kd.errors import RunError
+from probe_kd import Distiller, InputSpec, Objective, Schedule
+from probe_kd.data import DataOptions, loader, mixer
+from probe_kd.errors import RecipeError, RunError
+from probe_kd.losses import soft_targets
 from probe_kd.recipe import load, parse, plan
 from probe_kd.report import Display
-from probe_kd.train import Journal, train
+from probe_kd.train import Journal, Phase, _optimizer, _scheduler, train
 
 
 def run(path: Path, folder: Path, display: Display | None = None, **options: bool) -> Journal:
@@ -205,3 +209,172 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny: Path, tmp_path: Path) -> None:
     journal = json.loads((tmp_path / "run" / "checkpoint" / "journal.json").read_text())
     assert journal["role"] == "student alone"
     assert journal["epoch"] >= 1
+
+
+HINT_ONLY = """\
+student: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32]}}
+teacher: {model: resnet18, model_kwargs: {channels: [8, 16, 24, 48]}, train: {epochs: 1}}
+data: {dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 256, hflip: 0.0, holdout: 0.2}
+pairs: {layer2: layer2}
+stages:
+  - name: hint
+    epochs: 2
+    losses: {hint: {loss: hint, activation: tap}}
+    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.5}
+"""
+
+
+def student_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student.safetensors")
+
+
+def test_a_hint_stage_leaves_all_above_its_layer_as_it_was_to_the_bit(tmp_path: Path) -> None:
+    """Weight decay would move what is in an optimizer, and a batch norm what is run."""
+    (tmp_path / "r.yaml").write_text(HINT_ONLY)
+    run(tmp_path / "r.yaml", tmp_path / "run")
+    torch.manual_seed(0)
+    fresh = timm.create_model("resnet10t", num_classes=10, channels=[8, 16, 24, 32]).state_dict()
+    same = {name for name, tensor in student_of(tmp_path / "run").items() if torch.equal(tensor, fresh[name])}
+    above = {name for name in fresh if name.startswith(("layer3", "layer4", "fc"))}
+    assert above <= same
+    assert not any(name.endswith("conv1.weight") for name in same - above)
+    parts = {name.split(".")[0] for name in fresh.keys() - same}
+    assert parts == {"conv1", "bn1", "layer1", "layer2"}
+
+
+def test_neither_network_runs_above_its_tapped_layer_in_a_hint_stage() -> None:
+    planned = plan(parse(HINT_ONLY))
+    student, teacher = (
+        timm.create_model(trace.model, **trace.model_kwargs) for trace in (planned.student, planned.teacher) if trace
+    )
+    called = []
+    for side, model in (("student", student), ("teacher", teacher)):
+        for name, module in model.named_modules():
+            if name in ("layer2", "layer3", "fc"):
+                forward = module.forward
+                module.forward = lambda *a, f=forward, n=f"{side} {name}": (called.append(n), f(*a))[1]
+    traces = {"student_trace": planned.student, "teacher_trace": planned.teacher}
+    Distiller(student, teacher, planned.objectives[0], **traces).train()(torch.randn(2, 3, 16, 16))
+    assert sorted(called) == ["student layer2", "teacher layer2"]
+
+
+def test_the_best_epoch_by_held_out_images_is_kept_and_survives_an_interruption(tmp_path: Path) -> None:
+    text = HINT_ONLY.replace("{hint: {loss: hint, activation: tap}}", "{task: {loss: cross_entropy}}").replace(
+        "epochs: 2\n    losses", "epochs: 4\n    keep: best\n    losses"
+    )
+    text = text.replace("{opt: adamw, lr: 1.0e-3, weight_decay: 0.5}", "{opt: sgd, lr: 0.3, momentum: 0.99}")
+    text += "    scheduler: {sched: constant}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    run(tmp_path / "r.yaml", tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r.yaml", tmp_path / "parts", Interrupting("student", "hint", 3))
+    run(tmp_path / "r.yaml", tmp_path / "parts", resume=True)
+    losses = [float(row["held_out_loss"]) for row in record(tmp_path / "run") if row["subject"] == "student"]
+    assert losses.index(min(losses)) < 3, "the last epoch is the best, so that this test shows nothing"
+    planned = plan(parse(text))
+    model = timm.create_model("resnet10t", **planned.student.model_kwargs).eval()
+    model.load_state_dict(student_of(tmp_path / "run"))
+    assert planned.datasets.held_out is not None
+    batches = loader(planned.datasets.held_out, planned.recipe.data, planned.student_input, training=False)
+    with torch.no_grad():
+        terms = [F.cross_entropy(model(images), target, reduction="none") for images, target in batches]
+    assert torch.cat(terms).mean().item() == pytest.approx(min(losses), rel=1e-4)
+    ours, theirs = student_of(tmp_path / "parts"), student_of(tmp_path / "run")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert len({*planned.datasets.train.indices} & {*planned.datasets.held_out.indices}) == 0  # type: ignore[attr-defined]
+    assert len(planned.datasets.train) + len(planned.datasets.held_out) == 1437  # type: ignore[arg-type]
+
+
+def test_learning_rates_are_scaled_by_group_and_follow_the_schedule() -> None:
+    text = HINT_ONLY.replace("weight_decay: 0.5", "weight_decay: 0.5, lr_scale: {conv1: 0.1, layer2.*.weight: 0.5}")
+    planned = plan(parse(text))
+    stage = planned.recipe.stages[0]
+    student = timm.create_model("resnet10t", **planned.student.model_kwargs)
+    distiller = Distiller(
+        student, timm.create_model("resnet18"), planned.objectives[0], student_input=planned.student_input
+    )
+    optimizer = _optimizer(distiller, stage.optimizer)
+    schedule = _scheduler(optimizer, Phase("s", 10, (), stage.optimizer, stage.scheduler), 5)
+    for update, rate in ((0, 1e-3), (25, 5e-4)):
+        schedule.step_update(update)
+        rates = {
+            id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+        }
+        assert rates[id(student.conv1[0].weight)] == pytest.approx((rate * 0.1, 0.5))
+        assert rates[id(student.layer2[0].conv1.weight)] == pytest.approx((rate * 0.5, 0.5))
+        assert rates[id(student.layer1[0].bn1.weight)] == pytest.approx((rate, 0.0))
+    assert len(rates) == len(list(distiller.parameters()))
+
+
+def test_a_weight_and_a_temperature_move_as_scheduled() -> None:
+    soft = Objective(
+        "soft_targets", weight=Schedule(4.0, 1.0, epochs=8), options={"temperature": Schedule(4.0, 2.0, shape="cosine")}
+    )
+    student, teacher = (timm.create_model("resnet10t", num_classes=4) for _ in range(2))
+    images, same = torch.randn(2, 3, 32, 32), InputSpec((3, 32, 32))
+    distiller = Distiller(student, teacher, [soft], student_input=same, teacher_input=same).eval()
+    assert distiller.scheduled
+    logits, told = student(images), teacher(images)
+    for epoch, weight, temperature in ((0, 4.0, 4.0), (4, 2.5, 3.0), (8, 1.0, 2.0), (20, 1.0, 2.0)):
+        distiller.set_epoch(epoch, 8)
+        expected = soft_targets(logits, told, temperature=temperature)
+        torch.testing.assert_close(distiller(images)["loss"], weight * expected)
+    assert Schedule(0.0, 1.0).at(2, 8) == 0.25
+    assert Schedule(0.0, 1.0, shape="cosine").at(2, 8) == pytest.approx((1 - 2**-0.5) / 2)
+
+
+def test_a_teacher_of_other_classes_is_read_through_a_class_map(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = timm.create_model("resnet10t", num_classes=12)
+    save_file(teacher.state_dict(), tmp_path / "t.safetensors")
+    (tmp_path / "map.json").write_text(json.dumps([11, 10, 9, 8, 7, 6, 5, 4, 3, 2]))
+    text = TINY.replace(
+        "train: {epochs: 1}", f"checkpoint: {tmp_path}/t.safetensors\n  model_kwargs: {{num_classes: 12}}"
+    )
+    text = text.replace("num_classes: 12}", f"num_classes: 12}}\n  class_map: {tmp_path}/map.json").replace(
+        "true", "false"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    journal = run(tmp_path / "r.yaml", tmp_path / "run")
+    planned = plan(parse(text))
+    batches = loader(planned.datasets.test, planned.recipe.data, planned.teacher_input, training=False)  # type: ignore[arg-type]
+    with torch.no_grad():
+        right = [(teacher.eval()(images)[:, range(11, 1, -1)].argmax(1) == target) for images, target in batches]
+    assert journal.results["teacher"].accuracy == pytest.approx(torch.cat(right).double().mean().item())
+    for wrong, says in (
+        ("[1, 2]", "2 entries; expected 10"),
+        ("{}", "no JSON list|not a JSON list"),
+        ("[", "cannot read"),
+    ):
+        (tmp_path / "map.json").write_text(wrong)
+        with pytest.raises(RecipeError, match=says):
+            plan(parse(text))
+
+
+def test_mixed_images_are_timms_and_both_models_see_the_same(tmp_path: Path) -> None:
+    options = DataOptions(input_size=(3, 16, 16), batch_size=8, mixup=0.8, cutmix=1.0)
+    images, target = torch.randn(8, 3, 16, 16), torch.arange(8)
+    mix = mixer(options, 10)
+    assert mix is not None
+    np.random.seed(3)
+    mixed, soft = mix(images.clone(), target)
+    np.random.seed(3)
+    theirs, labels = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.0, num_classes=10)(
+        images.clone(), target
+    )
+    assert torch.equal(mixed, theirs)
+    assert torch.equal(soft, labels)
+    assert not torch.equal(mixed, images)
+    seen: dict[str, torch.Tensor] = {}
+    student, teacher = (timm.create_model("resnet10t", num_classes=10) for _ in range(2))
+    student.register_forward_pre_hook(lambda _, args: seen.update(student=args[0]))
+    teacher.register_forward_pre_hook(lambda _, args: seen.update(teacher=args[0]))
+    given, wanted = InputSpec((3, 16, 16)), InputSpec((3, 16, 16), (0.5,), (0.25,))
+    objectives = [Objective("cross_entropy"), Objective("soft_targets")]
+    Distiller(student, teacher, objectives, student_input=given, teacher_input=wanted)(mixed, soft)
+    torch.testing.assert_close(seen["teacher"], (seen["student"] - 0.5) / 0.25)
+    assert torch.equal(seen["student"], mixed)
+    (tmp_path / "r.yaml").write_text(TINY.replace("hflip: 0.0", "hflip: 0.0\n  mixup: 0.8\n  cutmix: 1.0"))
+    assert run(tmp_path / "r.yaml", tmp_path / "run").results["student"].accuracy > 0
+    with pytest.raises(RecipeError, match=r"batch_size 255 is odd, and mixup and cutmix mix images in pairs"):
+        parse(TINY.replace("batch_size: 256", "batch_size: 255\n  mixup: 0.8"))
