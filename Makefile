@@ -13,7 +13,7 @@ help:  ## what there is to make
 $(READY): pyproject.toml
 	@echo "== setting up $(VENV): probe-kd, torch, torchvision and timm (several GB, a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,peers]'
 	@# A torch and a torchvision that were built apart fail at the first operator, so the pair is tried, not trusted.
 	@$(BIN)/python -c "import torchvision.ops" 2>/dev/null || { \
 		echo "== torch and torchvision do not match here; installing them anew, as a pair"; \

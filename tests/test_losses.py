@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +26,43 @@ def draw(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
 def softmax(row: Array) -> Array:
     powers = np.exp(row - row.max())
     return powers / powers.sum()
+
+
+Sizes = st.tuples(st.integers(1, 5), st.integers(2, 7), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=Sizes, reduction=st.sampled_from(["sum", "mean"]), scale=st.sampled_from([0.1, 2.0, 30.0]))
+def test_every_loss_is_its_equation_for_any_size_and_scale(
+    sizes: tuple[int, int, int, int, int], reduction: Any, scale: float
+) -> None:
+    """Each against loops over single images in numpy's float64, from the papers' equations."""
+    batch, channels, height, width, seed = sizes
+    s, t = (draw(batch, channels, height, width, seed=seed + side, scale=scale) for side in (0, 1))
+    z, v = s.flatten(2).mean(2), t.flatten(2).mean(2)
+
+    def mean(event: Callable[[Array, Array], float], ours: Tensor, theirs: Tensor) -> Any:
+        values = [event(a, b) for a, b in zip(ours.numpy(), theirs.numpy(), strict=True)]
+        return pytest.approx(float(np.mean(values)), rel=1e-8, abs=1e-10)
+
+    def share(numbers: Array) -> float:
+        return float(numbers.sum() if reduction == "sum" else numbers.mean())
+
+    def attention_map(map_: Array) -> Array:
+        seen = (map_**2).sum(0).ravel()
+        return seen / np.linalg.norm(seen)
+
+    assert hint(s, t, reduction=reduction).item() == mean(lambda a, b: share((a - b) ** 2), s, t)
+    assert logits(z, v, reduction=reduction).item() == mean(lambda a, b: share((a - b) ** 2), z, v)
+    centred = mean(lambda a, b: share((a - a.mean() - b + b.mean()) ** 2), z, v)
+    assert logits(z, v, reduction=reduction, center=True).item() == centred
+    by_hand = mean(lambda a, b: 9 * float((softmax(b / 3) * np.log(softmax(b / 3) / softmax(a / 3))).sum()), z, v)
+    assert soft_targets(z, v, temperature=3.0).item() == by_hand
+    matrices = [flow_matrix(side, side[:, :1]) for side in (s, t)]
+    flow = mean(lambda a, b: share((written_gram(a, a[:1]) - written_gram(b, b[:1])) ** 2), s, t)
+    assert fsp(*matrices, reduction=reduction).item() == flow
+    apart = mean(lambda a, b: float(np.linalg.norm(attention_map(a) - attention_map(b))), s, t)
+    assert attention(s, t).item() == apart
 
 
 def test_cross_entropy_is_minus_log_of_the_probability_of_the_label() -> None:
