@@ -544,7 +544,8 @@ class _Planner:
         class_map = self._class_map(student, teacher)
         grown, sharing = self._join(student, teacher)
         pairs = self._pairs(student, teacher, grown)
-        objectives = [self._objectives(index, pairs) for index in range(len(recipe.stages))]
+        body = "body." if grown else ""
+        objectives = [self._objectives(index, pairs, body) for index in range(len(recipe.stages))]
         found = () if pairs is None else self._comparisons(objectives, grown or student, teacher, class_map)
         comparisons = tuple(found)
         self._check_inputs(student, teacher)
@@ -720,7 +721,7 @@ class _Planner:
                 pairs.append(pair)
         return tuple(pairs) if len(pairs) == len(wanted) else None
 
-    def _objectives(self, index: int, pairs: Sequence[Pair] | None) -> list[Objective]:
+    def _objectives(self, index: int, pairs: Sequence[Pair] | None, body: str) -> list[Objective]:
         stage = self.recipe.stages[index]
         found: list[Objective] = []
         if not stage.losses:
@@ -728,7 +729,7 @@ class _Planner:
             self.problems.append(self.source.problem(("stages", index), message))
         for name, options in stage.losses.items():
             with self.at("stages", index, "losses", name):
-                found.append(_objective(name, options, [_UNKNOWN] if pairs is None else pairs))
+                found.append(_objective(name, options, [_UNKNOWN] if pairs is None else pairs, body))
             last = found[-1] if found and found[-1].name == name else None
             if last and last.needs_teacher and self.recipe.teacher is None:
                 message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"
@@ -764,7 +765,7 @@ class _Planner:
 _UNKNOWN = Pair(Tap(""), Tap(""))  # stands for pairs that could not be read
 
 
-def _objective(name: str, options: LossOptions, pairs: Sequence[Pair]) -> Objective:
+def _objective(name: str, options: LossOptions, pairs: Sequence[Pair], body: str) -> Objective:
     return Objective(
         options.loss,
         name,
@@ -777,7 +778,7 @@ def _objective(name: str, options: LossOptions, pairs: Sequence[Pair]) -> Object
         projector=options.projector,
         activation=options.activation,
         of=options.of,
-        between=options.between,
+        between=[[body + end for end in ends] for ends in options.between],
     )
 
 

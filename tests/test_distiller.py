@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from probe_kd import LOSSES, Distiller, InputSpec, Objective, Pair, match, trace
 from probe_kd.errors import LossError, ProbeKDError, TapError
+from probe_kd.losses import flow_matrix, fsp
 
 SMALL_VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
 HINT = Objective("hint", pairs=[Pair("blocks.1", "layer2"), Pair("blocks.3", "layer4", weight=0.5)], weight=2.0)
@@ -143,6 +144,51 @@ def test_every_loss_trains_every_kind_of_pair(loss: str) -> None:
     distiller(*batch())["loss"].backward()
     assert student.layer1[0].conv1.weight.grad is not None
     assert student.conv1[0].weight.grad.abs().sum() > 0
+
+
+def test_a_flow_may_run_between_two_pairs() -> None:
+    student, teacher = timm.create_model("resnet10t"), timm.create_model("resnet18")
+    pairs = [Pair("layer1", "layer1"), Pair("layer2", "layer2", weight=0.5), Pair("layer3", "layer4")]
+    flow = Objective("fsp", "flow", pairs=pairs, between=[["layer1", "layer2"], ["layer2", "layer3"]], policy="always")
+    same = InputSpec((3, 64, 64))
+    distiller = Distiller(student, teacher, [flow], student_input=same, teacher_input=same).eval()
+    assert [str(comparison) for comparison in flow.comparisons] == [
+        "layer1 <- layer1 to layer2 <- layer2",
+        "layer2 <- layer2 to layer3 <- layer4",
+    ]
+    images = batch()[0]
+    ours = dict(zip(("layer1", "layer2", "layer3"), student.eval().forward_intermediates(images)[1][1:4], strict=True))
+    theirs = dict(
+        zip(("layer1", "layer2", "layer4"), pick(teacher.eval().forward_intermediates(images)[1]), strict=True)
+    )
+    total = 0.0
+    for index, (a, b, c, d) in enumerate((("layer1", "layer2") * 2, ("layer2", "layer3", "layer2", "layer4"))):
+        first, second = distiller.adapters["flow_"][index].parameters()
+        matrix = first @ flow_matrix(ours[a], ours[b]) @ second.T
+        total += 0.5 * fsp(matrix, flow_matrix(theirs[c], theirs[d])).item()
+    assert distiller(images)["loss"].item() == pytest.approx(total, rel=1e-4)
+    for wrong, says in (([["layer1"]], "two layers"), ([["layer1", "layr2"]], "did you mean 'layer2'")):
+        with pytest.raises(LossError, match=says):
+            Objective("fsp", pairs=pairs, between=wrong)
+    with pytest.raises(LossError, match="`between` means nothing"):
+        Objective("hint", pairs=pairs, between=[["layer1", "layer2"]])
+
+
+def pick(features: list[Tensor]) -> list[Tensor]:
+    return [features[1], features[2], features[4]]
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "says"),
+    [
+        ("fsp", {"normalize": "layer"}, "`normalize` means nothing for 'fsp'.*`relative: true`"),
+        ("attention", {"policy": "always"}, "`policy` means nothing for 'attention'"),
+        ("soft_targets", {"tokens": "cls"}, "`tokens` means nothing for 'soft_targets'"),
+    ],
+)
+def test_what_means_nothing_for_a_loss_is_refused(loss: str, options: Any, says: str) -> None:
+    with pytest.raises(LossError, match=says):
+        Objective(loss, pairs=[Pair("layer1", "layer1")], **options)
 
 
 def test_copies_and_compiled_distillers_do_the_same() -> None:
