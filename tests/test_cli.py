@@ -62,7 +62,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_help_answers_at_once_without_torch() -> None:
-    """The time is that of benchmarks/startup.py; here, that nothing slow is imported."""
+    """How long it takes, benchmarks/startup.py measures; here, that nothing slow is imported."""
     code = """
 import sys
 from probe_kd.cli import main
