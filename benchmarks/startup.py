@@ -13,13 +13,8 @@ COMMANDS = {
     "import timm": ["-c", "import timm"],
     "probe-kd inspect convnext_tiny": ["-m", "probe_kd.cli", "inspect", "convnext_tiny"],
     "probe-kd match vit_tiny <- resnet50": [
-        "-m",
-        "probe_kd.cli",
-        "match",
-        "--student",
-        "vit_tiny_patch16_224",
-        "--teacher",
-        "resnet50",
+        *("-m", "probe_kd.cli", "match"),
+        *("--student", "vit_tiny_patch16_224", "--teacher", "resnet50"),
     ],
 }
 RUNS = 5

@@ -128,7 +128,8 @@ def audit(plan: Plan) -> tuple[list[Reach], list[str]]:
     Wrong are a loss that moves nothing, a gradient that is not finite, and a parameter that no loss of any stage
     reaches although the student's answer depends on it.
     """
-    run = _Run(plan, Path(), Display(Console(quiet=True), quiet=True), Accelerator(cpu=True), Journal(), resuming=False)
+    accelerator = Accelerator()
+    run = _Run(plan, Path(), Display(Console(quiet=True), quiet=True), accelerator, Journal(), resuming=False)
     found: list[Reach] = []
     missed: set[str] | None = None
     for subject in run.subjects():
@@ -136,9 +137,8 @@ def audit(plan: Plan) -> tuple[list[Reach], list[str]]:
             run.teacher = subject
         if subject.role != "student":
             continue
-        images, target = next(
-            iter(loader(plan.datasets.train, plan.recipe.data, run._images_for(subject), training=True))
-        )
+        batches = loader(plan.datasets.train, plan.recipe.data, run._images_for(subject), training=True)
+        images, target = next(iter(accelerator.prepare_data_loader(batches)))
         for phase in subject.phases:
             distiller = run._distiller(subject, phase)
             norms = distiller.train().audit(images, target)
@@ -148,6 +148,7 @@ def audit(plan: Plan) -> tuple[list[Reach], list[str]]:
             found += [reach for loss in norms for reach in _by_part(phase.name, loss, norms[loss], distiller)]
             distiller.close()
         answer = Distiller(subject.model, None, [Objective("cross_entropy")], student_input=subject.input)
+        answer.to(accelerator.device)
         used = set(answer.train().audit(images, target)["cross_entropy"])
         answer.close()
         missed = (missed or set()) & used
