@@ -56,6 +56,18 @@ def test_layouts_grids_and_strides_are_measured(name: str) -> None:
         assert (str(spec.layout), spec.shape[1:], spec.grid, spec.prefix_tokens, stride) == expected, tap
 
 
+def test_the_nonlinearity_that_made_a_tensor_is_seen_also_in_place_and_through_containers() -> None:
+    resnet, mobile, vit = (trace(name) for name in ("resnet18", "mobilenetv2_100", "vit_tiny_patch16_224"))
+    seen = {
+        tap: resnet[tap].activation for tap in ("act1", "layer2", "layer2.0.act1", "layer3@input", "bn1", "maxpool", "")
+    }
+    relu = {"act1", "layer2", "layer2.0.act1", "layer3@input"}
+    assert seen == {tap: "relu" if tap in relu else "" for tap in seen}
+    assert resnet["bn1"].clone  # one tensor, which the activation overwrites
+    assert (mobile["bn1"].activation, mobile["blocks.1"].activation) == ("relu6", "")
+    assert (vit["blocks.0.mlp.act"].activation, vit["blocks.0"].activation) == ("gelu", "")
+
+
 @pytest.mark.parametrize(
     ("name", "size", "tap", "grid"),
     [
