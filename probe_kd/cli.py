@@ -184,6 +184,8 @@ def train(
     from probe_kd.report import Display, plan_table, report_run
     from probe_kd.train import train as run
 
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun, accelerate launch), the first
+    quiet = quiet or not speaks
     if not quiet:
         console.print(plan_table(planned))
     try:
@@ -191,7 +193,8 @@ def train(
     except KeyboardInterrupt:
         _complain(f"stopped; go on with: {_again(recipe, out, seed)}", "")
         sys.exit(130)
-    report_run(list(journal.results.values()), journal.rows, planned, folder, console)
+    if speaks:
+        report_run(list(journal.results.values()), journal.rows, planned, folder, console)
 
 
 def _again(recipe: Path, out: Path | None, seed: int | None) -> str:
