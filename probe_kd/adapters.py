@@ -92,6 +92,10 @@ def adapt(
     _check_choices(policy=(policy, Policy), tokens=(tokens, Tokens), normalize=(normalize, Normalize))
     _check_choices(projector=(projector, Projector), activation=(activation, Activation))
     _check_features(student, teacher)
+    if policy in ("never", "fixed") and (projector != "linear" or activation != "none"):
+        raise AdapterError(
+            f"policy {policy!r} has no regressor, so `projector` and `activation` mean nothing; leave them out"
+        )
     if tokens == "cls" and not (student.prefix_tokens or teacher.prefix_tokens):
         raise AdapterError(f"tokens 'cls': neither '{student.tap}' nor '{teacher.tap}' has a class token; use 'pool'")
     as_maps = student.spatial and teacher.spatial and tokens == "drop"

@@ -137,7 +137,7 @@ def loader(
     checkpoint sees the images that it would have seen.
     """
     return DataLoader(
-        _Transformed(dataset, _transform(options, wanted, training)),
+        _Transformed(dataset, _transform(options, wanted, training), wanted.size[0]),
         batch_size=options.batch_size,
         shuffle=training,
         drop_last=training and len(dataset) > options.batch_size,  # type: ignore[arg-type]
@@ -176,15 +176,15 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 class _Transformed(Dataset[Any]):
     """A dataset of images seen through a transform, in as many channels as the models take."""
 
-    def __init__(self, images: Dataset[Any], transform: Callable[[Image.Image], torch.Tensor]) -> None:
-        self.images, self.transform = images, transform
+    def __init__(self, images: Dataset[Any], transform: Callable[[Image.Image], torch.Tensor], channels: int) -> None:
+        self.images, self.transform, self.mode = images, transform, "L" if channels == 1 else "RGB"
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, target = self.images[index]
-        return self.transform(image), int(target)
+        return self.transform(image.convert(self.mode) if image.mode != self.mode else image), int(target)
 
 
 class _Digits(Dataset[Any]):
@@ -219,11 +219,26 @@ def _splits(options: DataOptions) -> tuple[tuple[str, bool], tuple[str, bool]]:
     return (options.train_split, True), (options.val_split, False)
 
 
+_TORCHVISION = (
+    "cifar10",
+    "cifar100",
+    "mnist",
+    "kmnist",
+    "fashion_mnist",
+    "qmnist",
+    "inaturalist",
+    "places365",
+    "image_folder",
+)
+
+
 def _timm_dataset(options: DataOptions, split: str, training: bool) -> Dataset[Any]:
     from timm.data import create_dataset
 
     if not options.dataset and not (options.root and Path(options.root).is_dir()):
         raise DataError(f"there is no folder {options.root!r} to read images from; set `root`, or name a `dataset`")
+    if options.dataset.removeprefix("torch/") in _TORCHVISION and not options.root:
+        raise DataError(f"dataset {options.dataset!r} needs `root`, the folder that it lies in or is downloaded to")
     try:
         dataset: Dataset[Any] = create_dataset(
             options.dataset,
@@ -242,18 +257,11 @@ def _why_unreadable(options: DataOptions, split: str, refusal: Exception) -> str
     text = " ".join(str(refusal).split()) or type(refusal).__name__
     kind, _, name = options.dataset.partition("/")
     if kind == "torch":
-        known = [
-            "cifar10",
-            "cifar100",
-            "mnist",
-            "kmnist",
-            "fashion_mnist",
-            "qmnist",
-            "inaturalist",
-            "places365",
-            "image_folder",
-        ]
-        text += nearest(name, known) if name not in known else " (`download: true` fetches it)" * (not options.download)
+        text += (
+            nearest(name, _TORCHVISION)
+            if name not in _TORCHVISION
+            else " (`download: true` fetches it)" * (not options.download)
+        )
     return f"cannot read the {split!r} split of dataset {options.dataset!r} in {options.root!r}: {text}"
 
 

@@ -30,9 +30,9 @@ class Distiller(nn.Module):
     where no objective needs it.
 
     `images` are normalised as `student_input` says, and may be larger: each model sees them at its own size. The
-    teacher sees them normalised as `teacher_input` says. Both default to the mean and standard deviation in timm's
-    config on the model; the student's size then is that of the images, and so is the teacher's, unless it is built for
-    another. `class_map` gives the teacher's index of each of the student's classes, where they are not the same.
+    teacher sees them normalised as `teacher_input` says. Both default to what timm's config on the model says, and to
+    the size that it was traced at; images of another size then are refused. `class_map` gives the teacher's index of
+    each of the student's classes, where they are not the same.
 
     `block` lets the teacher train too, which then is owned, and seen by all, as the student is (Rocket Launching, Zhou
     et al. 2018, arXiv 1708.04106). It is the gradient block, what a loss that compares both models may move:
@@ -41,6 +41,9 @@ class Distiller(nn.Module):
     - `params`: of what flows through the teacher, only the parameters that it shares with the student, as in the text;
     - `trunk`: as `output`, and no loss of the student's moves what is shared at all;
     - `off`: both models.
+
+    A weight or an option that is a `Schedule` moves when `set_epoch` is called. The hooks stay on both models until
+    `close()`.
 
     `sharing` says what the two have in common, as `share_convolutions`, `share_trunk` and `graft` made it.
 
@@ -71,9 +74,9 @@ class Distiller(nn.Module):
         self.teacher = teacher if block else None
         seen = student_trace or trace(student, student_input.size if student_input else None, training=True)
         given = student_input or InputSpec.of(student, seen.input_size)
-        self.student_view = ImageView(given, given) if student_input else nn.Identity()
+        self.student_view = ImageView(given, given) if student_input else _AsTraced(given.size)
         taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[0])
-        self._student_probe = Probe(student, [seen[tap] for tap in taps]).attach()
+        self._student_probe = Probe(student, [seen[tap] for tap in taps])
         self._teacher_probe: Probe | None = None
         self.adapters = nn.ModuleDict()
         self.shared: list[nn.Parameter] = []  # that both models have
@@ -84,6 +87,10 @@ class Distiller(nn.Module):
                 found = [objective.adapter(comparison, seen, known, class_map) for comparison in objective.comparisons]
                 self.adapters[_key(objective.name)] = nn.ModuleList(found)
         self.set_epoch(0, 1)
+        for probe in filter(
+            None, (self._student_probe, self._teacher_probe)
+        ):  # last, when nothing can be refused any more
+            probe.attach()
 
     def _bring_teacher(self, teacher: nn.Module, wanted: InputSpec, given: InputSpec, known: Trace) -> None:
         replayed = self.sharing.replayed if self.sharing else {}
@@ -95,7 +102,7 @@ class Distiller(nn.Module):
         self.teacher_view = ImageView(given, wanted)
         taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[1])
         taps.update(dict.fromkeys(replayed.values()))
-        self._teacher_probe = Probe(teacher, [known[tap] for tap in taps]).attach()
+        self._teacher_probe = Probe(teacher, [known[tap] for tap in taps])
         self._replayed = {get(self.student, name): tap for name, tap in replayed.items()}
         mine = {id(parameter) for parameter in self.student.parameters()}
         theirs = list(teacher.parameters())
@@ -147,6 +154,8 @@ class Distiller(nn.Module):
         teacher = self._teacher_probe.model
         random = _Random(teacher) if self.block == "params" else None
         features = self._teacher_probe(view)
+        if self.block in ("output", "trunk"):
+            return features, {tap: feature.detach() for tap, feature in features.items()}
         if random is None:
             return features, features
         # The same forward once more, in which the teacher's own parameters are constants.
@@ -173,7 +182,7 @@ class Distiller(nn.Module):
 
     def _comparisons(self, index: int, ours: Mapping[Tap, Tensor], theirs: Mapping[Tap, Tensor]) -> Tensor:
         objective, options = self.objectives[index], self._options[index]
-        if self.block in ("params", "off"):
+        if self.block in ("params", "off") and isinstance(objective.loss, str):  # one of our own detaches otherwise
             options = {**options, "block_gradient": False}
         terms = []
         for comparison, adapter in zip(objective.comparisons, self._adapters_of(objective), strict=True):
@@ -236,6 +245,22 @@ class Distiller(nn.Module):
         return list(self.adapters[key].children()) if key in self.adapters else []  # type: ignore[arg-type]
 
 
+class _AsTraced(nn.Module):
+    """Images of the size that the student was traced at, and no other: the teacher's view would not be the same."""
+
+    def __init__(self, size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != self.size:
+            raise LossError(
+                f"the images are {'x'.join(map(str, images.shape[1:]))}, and the student was traced at "
+                f"{'x'.join(map(str, self.size))}; give student_input=InputSpec({tuple(images.shape[1:])}, mean, std)"
+            )
+        return images
+
+
 class _Random:
     """The random numbers that are drawn next, on the CPU and on a module's GPUs."""
 
@@ -279,7 +304,7 @@ def _check(
 ) -> None:
     if not objectives:
         raise LossError("a Distiller needs at least one objective")
-    names = [objective.name for objective in objectives]
+    names = [_key(objective.name)[:-1] for objective in objectives]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise LossError(f"two objectives are named {', '.join(map(repr, double))}; give each a name of its own")

@@ -11,7 +11,7 @@ into it, except where a call says `block_gradient=False`, which every loss takes
 gradient block of Rocket Launching (Zhou et al. 2018, arXiv 1708.04106, sec. 3.3) is a choice.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, signature
@@ -327,12 +327,13 @@ class Loss:
         parameters = signature(self.function).parameters.items()
         return tuple(name for name, value in parameters if value.kind is Parameter.KEYWORD_ONLY)
 
-    def check_options(self, name: str, options: Mapping[str, Any]) -> None:
-        """LossError for an option that the function does not have, with the nearest that it has."""
-        for option in options:
-            if option not in self.options:
-                known = f"; it has {', '.join(self.options)}" if self.options else "; it has none"
-                raise LossError(f"loss {name!r} has no option {option!r}{nearest(option, self.options)}{known}")
+    def check_options(self, name: str, options: Mapping[str, Any], beside: Sequence[str] = ()) -> None:
+        """LossError for options that the function does not have, with the nearest that it has, or that stand beside."""
+        known = f"; it has {', '.join(self.options)}" if self.options else "; it has none"
+        wrong = [option for option in options if option not in self.options]
+        if wrong:
+            hints = [f"{option!r}{nearest(option, (*self.options, *beside))}" for option in wrong]
+            raise LossError(f"loss {name!r} has no option {'; and none '.join(hints)}{known}")
 
 
 LOSSES: Mapping[str, Loss] = MappingProxyType(

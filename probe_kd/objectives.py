@@ -3,7 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from math import isfinite, prod
 from typing import Any, Literal
+
+import torch
 
 from probe_kd.adapters import (
     Activation,
@@ -19,7 +22,7 @@ from probe_kd.adapters import (
 )
 from probe_kd.errors import LossError, nearest
 from probe_kd.losses import LOSSES, Loss
-from probe_kd.spec import Pair, Schedule, Tap, Trace
+from probe_kd.spec import Pair, Schedule, Tap, Trace, value_at
 
 _OUTPUT = Pair(Tap(""), Tap(""))
 # What may be said of how features are brought together, by what a loss reads; the rest has no meaning there.
@@ -27,6 +30,17 @@ _ADAPTABLE = {
     "features": {"policy", "tokens", "normalize", "projector", "activation"},
     "grams": {"policy"},
     "flows": {"policy"},
+}
+
+
+_BESIDE = ("weight", "policy", "tokens", "normalize", "projector", "activation", "of", "between")
+_SHAPES: dict[str, tuple[int, ...]] = {
+    "labels": (2, 3),
+    "outputs": (2, 3),
+    "features": (2, 3, 2, 2),
+    "maps": (2, 3, 2, 2),
+    "grams": (2, 3, 3),
+    "flows": (2, 3, 3),
 }
 
 
@@ -81,7 +95,7 @@ class Objective:
         own = self.loss if isinstance(self.loss, str) else self.loss.function.__name__
         object.__setattr__(self, "resolved", LOSSES[self.loss] if isinstance(self.loss, str) else self.loss)
         object.__setattr__(self, "name", self.name or own)
-        object.__setattr__(self, "pairs", tuple(self.pairs))
+        object.__setattr__(self, "pairs", tuple(pair if isinstance(pair, Pair) else Pair(*pair) for pair in self.pairs))
         object.__setattr__(self, "between", tuple(tuple(map(Tap.parse, ends)) for ends in self.between))
         self._check(own)
         object.__setattr__(self, "comparisons", tuple(self._comparisons()))
@@ -90,7 +104,8 @@ class Objective:
         loss = self.resolved
         if self.name in ("loss", "output"):
             raise LossError(f"an objective cannot be named {self.name!r}: the result has that key already")
-        loss.check_options(own, self.options)
+        loss.check_options(own, self.options, _BESIDE)
+        self._try(own)
         if loss.reads_layers and not self.pairs:
             raise LossError(
                 f"{own!r} compares layers, and there are no pairs; name them, or let match find them (`pairs: auto`)"
@@ -108,6 +123,28 @@ class Objective:
                 raise LossError(
                     f"`{key}` means nothing for {own!r}, which compares {loss.reads}; leave it out{instead}"
                 )
+
+    def _try(self, own: str) -> None:
+        """Values that a loss refuses are refused now: it is called on a few numbers, with the options of each end."""
+        for epoch in (0, 1):
+            weight, options = (
+                value_at(self.weight, epoch, 1),
+                {key: value_at(value, epoch, 1) for key, value in self.options.items()},
+            )
+            if not isinstance(weight, int | float) or not isfinite(weight):
+                raise LossError(f"weight {weight!r} of {own!r}: expected a finite number")
+            if not isinstance(self.loss, str):
+                continue
+            shape = _SHAPES[self.resolved.reads]
+            numbers = torch.arange(prod(shape), dtype=torch.float32, device="cpu").sin().reshape(shape)
+            target = torch.tensor([0, 1], device="cpu") if self.resolved.reads == "labels" else numbers.cos()
+            try:
+                self.resolved.function(numbers, target, **options)
+            except LossError:
+                raise
+            except Exception as refusal:  # torch has its own words for a value that it does not take
+                given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+                raise LossError(f"{own!r} does not take {given}: {' '.join(str(refusal).split())}") from None
 
     def _comparisons(self) -> Iterator[Comparison]:
         reads = self.resolved.reads

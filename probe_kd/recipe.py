@@ -41,6 +41,8 @@ from probe_kd.surgery import in_pattern
 from probe_kd.tracing import trace
 
 Path_ = tuple[str | int, ...]
+# Columns of metrics.csv that are no losses.
+RESERVED = ("subject", "stage", "epoch", "accuracy", "agreement", "images_per_second", "lr", "held_out_loss")
 
 
 class _Section(BaseModel):
@@ -59,7 +61,7 @@ class OptimizerOptions(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     layer_decay: float | None = Field(default=None, gt=0, le=1)
-    lr_scale: dict[str, float] = {}
+    lr_scale: dict[str, Annotated[float, Field(ge=0)]] = {}
     opt_args: dict[str, Any] = {}
 
 
@@ -168,6 +170,8 @@ class ModelOptions(_Section):
 class TeacherOptions(ModelOptions):
     """The teacher has weights (`pretrained`, `checkpoint`) or is trained first (`train`).
 
+    For a function of your own, `pretrained` says that it loads its weights itself.
+
     `input_size`, `mean` and `std` are for a teacher that does not expect what timm's config says and the data gives.
     `class_map` is its index of each of the student's classes, where they are not the same: a list, or a JSON file.
     """
@@ -252,7 +256,7 @@ class Recipe(_Section):
     stages: list[StageOptions] = Field(min_length=1)
     baseline: bool = False
     precision: Literal["no", "bf16", "fp16"] | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 @dataclass(frozen=True)
@@ -277,7 +281,10 @@ def load(path: str | Path, seed: int | None = None) -> Source:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as refusal:
-        near = nearest(Path(path).name, [file.name for file in Path(path).absolute().parent.glob("*.y*ml")])
+        near = nearest(
+            Path(path).name,
+            [file.name for file in Path(path).absolute().parent.glob("*.y*ml") if file.name != Path(path).name],
+        )
         raise RecipeError(str(path), [Problem(f"cannot read the recipe: {_reason(refusal)}{near}")]) from None
     source = parse(text, str(path))
     return source if seed is None else replace(source, recipe=source.recipe.model_copy(update={"seed": seed}))
@@ -537,6 +544,9 @@ class _Planner:
         student = self._trace("student", recipe.student, recipe.data.input_size, classes, training=True)
         teacher = self._trace_teacher(classes)
         self._check_teacher(teacher, classes)
+        if student is not None and classes is not None and student.output.channels != classes:
+            message = f"the student's classifier has {student.output.channels} classes and the data {classes}"
+            self.problems.append(self.source.problem(("student", "model_kwargs"), message))
         self._check_checkpoint("student", student)
         self._check_checkpoint("teacher", teacher)
         self._check_baseline()
@@ -548,11 +558,17 @@ class _Planner:
         objectives = [self._objectives(index, pairs, body) for index in range(len(recipe.stages))]
         found = () if pairs is None else self._comparisons(objectives, grown or student, teacher, class_map)
         comparisons = tuple(found)
+        for side, trace_, read in (
+            ("data", student, self._student_input),
+            ("teacher", teacher, self._teacher_input),
+        ):
+            with self.at(side):
+                if trace_ is not None:
+                    read(trace_)
         self._check_inputs(student, teacher)
         self.stop_if_problems()
         assert datasets is not None
         assert student is not None
-        assert pairs is not None
         return Plan(
             recipe=recipe,
             datasets=datasets,
@@ -560,7 +576,7 @@ class _Planner:
             teacher=teacher,
             student_input=self._input_of_student(student, teacher),
             teacher_input=self._teacher_input(teacher) if teacher else None,
-            pairs=pairs,
+            pairs=pairs or (),
             objectives=tuple(tuple(stage) for stage in objectives),
             comparisons=comparisons,
             class_map=class_map,
@@ -627,8 +643,13 @@ class _Planner:
                 load_weights(build_on_meta(trace_.model, trace_.model_kwargs), path)
 
     def _class_map(self, student: Trace | None, teacher: Trace | None) -> tuple[int, ...] | None:
-        given = self.recipe.teacher.class_map if self.recipe.teacher else None
-        if given is None:
+        options = self.recipe.teacher
+        given = options.class_map if options else None
+        if given is None or options is None:
+            return None
+        if options.train or self.recipe.share:
+            message = "a teacher that is trained here has the data's classes; leave `class_map` out"
+            self.problems.append(self.source.problem(("teacher", "class_map"), message))
             return None
         with self.at("teacher", "class_map"):
             found = _read_class_map(given) if isinstance(given, str) else given
@@ -637,7 +658,24 @@ class _Planner:
             return tuple(found)
         return None
 
+    def _check_optimizers(self) -> None:
+        """timm's names, which only timm knows."""
+        from timm.optim import list_optimizers
+
+        known = list_optimizers()
+        places: list[tuple[Path_, Any]] = [(("stages", index), stage) for index, stage in enumerate(self.recipe.stages)]
+        if self.recipe.teacher and self.recipe.teacher.train:
+            places.append((("teacher", "train"), self.recipe.teacher.train))
+        for where, stage in places:
+            if stage.optimizer.opt.lower() not in known:
+                message = f"timm has no optimizer {stage.optimizer.opt!r}{nearest(stage.optimizer.opt, known)}"
+                self.problems.append(self.source.problem((*where, "optimizer", "opt"), message))
+            if stage.scheduler.warmup_epochs > stage.epochs:
+                message = f"warmup_epochs {stage.scheduler.warmup_epochs:g} are more than the {stage.epochs} epochs"
+                self.problems.append(self.source.problem((*where, "scheduler", "warmup_epochs"), message))
+
     def _check_stages(self, student: Trace | None) -> None:
+        self._check_optimizers()
         for index, stage in enumerate(self.recipe.stages):
             if stage.keep == "best" and not self.recipe.data.holdout:
                 message = "`keep: best` chooses by held-out training images; give `data: {holdout: 0.1}`"
@@ -701,14 +739,14 @@ class _Planner:
     def _pairs(self, student: Trace | None, teacher: Trace | None, grown: Trace | None) -> tuple[Pair, ...] | None:
         """None where they cannot be known: then a loss without pairs is not its own mistake."""
         wanted = self.recipe.pairs
-        if self.recipe.teacher is None or not wanted:
+        if not wanted:
             return ()
         if student is None or teacher is None:
             return None
         if isinstance(wanted, AutoPairs):
             with self.at("pairs"):
                 found = match(student, teacher, level=wanted.level, num_pairs=wanted.num_pairs)
-                return found if grown is None else _above_the_cut(found, student, grown)
+                return found if grown is None else _above_the_cut(found, grown)
             return None
         pairs: list[Pair] = []
         for ours, theirs in wanted.items():
@@ -728,6 +766,9 @@ class _Planner:
             message = f"stage `{stage.name}` has no losses; give at least `losses: {{task: {{loss: cross_entropy}}}}`"
             self.problems.append(self.source.problem(("stages", index), message))
         for name, options in stage.losses.items():
+            if name in RESERVED:
+                message = f"a loss cannot be called `{name}`: the metrics have a column of that name"
+                self.problems.append(self.source.problem(("stages", index, "losses", name), message))
             with self.at("stages", index, "losses", name):
                 found.append(_objective(name, options, [_UNKNOWN] if pairs is None else pairs, body))
             last = found[-1] if found and found[-1].name == name else None
@@ -803,7 +844,7 @@ def _in_body(pair: Pair) -> Pair:
     return replace(pair, student=replace(pair.student, module=f"body.{pair.student.module}"))
 
 
-def _above_the_cut(pairs: Sequence[Pair], student: Trace, grown: Trace) -> tuple[Pair, ...]:
+def _above_the_cut(pairs: Sequence[Pair], grown: Trace) -> tuple[Pair, ...]:
     """Of the pairs of the plain student, those whose layers are still there in the graft."""
     moved = [_in_body(pair) for pair in pairs]
     kinds = {name: module.kind for name, module in grown.modules.items()}

@@ -11,17 +11,18 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from probe_kd.adapters import adapt
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.matching import blocks, stages
-from probe_kd.recipe import Plan
+from probe_kd.recipe import RESERVED, Plan
 from probe_kd.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 
 Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name
-MEASURES = ("subject", "stage", "epoch", "accuracy", "agreement", "images_per_second", "lr")
+MEASURES = RESERVED[:-1]
 
 
 @dataclass
@@ -201,7 +202,7 @@ def layers_table(trace: Trace, rows: Iterable[LayerRow]) -> Table:
     signs = {"stage": "[bold green]●[/]", "block": "○", "output": "◆"}
     for row in rows:
         table.add_row(
-            f"{signs.get(row.mark, ' ')} {row.tap or repr('')}",
+            f"{signs.get(row.mark, ' ')} {escape(row.tap or repr(''))}",
             row.kind,
             row.layout,
             "x".join(map(str, row.shape)),
@@ -241,7 +242,7 @@ def pairs_table(student: str, teacher: str, rows: Iterable[PairRow]) -> Table:
     """What `match` prints."""
     table = _table(f"{student} <- {teacher}", "student layer", "yields", "teacher layer", "yields", "adapter", "reason")
     for row in rows:
-        table.add_row(*astuple(row))
+        table.add_row(*map(escape, astuple(row)))
     return table
 
 
@@ -250,7 +251,8 @@ def plan_table(plan: Plan) -> Table:
     table = _table("What is compared: student <- teacher", "stage", "loss", "weight>", "layers", "adapter")
     for item in plan.comparisons:
         table.add_row(
-            item.stage, item.objective.name, _weight(item.objective.weight), str(item.comparison), item.adapter
+            *map(escape, (item.stage, item.objective.name, _weight(item.objective.weight))),
+            *map(escape, (str(item.comparison), item.adapter)),
         )
     return table
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from probe_kd.adapters import Resize, ToMap
-from probe_kd.errors import TapError, WeightsError
+from probe_kd.errors import TapError, WeightsError, nearest
 from probe_kd.models import build_model, load_weights, read_header
 from probe_kd.probe import Probe
 from probe_kd.spec import FeatureSpec, Layout, Tap, Trace
@@ -49,12 +49,17 @@ def share_convolutions(
 ) -> Sharing:
     """Share the weights of named modules, of `{student name: teacher name}`, or of a pattern of the paper's code.
 
-    `interval`: every layer that both have under one name and in one shape, the classifier left out: the stem and the
+    `interval`: every layer that both have under one name and in one shape, but for the classifier: the stem and the
     first blocks of every stage. `bottom`: of those, the ones before the first layer in which the models differ.
 
     Raises TapError where layers differ, or where a pattern finds nothing in common.
     """
     if isinstance(modules, str):
+        if modules not in get_args(Pattern):
+            raise TapError(
+                f"share {modules!r}: expected 'interval', 'bottom', or names in a list or a mapping"
+                + nearest(modules, get_args(Pattern))
+            )
         names = {name: name for name in _in_common(student, teacher, whole=modules == "interval")}
         if not names:
             raise TapError(
@@ -70,7 +75,7 @@ def share_convolutions(
 def _in_common(student: nn.Module, teacher: nn.Module, *, whole: bool) -> list[str]:
     """Names in the order of the model; without `whole`, up to the first difference."""
     ours, theirs = weight_layers(student), weight_layers(teacher)
-    heads = {id(module) for model in (student, teacher) for module in _classifier(model).modules()}
+    heads = _heads(student) | _heads(teacher)
     common = [name for name in ours if name in theirs and id(ours[name]) not in heads]
     common = [name for name in common if _shapes(ours[name]) == _shapes(theirs[name])]
     if whole:
@@ -83,9 +88,13 @@ def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
     return [(name, parameter.shape) for name, parameter in module.named_parameters()]
 
 
-def _classifier(model: nn.Module) -> nn.Module:
-    found: Any = getattr(model, "get_classifier", nn.Identity)()
-    return found if isinstance(found, nn.Module) else nn.Identity()
+def _heads(model: nn.Module) -> set[int]:
+    """The layers of the classifier, or of several; of a model that does not tell, the last layer with weights."""
+    if not hasattr(model, "get_classifier"):
+        return {id(layer) for layer in [*weight_layers(model).values()][-1:]}
+    found: Any = model.get_classifier()  # type: ignore[operator]
+    heads = found if isinstance(found, tuple | list) else [found]
+    return {id(layer) for head in heads if isinstance(head, nn.Module) for layer in head.modules()}
 
 
 def share_trunk(student: nn.Module, teacher: nn.Module, at: Tap, teacher_at: Tap, seen: Trace, known: Trace) -> Sharing:
@@ -100,8 +109,10 @@ def share_trunk(student: nn.Module, teacher: nn.Module, at: Tap, teacher_at: Tap
             f"{', '.join(theirs)}; cut both at the same layer, or use form 'graft'"
         )
     names = dict(zip(ours, theirs, strict=True))
+    if [name.count(".") for name in ours] != [name.count(".") for name in theirs]:
+        raise TapError(f"share 'trunk': the trunks lie in different containers, {ours} and {theirs}; use form 'graft'")
     share(student, teacher, names)
-    for own, other in zip(_holders(ours), _holders(theirs), strict=True):
+    for own, other in dict(zip(_holders(ours), _holders(theirs), strict=False)).items():
         _share_own(get(student, own), get(teacher, other), own)
     return Sharing("trunk", names, {name: Tap(other) for name, other in names.items()})
 
@@ -163,15 +174,21 @@ class Graft(nn.Module):
         return answer
 
     @property
+    def pretrained_cfg(self) -> Any:
+        """What images it expects: those of the model that its trunk is of."""
+        return getattr(getattr(self.trunk, "model", None), "pretrained_cfg", {})
+
+    @property
     def num_prefix_tokens(self) -> int:
         return getattr(self.body, "num_prefix_tokens", 0)
 
-    def get_classifier(self) -> nn.Module:
-        return _classifier(self.body)
+    def get_classifier(self) -> Any:
+        return getattr(self.body, "get_classifier", nn.Identity)()
 
     def no_weight_decay(self) -> set[str]:
-        exempt: set[str] = getattr(self.body, "no_weight_decay", set)()
-        return {f"body.{name}" for name in exempt} | {"adapter.prefix"}
+        parts = {"body": self.body, "trunk.model": getattr(self.trunk, "model", self.trunk)}
+        exempt: dict[str, set[str]] = {part: getattr(m, "no_weight_decay", set)() for part, m in parts.items()}
+        return {f"{part}.{name}" for part, names in exempt.items() for name in names} | {"adapter.prefix"}
 
 
 class Prefix(nn.Module):

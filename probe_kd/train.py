@@ -1,7 +1,8 @@
 """Training: from a plan to a folder of results. Reads from top to bottom.
 
 A run trains up to three subjects, one after the other: the teacher where it has no weights yet, the student alone where
-the recipe asks for a baseline, and the student. The two students begin with the same weights and see the same images.
+the recipe asks for a baseline, and the student. The two students begin with the same weights, and in a recipe of one
+stage see the same images in the same order.
 Where a recipe shares (Rocket Launching), the first is the teacher alone, and the last is the student with a teacher
 that began as the first did.
 """
@@ -196,6 +197,12 @@ def open_run(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Jour
             )
         if not recipe.is_file():
             raise RunError(f"{folder} is not the folder of a run (it has no recipe.yaml), and will not be overwritten")
+        foreign = [file.name for file in folder.iterdir() if not _is_ours(file)]
+        if foreign:
+            raise RunError(
+                f"{folder} holds more than a run writes ({', '.join(sorted(foreign)[:3])}), and will not be "
+                "overwritten; choose another --out"
+            )
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,6 +210,15 @@ def open_run(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Jour
     except OSError as refusal:
         raise RunError(f"cannot write to {folder}: {refusal.strerror}") from None
     return Journal()
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a run writes a file or folder of this name."""
+    if file.is_dir():
+        return file.name in (CHECKPOINT, f"{CHECKPOINT}.new", f"{CHECKPOINT}.old")
+    roles = ("teacher", "student", "teacher-alone", "student-alone")
+    tables = ("recipe.yaml", "metrics.csv", "curves.png", "summary.json")
+    return file.name in (*tables, *(f"{role}.safetensors" for role in roles)) or file.suffix == ".partial"
 
 
 def _reopen(folder: Path, recipe: Path, resolved: str) -> Journal:
@@ -230,7 +246,7 @@ class _Run:
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def subjects(self) -> Iterator[Subject]:
-        """Each is built when its turn comes, so that no more than two models are in memory."""
+        """Each is built when its turn comes."""
         plan, recipe = self.plan, self.plan.recipe
         if recipe.teacher is not None:
             yield self._teacher(TEACHER_ALONE if recipe.share else "teacher")
@@ -295,17 +311,18 @@ class _Run:
     def _train_phase(self, subject: Subject, phase: Phase) -> None:
         accelerator, first = self.accelerator, self.journal.epoch
         distiller = self._distiller(subject, phase)
-        resting = self._leave_out_what_no_loss_reaches(distiller, subject)
-        loop = self._loop(subject, phase, distiller)
-        if self.resuming:
-            accelerator.load_state(str(self.folder / CHECKPOINT))
-            best = self.folder / CHECKPOINT / BEST
-            self.best = load_file(best) if best.exists() else {}
-            self.resuming = False
-        else:
-            self.save()
-        self.display.begin(f"{subject.role}: {phase.name}", phase.epochs, len(loop.batches), first)
+        resting: list[nn.Parameter] = []
         try:
+            resting = self._leave_out_what_no_loss_reaches(distiller, subject)
+            loop = self._loop(subject, phase, distiller)
+            if self.resuming:
+                accelerator.load_state(str(self.folder / CHECKPOINT))
+                best = self.folder / CHECKPOINT / BEST
+                self.best = load_file(best) if best.exists() else {}
+                self.resuming = False
+            else:
+                self.save()
+            self.display.begin(f"{subject.role}: {phase.name}", phase.epochs, len(loop.batches), first)
             for epoch in range(first, phase.epochs):
                 set_seed(self._seed(epoch), device_specific=True)
                 started = time.perf_counter()
@@ -344,13 +361,14 @@ class _Run:
         images_held_out = loader(datasets.held_out, self.plan.recipe.data, self._images_for(subject), training=False)
         losses: list[Tensor] = []
         distiller = loop.distiller.eval()
+        distiller.set_epoch(loop.phase.epochs, loop.phase.epochs)  # one measure for all epochs, whatever is scheduled
         for images, target in accelerator.prepare_data_loader(images_held_out):
             if len(target) > 1 or not losses:  # one image has no variance, which some losses divide by
                 with accelerator.autocast():
                     loss = distiller(images, target)["loss"]
                 losses.append(accelerator.gather_for_metrics(loss.repeat(len(target))).cpu())
         mean = torch.cat(losses).double().mean().item()
-        if self.journal.best is None or mean < self.journal.best:
+        if self.journal.best is None or not mean >= self.journal.best:  # also after one that is no number
             self.journal.best, self.journal.best_epoch = mean, self.journal.epoch + 1
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in distiller.state_dict().items()}
         return mean
@@ -411,7 +429,8 @@ class _Run:
                 sums[name] = sums.get(name, 0.0) + result[name].detach()
             if display.step(len(target) * accelerator.num_processes):
                 display.losses(self._means(sums, index + 1))
-        return {"lr": loop.optimizer.param_groups[0]["lr"], **self._means(sums, len(loop.batches))}
+        rate = max(group["lr"] for group in loop.optimizer.param_groups)  # of what is not scaled down
+        return {"lr": rate, **self._means(sums, len(loop.batches))}
 
     def _means(self, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
         means = {name: float(total) / count for name, total in sorted(sums.items())}
@@ -472,6 +491,8 @@ class _Run:
         return torch.cat(answers), torch.cat(targets)
 
     def _finish(self, subject: Subject) -> None:
+        if subject.partner is not None or subject is self.teacher:
+            self.teacher_answers = None  # `keep: best` may have gone back to other weights
         if subject.partner is not None:
             self._finish(replace(subject.partner, phases=subject.phases))
         accuracy, agreement = self._measure(subject)
@@ -598,7 +619,8 @@ def _groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]
 
 def _scaled(group: dict[str, Any], student: nn.Module, scales: Mapping[str, float]) -> list[dict[str, Any]]:
     """The group, divided by how its learning rate is scaled; timm's schedulers read `lr_scale`."""
-    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    # The layers that a graft keeps of the plain student go by the names that they have in it.
+    names = {id(parameter): name.removeprefix("body.") for name, parameter in student.named_parameters()}
     parts: dict[float, list[nn.Parameter]] = {}
     for parameter in group["params"]:
         found = [scale for pattern, scale in scales.items() if in_pattern(names.get(id(parameter), ""), pattern)]

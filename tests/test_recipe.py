@@ -47,6 +47,17 @@ MEANING = [
     ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3\n", "", 17, "let match find them"),
     ("task: {loss: cross_entropy}", "task: {loss: logits}", 15, "the student alone has no loss"),
     ("hint: {loss: hint", "loss: {loss: hint", 20, "cannot be named 'loss'"),
+    ("hint: {loss: hint", "lr: {loss: hint", 20, "a column of that name"),
+    ("temperature: 2.0", "temperature: 0", 25, "has to be positive"),
+    ("temperature: 2.0", "temperature: hot", 25, "does not take temperature='hot'"),
+    ("weight: 0.5", "weight: .nan", 25, "expected a finite number"),
+    ("temperature: 2.0", "wieght: 2.0", 25, "no option 'wieght'; did you mean 'weight'"),
+    ("{loss: cross_entropy}", "{loss: cross_entropy, label_smoothing: 7}", 24, "does not take label_smoothing=7"),
+    ("epochs: 2", "epochs: 2\n    optimizer: {opt: adamww}", 23, "no optimizer 'adamww'; did you mean 'adamw"),
+    ("epochs: 2", "epochs: 2\n    scheduler: {warmup_epochs: 3}", 23, "warmup_epochs 3 are more than the 2 epochs"),
+    ("num_heads: 2", "num_heads: 2, num_classes: 7", 3, "the student's classifier has 7 classes and the data 10"),
+    ("train: {epochs: 1}", "train: {epochs: 1}\n  class_map: [0]", 7, "leave `class_map` out"),
+    ("hflip: 0.0", "hflip: 0.0\n  mean: [0.1, 0.2]", 7, "expected 1 or 3 values"),
 ]
 
 

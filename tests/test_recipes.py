@@ -71,6 +71,7 @@ def toy(recipe: Path, pictures: Path, student: dict[str, Any], teacher: dict[str
         share_for(tree, student, teacher)
     for stage in tree["stages"]:
         stage["epochs"] = 1
+        stage.pop("scheduler", None)  # whose warm-up may be longer
         scales = stage.get("optimizer", {}).get("lr_scale")
         if scales:
             stage["optimizer"]["lr_scale"] = dict.fromkeys(list(tree["pairs"]), 0.5)

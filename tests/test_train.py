@@ -172,6 +172,10 @@ def test_nothing_of_another_run_is_touched_unasked(whole: Path, tiny: Path, tmp_
     with pytest.raises(RunError, match="not the folder of a run"):
         run(tiny, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
+    (tmp_path / "mine" / "recipe.yaml").write_text("mine too")
+    with pytest.raises(RunError, match=r"holds more than a run writes \(thesis.tex\)"):
+        run(tiny, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "recipe.yaml").read_text() == "mine too"
 
 
 def test_another_recipe_is_not_resumed(tiny: Path, tmp_path: Path) -> None:
