@@ -87,9 +87,8 @@ class Distiller(nn.Module):
                 found = [objective.adapter(comparison, seen, known, class_map) for comparison in objective.comparisons]
                 self.adapters[_key(objective.name)] = nn.ModuleList(found)
         self.set_epoch(0, 1)
-        for probe in filter(
-            None, (self._student_probe, self._teacher_probe)
-        ):  # last, when nothing can be refused any more
+        # Last, when nothing can be refused any more: a constructor that raises leaves no hook behind.
+        for probe in filter(None, (self._student_probe, self._teacher_probe)):
             probe.attach()
 
     def _bring_teacher(self, teacher: nn.Module, wanted: InputSpec, given: InputSpec, known: Trace) -> None:

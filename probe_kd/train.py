@@ -79,7 +79,6 @@ class Journal:
     epoch: int = 0  # epochs of this phase that are done
     seconds: float = 0.0  # spent on this subject
     best: float | None = None  # the least held-out loss of this phase, where it keeps the best epoch
-    best_epoch: int = 0
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -301,10 +300,10 @@ class _Run:
         journal = self.journal
         if journal.role != subject.role:
             journal.role, journal.phase, journal.epoch, journal.seconds = subject.role, 0, 0, 0.0
-            journal.best, journal.best_epoch = None, 0
+            journal.best = None
         for index in range(journal.phase, len(subject.phases)):
             if index != journal.phase:
-                journal.phase, journal.epoch, journal.best, journal.best_epoch = index, 0, None, 0
+                journal.phase, journal.epoch, journal.best = index, 0, None
             self._train_phase(subject, subject.phases[index])
         self._finish(subject)
 
@@ -369,7 +368,7 @@ class _Run:
                 losses.append(accelerator.gather_for_metrics(loss.repeat(len(target))).cpu())
         mean = torch.cat(losses).double().mean().item()
         if self.journal.best is None or not mean >= self.journal.best:  # also after one that is no number
-            self.journal.best, self.journal.best_epoch = mean, self.journal.epoch + 1
+            self.journal.best = mean
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in distiller.state_dict().items()}
         return mean
 
