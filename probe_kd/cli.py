@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probe_kd import __version__
-from probe_kd.errors import ProbeKDError, RunError
+from probe_kd.errors import ProbeKDError, RunError, Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -147,7 +148,7 @@ def check(
     rows: list[Reach] = []
     wrong: list[str] = []
     if gradients:
-        from probe_kd.train import audit
+        from probe_kd.audit import audit
 
         rows, wrong = audit(planned)
     if as_json:
@@ -167,7 +168,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Annotated[Path | None, typer.Option(help="The folder of results. Default: runs/NAME-OF-THE-RECIPE.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished epoch.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on after the last checkpoint; begin where there is none.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what a former run left there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the results.")] = False,
 ) -> None:
@@ -181,7 +184,7 @@ def train(
     console = _console()
     with console.status("tracing the models"):
         planned = plan(source)
-    from probe_kd.report import Display, plan_table, report_run
+    from probe_kd.report import Display, plan_table, print_results
     from probe_kd.train import train as run
 
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun, accelerate launch), the first
@@ -190,11 +193,12 @@ def train(
         console.print(plan_table(planned))
     try:
         journal = run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:
-        _complain(f"stopped; go on with: {_again(recipe, out, seed)}", "")
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as stop:
+        if speaks:
+            _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed)}", "")
+        sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
     if speaks:
-        report_run(list(journal.results.values()), journal.rows, planned, folder, console)
+        print_results(list(journal.results.values()), planned, folder, console)
 
 
 def _again(recipe: Path, out: Path | None, seed: int | None) -> str:

@@ -1,15 +1,18 @@
 """Data: timm's datasets and transforms, and scikit-learn's digits, which need no download."""
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
 from probe_kd.errors import DataError, nearest
 from probe_kd.spec import InputSpec
@@ -22,7 +25,8 @@ class DataOptions(BaseModel):
     `hfds/...`, `wds/...`, a folder of folders (empty name). `input_size` is (channels, height, width).
     `mean` and `std` are the student's, where they differ from timm's config of the model. `holdout` is the share of the
     training images that is kept from training, for choosing by (`keep: best`). `mixup` and `cutmix` mix two images, and
-    their labels, before either model sees them (timm's `Mixup`).
+    their labels, before either model sees them (timm's `Mixup`). With `views` every image is seen in so many augmented
+    views, in turn, instead of in a new one every epoch; a cache of the teacher then holds no more than these.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +52,7 @@ class DataOptions(BaseModel):
     color_jitter: float | None = Field(default=0.4, ge=0)
     aa: str | None = None
     reprob: float = Field(default=0.0, ge=0, le=1)
+    views: int | None = Field(default=None, ge=1)
     holdout: float = Field(default=0.0, ge=0, lt=1)
     mixup: float = Field(default=0.0, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
@@ -128,21 +133,60 @@ def _open(options: DataOptions) -> Datasets:
     return Datasets(train, test, options.num_classes or _count_classes(train, options.dataset))
 
 
-def loader(
-    dataset: Dataset[Any], options: DataOptions, wanted: InputSpec, *, training: bool
-) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of (images normalised as `wanted` says, class indices). Training batches are augmented and shuffled.
+Batch = tuple[Tensor, Tensor, Tensor]  # images, class indices, indices in the dataset
 
-    Workers live for one epoch: then the seed of an epoch decides all of its randomness, and a run that goes on from a
-    checkpoint sees the images that it would have seen.
+
+class Views(Sampler[tuple[int, int]]):
+    """The order of the training images, and the seed of the view in which each is seen: (index, seed).
+
+    Both follow from the seed of the run and the age of the student in epochs alone. So a run that goes on in the
+    middle of an epoch, one with other workers or processes, and the student alone beside the student, all see the same.
     """
+
+    def __init__(self, count: int, seed: int, views: int | None = None) -> None:
+        self.count, self.seed, self.views = count, seed, views
+        self.age = 0
+
+    def begin(self, age: int) -> None:
+        """An epoch begins, before which the recipe has `age` others."""
+        self.age = age
+
+    @property
+    def view(self) -> int:
+        """Which view of every image this epoch shows. An epoch with the same one shows the same images."""
+        return self.age % self.views if self.views else self.age
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.Generator().manual_seed(_mixed(self.seed, self.age, 0))
+        view = _mixed(self.seed, self.view, 1)
+        return ((index, view) for index in torch.randperm(self.count, generator=order).tolist())
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed of 63 bits from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def loader(
+    dataset: Dataset[Any], options: DataOptions, wanted: InputSpec, *, training: bool, seed: int = 0
+) -> DataLoader[Any]:
+    """Batches of images normalised as `wanted` says, with their class indices.
+
+    Training batches are augmented and shuffled, as the `Views` that is their `sampler` says, and carry the indices of
+    the images in the dataset as a third tensor.
+    """
+    count = len(dataset)  # type: ignore[arg-type]
     return DataLoader(
         _Transformed(dataset, _transform(options, wanted, training), wanted.size[0]),
         batch_size=options.batch_size,
-        shuffle=training,
-        drop_last=training and len(dataset) > options.batch_size,  # type: ignore[arg-type]
+        sampler=Views(count, seed, options.views) if training else None,
+        drop_last=training and count > options.batch_size,
         num_workers=options.workers,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or an iterator would draw its seed from the numbers that dropout uses
     )
 
 
@@ -174,7 +218,10 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 class _Transformed(Dataset[Any]):
-    """A dataset of images seen through a transform, in as many channels as the models take."""
+    """A dataset of images seen through a transform, in as many channels as the models take.
+
+    An index with a seed gives (image, class, index), and the transform draws its random numbers from that seed alone.
+    """
 
     def __init__(self, images: Dataset[Any], transform: Callable[[Image.Image], torch.Tensor], channels: int) -> None:
         self.images, self.transform, self.mode = images, transform, "L" if channels == 1 else "RGB"
@@ -185,6 +232,29 @@ class _Transformed(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, target = self.images[index]
         return self.transform(image.convert(self.mode) if image.mode != self.mode else image), int(target)
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[tuple[Any, ...]]:
+        with _random_numbers_aside():
+            return [self[index] if isinstance(index, int) else self._seen(*index) for index in indices]
+
+    def _seen(self, index: int, view: int) -> tuple[torch.Tensor, int, int]:
+        seed = _mixed(view, index)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        return *self[index], index
+
+
+@contextmanager
+def _random_numbers_aside() -> Iterator[None]:
+    """What is drawn or seeded inside, in any of the three generators that transforms use, is not noticed outside."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class _Digits(Dataset[Any]):

@@ -10,6 +10,7 @@
     ├── DataError       images or labels that cannot be read, or do not fit the models
     ├── RecipeError     a recipe that cannot be run; carries every problem found, with its line
     └── RunError        a run that cannot start, or cannot go on
+        └── Stopped     a run that was asked to stop, and has written a checkpoint
 
 The message is written for the person who has to mend the cause: what is wrong, where, what was expected, the nearest
 legal thing. The command line prints it and exits with status 2; a traceback is always a defect of ours.
@@ -53,6 +54,10 @@ class DataError(ProbeKDError):
 
 
 class RunError(ProbeKDError):
+    pass
+
+
+class Stopped(RunError):
     pass
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probe_kd.checkpoints import put
 from probe_kd.errors import TraceError, WeightsError, nearest
 
 
@@ -115,7 +116,7 @@ def save_weights(model: nn.Module, path: Path, about: Mapping[str, Any]) -> None
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     aside = path.with_suffix(".partial")
     save_file(tensors, str(aside), {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}})
-    aside.replace(path)
+    put(aside, path)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:

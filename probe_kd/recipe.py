@@ -42,7 +42,17 @@ from probe_kd.tracing import trace
 
 Path_ = tuple[str | int, ...]
 # Columns of metrics.csv that are no losses.
-RESERVED = ("subject", "stage", "epoch", "accuracy", "agreement", "images_per_second", "lr", "held_out_loss")
+RESERVED = (
+    "subject",
+    "stage",
+    "epoch",
+    "accuracy",
+    "agreement",
+    "ema_accuracy",
+    "images_per_second",
+    "lr",
+    "held_out_loss",
+)
 
 
 class _Section(BaseModel):
@@ -137,7 +147,8 @@ class StageOptions(_Section):
     """One phase of training: losses, epochs, optimizer, scheduler.
 
     What no loss of the stage reaches takes no part in it. `keep: best` ends the stage with the epoch whose losses,
-    weighted and summed, were least on held-out training images (`data.holdout`).
+    weighted and summed, were least on held-out training images (`data.holdout`). `grad_accum_steps` batches make one
+    update of the weights.
     """
 
     name: str = "train"
@@ -146,6 +157,7 @@ class StageOptions(_Section):
     optimizer: OptimizerOptions = OptimizerOptions()
     scheduler: SchedulerOptions = SchedulerOptions()
     clip_grad: float | None = Field(default=None, gt=0)
+    grad_accum_steps: int = Field(default=1, ge=1)
     keep: Literal["last", "best"] = "last"
 
 
@@ -240,12 +252,22 @@ Pairs = Annotated[
 ]
 
 
+class AverageOptions(_Section):
+    """timm's ModelEmaV3 of the student: `decay`, and `warmup`, which lets it follow faster at the beginning."""
+
+    decay: float = Field(default=0.9998, ge=0, lt=1)
+    warmup: bool = False
+
+
 class Recipe(_Section):
     """A whole recipe.
 
     `pairs` maps student taps to teacher taps, or is `auto`. `baseline` also trains the student alone: the same weights
     to begin with, the same images, and only the losses that read labels. `share` trains both together; the teacher is
     trained alone first, to compare. `precision` is accelerate's, whose own configuration decides where it is not given.
+    `model_ema` also keeps a moving average of the student, begun anew in every stage. A checkpoint is written after
+    every epoch, and every `recovery_interval` batches in between; the newest `checkpoint_hist` are kept. `trackers` are
+    those of accelerate: `tensorboard`, `wandb`.
     """
 
     student: ModelOptions
@@ -256,6 +278,11 @@ class Recipe(_Section):
     stages: list[StageOptions] = Field(min_length=1)
     baseline: bool = False
     precision: Literal["no", "bf16", "fp16"] | None = None
+    channels_last: bool = False
+    model_ema: AverageOptions | None = None
+    recovery_interval: int = Field(default=0, ge=0)
+    checkpoint_hist: int = Field(default=2, ge=1)
+    trackers: list[str] = []
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from probe_kd.adapters import adapt
+from probe_kd.checkpoints import put
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.matching import blocks, stages
 from probe_kd.recipe import RESERVED, Plan
@@ -30,7 +31,8 @@ class Result:
     """What came of one subject of a run.
 
     `accuracy` and `agreement` (with the teacher's answers) are shares of the test images, in 0..1; `seconds` were spent
-    in training; `weights` is the file in the run's folder, empty where nothing was trained.
+    in training; `weights` is the file in the run's folder, empty where nothing was trained. Those with `ema` are of the
+    moving average.
     """
 
     role: str
@@ -42,6 +44,8 @@ class Result:
     agreement: float | None
     seconds: float
     weights: str
+    ema_accuracy: float | None = None
+    ema_weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,14 @@ class Display:
         self.task = TaskID(0)
         self.shown = 0.0  # when something was last shown
         self.title, self.epochs, self.images, self.started = "", 0, 0, 0.0
+        self.steps = self.before = self.done = 0  # batches of an epoch, in former epochs, and in this one
         self.text = ""
         self.accuracy = ""
 
     def begin(self, title: str, epochs: int, steps: int, done: int) -> None:
         """A stage begins: so many epochs of so many steps, the first `done` of them done before."""
         self.title, self.epochs, self.images = title, epochs, 0
+        self.steps, self.before, self.done = steps, done * steps, 0
         self.started = self.shown = time.monotonic()
         self.text = self.accuracy = ""
         if self.console.is_terminal and not self.quiet:
@@ -88,16 +94,24 @@ class Display:
                 title, total=epochs * steps, completed=done * steps, epochs=epochs, epoch=done, losses=""
             )
 
-    def step(self, images: int) -> bool:
-        """After every step. True when losses are wanted, for which the caller has to wait for the GPU."""
-        self.images += images
+    def step(self, done: int, images: int) -> bool:
+        """So many batches of the epoch are done, of so many images each.
+
+        True when losses are wanted, for which the caller has to wait for the GPU.
+        """
+        self.images += (done - self.done) * images
+        self.done = done
         if self.progress is None:
             return False
-        self.progress.advance(self.task)
+        self.progress.update(self.task, completed=self.before + done)
         due = time.monotonic() - self.shown > 0.5
         if due:
             self.shown = time.monotonic()
         return due
+
+    def say(self, text: str) -> None:
+        """Something that has to be read, also where the run is quiet."""
+        Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
     def losses(self, terms: Mapping[str, float]) -> None:
         """The mean losses of the epoch so far."""
@@ -107,6 +121,7 @@ class Display:
 
     def epoch(self, row: Row) -> None:
         """An epoch is done and measured."""
+        self.before, self.done = self.before + self.steps, 0
         self.accuracy = f"[green]accuracy {row['accuracy']:.1%}[/]"
         self.losses({name: value for name, value in row.items() if name not in MEASURES})
         if self.progress is not None:
@@ -286,10 +301,17 @@ def _weight(weight: float | Schedule) -> str:
     return f"{weight.start:g} to {weight.end:g}" if isinstance(weight, Schedule) else f"{weight:g}"
 
 
-def report_run(results: Sequence[Result], rows: Sequence[Row], plan: Plan, folder: Path, console: Console) -> None:
-    """The end of a run: the table, the curves, and how to go on with the student."""
+def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, folder: Path) -> None:
+    """The curves, and the summary for other programs, which marks the run as finished."""
     draw_curves(rows, folder / "curves.png")
-    write_summary(results, {"seed": plan.recipe.seed}, folder / "summary.json")
+    aside = folder / "summary.partial"
+    found = {"seed": plan.recipe.seed, "results": [asdict(result) for result in results]}
+    aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    put(aside, folder / "summary.json")
+
+
+def print_results(results: Sequence[Result], plan: Plan, folder: Path, console: Console) -> None:
+    """The end of a run: the table, and how to go on with the student."""
     console.print(results_table(results))
     student = results[-1]
     arguments = "".join(f", {key}={value!r}" for key, value in student.model_kwargs.items())
@@ -311,12 +333,19 @@ def write_metrics(rows: Sequence[Row], path: Path) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    aside.replace(path)
+    put(aside, path)
 
 
-def write_summary(results: Iterable[Result], about: Mapping[str, Any], path: Path) -> None:
-    """The results for other programs to read."""
-    path.write_text(json.dumps({**about, "results": [asdict(result) for result in results]}, indent=1) + "\n")
+def write_timm_summary(rows: Sequence[Row], path: Path) -> None:
+    """The student's epochs as timm's training script writes them: `train_*`, `eval_top1` in percent, `lr`."""
+    own = [row for row in rows if row["subject"] == "student"]
+    losses = [{f"train_{key}": value for key, value in row.items() if key not in RESERVED} for row in own]
+    told = [
+        {"epoch": epoch, **loss, "eval_top1": 100 * row["accuracy"], "lr": row["lr"]}
+        for epoch, (row, loss) in enumerate(zip(own, losses, strict=True))
+    ]
+    if told:
+        write_metrics(told, path)
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
@@ -349,7 +378,7 @@ def results_table(results: Iterable[Result]) -> Table:
         table.add_row(
             result.role,
             result.model,
-            f"{result.accuracy:.2%}",
+            f"{result.accuracy:.2%}" + (f" (average {result.ema_accuracy:.2%})" if result.ema_accuracy else ""),
             "" if result.agreement is None else f"{result.agreement:.2%}",
             amount(result.parameters),
             amount(result.macs),

@@ -1,58 +1,50 @@
 """Training: from a plan to a folder of results. Reads from top to bottom.
 
 A run trains up to three subjects, one after the other: the teacher where it has no weights yet, the student alone where
-the recipe asks for a baseline, and the student. The two students begin with the same weights, and in a recipe of one
-stage see the same images in the same order.
+the recipe asks for a baseline, and the student. The two students begin with the same weights, and see the same images
+in the same order in every stage that both go through.
 Where a recipe shares (Rocket Launching), the first is the teacher alone, and the last is the student with a teacher
 that began as the first did.
 """
 
 import json
 import math
+import re
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, set_seed
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from probe_kd import __version__
+from probe_kd import __version__, checkpoints
 from probe_kd.adapters import ImageView
-from probe_kd.data import loader, mixer
+from probe_kd.data import loader
 from probe_kd.distiller import Distiller
-from probe_kd.errors import RunError
-from probe_kd.models import build_model, load_weights, save_weights
+from probe_kd.errors import DataError, RunError, Stopped
+from probe_kd.loop import Loop, Phase
+from probe_kd.models import build_model, load_weights, save_weights, short
 from probe_kd.objectives import Objective
-from probe_kd.recipe import ModelOptions, OptimizerOptions, Plan, SchedulerOptions, dump, join
-from probe_kd.report import Display, Reach, Result, Row, write_metrics
+from probe_kd.recipe import ModelOptions, Plan, Recipe, dump, join
+from probe_kd.report import Display, Result, Row, write_metrics, write_report, write_timm_summary
 from probe_kd.sharing import Sharing
 from probe_kd.spec import InputSpec, Trace
-from probe_kd.surgery import in_pattern
 
-CHECKPOINT = "checkpoint"
-BEST = "best.safetensors"
+JOURNAL, BEST, AVERAGE = "journal.json", "best.safetensors", "average.safetensors"
+TRACKERS = "trackers"
 TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stage of one subject."""
-
-    name: str
-    epochs: int
-    objectives: tuple[Objective, ...]
-    optimizer: OptimizerOptions
-    scheduler: SchedulerOptions
-    clip_grad: float | None = None
-    keep: str = "last"
+ASK_EVERY = 20  # updates between which several processes do not ask each other whether to stop
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,10 @@ class Subject:
     partner: "Subject | None" = None
     sharing: Sharing | None = None
 
+    @property
+    def learns_from_teacher(self) -> bool:
+        return self.role == "student"
+
 
 @dataclass
 class Journal:
@@ -77,8 +73,20 @@ class Journal:
     role: str = ""
     phase: int = 0
     epoch: int = 0  # epochs of this phase that are done
+    step: int = 0  # batches of the epoch after them that are done
+    sums: dict[str, float] = field(default_factory=dict)  # of the losses of these batches
     seconds: float = 0.0  # spent on this subject
     best: float | None = None  # the least held-out loss of this phase, where it keeps the best epoch
+
+    def begin(self, role: str) -> None:
+        """A subject begins, unless it is the one that a resumed run stopped at."""
+        if self.role != role:
+            self.role, self.phase, self.epoch, self.step, self.sums = role, 0, 0, 0, {}
+            self.seconds, self.best = 0.0, None
+
+    def begin_phase(self, index: int) -> None:
+        if self.phase != index:
+            self.phase, self.epoch, self.step, self.sums, self.best = index, 0, 0, {}, None
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
@@ -96,99 +104,97 @@ class Journal:
 def train(plan: Plan, folder: Path, display: Display, *, resume: bool = False, overwrite: bool = False) -> Journal:
     """Run the plan and write `folder`: recipe.yaml, metrics.csv, and the weights of every subject that was trained.
 
-    `resume` goes on after the last epoch that was finished, as if the run had not stopped; `overwrite` deletes what a
-    former run left. Raises RunError where a run is in the folder and neither was asked for, where the recipe to resume
-    is another, and where a loss stops being a number.
+    `resume` goes on after the last checkpoint, as if the run had not stopped, and begins where there is none;
+    `overwrite` deletes what a former run left. SIGTERM and the first SIGINT end the update that the run is at, write a
+    checkpoint and raise Stopped. Raises RunError where a run is in the folder and neither was asked for, where the
+    recipe to resume is another, where a checkpoint cannot be written, and where a loss stops being a number; DataError
+    where images cannot be read. All of them leave the last checkpoint as it was.
     """
-    accelerator = Accelerator(mixed_precision=plan.recipe.precision)
-    journals: list[Any] = [None]
-    if accelerator.is_main_process:
-        journals = [open_run(plan, folder, resume=resume, overwrite=overwrite)]
-    journal: Journal = broadcast_object_list(journals)[0]
-    run = _Run(plan, folder, display, accelerator, journal, resuming=resume)
-    for subject in run.subjects():
-        result = journal.results.get(subject.role)
-        if result is None:
-            run.train_subject(subject)
-        elif result.weights:
-            load_weights(subject.model, folder / result.weights)
-            if subject.partner:
-                load_weights(subject.partner.model, folder / journal.results["teacher"].weights)
-        if subject.role in ("teacher", TEACHER_ALONE):
-            run.teacher = subject
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    with accelerating(plan.recipe, folder) as accelerator, _listening(display) as signals:
+        opened: list[Any] = [None]
+        if accelerator.is_main_process:
+            opened = [open_run(plan, folder, display, resume=resume, overwrite=overwrite)]
+        journal: Journal
+        journal, checkpoint = broadcast_object_list(opened)[0]
+        run = Run(plan, folder, display, accelerator, journal, checkpoint, signals)
+        for subject in run.subjects():
+            result = journal.results.get(subject.role)
+            if result is None:
+                run.train_subject(subject)
+            elif result.weights and not subject.learns_from_teacher:
+                load_weights(subject.model, folder / result.weights)
+            if subject.role in ("teacher", TEACHER_ALONE):
+                run.teacher = subject
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_report(list(journal.results.values()), journal.rows, plan, folder)
+            checkpoints.remove(folder)
+        accelerator.end_training()
     return journal
 
 
-def audit(plan: Plan) -> tuple[list[Reach], list[str]]:
-    """The gradient of every loss on one real batch, before anything is trained; and what is wrong with it.
+@contextmanager
+def accelerating(recipe: Recipe, folder: Path | None = None) -> Iterator[Accelerator]:
+    """The accelerator of one run. Its settings are those of the whole process, so they are taken back at the end."""
+    alone = not AcceleratorState._shared_state
+    wishes: dict[str, Any] = {"mixed_precision": recipe.precision}
+    if folder is not None and recipe.trackers:
+        wishes |= {"log_with": list(recipe.trackers), "project_dir": str(folder / TRACKERS)}
+    try:
+        accelerator = Accelerator(**wishes)
+        kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise RunError(
+                f"accelerate is set to {kind}, which cuts a model's parameters up and gathers them layer by layer; "
+                "captured layers, shared weights and a teacher beside the student do not survive that. Run with plain "
+                "DDP (`accelerate launch --multi_gpu`, or torchrun), with `grad_checkpointing: true` where memory is "
+                "short"
+            )
+        yield accelerator
+    finally:
+        if alone:
+            GradientState._reset_state()
+            AcceleratorState._reset_state()
 
-    Wrong are a loss that moves nothing, a gradient that is not finite, and a parameter that no loss of any stage
-    reaches although the student's answer depends on it.
+
+@contextmanager
+def _listening(display: Display) -> Iterator[list[int]]:
+    """The signals that asked the run to stop, as they come in. A second Ctrl-C does not wait for the update to end."""
+    asked: list[int] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        display.say(f"{signal.Signals(number).name}: stopping after this update, with a checkpoint")
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield asked
+        return
+    former = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def open_run(
+    plan: Plan, folder: Path, display: Display, *, resume: bool, overwrite: bool
+) -> tuple[Journal, Path | None]:
+    """Make the folder, or find what to resume: the journal, and the checkpoint that it was in.
+
+    Nothing of another run is touched unless it was asked for.
     """
-    accelerator = Accelerator()
-    run = _Run(plan, Path(), Display(Console(quiet=True), quiet=True), accelerator, Journal(), resuming=False)
-    found: list[Reach] = []
-    missed: set[str] | None = None
-    for subject in run.subjects():
-        if subject.role in ("teacher", TEACHER_ALONE) and not plan.recipe.share:
-            run.teacher = subject
-        if subject.role != "student":
-            continue
-        batches = loader(plan.datasets.train, plan.recipe.data, run._images_for(subject), training=True)
-        images, target = next(iter(accelerator.prepare_data_loader(batches)))
-        for phase in subject.phases:
-            distiller = run._distiller(subject, phase)
-            norms = distiller.train().audit(images, target)
-            reached = {name for loss in norms.values() for name in loss}
-            named = [name for name, _ in distiller.named_parameters() if name.startswith("student.")]
-            missed = set(named) - reached if missed is None else missed - reached
-            found += [reach for loss in norms for reach in _by_part(phase.name, loss, norms[loss], distiller)]
-            distiller.close()
-        answer = Distiller(subject.model, None, [Objective("cross_entropy")], student_input=subject.input)
-        answer.to(accelerator.device)
-        used = set(answer.train().audit(images, target)["cross_entropy"])
-        answer.close()
-        missed = (missed or set()) & used
-    return found, _complaints(found, sorted(missed or ()))
-
-
-def _by_part(stage: str, loss: str, norms: Mapping[str, float], distiller: Distiller) -> list[Reach]:
-    parts: dict[str, list[str]] = {}
-    shared = {id(parameter) for parameter in distiller.shared}
-    for name, parameter in distiller.named_parameters():
-        part = ".".join(name.split(".")[: 1 if name.startswith("adapters") else 2])
-        part = part.replace("student.", "shared.") if id(parameter) in shared else part
-        parts.setdefault(part, []).append(name)
-    rows = [(part, [norms[name] for name in names if name in norms], len(names)) for part, names in parts.items()]
-    kept = [row for row in rows if row[1]] or [("nothing", [0.0], 0)]
-    return [Reach(stage, loss, part, len(some), total, math.hypot(*some)) for part, some, total in kept]
-
-
-def _complaints(found: Sequence[Reach], missed: Sequence[str]) -> list[str]:
-    says = []
-    for stage, loss in dict.fromkeys((reach.stage, reach.loss) for reach in found):
-        norms = [reach.norm for reach in found if (reach.stage, reach.loss) == (stage, loss)]
-        if not all(map(math.isfinite, norms)):
-            says.append(f"loss `{loss}` of stage `{stage}` has a gradient that is not finite")
-        elif not any(norms):
-            says.append(f"loss `{loss}` of stage `{stage}` moves nothing; leave it out, or compare what can be trained")
-    if missed:
-        names = ", ".join(missed[:6]) + (f" and {len(missed) - 6} more" if len(missed) > 6 else "")
-        says.append(
-            f"no loss of any stage trains {names}; add one that reads the student's answer, `cross_entropy` say"
-        )
-    return says
-
-
-def open_run(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Journal:
-    """Make the folder, or find what to resume. Nothing of another run is touched unless it was asked for."""
     resolved = dump(plan.resolved)
     recipe = folder / "recipe.yaml"
+    if resume and recipe.is_file():
+        checkpoint = _reopen(folder, recipe, resolved, display)
+        if checkpoint is not None:
+            return Journal.read(checkpoint / JOURNAL), checkpoint
+        overwrite = True  # it was stopped before its first checkpoint, so that there is nothing in it to lose
     if resume:
-        return _reopen(folder, recipe, resolved)
+        display.say(f"there is no checkpoint in {folder} to resume; beginning anew")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
             raise RunError(
@@ -208,38 +214,42 @@ def open_run(plan: Plan, folder: Path, *, resume: bool, overwrite: bool) -> Jour
         recipe.write_text(resolved, encoding="utf-8")
     except OSError as refusal:
         raise RunError(f"cannot write to {folder}: {refusal.strerror}") from None
-    return Journal()
+    return Journal(), None
 
 
 def _is_ours(file: Path) -> bool:
     """Whether a run writes a file or folder of this name."""
     if file.is_dir():
-        return file.name in (CHECKPOINT, f"{CHECKPOINT}.new", f"{CHECKPOINT}.old")
-    roles = ("teacher", "student", "teacher-alone", "student-alone")
-    tables = ("recipe.yaml", "metrics.csv", "curves.png", "summary.json")
-    return file.name in (*tables, *(f"{role}.safetensors" for role in roles)) or file.suffix == ".partial"
+        return file.name in (checkpoints.FOLDER, TRACKERS)
+    return (
+        file.name in _FILES or file.suffix == ".partial" or bool(re.fullmatch(r"adapters-\d+\.safetensors", file.name))
+    )
 
 
-def _reopen(folder: Path, recipe: Path, resolved: str) -> Journal:
-    now, old = folder / CHECKPOINT, folder / f"{CHECKPOINT}.old"
-    if old.exists() and not now.exists():  # stopped in the middle of `_Run.save`
-        old.rename(now)
-    if not (now / "journal.json").exists():
-        done = (folder / "student.safetensors").exists()
-        raise RunError(f"nothing to resume in {folder}: " + ("the run is finished" if done else "it has no checkpoint"))
-    if not recipe.is_file() or recipe.read_text(encoding="utf-8") != resolved:
+_ROLES = ("teacher", "student", "teacher-alone", "student-alone", "student-ema", "student-alone-ema")
+_TABLES = ("recipe.yaml", "metrics.csv", "summary.csv", "curves.png", "summary.json")
+_FILES = {*_TABLES, *(f"{role}.safetensors" for role in _ROLES)}
+
+
+def _reopen(folder: Path, recipe: Path, resolved: str, display: Display) -> Path | None:
+    if recipe.read_text(encoding="utf-8") != resolved:
         raise RunError(f"the recipe is not the one that {folder} was begun with ({recipe}); --overwrite begins anew")
-    return Journal.read(now / "journal.json")
+    if (folder / "summary.json").exists():
+        raise RunError(f"nothing to resume in {folder}: the run is finished")
+    return checkpoints.newest(folder, display.say)
 
 
 @dataclass
-class _Run:
+class Run:
+    """One run, subject after subject."""
+
     plan: Plan
     folder: Path
     display: Display
     accelerator: Accelerator
     journal: Journal
-    resuming: bool
+    checkpoint: Path | None = None  # to go on from
+    signals: list[int] = field(default_factory=list)  # that asked the run to stop
     teacher: Subject | None = None
     teacher_answers: Tensor | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -288,62 +298,65 @@ class _Run:
 
     def _stages(self, alone: str = "") -> tuple[Phase, ...]:
         """The recipe's stages; for a model alone, what of them it can learn from labels."""
-        phases = []
+        phases, age = [], 0
         for stage, objectives in zip(self.plan.recipe.stages, self.plan.objectives, strict=True):
             kept = _labels_only(objectives, alone) if alone else objectives
-            options = stage.optimizer if not alone else stage.optimizer.model_copy(update={"lr_scale": {}})
-            phase = Phase(stage.name, stage.epochs, kept, options, stage.scheduler, stage.clip_grad, stage.keep)
+            phase = Phase(
+                name=stage.name,
+                epochs=stage.epochs,
+                objectives=kept,
+                optimizer=stage.optimizer.model_copy(update={"lr_scale": {}}) if alone else stage.optimizer,
+                scheduler=stage.scheduler,
+                clip_grad=stage.clip_grad,
+                grad_accum_steps=stage.grad_accum_steps,
+                keep=stage.keep,
+                age=age,
+            )
             phases += [phase] * bool(kept)
+            age += stage.epochs
         return tuple(phases)
 
     def train_subject(self, subject: Subject) -> None:
         journal = self.journal
-        if journal.role != subject.role:
-            journal.role, journal.phase, journal.epoch, journal.seconds = subject.role, 0, 0, 0.0
-            journal.best = None
+        journal.begin(subject.role)
+        average: nn.Module | None = None
         for index in range(journal.phase, len(subject.phases)):
-            if index != journal.phase:
-                journal.phase, journal.epoch, journal.best = index, 0, None
-            self._train_phase(subject, subject.phases[index])
-        self._finish(subject)
+            journal.begin_phase(index)
+            average = self._train_phase(subject, subject.phases[index])
+        self._finish(subject, average)
 
-    def _train_phase(self, subject: Subject, phase: Phase) -> None:
-        accelerator, first = self.accelerator, self.journal.epoch
-        distiller = self._distiller(subject, phase)
+    def _train_phase(self, subject: Subject, phase: Phase) -> nn.Module | None:
+        """Returns the moving average of the student, where there is one."""
+        distiller = self.distiller(subject, phase)
         resting: list[nn.Parameter] = []
         try:
             resting = self._leave_out_what_no_loss_reaches(distiller, subject)
             loop = self._loop(subject, phase, distiller)
-            if self.resuming:
-                accelerator.load_state(str(self.folder / CHECKPOINT))
-                best = self.folder / CHECKPOINT / BEST
-                self.best = load_file(best) if best.exists() else {}
-                self.resuming = False
-            else:
-                self.save()
-            self.display.begin(f"{subject.role}: {phase.name}", phase.epochs, len(loop.batches), first)
-            for epoch in range(first, phase.epochs):
-                set_seed(self._seed(epoch), device_specific=True)
-                started = time.perf_counter()
+            self._restore(loop) if self.checkpoint else self.save(loop)
+            self.display.begin(f"{subject.role}: {phase.name}", phase.epochs, loop.steps, self.journal.epoch)
+            for epoch in range(self.journal.epoch, phase.epochs):
                 losses = self._train_epoch(loop, epoch)
-                seconds = time.perf_counter() - started
                 if phase.keep == "best":
                     losses["held_out_loss"] = self._keep_if_best(loop, subject)
-                self._record(subject, phase, losses, seconds)
+                self._record(subject, loop, losses)
             if self.best:
                 distiller.load_state_dict(self.best)
+            if subject.role == "student" and self.accelerator.is_main_process and distiller.adapters.state_dict():
+                about = {"stage": phase.name, "probe_kd": __version__}
+                save_weights(distiller.adapters, self.folder / f"adapters-{self.journal.phase}.safetensors", about)
+            return loop.average.module if loop.average else None
         finally:
             self.best = {}
             self.display.end()
             distiller.close()
-            accelerator.free_memory()
+            self.accelerator.free_memory()
             for parameter in resting:
                 parameter.requires_grad_(True)
 
     def _leave_out_what_no_loss_reaches(self, distiller: Distiller, subject: Subject) -> list[nn.Parameter]:
         """So that no optimizer moves it, by weight decay say, and DDP does not wait for it. Returns what rests."""
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(2, *self._images_for(subject).size, generator=generator).to(self.accelerator.device)
+        images = torch.randn(2, *self.images_for(subject).size, generator=generator).to(self.accelerator.device)
         target = torch.zeros(2, dtype=torch.long, device=self.accelerator.device)
         distiller.train()
         reached = {name for found in distiller.audit(images, target).values() for name in found}
@@ -353,11 +366,11 @@ class _Run:
         return resting
 
     @torch.no_grad()
-    def _keep_if_best(self, loop: "_Loop", subject: Subject) -> float:
+    def _keep_if_best(self, loop: Loop, subject: Subject) -> float:
         """The weighted loss on held-out images; of the epochs of a phase, the weights with the least are kept."""
         datasets, accelerator = self.plan.datasets, self.accelerator
         assert datasets.held_out is not None
-        images_held_out = loader(datasets.held_out, self.plan.recipe.data, self._images_for(subject), training=False)
+        images_held_out = loader(datasets.held_out, self.plan.recipe.data, self.images_for(subject), training=False)
         losses: list[Tensor] = []
         distiller = loop.distiller.eval()
         distiller.set_epoch(loop.phase.epochs, loop.phase.epochs)  # one measure for all epochs, whatever is scheduled
@@ -372,7 +385,7 @@ class _Run:
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in distiller.state_dict().items()}
         return mean
 
-    def _distiller(self, subject: Subject, phase: Phase) -> Distiller:
+    def distiller(self, subject: Subject, phase: Phase) -> Distiller:
         needed = subject.partner or any(objective.needs_teacher for objective in phase.objectives)
         teacher = self.teacher if needed else None
         share = self.plan.recipe.share
@@ -391,48 +404,77 @@ class _Run:
         )
         return distiller.to(self.accelerator.device)
 
-    def _loop(self, subject: Subject, phase: Phase, distiller: Distiller) -> "_Loop":
-        images = loader(self.plan.datasets.train, self.plan.recipe.data, self._images_for(subject), training=True)
-        module, optimizer, batches = self.accelerator.prepare(distiller, _optimizer(distiller, phase.optimizer), images)
-        schedule = _scheduler(optimizer, phase, len(batches))
-        mix = mixer(self.plan.recipe.data, self.plan.datasets.num_classes)
-        return _Loop(distiller, module, optimizer, batches, schedule, phase, mix)
+    def _loop(self, subject: Subject, phase: Phase, distiller: Distiller) -> Loop:
+        return Loop(
+            self.accelerator,
+            self.plan.recipe,
+            distiller,
+            phase,
+            images=self.plan.datasets.train,
+            given=self.images_for(subject),
+            num_classes=self.plan.datasets.num_classes,
+            averaged=subject.role in ("student", STUDENT_ALONE),
+        )
 
-    def _images_for(self, subject: Subject) -> InputSpec:
+    def images_for(self, subject: Subject) -> InputSpec:
         """Normalised for this subject, and as large as the larger model wants: each takes its own view of them."""
         other = self.teacher.input if self.teacher and subject.role != "teacher" else subject.input
         channels, height, width = subject.input.size
         size = channels, max(height, other.size[1]), max(width, other.size[2])
         return replace(subject.input, size=size)
 
-    def _seed(self, epoch: int) -> int:
-        """One seed for one epoch, so that what a resumed run sees does not depend on what went before."""
-        return (self.plan.recipe.seed * 1_000_003 + self.journal.phase * 10_007 + epoch + 1) % 2**31
+    def _train_epoch(self, loop: Loop, epoch: int) -> Row:
+        journal, started = self.journal, time.perf_counter()
+        first, before = journal.step, journal.seconds
+        if not first:  # else the generators are as the checkpoint found them
+            set_seed((self.plan.recipe.seed * 1_000_003 + loop.phase.age + epoch + 1) % 2**31, device_specific=True)
+        loop.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in journal.sums.items()}
+        done = first
+        try:
+            for done in loop.run(epoch, first):
+                journal.seconds = before + time.perf_counter() - started
+                self._after_update(loop, done)
+        except DataError:
+            self._save_what_is_done(loop, done)
+            raise
+        except torch.OutOfMemoryError as refusal:
+            raise RunError(_too_large(refusal)) from refusal
+        seconds = time.perf_counter() - started
+        journal.seconds, journal.step, journal.sums = before + seconds, 0, {}
+        loop.average_over_processes()
+        images = (loop.steps - first) * self.plan.recipe.data.batch_size * self.accelerator.num_processes
+        return {"images_per_second": round(images / seconds, 1), "lr": loop.rate, **self._means(loop, loop.steps)}
 
-    def _train_epoch(self, loop: "_Loop", epoch: int) -> Row:
-        accelerator, display = self.accelerator, self.display
-        loop.module.train()
-        sums: dict[str, Tensor] = {}
-        for index, (images, target) in enumerate(loop.batches):
-            loop.schedule.step_update(epoch * len(loop.batches) + index)
-            loop.distiller.set_epoch(epoch + index / len(loop.batches), loop.phase.epochs)
-            if loop.mix is not None:
-                images, target = loop.mix(images, target)
-            result = loop.module(images, target)
-            accelerator.backward(result["loss"])
-            if loop.phase.clip_grad is not None:
-                accelerator.clip_grad_norm_(loop.module.parameters(), loop.phase.clip_grad)
-            loop.optimizer.step()
-            loop.optimizer.zero_grad()
-            for name in result.keys() - {"output"}:
-                sums[name] = sums.get(name, 0.0) + result[name].detach()
-            if display.step(len(target) * accelerator.num_processes):
-                display.losses(self._means(sums, index + 1))
-        rate = max(group["lr"] for group in loop.optimizer.param_groups)  # of what is not scaled down
-        return {"lr": rate, **self._means(sums, len(loop.batches))}
+    def _after_update(self, loop: Loop, done: int) -> None:
+        """Show, save and stop, where it is time to."""
+        recipe, processes = self.plan.recipe, self.accelerator.num_processes
+        if self.display.step(done, recipe.data.batch_size * processes):
+            self.display.losses({name: float(total) / done for name, total in sorted(loop.sums.items())})
+        update = -(-done // loop.phase.grad_accum_steps)
+        asked = bool(self.signals) if processes == 1 else update % ASK_EVERY == 0 and self._any_asked()
+        between = done < loop.steps  # the end of an epoch saves by itself, after it is measured
+        interval = max(1, recipe.recovery_interval // loop.phase.grad_accum_steps)
+        if asked or (between and recipe.recovery_interval and update % interval == 0):
+            self._save_what_is_done(loop, done, together=True)
+        if asked:
+            raise Stopped(f"stopped by {signal.Signals(self.signals[0] if self.signals else signal.SIGTERM).name}")
 
-    def _means(self, sums: Mapping[str, Tensor], count: int) -> dict[str, float]:
-        means = {name: float(total) / count for name, total in sorted(sums.items())}
+    def _any_asked(self) -> bool:
+        asked = torch.tensor(float(bool(self.signals)), device=self.accelerator.device)
+        return float(self.accelerator.reduce(asked, "sum")) > 0
+
+    def _save_what_is_done(self, loop: Loop, done: int, *, together: bool = False) -> None:
+        """A checkpoint in the middle of an epoch; of several processes only if all of them are here."""
+        if not together and self.accelerator.num_processes > 1:
+            return
+        if loop.between_updates:
+            self.journal.step, self.journal.sums = done, self._means(loop, 1)
+            self.save(loop)
+
+    def _means(self, loop: Loop, count: int) -> dict[str, float]:
+        """The losses of all processes, over so many batches. Raises RunError for one that is no number."""
+        totals = {name: self.accelerator.reduce(total, "mean") for name, total in sorted(loop.sums.items())}
+        means = {name: float(total) / count for name, total in totals.items()}
         wrong = [name for name, mean in means.items() if not math.isfinite(mean) and name != "loss"]
         if wrong:
             journal = self.journal
@@ -442,18 +484,24 @@ class _Run:
             )
         return means
 
-    def _record(self, subject: Subject, phase: Phase, losses: Row, seconds: float) -> None:
+    def _record(self, subject: Subject, loop: Loop, losses: Row) -> None:
         """The end of an epoch: measure, write, save, show."""
         journal = self.journal
         journal.epoch += 1
-        journal.seconds += seconds
-        rate = len(self.plan.datasets.train) / seconds  # type: ignore[arg-type]
         for measured in filter(None, (subject.partner, subject)):
             accuracy, agreement = self._measure(measured)
-            row = {"subject": measured.role, "stage": phase.name, "epoch": journal.epoch, "accuracy": accuracy}
-            row |= {"agreement": agreement, "images_per_second": round(rate, 1)}
-            journal.rows.append(row | losses if measured is subject else row)
-        self.save()
+            row: Row = {"subject": measured.role, "stage": loop.phase.name, "epoch": journal.epoch}
+            row |= {"accuracy": accuracy, "agreement": agreement}
+            if measured is subject:
+                if loop.average is not None:
+                    row["ema_accuracy"] = self._measure(replace(subject, model=loop.average.module))[0]
+                row |= losses
+            journal.rows.append(row)
+        self.save(loop)
+        self.accelerator.log(
+            {f"{subject.role}/{name}": value for name, value in journal.rows[-1].items() if isinstance(value, float)},
+            step=loop.phase.age + journal.epoch,
+        )
         self.display.epoch(journal.rows[-1])
 
     def _measure(self, subject: Subject) -> tuple[float, float | None]:
@@ -473,7 +521,7 @@ class _Run:
     def _answers(self, subject: Subject) -> tuple[Tensor, Tensor]:
         """(predicted classes, true classes) of all test images, in their order."""
         accelerator = self.accelerator
-        given = self._images_for(subject)
+        given = self.images_for(subject)
         images_of_test = loader(self.plan.datasets.test, self.plan.recipe.data, given, training=False)
         model, view = subject.model.eval(), ImageView(subject.input, subject.input).to(accelerator.device)
         answers, targets = [], []
@@ -489,15 +537,15 @@ class _Run:
             targets.append(gathered[1].cpu())
         return torch.cat(answers), torch.cat(targets)
 
-    def _finish(self, subject: Subject) -> None:
+    def _finish(self, subject: Subject, average: nn.Module | None = None) -> None:
         if subject.partner is not None or subject is self.teacher:
             self.teacher_answers = None  # `keep: best` may have gone back to other weights
         if subject.partner is not None:
             self._finish(replace(subject.partner, phases=subject.phases))
         accuracy, agreement = self._measure(subject)
-        weights = f"{subject.role.replace(' ', '-')}.safetensors" if subject.phases else ""
+        averaged = replace(subject, model=average) if average is not None else None
         trace_ = subject.trace
-        result = Result(
+        self.journal.results[subject.role] = Result(
             role=subject.role,
             model=trace_.model,
             model_kwargs=dict(trace_.model_kwargs),
@@ -506,12 +554,17 @@ class _Run:
             accuracy=accuracy,
             agreement=agreement,
             seconds=round(self.journal.seconds, 2),
-            weights=weights,
+            weights=self._write_weights(subject) if subject.phases else "",
+            ema_accuracy=self._measure(averaged)[0] if averaged else None,
+            ema_weights=self._write_weights(averaged, "-ema") if averaged else "",
         )
-        if weights and self.accelerator.is_main_process:
-            about = {"model": trace_.model, "model_kwargs": dict(trace_.model_kwargs), "probe_kd": __version__}
-            save_weights(subject.model, self.folder / weights, about | self._about_graft(subject))
-        self.journal.results[subject.role] = result
+
+    def _write_weights(self, subject: Subject, end: str = "") -> str:
+        trace_, name = subject.trace, f"{subject.role.replace(' ', '-')}{end}.safetensors"
+        about = {"model": trace_.model, "model_kwargs": dict(trace_.model_kwargs), "probe_kd": __version__}
+        if self.accelerator.is_main_process:
+            save_weights(subject.model, self.folder / name, about | self._about_graft(subject))
+        return name
 
     def _about_graft(self, subject: Subject) -> dict[str, Any]:
         """What `load_student` needs to build a student that is no single model of timm."""
@@ -531,40 +584,49 @@ class _Run:
             }
         }
 
-    def save(self) -> None:
-        """Write the checkpoint aside, then put it in the place of the last: whenever we are stopped, one is whole."""
-        now, new, old = (self.folder / f"{CHECKPOINT}{end}" for end in ("", ".new", ".old"))
-        if self.accelerator.is_main_process:
-            shutil.rmtree(new, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        # Not as safetensors, which would leave out one of two names of a tensor that two models share, and not always
-        # the same one. It is read with `weights_only`.
-        self.accelerator.save_state(str(new), safe_serialization=False)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.journal.write(new / "journal.json")
-            if self.best:
-                save_file(self.best, new / BEST)
-            shutil.rmtree(old, ignore_errors=True)
-            if now.exists():
-                now.rename(old)
-            new.rename(now)
-            shutil.rmtree(old, ignore_errors=True)
-            write_metrics(self.journal.rows, self.folder / "metrics.csv")
-        self.accelerator.wait_for_everyone()
+    def save(self, loop: Loop) -> None:
+        """Write a checkpoint. Raises RunError where the disk takes none; the one before it is as it was."""
+        accelerator = self.accelerator
+        try:
+            aside: list[Any] = [checkpoints.begin(self.folder) if accelerator.is_main_process else None]
+            broadcast_object_list(aside)
+            # Not as safetensors, which would leave out one of two names of a tensor that two models share, and not
+            # always the same one. It is read with `weights_only`.
+            accelerator.save_state(str(aside[0]), safe_serialization=False)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                self._commit(aside[0], loop)
+        except Exception as refusal:  # torch and safetensors have errors of their own for a full disk
+            raise RunError(
+                f"cannot write a checkpoint to {self.folder}: {short(refusal)}; the one before it is whole. Make room, "
+                "and go on with --resume"
+            ) from refusal
+        accelerator.wait_for_everyone()
+
+    def _commit(self, aside: Path, loop: Loop) -> None:
+        self.journal.write(aside / JOURNAL)
+        if self.best:
+            save_file(self.best, aside / BEST)
+        if loop.average is not None:
+            save_weights(loop.average.module, aside / AVERAGE, {})
+        checkpoints.commit(aside, self.plan.recipe.checkpoint_hist)
+        write_metrics(self.journal.rows, self.folder / "metrics.csv")
+        write_timm_summary(self.journal.rows, self.folder / "summary.csv")
+
+    def _restore(self, loop: Loop) -> None:
+        assert self.checkpoint is not None
+        self.best = load_file(self.checkpoint / BEST) if (self.checkpoint / BEST).exists() else {}
+        if loop.average is not None:
+            load_weights(loop.average.module, self.checkpoint / AVERAGE)
+        self.accelerator.load_state(str(self.checkpoint))  # last, since it brings the random numbers back
+        self.checkpoint = None
 
 
-@dataclass(frozen=True)
-class _Loop:
-    """What one phase runs on, after `accelerator.prepare`."""
-
-    distiller: Distiller
-    module: nn.Module  # the distiller, as it is prepared
-    optimizer: torch.optim.Optimizer
-    batches: DataLoader[Any]
-    schedule: Any
-    phase: Phase
-    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+def _too_large(refusal: Exception) -> str:
+    return (
+        f"out of memory: {short(refusal)}. Try a smaller `batch_size` with `grad_accum_steps`, `precision: bf16`, or "
+        "`grad_checkpointing: true` of the student"
+    )
 
 
 def _logits(output: Any) -> Tensor:
@@ -582,58 +644,3 @@ def _labels_only(objectives: Sequence[Objective], side: str) -> tuple[Objective,
         if objective.resolved.reads == "labels" and objective.of == side
     ]
     return (replace(labels[0], weight=1.0),) if len(labels) == 1 else tuple(labels)
-
-
-def _optimizer(distiller: Distiller, options: OptimizerOptions) -> torch.optim.Optimizer:
-    """timm's optimizer over all that trains, without weight decay on biases and norms."""
-    from timm.optim import create_optimizer_v2, param_groups_weight_decay
-
-    decay, groups, seen = options.weight_decay, [], set[int]()
-    for model in filter(None, (distiller.student, distiller.teacher)):
-        for group in _groups(model, options):
-            fresh = [parameter for parameter in group["params"] if id(parameter) not in seen]  # shared by both
-            seen |= {id(parameter) for parameter in fresh}
-            groups += _scaled({**group, "params": fresh}, distiller.student, options.lr_scale)
-    groups += param_groups_weight_decay(distiller.adapters, decay)
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        [group for group in groups if group["params"]],
-        opt=options.opt,
-        lr=options.lr,
-        weight_decay=decay,
-        momentum=options.momentum,
-        **options.opt_args,
-    )
-    return optimizer
-
-
-def _groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]:
-    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-
-    exempt: set[str] = getattr(model, "no_weight_decay", set)()  # timm models name them
-    arguments: dict[str, Any] = {"weight_decay": options.weight_decay, "no_weight_decay_list": exempt}
-    if options.layer_decay is None:
-        return list(param_groups_weight_decay(model, **arguments))
-    return list(param_groups_layer_decay(model, **arguments, layer_decay=options.layer_decay))
-
-
-def _scaled(group: dict[str, Any], student: nn.Module, scales: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The group, divided by how its learning rate is scaled; timm's schedulers read `lr_scale`."""
-    # The layers that a graft keeps of the plain student go by the names that they have in it.
-    names = {id(parameter): name.removeprefix("body.") for name, parameter in student.named_parameters()}
-    parts: dict[float, list[nn.Parameter]] = {}
-    for parameter in group["params"]:
-        found = [scale for pattern, scale in scales.items() if in_pattern(names.get(id(parameter), ""), pattern)]
-        parts.setdefault(found[-1] if found else 1.0, []).append(parameter)
-    own = group.get("lr_scale", 1.0)
-    return [{**group, "params": part, "lr_scale": own * scale} for scale, part in parts.items()]
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, phase: Phase, steps: int) -> Any:
-    """timm's schedule of the learning rate, set anew for every update from its number alone."""
-    from timm.scheduler import create_scheduler_v2
-
-    options = phase.scheduler.model_dump()
-    schedule, _ = create_scheduler_v2(
-        optimizer, num_epochs=phase.epochs, step_on_epochs=False, updates_per_epoch=steps, **options
-    )
-    return schedule

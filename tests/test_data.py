@@ -4,13 +4,15 @@ import gzip
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from timm.data import create_dataset, create_loader
+from torch.utils.data import DataLoader, Subset
 
-from probe_kd.data import DataOptions, loader, open_datasets
+from probe_kd.data import DataOptions, _mixed, loader, open_datasets
 from probe_kd.errors import DataError
 from probe_kd.spec import InputSpec
 
@@ -28,14 +30,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("size", [(3, 16, 16), (3, 16, 24)])
-def test_batches_are_those_of_timms_loader(folder: Path, training: bool, size: tuple[int, int, int]) -> None:
-    options = DataOptions(root=str(folder), input_size=size, batch_size=5, reprob=0.3, aa="rand-m3", num_classes=10)
-    wanted = InputSpec(size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-    ours = open_datasets(options)
+def as_timm_makes_them(folder: Path, size: tuple[int, int, int], wanted: InputSpec, training: bool) -> DataLoader[Any]:
     dataset = create_dataset("", root=str(folder), split="train" if training else "validation", is_training=training)
-    theirs = create_loader(
+    return create_loader(
         dataset,
         input_size=size,
         batch_size=5,
@@ -51,16 +48,83 @@ def test_batches_are_those_of_timms_loader(folder: Path, training: bool, size: t
         auto_augment="rand-m3",
         color_jitter=0.4,
     )
-    batches = []
-    for source in (loader(ours.train if training else ours.test, options, wanted, training=training), theirs):
-        torch.manual_seed(7)
-        random.seed(7)
-        np.random.seed(7)
-        batches.append(list(source))
-    assert len(batches[0]) == len(batches[1]) > 2
-    for (images, target), (expected, labels) in zip(*batches, strict=True):
+
+
+SIZES = pytest.mark.parametrize("size", [(3, 16, 16), (3, 16, 24)])
+AUGMENTED = {"reprob": 0.3, "aa": "rand-m3", "num_classes": 10}
+
+
+@SIZES
+def test_test_batches_are_those_of_timms_loader(folder: Path, size: tuple[int, int, int]) -> None:
+    options = DataOptions(root=str(folder), input_size=size, batch_size=5, **AUGMENTED)
+    wanted = InputSpec(size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    batches = list(loader(open_datasets(options).test, options, wanted, training=False))
+    theirs = list(as_timm_makes_them(folder, size, wanted, training=False))
+    assert len(batches) == len(theirs) > 2
+    for (images, target), (expected, labels) in zip(batches, theirs, strict=True):
         assert torch.equal(target, labels)
         torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+
+
+@SIZES
+def test_training_images_are_augmented_by_timms_transform_from_the_seed_of_their_view(
+    folder: Path, size: tuple[int, int, int]
+) -> None:
+    options = DataOptions(root=str(folder), input_size=size, batch_size=5, **AUGMENTED)
+    wanted = InputSpec(size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    ours = loader(open_datasets(options).train, options, wanted, training=True, seed=3)
+    ours.sampler.begin(2)
+    theirs = as_timm_makes_them(folder, size, wanted, training=True)
+    seeds = dict(iter(ours.sampler))
+    seen = []
+    for images, target, indices in ours:
+        for image, label, index in zip(images, target, indices.tolist(), strict=True):
+            seed = _mixed(seeds[index], index)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            expected, wanted_label = theirs.dataset[index]
+            assert label == wanted_label
+            torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
+        seen += indices.tolist()
+    assert len(seen) == len(set(seen)) == len(theirs) * 5  # what does not fill a batch is left out, as timm does
+    assert seen != sorted(seen)
+
+
+def epoch_of(dataset: Any, age: int, seed: int = 0, **options: Any) -> list[torch.Tensor]:
+    wanted = DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8), **{"batch_size": 16, **options})
+    batches = loader(dataset, wanted, InputSpec((3, 8, 8)), training=True, seed=seed)
+    batches.sampler.begin(age)  # type: ignore[attr-defined]
+    parts = list(zip(*batches, strict=True))
+    return [torch.cat(part) for part in parts]
+
+
+def test_what_is_seen_follows_from_seed_and_age_alone() -> None:
+    dataset = Subset(open_datasets(DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))).train, range(64))
+    first = epoch_of(dataset, 4)
+    for other in (epoch_of(dataset, 4, workers=2), epoch_of(dataset, 4, batch_size=32)):
+        assert all(torch.equal(*pair) for pair in zip(first, other, strict=True))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    epoch_of(dataset, 4)
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    assert torch.equal(before[0], after[0])
+    assert before[1] == after[1]
+    assert np.array_equal(before[2], after[2])
+    for age, seed in ((5, 0), (4, 1)):
+        images, _, indices = epoch_of(dataset, age, seed)
+        assert not torch.equal(indices, first[2])
+        pairs = zip(images[indices.argsort()], first[0][first[2].argsort()], strict=True)
+        assert not any(torch.equal(*pair) for pair in pairs)
+
+
+def test_views_come_round_and_the_order_does_not() -> None:
+    dataset = Subset(open_datasets(DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))).train, range(64))
+    epochs = [epoch_of(dataset, age, views=2) for age in range(4)]
+    by_index = [images[indices.argsort()] for images, _, indices in epochs]
+    assert torch.equal(by_index[0], by_index[2])
+    assert torch.equal(by_index[1], by_index[3])
+    assert not torch.equal(by_index[0], by_index[1])
+    assert not torch.equal(epochs[0][2], epochs[2][2])
 
 
 def test_digits_are_split_once_for_all_without_overlap() -> None:

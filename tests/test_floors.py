@@ -11,15 +11,18 @@ import probe_kd
 
 HOUSE = Path(probe_kd.__file__).parent
 FLOORS = (
-    {"errors", "spec"},
+    {"errors", "spec", "checkpoints"},
     {"probe", "surgery", "losses", "models"},
     {"tracing", "adapters", "matching"},
     {"objectives", "sharing", "data"},
     {"distiller"},
-    {"recipe", "train", "report"},
+    {"recipe", "report"},
+    {"loop"},
+    {"train"},
+    {"audit"},
     {"cli"},
 )
-NEIGHBOURS = {("spec", "errors"), ("report", "recipe"), ("train", "recipe"), ("train", "report")}  # from, to
+NEIGHBOURS = {("spec", "errors"), ("checkpoints", "errors"), ("report", "recipe")}  # from, to
 ROOMS = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem != "__init__")
 
 

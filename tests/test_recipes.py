@@ -8,13 +8,14 @@ from PIL import Image
 from rich.console import Console
 from ruamel.yaml import YAML
 
+from probe_kd.audit import audit
 from probe_kd.data import DataOptions, open_datasets
 from probe_kd.matching import match
 from probe_kd.recipe import Plan, load, plan
 from probe_kd.report import Display
 from probe_kd.sharing import load_student
 from probe_kd.tracing import trace
-from probe_kd.train import audit, train
+from probe_kd.train import train
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 RESNET = {"model": "resnet10t", "model_kwargs": {"channels": [8, 16, 24, 32]}}

@@ -1,0 +1,204 @@
+"""The loop of one phase: batches, updates, averages. What is measured, saved and shown between them is `train.py`'s.
+
+It is the loop that timm's training script has: the same order of operations, and the same parts of timm.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from probe_kd.data import Views, loader, mixer
+from probe_kd.distiller import Distiller
+from probe_kd.errors import DataError
+from probe_kd.objectives import Objective
+from probe_kd.recipe import OptimizerOptions, Recipe, SchedulerOptions
+from probe_kd.spec import InputSpec
+from probe_kd.surgery import in_pattern
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage of one subject. `age` counts the epochs of the recipe before it, which decides what images it sees."""
+
+    name: str
+    epochs: int
+    objectives: tuple[Objective, ...]
+    optimizer: OptimizerOptions
+    scheduler: SchedulerOptions
+    clip_grad: float | None = None
+    grad_accum_steps: int = 1
+    keep: str = "last"
+    age: int = 0
+
+
+class Loop:
+    """All that one phase runs on, prepared by accelerate; `run` is one epoch.
+
+    `sums` are the losses of the epoch so far, added up over the batches of this process. `average` is timm's
+    ModelEmaV3 of the student, where the recipe wants one.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        distiller: Distiller,
+        phase: Phase,
+        *,
+        images: Dataset[Any],
+        given: InputSpec,
+        num_classes: int,
+        averaged: bool = False,
+    ) -> None:
+        self.accelerator, self.distiller, self.phase = accelerator, distiller, phase
+        batches = loader(images, recipe.data, given, training=True, seed=recipe.seed)
+        assert isinstance(batches.sampler, Views)
+        self.views = batches.sampler
+        self.average = _average(distiller.student, recipe) if averaged else None
+        self.memory = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        optimizer = make_optimizer(distiller, phase.optimizer)
+        self.module, self.optimizer, self.batches = accelerator.prepare(distiller, optimizer, batches)
+        self.steps: int = len(self.batches)
+        self.updates = -(-self.steps // phase.grad_accum_steps)  # of an epoch
+        self.schedule = make_scheduler(self.optimizer, phase, self.updates)
+        self.mix = mixer(recipe.data, num_classes)
+        self.sums: dict[str, Tensor] = {}
+        self.between_updates = True  # whether the weights, and all that belongs to them, are those of a finished update
+
+    def run(self, epoch: int, first: int = 0) -> Iterator[int]:
+        """One epoch, from batch `first` on: yields how many batches are done, after every update of the weights.
+
+        Raises DataError where a batch cannot be read.
+        """
+        self.views.begin(self.phase.age + epoch)
+        self.module.train()
+        batches = skip_first_batches(self.batches, first) if first else self.batches
+        for step, (images, target, _) in enumerate(_readable(batches), first):
+            if self.mix is not None:
+                images, target = self.mix(images, target)
+            if self._step(epoch, step, images, target):
+                yield step + 1
+
+    def _step(self, epoch: int, step: int, images: Tensor, target: Tensor) -> bool:
+        """Forward and backward of one batch. True where the weights were updated with it."""
+        self.between_updates = False
+        accumulated = self.phase.grad_accum_steps
+        whole = self.steps - self.steps % accumulated
+        group = accumulated if step < whole else self.steps % accumulated  # the last may be smaller, and weighs as much
+        last = (step + 1) % accumulated == 0 or step + 1 == self.steps
+        update = epoch * self.updates + step // accumulated
+        if step % accumulated == 0:
+            self.schedule.step_update(update)
+        self.distiller.set_epoch(epoch + step / self.steps, self.phase.epochs)
+        with nullcontext() if last else self.accelerator.no_sync(self.module):
+            result = self.module(images.contiguous(memory_format=self.memory), target)
+            self.accelerator.backward(result["loss"] / group)
+        for name in result.keys() - {"output"}:
+            self.sums[name] = self.sums.get(name, 0.0) + result[name].detach()
+        if last:
+            self._update(update)
+        return last
+
+    def _update(self, update: int) -> None:
+        if self.phase.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.module.parameters(), self.phase.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.distiller.student, step=update + 1)
+        self.between_updates = True
+
+    def average_over_processes(self) -> None:
+        """At the end of an epoch: every process has seen other images, and its batch norms count them (timm's way)."""
+        from timm.utils import distribute_bn
+
+        if self.accelerator.num_processes > 1:
+            for model in filter(None, (self.distiller, self.average)):
+                distribute_bn(model, self.accelerator.num_processes, reduce=True)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of what is not scaled down."""
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+
+def _readable(batches: Iterable[Any]) -> Iterator[Any]:
+    found = iter(batches)
+    while True:
+        try:
+            batch = next(found)
+        except StopIteration:
+            return
+        except Exception as refusal:  # datasets, image files and worker processes fail in every way there is
+            text = " ".join(str(refusal).split()) or type(refusal).__name__
+            raise DataError(f"cannot read a batch of training images: {text[-500:]}") from refusal
+        yield batch
+
+
+def _average(student: nn.Module, recipe: Recipe) -> Any:
+    from timm.utils import ModelEmaV3
+
+    if recipe.model_ema is None:
+        return None
+    return ModelEmaV3(student, decay=recipe.model_ema.decay, use_warmup=recipe.model_ema.warmup)
+
+
+def make_optimizer(distiller: Distiller, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """timm's optimizer over all that trains, without weight decay on biases and norms."""
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay
+
+    decay, groups, seen = options.weight_decay, [], set[int]()
+    for model in filter(None, (distiller.student, distiller.teacher)):
+        for group in _groups(model, options):
+            fresh = [parameter for parameter in group["params"] if id(parameter) not in seen]  # shared by both
+            seen |= {id(parameter) for parameter in fresh}
+            groups += _scaled({**group, "params": fresh}, distiller.student, options.lr_scale)
+    groups += param_groups_weight_decay(distiller.adapters, decay)
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        [group for group in groups if group["params"]],
+        opt=options.opt,
+        lr=options.lr,
+        weight_decay=decay,
+        momentum=options.momentum,
+        **options.opt_args,
+    )
+    return optimizer
+
+
+def _groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]:
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()  # timm models name them
+    arguments: dict[str, Any] = {"weight_decay": options.weight_decay, "no_weight_decay_list": exempt}
+    if options.layer_decay is None:
+        return list(param_groups_weight_decay(model, **arguments))
+    return list(param_groups_layer_decay(model, **arguments, layer_decay=options.layer_decay))
+
+
+def _scaled(group: dict[str, Any], student: nn.Module, scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The group, divided by how its learning rate is scaled; timm's schedulers read `lr_scale`."""
+    # The layers that a graft keeps of the plain student go by the names that they have in it.
+    names = {id(parameter): name.removeprefix("body.") for name, parameter in student.named_parameters()}
+    parts: dict[float, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        found = [scale for pattern, scale in scales.items() if in_pattern(names.get(id(parameter), ""), pattern)]
+        parts.setdefault(found[-1] if found else 1.0, []).append(parameter)
+    own = group.get("lr_scale", 1.0)
+    return [{**group, "params": part, "lr_scale": own * scale} for scale, part in parts.items()]
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, phase: Phase, updates: int) -> Any:
+    """timm's schedule of the learning rate over so many updates an epoch, set anew for each from its number alone."""
+    from timm.scheduler import create_scheduler_v2
+
+    options = phase.scheduler.model_dump()
+    schedule, _ = create_scheduler_v2(
+        optimizer, num_epochs=phase.epochs, step_on_epochs=False, updates_per_epoch=updates, **options
+    )
+    return schedule

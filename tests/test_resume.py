@@ -1,0 +1,256 @@
+"""What a run survives: being killed at any point, damaged checkpoints, a full disk, signals, broken data."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROCKET, TINY, record
+from rich.console import Console
+from safetensors.torch import load_file
+
+from probe_kd import checkpoints
+from probe_kd.errors import DataError, RunError, Stopped
+from probe_kd.recipe import Plan, parse, plan
+from probe_kd.report import Display
+from probe_kd.train import train
+
+fork = multiprocessing.get_context("fork")
+
+# Small batches, so that there are points inside an epoch; dropout, mixing and augmentation, so that every generator is
+# drawn from; accumulation that does not divide the epoch.
+WILD = (
+    TINY.replace("num_heads: 2}", "num_heads: 2, drop_path_rate: 0.2, proj_drop_rate: 0.1}")
+    .replace("batch_size: 256", "batch_size: 128\n  mixup: 0.4\n  reprob: 0.3\n  aa: rand-m3\n  holdout: 0.1")
+    .replace("  - name: task\n    epochs: 2", "  - name: task\n    epochs: 2\n    keep: best\n    grad_accum_steps: 3")
+)
+WILD += "model_ema: {decay: 0.9}\nrecovery_interval: 2\ncheckpoint_hist: 3\n"
+TOGETHER = ROCKET.replace("batch_size: 512", "batch_size: 256") + "recovery_interval: 1\n"
+STEADY = {"images_per_second"}  # of the columns, what time decides
+
+
+class Quiet(Display):
+    """Keeps what it has to say."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True), quiet=True)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@cache
+def planned(text: str) -> Plan:
+    return plan(parse(text))
+
+
+def run(text: str, folder: Path, display: Display | None = None, **options: bool) -> None:
+    torch.set_num_threads(1)
+    train(planned(text), folder, display or Quiet(), **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run of this recipe that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def ran(text: str) -> Path:
+        place = folder / str(len(list(folder.iterdir())))
+        run(text, place)
+        return place
+
+    return ran
+
+
+def same(one: Path, two: Path) -> None:
+    """The same weights to the bit, and the same metrics."""
+    files = {file.name for file in one.glob("*.safetensors")}
+    assert files == {file.name for file in two.glob("*.safetensors")}
+    for file in files:
+        ours, theirs = load_file(one / file), load_file(two / file)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), file
+    rows = [[{k: v for k, v in row.items() if k not in STEADY} for row in record(folder)] for folder in (one, two)]
+    assert rows[0] == rows[1]
+
+
+def count(folder: Path) -> int:
+    numbers = [int(path.stem) for path in (folder / checkpoints.FOLDER).glob("*") if path.stem.isdigit()]
+    return max(numbers, default=0)
+
+
+def killed_after(text: str, folder: Path, saves: int, delay: float) -> bool:
+    """Resume the run in a process of its own, and kill it after so many checkpoints more. False if it ended before."""
+    process = fork.Process(target=run, args=(text, folder), kwargs={"resume": True})
+    before = count(folder)
+    process.start()
+    while process.is_alive() and count(folder) < before + saves:
+        time.sleep(0.001)
+    time.sleep(delay)
+    alive = process.is_alive()
+    if alive:
+        os.kill(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    process.join()
+    return alive
+
+
+@pytest.mark.parametrize(("text", "saves"), [(WILD, (1, 3, 6)), (TOGETHER, (1, 3))], ids=["stages", "rocket"])
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
+    tmp_path: Path, whole: Callable[[str], Path], text: str, saves: tuple[int, ...]
+) -> None:
+    expected = whole(text)
+    kills, chance = 0, random.Random(0)
+    while killed_after(text, tmp_path / "parts", saves=chance.choice(saves), delay=chance.random() * 0.2):
+        kills += 1
+    assert kills >= 3
+    same(tmp_path / "parts", expected)
+    assert not (tmp_path / "parts" / checkpoints.FOLDER).exists()
+
+
+class After(Quiet):
+    """Does something once, at the end of so many epochs, or after so many updates of all."""
+
+    def __init__(self, what: Callable[[], Any], *, epochs: int = 0, updates: int = 0) -> None:
+        super().__init__()
+        self.what, self.epochs_left, self.updates_left = what, epochs, updates
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        self.epochs_left -= 1
+        if self.epochs_left == 0:
+            self.what()
+
+    def step(self, done: int, images: int) -> bool:
+        self.updates_left -= 1
+        if self.updates_left == 0:
+            self.what()
+        return False
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "one bit", "lost"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "random_states_0.pkl", "journal.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_set_aside_aloud_and_the_one_before_it_taken(
+    tmp_path: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    if (damage, name) == (flip, "manifest.json"):
+        pytest.skip("one bit of a number of bytes, or of a digest, is one of the others")
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, folder, After(stop, epochs=3))
+    newest, before = sorted((folder / checkpoints.FOLDER).iterdir())[:-3:-1]
+    damage(newest / name)
+    display = After(stop, epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, folder, display, resume=True)
+    assert len(display.said) == 1
+    assert str(newest) in display.said[0]
+    assert name in display.said[0] or "manifest" in display.said[0]
+    assert newest.with_suffix(".damaged").exists()
+    assert before.exists()
+    for path in (folder / checkpoints.FOLDER).glob("[0-9]*"):
+        (path / "journal.json").unlink(missing_ok=True)
+    with pytest.raises(RunError, match=r"every checkpoint in .* is damaged; --overwrite begins anew"):
+        run(TINY, folder, resume=True)
+
+
+def test_checkpoints_are_as_many_as_wanted_and_nothing_else_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(WILD, folder, After(stop, epochs=2))
+    names = sorted(path.name for path in (folder / checkpoints.FOLDER).iterdir())
+    assert len(names) == 3
+    assert [int(name) for name in names] == list(range(int(names[0]), int(names[0]) + 3))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_update_writes_a_checkpoint_and_loses_nothing(
+    tmp_path: Path, whole: Callable[[str], Path], number: int
+) -> None:
+    text = WILD.replace("recovery_interval: 2\n", "")
+    expected = whole(text)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    display = After(lambda: os.kill(os.getpid(), number), updates=20)
+    with pytest.raises(Stopped, match=signal.Signals(number).name):
+        run(text, tmp_path / "parts", display)
+    assert "stopping after this update" in display.said[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    newest = sorted((tmp_path / "parts" / checkpoints.FOLDER).iterdir())[-1]
+    assert json.loads((newest / "journal.json").read_text())["step"] > 0
+    run(text, tmp_path / "parts", resume=True)
+    same(tmp_path / "parts", expected)
+
+
+def test_training_in_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    thread = threading.Thread(target=run, args=(TINY, tmp_path / "run"))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def _run_with_little_room(text: str, folder: Path, queue: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # writing more than that fails, as on a full disk
+    try:
+        run(text, folder, resume=True)
+    except RunError as refusal:
+        queue.put(str(refusal))
+
+
+def test_a_full_disk_ends_the_run_in_words_and_leaves_the_last_checkpoint(
+    tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, folder, After(stop, epochs=2))
+    queue = fork.Queue()
+    process = fork.Process(target=_run_with_little_room, args=(TINY, folder, queue))
+    process.start()
+    message = queue.get(timeout=120)
+    process.join()
+    assert "cannot write a checkpoint" in message
+    assert "go on with --resume" in message
+    run(TINY, folder, resume=True)
+    same(folder, whole(TINY))
+
+
+def test_a_worker_that_dies_loses_nothing(tmp_path: Path, whole: Callable[[str], Path]) -> None:
+    text = TINY.replace("batch_size: 256", "batch_size: 128\n  workers: 1")
+
+    def kill_workers() -> None:
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+    with pytest.raises(DataError, match=r"cannot read a batch of training images: .*worker"):
+        run(text, tmp_path / "parts", After(kill_workers, updates=2))
+    run(text, tmp_path / "parts", resume=True)
+    same(tmp_path / "parts", whole(text))
+
+
+def test_resume_begins_where_there_is_nothing_and_says_so(tmp_path: Path) -> None:
+    display = After(stop, epochs=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, tmp_path / "run", display, resume=True)
+    assert "beginning anew" in display.said[0]
