@@ -61,6 +61,11 @@ class DataOptions(BaseModel):
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
 
     @property
+    def num_views(self) -> int | None:
+        """How many different views of an image there are; None for a new one every epoch."""
+        return 1 if self.no_aug else self.views
+
+    @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
@@ -161,8 +166,12 @@ class Views(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = torch.Generator().manual_seed(_mixed(self.seed, self.age, 0))
+        return iter(self.of(torch.randperm(self.count, generator=order).tolist()))
+
+    def of(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """These images, each with the seed of this epoch's view."""
         view = _mixed(self.seed, self.view, 1)
-        return ((index, view) for index in torch.randperm(self.count, generator=order).tolist())
+        return [(index, view) for index in indices]
 
 
 def _mixed(*numbers: int) -> int:
@@ -182,7 +191,7 @@ def loader(
     return DataLoader(
         _Transformed(dataset, _transform(options, wanted, training), wanted.size[0]),
         batch_size=options.batch_size,
-        sampler=Views(count, seed, options.views) if training else None,
+        sampler=Views(count, seed, options.num_views) if training else None,
         drop_last=training and count > options.batch_size,
         num_workers=options.workers,
         pin_memory=torch.cuda.is_available(),

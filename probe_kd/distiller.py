@@ -23,7 +23,8 @@ class Distiller(nn.Module):
     """`distiller(images, target)` is one step: `{"loss", "output", and each objective by its name}`.
 
     This is the contract of `timm.task.TrainingTask`. `loss` is the weighted sum, the objectives are unweighted,
-    `output` is the student's logits, or None where no objective needs them and the student stopped below.
+    `output` is the student's logits, or None where no objective needs them and the student stopped below. With `told`,
+    what `ask` gave for the same images before, the teacher does not run.
 
     The student and the adapters are what this module owns: what an optimizer, DDP, `state_dict` and `train()` see. The
     teacher follows `.to(device)`, stays in eval mode, runs under `no_grad`, and is otherwise invisible. It may be None
@@ -123,8 +124,10 @@ class Distiller(nn.Module):
         values = [value for objective in self.objectives for value in (objective.weight, *objective.options.values())]
         return any(isinstance(value, Schedule) for value in values)
 
-    def forward(self, images: Tensor, target: Tensor | None = None) -> dict[str, Tensor | None]:
-        theirs, told = self._ask_teacher(images)
+    def forward(
+        self, images: Tensor, target: Tensor | None = None, told: Sequence[Tensor] | None = None
+    ) -> dict[str, Tensor | None]:
+        theirs, known = self._ask_teacher(images, told)
         with self._shared_as_it_is(theirs):
             ours = self._student_probe(self.student_view(images))
         result: dict[str, Tensor | None] = {}
@@ -134,16 +137,36 @@ class Distiller(nn.Module):
                 answer = ours if objective.of == "student" else theirs
                 term = self._labels(index, answer[Tap("")], target)
             else:
-                term = self._comparisons(index, ours, told)
+                term = self._comparisons(index, ours, known)
             result[objective.name] = term
             loss = loss + self._weights[index] * term
         assert isinstance(loss, Tensor)
         return {"loss": loss, "output": ours.get(Tap("")), **result}
 
-    def _ask_teacher(self, images: Tensor) -> tuple[dict[Tap, Tensor], dict[Tap, Tensor]]:
+    @property
+    def teacher_taps(self) -> tuple[Tap, ...]:
+        """What of the teacher is compared, in the order of `ask`."""
+        return self._teacher_probe.taps if self._teacher_probe else ()
+
+    def ask(self, images: Tensor) -> list[Tensor]:
+        """What a frozen teacher gives for these images at `teacher_taps`, which `forward` takes as `told`.
+
+        A step that is told what the teacher gave before does not run the teacher.
+        """
+        found, _ = self._ask_teacher(images)
+        return [found[tap] for tap in self.teacher_taps]
+
+    def _ask_teacher(
+        self, images: Tensor, told: Sequence[Tensor] | None = None
+    ) -> tuple[dict[Tap, Tensor], dict[Tap, Tensor]]:
         """What the teacher gives, and what of it the student is compared with."""
         if self._teacher_probe is None:
             return {}, {}
+        if told is not None:
+            if self.block is not None:
+                raise LossError("the teacher trains too, so what it gave before is not what it gives now")
+            features = dict(zip(self.teacher_taps, told, strict=True))
+            return features, features
         view = self.teacher_view(images)
         if self.block is None:
             # no_grad and not inference_mode: its tensors could not be saved for the student's backward

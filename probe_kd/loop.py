@@ -13,9 +13,10 @@ from accelerate import Accelerator, skip_first_batches
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from probe_kd.cache import TeacherCache, lengthen, shorten
 from probe_kd.data import Views, loader, mixer
 from probe_kd.distiller import Distiller
-from probe_kd.errors import DataError
+from probe_kd.errors import DataError, RunError
 from probe_kd.objectives import Objective
 from probe_kd.recipe import OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.spec import InputSpec
@@ -55,7 +56,9 @@ class Loop:
         given: InputSpec,
         num_classes: int,
         averaged: bool = False,
+        cache: TeacherCache | None = None,
     ) -> None:
+        self.cache = cache
         self.accelerator, self.distiller, self.phase = accelerator, distiller, phase
         batches = loader(images, recipe.data, given, training=True, seed=recipe.seed)
         assert isinstance(batches.sampler, Views)
@@ -76,16 +79,59 @@ class Loop:
 
         Raises DataError where a batch cannot be read.
         """
-        self.views.begin(self.phase.age + epoch)
+        self._begin(self.phase.age + epoch)
         self.module.train()
         batches = skip_first_batches(self.batches, first) if first else self.batches
-        for step, (images, target, _) in enumerate(_readable(batches), first):
+        for step, (images, target, indices) in enumerate(_readable(batches), first):
             if self.mix is not None:
                 images, target = self.mix(images, target)
-            if self._step(epoch, step, images, target):
+            images = images.contiguous(memory_format=self.memory)
+            if self._step(epoch, step, images, target, self._told(images, indices)):
                 yield step + 1
 
-    def _step(self, epoch: int, step: int, images: Tensor, target: Tensor) -> bool:
+    def _begin(self, age: int) -> None:
+        self.views.begin(age)
+        if self.cache is None:
+            return
+        if self.cache.writes and self.accelerator.is_main_process:
+            self.cache.prepare(self.views.view)
+        self.accelerator.wait_for_everyone()
+        self.cache.begin(self.views.view)
+
+    def _told(self, images: Tensor, indices: Tensor) -> list[Tensor] | None:
+        """What the teacher gives for these images: from the cache, or for the cache."""
+        if self.cache is None:
+            return None
+        indices = indices.cpu()
+        if self.cache.has(indices):
+            return [feature.to(images.device) for feature in self.cache.read(indices)]
+        with self.accelerator.autocast():
+            features = self.distiller.ask(images)
+        return self.cache.keep(indices, features)
+
+    @torch.no_grad()
+    def check_cache(self) -> None:
+        """Compare a few of what the cache holds with the teacher. Raises RunError where they differ."""
+        assert self.cache is not None
+        self.views.begin(self.phase.age)
+        indices = self.cache.some(self.views.view, 8)
+        if not len(indices):
+            return
+        seen = self.batches.dataset.__getitems__(self.views.of(indices.tolist()))
+        images = torch.stack([image for image, *_ in seen]).to(self.accelerator.device)
+        with self.accelerator.autocast():
+            features = self.distiller.ask(images)
+        for tap, kept, feature in zip(self.cache.taps, self.cache.read(indices), features, strict=True):
+            given = lengthen(shorten(feature, tap.top_k), tap.shape[-1]) if tap.top_k else feature
+            apart = (kept.float() - given.float().cpu()).norm() / given.float().norm().cpu().clamp_min(1e-12)
+            if not apart < (1e-3 if tap.dtype == torch.float32 else 3e-2):
+                raise RunError(
+                    f"the teacher's cache in {self.cache.folder} holds at `{tap.tap}` what is {float(apart):.1%} away "
+                    "from what the teacher gives for the same images; something that it depends on has changed without "
+                    "its noticing. Delete that folder"
+                )
+
+    def _step(self, epoch: int, step: int, images: Tensor, target: Tensor, told: list[Tensor] | None) -> bool:
         """Forward and backward of one batch. True where the weights were updated with it."""
         self.between_updates = False
         accumulated = self.phase.grad_accum_steps
@@ -97,7 +143,7 @@ class Loop:
             self.schedule.step_update(update)
         self.distiller.set_epoch(epoch + step / self.steps, self.phase.epochs)
         with nullcontext() if last else self.accelerator.no_sync(self.module):
-            result = self.module(images.contiguous(memory_format=self.memory), target)
+            result = self.module(images, target, told)
             self.accelerator.backward(result["loss"] / group)
         for name in result.keys() - {"output"}:
             self.sums[name] = self.sums.get(name, 0.0) + result[name].detach()

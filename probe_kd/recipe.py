@@ -186,6 +186,8 @@ class TeacherOptions(ModelOptions):
 
     `input_size`, `mean` and `std` are for a teacher that does not expect what timm's config says and the data gives.
     `class_map` is its index of each of the student's classes, where they are not the same: a list, or a JSON file.
+    `cache` is a folder for what it gives: an image that it has seen in the same view, in this run or another, it is not
+    asked about again. `cache_top_k` keeps so many of its logits, and spreads what probability is left evenly.
     """
 
     input_size: tuple[int, int, int] | None = None
@@ -193,6 +195,8 @@ class TeacherOptions(ModelOptions):
     std: tuple[float, ...] | None = None
     class_map: list[int] | str | None = None
     train: TeacherTraining | None = None
+    cache: str | None = None
+    cache_top_k: int | None = Field(default=None, ge=1)
 
 
 class ShareOptions(_Section):
@@ -639,6 +643,7 @@ class _Planner:
         teacher = self.recipe.teacher
         if teacher is None:
             return
+        self._check_cache(teacher)
         if self.recipe.share and teacher.train:
             message = "with `share` the stages train the teacher too, alone and with the student; leave `train` out"
             self.problems.append(self.source.problem(("teacher", "train"), message))
@@ -655,6 +660,25 @@ class _Planner:
                 "`class_map` with its index of each of the data's classes, fine-tune it on these data, or `train` it"
             )
             self.problems.append(self.source.problem(("teacher", "model"), message))
+
+    def _check_cache(self, teacher: TeacherOptions) -> None:
+        whys = []
+        if teacher.cache and self.recipe.share:
+            whys.append(("cache", "the teacher trains too, so what it gave before is not what it gives now"))
+        if teacher.cache and self.recipe.data.mixes:
+            whys.append(("cache", "mixup and cutmix make a new image of every two, which no cache has seen"))
+        if teacher.cache_top_k and not teacher.cache:
+            whys.append(("cache_top_k", "it says what a cache keeps; give the folder as `cache` too"))
+        if teacher.cache_top_k:
+            for stage in self.recipe.stages:
+                for name, loss in stage.losses.items():
+                    reads = LOSSES[loss.loss].reads if loss.loss in LOSSES else ""
+                    if reads == "outputs" and loss.loss != "soft_targets":
+                        whys.append(
+                            ("cache_top_k", f"loss `{name}` ({loss.loss}) needs all logits; only soft_targets does not")
+                        )
+        for key, why in whys:
+            self.problems.append(self.source.problem(("teacher", key), f"`{key}`: {why}"))
 
     def _check_checkpoint(self, key: str, trace_: Trace | None) -> None:
         model: ModelOptions | None = getattr(self.recipe, key)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from probe_kd import __version__, checkpoints
 from probe_kd.adapters import ImageView
+from probe_kd.cache import Stored, TeacherCache, key_of
 from probe_kd.data import loader
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, RunError, Stopped
@@ -44,6 +45,7 @@ from probe_kd.spec import InputSpec, Trace
 JOURNAL, BEST, AVERAGE = "journal.json", "best.safetensors", "average.safetensors"
 TRACKERS = "trackers"
 TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
+UNSEEN = {"batch_size", "workers", "views", "download", "root", "val_split", "num_classes"}  # change no training image
 ASK_EVERY = 20  # updates between which several processes do not ask each other whether to stop
 
 
@@ -329,9 +331,12 @@ class Run:
         """Returns the moving average of the student, where there is one."""
         distiller = self.distiller(subject, phase)
         resting: list[nn.Parameter] = []
+        cache: TeacherCache | None = None
         try:
             resting = self._leave_out_what_no_loss_reaches(distiller, subject)
-            loop = self._loop(subject, phase, distiller)
+            loop = self._loop(subject, phase, distiller, cache := self._cache(subject, distiller))
+            if cache is not None:
+                loop.check_cache()
             self._restore(loop) if self.checkpoint else self.save(loop)
             self.display.begin(f"{subject.role}: {phase.name}", phase.epochs, loop.steps, self.journal.epoch)
             for epoch in range(self.journal.epoch, phase.epochs):
@@ -349,6 +354,8 @@ class Run:
             self.best = {}
             self.display.end()
             distiller.close()
+            if cache is not None:
+                cache.close()
             self.accelerator.free_memory()
             for parameter in resting:
                 parameter.requires_grad_(True)
@@ -404,7 +411,7 @@ class Run:
         )
         return distiller.to(self.accelerator.device)
 
-    def _loop(self, subject: Subject, phase: Phase, distiller: Distiller) -> Loop:
+    def _loop(self, subject: Subject, phase: Phase, distiller: Distiller, cache: TeacherCache | None) -> Loop:
         return Loop(
             self.accelerator,
             self.plan.recipe,
@@ -414,7 +421,49 @@ class Run:
             given=self.images_for(subject),
             num_classes=self.plan.datasets.num_classes,
             averaged=subject.role in ("student", STUDENT_ALONE),
+            cache=cache,
         )
+
+    def _cache(self, subject: Subject, distiller: Distiller) -> TeacherCache | None:
+        """Where the recipe wants one, and this phase asks a frozen teacher."""
+        options, accelerator = self.plan.recipe.teacher, self.accelerator
+        if options is None or options.cache is None or not distiller.teacher_taps or self.teacher is None:
+            return None
+        given = self.images_for(subject)
+        with (
+            torch.no_grad(),
+            accelerator.autocast(),
+        ):  # what it gives, of which shape and precision, is seen and not guessed
+            features = distiller.ask(torch.zeros(2, *given.size, device=accelerator.device))
+        taps = [
+            Stored(str(tap), tuple(feature.shape[1:]), feature.dtype, options.cache_top_k if str(tap) == "" else None)
+            for tap, feature in zip(distiller.teacher_taps, features, strict=True)
+        ]
+        found: list[Any] = [None]
+        cache = TeacherCache(Path(options.cache), taps, len(self.plan.datasets.train))  # type: ignore[arg-type]
+        if accelerator.is_main_process:
+            key, depends = key_of(self.teacher.model, self.plan.datasets.train, self._depends_on(given))
+            cache.folder = cache.folder / key
+            found = [(cache.folder, cache.lock())]
+            (cache.folder / "depends-on.json").write_text(depends, encoding="utf-8")
+        cache.folder, cache.writes = broadcast_object_list(found)[0]
+        if not cache.writes:
+            self.display.say(f"another run writes the teacher's cache in {cache.folder}; this one only reads it")
+        return cache
+
+    def _depends_on(self, given: InputSpec) -> dict[str, Any]:
+        """What decides what the teacher sees, and how it computes."""
+        recipe, teacher = self.plan.recipe, self.teacher
+        assert teacher is not None
+        data = recipe.data.model_dump(mode="json", exclude=UNSEEN)
+        return {
+            "model": teacher.trace.model,
+            "model_kwargs": dict(teacher.trace.model_kwargs),
+            "seed": None if recipe.data.no_aug else recipe.seed,
+            "views": {**data, "given": asdict(given), "teacher": asdict(teacher.input)},
+            "precision": str(self.accelerator.mixed_precision),
+            "device": self.accelerator.device.type,
+        }
 
     def images_for(self, subject: Subject) -> InputSpec:
         """Normalised for this subject, and as large as the larger model wants: each takes its own view of them."""
@@ -587,6 +636,8 @@ class Run:
     def save(self, loop: Loop) -> None:
         """Write a checkpoint. Raises RunError where the disk takes none; the one before it is as it was."""
         accelerator = self.accelerator
+        if loop.cache is not None:
+            loop.cache.flush()
         try:
             aside: list[Any] = [checkpoints.begin(self.folder) if accelerator.is_main_process else None]
             broadcast_object_list(aside)

@@ -14,7 +14,7 @@ FLOORS = (
     {"errors", "spec", "checkpoints"},
     {"probe", "surgery", "losses", "models"},
     {"tracing", "adapters", "matching"},
-    {"objectives", "sharing", "data"},
+    {"objectives", "sharing", "data", "cache"},
     {"distiller"},
     {"recipe", "report"},
     {"loop"},

@@ -1,0 +1,268 @@
+"""What a frozen teacher gave for every view of every image, kept on disk and replayed to the bit.
+
+A cache is a folder per teacher, images and augmentation (its key), in it a folder per tap, and in that two files per
+view: the features of all images, row by row, which are mapped into memory, and one byte per row that says whether it is
+there. The byte is written only after the row has reached the disk, so a run that is killed leaves no row that is half
+written. What a cache depends on is in its key: where any of it changes, so does the folder.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from math import log, prod
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from probe_kd.checkpoints import to_disk
+from probe_kd.errors import RunError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is kept for one tap: its name, and the shape and dtype of one image's feature.
+
+    With `top_k`, of logits only the k largest are kept, and the logarithm of the summed exponentials of all.
+    """
+
+    tap: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    top_k: int | None = None
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """The shape of what is written: for top-k logits, the values, their indices as numbers, and the normaliser."""
+        return (2 * self.top_k + 1,) if self.top_k else self.shape
+
+    @property
+    def kept_as(self) -> torch.dtype:
+        """Indices of classes do not fit into 16 bits of a float."""
+        return torch.float32 if self.top_k else self.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of one image."""
+        return prod(self.row) * self.kept_as.itemsize
+
+
+def shorten(logits: Tensor, k: int) -> Tensor:
+    """(batch, classes) logits to (batch, 2k + 1): the k largest, their classes, and the normaliser of all."""
+    logits = logits.float()
+    values, classes = logits.topk(k)
+    return torch.cat([values, classes.float(), logits.logsumexp(1, keepdim=True)], dim=1)
+
+
+def lengthen(rows: Tensor, classes: int) -> Tensor:
+    """The logits that `shorten` kept: the k largest as they were, and what probability is left shared out evenly.
+
+    At temperature 1 the k classes have the teacher's own probabilities (Shen & Xing 2022, arXiv 2112.01528, call it
+    marginal smoothing).
+    """
+    k = (rows.shape[1] - 1) // 2
+    values, indices, total = rows[:, :k], rows[:, k : 2 * k].long(), rows[:, -1:]
+    left = (1 - (values - total).exp().sum(1, keepdim=True)).clamp_min(1e-12)
+    rest = total + left.log() - log(max(classes - k, 1))
+    return rest.expand(-1, classes).scatter(1, indices, values)
+
+
+@dataclass
+class TeacherCache:
+    """The cache of one phase: `read` what is there, `keep` what is not, `flush` at every checkpoint.
+
+    `count` is the number of training images. Of several runs that use one folder at a time the first writes, and the
+    others read what is there (`writes` is false) and ask their own teacher for the rest.
+    """
+
+    folder: Path
+    taps: Sequence[Stored]
+    count: int
+    writes: bool = True
+    _view: int = -1
+    _rows: list[Tensor] = field(default_factory=list)
+    _there: list[Tensor] = field(default_factory=list)
+    _fresh: list[Tensor] = field(default_factory=list)  # indices written since the last flush
+    _lock: IO[str] | None = None
+
+    def lock(self) -> bool:
+        """Whether this run is the one that writes; to be asked by one of its processes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def prepare(self, view: int) -> None:
+        """Make room for a view, by one process. Raises RunError where the disk has none: never later, in a step."""
+        for tap in self.taps:
+            rows, there = self._files(tap, view)
+            rows.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _reserve(rows, tap.bytes * self.count)
+                _reserve(there, self.count)
+            except OSError as refusal:
+                size = tap.bytes * self.count / 1e9
+                raise RunError(
+                    f"the teacher's cache in {self.folder} needs {size:.3g} GB for `{tap.tap}` of one view: "
+                    f"{refusal.strerror}; make room, or set fewer `data.views` or `cache_top_k`"
+                ) from None
+
+    def begin(self, view: int) -> None:
+        """An epoch begins that shows this view of every image, for which `prepare` made room."""
+        self.flush()
+        if view == self._view:
+            return
+        files = [self._files(tap, view) for tap in self.taps]
+        if not all(file.exists() for pair in files for file in pair):  # of a cache that another run writes
+            self._view, self._rows, self._there = -1, [], []
+            return
+        self._view = view
+        self._rows = [
+            torch.from_file(str(rows), shared=True, size=self.count * prod(tap.row), dtype=tap.kept_as).view(
+                self.count, *tap.row
+            )
+            for tap, (rows, _) in zip(self.taps, files, strict=True)
+        ]
+        self._there = [
+            torch.from_file(str(there), shared=True, size=self.count, dtype=torch.uint8) for _, there in files
+        ]
+
+    def has(self, indices: Tensor) -> bool:
+        """Whether all of these images are there, at every tap."""
+        return bool(self._there) and all(bool(there[indices].all()) for there in self._there)
+
+    def read(self, indices: Tensor) -> list[Tensor]:
+        """The features of these images at every tap, on the CPU, as they were written."""
+        return [self._as_feature(tap, rows[indices]) for tap, rows in zip(self.taps, self._rows, strict=True)]
+
+    def keep(self, indices: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
+        """Write the features of these images, one tensor per tap. Returns what `read` will give for them."""
+        rows = [
+            shorten(feature, tap.top_k) if tap.top_k else feature.detach()
+            for tap, feature in zip(self.taps, features, strict=True)
+        ]
+        if self.writes and self._rows:
+            for place, row in zip(self._rows, rows, strict=True):
+                place[indices] = row.cpu()
+            self._fresh.append(indices)
+        return [self._as_feature(tap, row) for tap, row in zip(self.taps, rows, strict=True)]
+
+    @staticmethod
+    def _as_feature(tap: Stored, rows: Tensor) -> Tensor:
+        return lengthen(rows, tap.shape[-1]).to(tap.dtype) if tap.top_k else rows
+
+    def flush(self) -> None:
+        """Bring what was written to the disk, and only then say that it is there."""
+        if not self._fresh:
+            return
+        indices, self._fresh = torch.cat(self._fresh), []
+        files = [self._files(tap, self._view) for tap in self.taps]
+        for rows, _ in files:
+            to_disk(rows)
+        for there in self._there:
+            there[indices] = 1
+
+    def some(self, view: int, most: int) -> Tensor:
+        """The indices of a few images that are there."""
+        self.begin(view)
+        if not self._there:
+            return torch.zeros(0, dtype=torch.long)
+        return torch.stack(self._there).all(0).nonzero().flatten()[:most]
+
+    def close(self) -> None:
+        self.flush()
+        self._rows, self._there = [], []
+        if self._lock is not None:
+            self._lock.close()
+
+    def _files(self, tap: Stored, view: int) -> tuple[Path, Path]:
+        name = tap.tap.replace("/", "_") or "output"
+        folder = self.folder / (f"{name} top {tap.top_k}" if tap.top_k else name)
+        return folder / f"{view:06d}.rows", folder / f"{view:06d}.there"
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Blocks on the disk for the whole file: a mapped file that finds the disk full would kill the process."""
+    if path.exists() and path.stat().st_size == size:
+        return
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(handle)
+
+
+def key_of(teacher: nn.Module, images: Dataset[Any], about: Mapping[str, Any]) -> tuple[str, str]:
+    """(the name of the folder, what it depends on as JSON): weights, images, versions, and what `about` says."""
+    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")}
+    depends = {
+        "format": FORMAT,
+        "teacher": _digest(_bytes_of(tensor) for tensor in _named(teacher)),
+        "images": fingerprint(images),
+        "versions": versions,
+        **about,
+    }
+    text = json.dumps(depends, indent=1, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16], text
+
+
+def fingerprint(images: Dataset[Any]) -> str:
+    """A digest of which images there are, in which order: of all their files' names, sizes and times, or their pixels.
+
+    Where neither can be had without reading everything, of the pixels of every so manieth.
+    """
+    if isinstance(images, Subset):
+        return _digest([fingerprint(images.dataset).encode(), repr(list(images.indices)).encode()])
+    count = len(images)  # type: ignore[arg-type]
+    parts = [str(count).encode()]
+    inner = getattr(images, "images", images)
+    reader = getattr(images, "reader", None)
+    if getattr(reader, "samples", None) is not None:
+        parts += [_stat(path, target) for path, target in _samples(reader)]
+    elif hasattr(inner, "data"):
+        parts += [_bytes_of(torch.as_tensor(inner.data)), repr(list(getattr(inner, "targets", ()))).encode()]
+    for index in range(0, count, max(1, count // 64)):
+        image, target = images[index]
+        parts += [image.tobytes(), str(target).encode()]
+    return _digest(parts)
+
+
+def _samples(reader: Any) -> Iterable[tuple[str, Any]]:
+    return ((os.path.join(getattr(reader, "root", ""), str(sample[0])), sample[1]) for sample in reader.samples)
+
+
+def _stat(path: str, target: Any) -> bytes:
+    try:
+        found = os.stat(path)
+    except OSError:  # inside an archive
+        return f"{path} {target}".encode()
+    return f"{path} {target} {found.st_size} {found.st_mtime_ns}".encode()
+
+
+def _named(module: nn.Module) -> Iterable[Tensor]:
+    return (tensor for _, tensor in sorted(module.state_dict().items()))
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

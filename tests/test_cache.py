@@ -1,0 +1,227 @@
+"""The teacher's cache: the same bits as a live teacher, no teacher where it serves, and never another teacher's."""
+
+import multiprocessing
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import TINY
+from safetensors.torch import save_file
+from test_resume import After, Quiet, same, stop
+
+from probe_kd.cache import Stored, TeacherCache, fingerprint, key_of, lengthen, shorten
+from probe_kd.data import DataOptions, open_datasets
+from probe_kd.errors import RecipeError, RunError
+from probe_kd.recipe import parse, plan
+from probe_kd.train import train
+
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    """A frozen teacher from a file; augmentation in two views; hint and soft targets in different stages."""
+    torch.manual_seed(1)
+    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
+    text = TINY.replace("  train: {epochs: 1}", f"  checkpoint: {tmp_path / 'teacher.safetensors'}")
+    text = text.replace("hflip: 0.0", "hflip: 0.0\n  views: 2").replace("baseline: true\n", "")
+    return text.replace("- name: task\n    epochs: 2", "- name: task\n    epochs: 3")
+
+
+def cached(text: str, folder: Path, extra: str = "") -> str:
+    return text.replace("  model: resnet10t\n", f"  model: resnet10t\n  cache: {folder}\n{extra}")
+
+
+class Counting(Quiet):
+    """Counts the images that the teacher is asked about, by what reaches its stem."""
+
+    asked = 0
+
+
+def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, **options: Any) -> int:
+    """How many images the teacher ran for, in training steps."""
+    from probe_kd.distiller import Distiller
+
+    seen = [0]
+    ask = Distiller._ask_teacher
+
+    def counted(self: Distiller, images: torch.Tensor, told: Any = None) -> Any:
+        seen[0] += len(images) if told is None and len(images) > 8 else 0  # fewer only look at shapes, or check
+        return ask(self, images, told)
+
+    torch.set_num_threads(1)
+    display = options.pop("display", None) or Quiet()
+    if monkeypatch is None:
+        train(plan(parse(text)), folder, display, **options)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(Distiller, "_ask_teacher", counted)
+            train(plan(parse(text)), folder, display, **options)
+    return seen[0]
+
+
+def test_a_run_with_a_cache_is_the_run_without_and_asks_about_every_view_once(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = run(recipe, tmp_path / "live", monkeypatch)
+    text = cached(recipe, tmp_path / "cache")
+    first = run(text, tmp_path / "first", monkeypatch)
+    again = run(text, tmp_path / "again", monkeypatch)
+    images = 5 * 256  # of an epoch; the last batch is not full
+    # The hint sees view 0, and the task views 1, 0, 1, each once from the teacher. Which images an epoch leaves out
+    # changes, so that a batch of the last may hold one that was not seen.
+    assert live == 4 * images
+    assert 3 * images <= first <= 4 * images
+    assert again <= images
+    same(tmp_path / "live", tmp_path / "first")
+    same(tmp_path / "live", tmp_path / "again")
+    taps = {path.name for path in (tmp_path / "cache").glob("*/*") if path.is_dir()}
+    assert taps == {"layer2", "layer3", "output"}
+
+
+def test_what_a_killed_run_kept_is_whole_and_the_rest_is_asked_again(recipe: str, tmp_path: Path) -> None:
+    text = cached(recipe, tmp_path / "cache") + "recovery_interval: 1\n"
+    run(text, tmp_path / "whole")
+    for path in (tmp_path / "cache").glob("*/*/*"):
+        path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path / "parts", display=After(stop, updates=3))
+    (there,) = (tmp_path / "cache").glob("*/layer2/*.there")
+    kept = int(np.fromfile(there, dtype=np.uint8).sum())
+    assert kept == 256 * 3
+    run(text, tmp_path / "parts", resume=True)
+    same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_cache_that_holds_something_else_is_noticed(recipe: str, tmp_path: Path) -> None:
+    text = cached(recipe, tmp_path / "cache")
+    run(text, tmp_path / "run")
+    for path in (tmp_path / "cache").glob("*/layer3/000000.rows"):
+        rows = np.fromfile(path, dtype=np.float32)
+        (rows * 1.1).tofile(path)
+    with pytest.raises(RunError, match=r"holds at `layer3` what is 10.0% away from what the teacher gives"):
+        run(text, tmp_path / "again")
+
+
+def test_the_key_changes_with_all_that_it_depends_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=10)
+    options = DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))
+    images = open_datasets(options).train
+    about = {"seed": 0, "views": {"aa": None}}
+    key, _ = key_of(model, images, about)
+    assert key_of(model, images, dict(about))[0] == key
+    others = [key_of(model, images, {**about, "seed": 1})[0]]
+    others.append(key_of(model, open_datasets(options.model_copy(update={"holdout": 0.1})).train, about)[0])
+    with torch.no_grad():
+        model.bn1.running_var[3] += 1e-6
+    others.append(key_of(model, images, about)[0])
+    assert len({key, *others}) == 4
+
+
+def test_a_folder_of_images_is_known_by_its_files(tmp_path: Path) -> None:
+    digits = open_datasets(DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))).train
+    for split in ("train", "validation"):
+        for index in range(200):
+            path = tmp_path / split / str(digits[index][1])
+            path.mkdir(parents=True, exist_ok=True)
+            digits[index][0].save(path / f"{index}.png")
+    options = DataOptions(root=str(tmp_path), input_size=(3, 8, 8), num_classes=10)
+    before = fingerprint(open_datasets(options).train)
+    assert fingerprint(open_datasets(options).train) == before
+    some = sorted((tmp_path / "train").glob("*/*.png"))[101]  # one that is not among those whose pixels are read
+    digits[0][0].resize((9, 9)).save(some)
+    assert fingerprint(open_datasets(options).train) != before
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_top_k_logits_keep_the_probabilities_of_the_k_and_all_of_one(k: int) -> None:
+    logits = torch.randn(7, 10, generator=torch.Generator().manual_seed(0)) * 3
+    found = lengthen(shorten(logits, k), 10).double().softmax(1)
+    truth = logits.double().softmax(1)
+    top = truth.topk(k).indices
+    torch.testing.assert_close(found.gather(1, top), truth.gather(1, top), rtol=1e-5, atol=1e-7)
+    rest = found.scatter(1, top, 0)
+    left = (1 - truth.gather(1, top).sum(1, keepdim=True)) / max(10 - k, 1)
+    torch.testing.assert_close(rest[rest > 0].view(7, -1), left.expand(7, 10 - k), rtol=1e-4, atol=1e-7)
+
+
+def test_a_run_on_top_k_logits_replays_to_the_bit_and_keeps_little(recipe: str, tmp_path: Path) -> None:
+    text = cached(recipe, tmp_path / "cache", "  cache_top_k: 3\n")
+    run(text, tmp_path / "first")
+    run(text, tmp_path / "again")
+    same(tmp_path / "first", tmp_path / "again")
+    (rows, *_) = (tmp_path / "cache").glob("*/output top 3/*.rows")
+    assert rows.stat().st_size == 1437 * 7 * 4
+
+
+def test_bf16_features_are_kept_as_they_are(tmp_path: Path) -> None:
+    feature = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cache = TeacherCache(tmp_path, [Stored("a/b", (3, 2), torch.bfloat16)], 6)
+    indices = torch.tensor([4, 0, 5, 2])
+    cache.prepare(0)
+    cache.begin(0)
+    assert not cache.has(indices)
+    cache.keep(indices, [feature])
+    assert not cache.has(indices), "what has not reached the disk does not count"
+    cache.flush()
+    assert cache.has(indices)
+    assert not cache.has(torch.tensor([4, 1]))
+    assert torch.equal(cache.read(indices.flip(0))[0], feature.flip(0))
+
+
+def test_of_two_runs_with_one_cache_the_first_writes(tmp_path: Path) -> None:
+    taps = [Stored("", (2,), torch.float32)]
+    one, two = TeacherCache(tmp_path, taps, 4), TeacherCache(tmp_path, taps, 4)
+    assert one.lock()
+    assert not two.lock()
+    two.writes = False
+    two.begin(0)  # before the first has made room
+    assert not two.has(torch.tensor([0]))
+    one.prepare(0)
+    one.begin(0)
+    one.keep(torch.tensor([0]), [torch.ones(1, 2)])
+    one.flush()
+    reader = TeacherCache(tmp_path, taps, 4, writes=False)
+    reader.begin(0)
+    assert reader.has(torch.tensor([0]))
+    reader.keep(torch.tensor([1]), [torch.ones(1, 2)])
+    reader.flush()
+    assert not reader.has(torch.tensor([1]))
+    one.close()
+    assert two.lock()
+
+
+def _with_little_room(folder: Path, queue: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    try:
+        TeacherCache(folder, [Stored("layer3", (1000,), torch.float32)], 100).prepare(0)
+    except RunError as refusal:
+        queue.put(str(refusal))
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(tmp_path: Path) -> None:
+    queue = fork.Queue()
+    process = fork.Process(target=_with_little_room, args=(tmp_path, queue))
+    process.start()
+    assert "needs 0.0004 GB for `layer3` of one view" in queue.get(timeout=60)
+    process.join()
+    assert not list(tmp_path.rglob("*.rows"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("hflip: 0.0", "hflip: 0.0\n  mixup: 0.5"), "`cache`: mixup and cutmix make a new image of every two"),
+        (("  cache: C\n", ""), "`cache_top_k`: it says what a cache keeps"),
+        (("{loss: soft_targets, temperature: 2.0", "{loss: logits"), r"loss `soft` \(logits\) needs all logits"),
+    ],
+)
+def test_what_no_cache_can_serve_is_refused_in_the_plan(change: tuple[str, str], message: str) -> None:
+    text = TINY.replace("  model: resnet10t\n", "  model: resnet10t\n  cache: C\n  cache_top_k: 3\n")
+    with pytest.raises(RecipeError, match=message):
+        plan(parse(text.replace(*change)))
