@@ -401,9 +401,7 @@ class _Run:
     def _images_for(self, subject: Subject) -> InputSpec:
         """Normalised for this subject, and as large as the larger model wants: each takes its own view of them."""
         other = self.teacher.input if self.teacher and subject.role != "teacher" else subject.input
-        channels, height, width = subject.input.size
-        size = channels, max(height, other.size[1]), max(width, other.size[2])
-        return replace(subject.input, size=size)
+        return subject.input.covering(other)
 
     def _seed(self, epoch: int) -> int:
         """One seed for one epoch, so that what a resumed run sees does not depend on what went before."""

@@ -17,6 +17,7 @@ FLOORS = (
     {"objectives", "sharing", "data"},
     {"distiller"},
     {"recipe", "train", "report"},
+    {"evaluation"},
     {"cli"},
 )
 NEIGHBOURS = {("spec", "errors"), ("report", "recipe"), ("train", "recipe"), ("train", "report")}  # from, to
