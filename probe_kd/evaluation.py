@@ -302,7 +302,7 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
                 reads, why = objective.resolved.reads, ""
                 if reads == "maps":
                     why = "each side keeps its own channels"
-                elif adapter.state_dict() and not file.is_file():
+                elif adapter.parameter_count and not file.is_file():
                     why = f"the run has no {file.name}"
                 row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, reads, adapter, why)
                 yield replace(row, adapter=None) if why else row
