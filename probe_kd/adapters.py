@@ -178,6 +178,18 @@ def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequenc
     return _adapter(ours, theirs)
 
 
+def pooled(spec: FeatureSpec) -> nn.Module:
+    """From a feature to one vector per image: its mean over positions, without class and register tokens.
+
+    A feature without positions is the vector itself, or its class token. Raises AdapterError for one that is not of
+    single images.
+    """
+    _check_features(spec, spec)
+    plan = _Plan(spec, "pool")
+    plan.to_vector()
+    return nn.Sequential(*plan.steps)
+
+
 def check_class_map(class_map: Sequence[int], student: int, teacher: int) -> None:
     """AdapterError for a class map that is not one teacher class for every class of the student."""
     wrong = [index for index in class_map if not 0 <= index < teacher]

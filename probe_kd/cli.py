@@ -48,6 +48,12 @@ class LevelChoice(StrEnum):
     block = "block"
 
 
+class SplitChoice(StrEnum):
+    test = "test"
+    train = "train"
+    held_out = "held_out"
+
+
 def main() -> None:
     """The `probe-kd` command. Errors that are the user's to mend print one message and exit with status 2."""
     sys.path.insert(0, os.getcwd())  # for `package.module:function` in the project one stands in
@@ -199,6 +205,46 @@ def train(
         sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
     if speaks:
         print_results(list(journal.results.values()), planned, folder, console)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder that `probe-kd train` wrote.")],
+    weights: Annotated[Path | None, typer.Option(help="Evaluate these weights of the student instead.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Evaluate the moving average of the student.")] = False,
+    split: Annotated[SplitChoice, typer.Option(help="Which images, never augmented.")] = SplitChoice.test,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
+    device: Annotated[str | None, typer.Option(help="`cpu`, `cuda:1`, ... Default: what accelerate chooses.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON to a file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the models of a run: accuracy, calibration, and the student against its teacher, layer by layer."""
+    if output is not None and output.exists() and not overwrite:
+        raise RunError(f"{output} exists; --overwrite replaces it")
+    from probe_kd.evaluation import evaluate as measure
+    from probe_kd.report import scores_table, similarity_table
+
+    console = _console()
+    with console.status("evaluating"):
+        found = measure(run, weights=weights, ema=ema, split=split.value, batch_size=batch_size, device=device)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+        return
+    # JSON has no NaN, which an NLL may be: it reads such as null.
+    values = json.loads(json.dumps(asdict(found)), parse_constant=lambda _: None)
+    text = json.dumps(values, indent=1)
+    if output is not None:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(f"{text}\n", encoding="utf-8")
+        except OSError as refusal:
+            raise RunError(f"cannot write {output}: {refusal.strerror}") from None
+    if as_json:
+        print(text)
+        return
+    console.print(scores_table(found))
+    if found.pairs:
+        console.print(similarity_table(found))
 
 
 def _again(recipe: Path, out: Path | None, seed: int | None) -> str:

@@ -84,9 +84,7 @@ class Distiller(nn.Module):
         if teacher is not None and (block or any(objective.needs_teacher for objective in self.objectives)):
             known = teacher_trace or _trace_teacher(teacher, teacher_input, given, training=bool(block))
             self._bring_teacher(teacher, teacher_input or InputSpec.of(teacher, known.input_size), given, known)
-            for objective in self.objectives:
-                found = [objective.adapter(comparison, seen, known, class_map) for comparison in objective.comparisons]
-                self.adapters[_key(objective.name)] = nn.ModuleList(found)
+            self.adapters = make_adapters(self.objectives, seen, known, class_map)
         self.set_epoch(0, 1)
         # Last, when nothing can be refused any more: a constructor that raises leaves no hook behind.
         for probe in filter(None, (self._student_probe, self._teacher_probe)):
@@ -265,6 +263,22 @@ class Distiller(nn.Module):
     def _adapters_of(self, objective: Objective) -> list[Adapter]:
         key = _key(objective.name)
         return list(self.adapters[key].children()) if key in self.adapters else []  # type: ignore[arg-type]
+
+
+def make_adapters(
+    objectives: Iterable[Objective], student: Trace, teacher: Trace, class_map: Sequence[int] | None = None
+) -> nn.ModuleDict:
+    """The adapters of every objective, in the order of their comparisons: what `Distiller.adapters` is.
+
+    Raises AdapterError where nothing brings two features together, TapError where no layer is.
+    """
+    found = {
+        _key(objective.name): nn.ModuleList(
+            objective.adapter(comparison, student, teacher, class_map) for comparison in objective.comparisons
+        )
+        for objective in objectives
+    }
+    return nn.ModuleDict(found)
 
 
 class _AsTraced(nn.Module):

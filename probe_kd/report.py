@@ -60,6 +60,55 @@ class Reach:
     norm: float
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What one model answers, over all images of a split.
+
+    `top1`, `top5` (None where there are no more than five classes) and `agreement` are shares in 0..1, `nll` and `kl`
+    nats per image, `calibration_error` is the expected one. `agreement` and `kl` are against the teacher, and None for
+    a teacher or without one. `weights` names the file in the run's folder, or what else the model was loaded from.
+    """
+
+    role: str
+    model: str
+    weights: str
+    top1: float
+    nll: float
+    calibration_error: float
+    top5: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike a layer of the student and one of the teacher are; `note` says why something is not known.
+
+    `cka` is linear CKA in 0..1, `cka_alone` that of the student alone, and `explained_variance` the share of the
+    teacher's side that the adapter of this loss explains, at most 1. Layers that no loss compares have no `stage`.
+    """
+
+    stage: str
+    loss: str
+    student: str
+    teacher: str
+    cka: float | None
+    cka_alone: float | None
+    explained_variance: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured: `scores` of every model, the student first, and what is known of each pair."""
+
+    run: str
+    split: str
+    images: int
+    scores: tuple[Scores, ...]
+    pairs: tuple[Similarity, ...]
+
+
 class Display:
     """How a run shows itself while it goes on: a bar per stage in a terminal, a line every few seconds elsewhere."""
 
@@ -390,6 +439,49 @@ def results_table(results: Iterable[Result]) -> Table:
         word = "gained" if change > 0 else "lost"
         table.caption = f"training with the student, the teacher {word} {abs(change):.2f} points of accuracy"
     return table
+
+
+def scores_table(found: Evaluation) -> Table:
+    """What every model of a run answers, and how near that is to the teacher."""
+    columns = ("model", "weights", "top-1>", "top-5>", "NLL>", "calibration error>", "agreement>", "KL>")
+    table = _table(f"{found.run}: {found.images} images ({found.split})", "", *columns)
+    for row in found.scores:
+        table.add_row(
+            row.role,
+            *map(escape, (row.model, row.weights)),
+            *(_share(row.top1), _share(row.top5), _decimals(row.nll), _share(row.calibration_error)),
+            *(_share(row.agreement), _decimals(row.kl)),
+        )
+    table.caption = "NLL, and KL(teacher || student), in nats per image; calibration error: expected, 15 bins, l1"
+    if any(row.role == "teacher alone" for row in found.scores):
+        table.caption += "; agreement and KL are with the teacher that trained with the student"
+    return table
+
+
+def similarity_table(found: Evaluation) -> Table:
+    """How alike the compared layers of student and teacher are."""
+    alone = any(row.cka_alone is not None for row in found.pairs)
+    columns = ("loss", "student layer", "teacher layer", "CKA>", *["CKA alone>"] * alone, "explained variance>", "note")
+    table = _table("Features: student <- teacher", "stage", *columns)
+    for row in found.pairs:
+        table.add_row(
+            *map(escape, (row.stage, row.loss, row.student, row.teacher)),
+            *(_decimals(value) for value in (row.cka, *[row.cka_alone] * alone, row.explained_variance)),
+            escape(row.note),
+        )
+    table.caption = (
+        "CKA: linear, of each feature's mean over positions. Explained variance: of the teacher's feature, after the "
+        "adapter as the end of its stage left it. The student is as it finally is, also for earlier stages."
+    )
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def _decimals(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _table(title: str, first: str, *others: str) -> Table:

@@ -5,7 +5,7 @@ Nothing here imports torch, so that a recipe can be read and refused in millisec
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from math import cos, pi
@@ -285,6 +285,11 @@ class InputSpec:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) not in (1, self.size[0]):
                 raise DataError(f"{name} {values} of an input: expected 1 or {self.size[0]} values, one per channel")
+
+    def covering(self, other: "InputSpec") -> Self:
+        """The same, but as high and as wide as the larger of both: what each then takes its own view of."""
+        channels, height, width = self.size
+        return replace(self, size=(channels, max(height, other.size[1]), max(width, other.size[2])))
 
     @classmethod
     def of(cls, model: object, size: tuple[int, int, int] | None = None) -> Self:

@@ -468,9 +468,7 @@ class Run:
     def images_for(self, subject: Subject) -> InputSpec:
         """Normalised for this subject, and as large as the larger model wants: each takes its own view of them."""
         other = self.teacher.input if self.teacher and subject.role != "teacher" else subject.input
-        channels, height, width = subject.input.size
-        size = channels, max(height, other.size[1]), max(width, other.size[2])
-        return replace(subject.input, size=size)
+        return subject.input.covering(other)
 
     def _train_epoch(self, loop: Loop, epoch: int) -> Row:
         journal, started = self.journal, time.perf_counter()

@@ -17,7 +17,7 @@ FLOORS = (
     {"objectives", "sharing", "data", "cache"},
     {"distiller"},
     {"recipe", "report"},
-    {"loop"},
+    {"loop", "evaluation", "exporting"},
     {"train"},
     {"audit"},
     {"cli"},

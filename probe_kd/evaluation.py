@@ -1,0 +1,504 @@
+"""Evaluation of a run: how right and how sure each of its models is, and how near the student came to its teacher.
+
+The loss of a distillation does not say whether the student improves (Stanton et al. 2021, arXiv 2106.05945); this does.
+Everything is summed up batch by batch, in float64, so memory does not grow with images times features.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassCalibrationError
+
+from probe_kd.adapters import Adapter, ImageView, pooled
+from probe_kd.data import loader
+from probe_kd.distiller import make_adapters
+from probe_kd.errors import DataError, RunError, nearest
+from probe_kd.models import build_model, load_weights, short
+from probe_kd.objectives import Comparison
+from probe_kd.probe import Probe
+from probe_kd.recipe import Plan, TeacherOptions, join, load, plan
+from probe_kd.report import Evaluation, Scores, Similarity
+from probe_kd.spec import InputSpec, Layout, Pair, Tap, Trace
+from probe_kd.tracing import trace
+
+Split = Literal["test", "train", "held_out"]
+Sums = dict[str, Tensor]
+BINS = 15  # of the calibration error, as in Guo et al. 2017
+_CONSTANT = 1e-12  # a variance below this share of the mean square is rounding: float32 features differ by 1e-7
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    weights: str | Path | None = None,
+    ema: bool = False,
+    split: Split = "test",
+    batch_size: int | None = None,
+    device: str | None = None,
+) -> Evaluation:
+    """Measure every model of a finished run, in eval mode, on images that are not augmented.
+
+    `run` is the folder that `probe-kd train` wrote. `weights` are evaluated instead of the student's own, `ema` takes
+    the moving averages of the students. `split` is `test`, `train`, or `held_out` (`data.holdout`). `batch_size` is the
+    recipe's, `device` what accelerate chooses, and the precision the recipe's, if not given.
+
+    Of each model, in the student's classes: top-1 and (of more than five classes) top-5 accuracy as shares in 0..1, the
+    negative log-likelihood in nats per image, and the expected calibration error (Guo et al. 2017, arXiv 1706.04599;
+    15 bins, l1). Of each student against the teacher, the one that trained with it where they share: how often both
+    give one answer, and KL(teacher || student) at temperature 1, in nats per image. Each model sees the images as it
+    was measured in training: normalised for it, and at its size.
+
+    Of each pair of layers: linear CKA (`linear_cka`) of one vector per image, the feature's mean over its positions
+    without class tokens; and where a loss compares the two after an adapter, what share of the variance of the
+    teacher's side the student's side explains (`explained_variance`), by the adapter as the end of its stage left it.
+    Both are of the student as it finally is, also for stages before the last. With `normalize: channel` the target is
+    standardised by the batch, as in training, so the share depends on its size.
+
+    Works in several processes (`accelerate launch`), each of which returns the whole. Raises RunError for a folder that
+    is no finished run, or a choice that it does not offer; RecipeError where its recipe no longer fits the data or the
+    models; WeightsError for weights that do not fit; DataError for labels that are no classes.
+    """
+    folder = Path(run)
+    recipe, student = _recipe_of(folder), _weights_of_student(folder, weights, ema=ema)
+    planned = plan(load(recipe))
+    images = _images(planned, split)
+    accelerator = Accelerator()
+    place = _place(accelerator, device)
+    compared = list(_compared(planned, folder, place))
+    subjects = [subject.to(place) for subject in _subjects(planned, folder, student, compared, ema=ema)]
+    meter = _Meter(subjects, compared, planned.datasets.num_classes, accelerator)
+    precision = planned.recipe.precision or accelerator.mixed_precision
+    for views, target in _batches(planned, images, subjects, accelerator, batch_size):
+        with torch.no_grad():
+            features = {}
+            for subject in subjects:
+                with _autocast(precision, place):
+                    features[subject.role] = subject.look(views[subject.images].to(place))
+            meter.update(features, target.to(place))
+    return meter.result(str(folder), split)
+
+
+def cka_sums(student: Float[Tensor, "batch m"], teacher: Float[Tensor, "batch n"]) -> Sums:
+    """What of a batch `linear_cka` needs. Those of all batches are added."""
+    ours, theirs = _exact(student), _exact(teacher)
+    return {
+        "images": ours.new_tensor(len(ours)),
+        "ours": ours.sum(0),
+        "theirs": theirs.sum(0),
+        "within_ours": ours.T @ ours,
+        "within_theirs": theirs.T @ theirs,
+        "between": ours.T @ theirs,
+    }
+
+
+def linear_cka(sums: Mapping[str, Tensor]) -> float:
+    """Linear centred kernel alignment of two features, from the `cka_sums` of all images.
+
+    `||X^T Y||^2 / (||X^T X|| ||Y^T Y||)` in Frobenius norms, where the rows of X and Y are the images, and their mean
+    over all images is taken out. Kornblith et al. 2019 (arXiv 1905.00414), eq. 5 and sec. 3 with linear kernels. It is
+    exact over the whole set, not a mean over batches: 1 for features that are equal up to rotation and scale. NaN
+    where one of the features is the same for every image.
+    """
+    ours, theirs = sums["ours"], sums["theirs"]
+    within_ours, within_theirs, between = (
+        sums[name] - torch.outer(left, right) / sums["images"]
+        for name, left, right in (
+            ("within_ours", ours, ours),
+            ("within_theirs", theirs, theirs),
+            ("between", ours, theirs),
+        )
+    )
+    for centred, raw in ((within_ours, sums["within_ours"]), (within_theirs, sums["within_theirs"])):
+        if not centred.trace() > _CONSTANT * raw.trace():
+            return float("nan")
+    return float(between.norm() ** 2 / (within_ours.norm() * within_theirs.norm()))
+
+
+def variance_sums(predicted: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]) -> Sums:
+    """What of a batch `explained_variance` needs. Those of all batches are added."""
+    wanted = _exact(target)
+    missed = wanted - _exact(predicted)
+    return {
+        "images": wanted.new_tensor(len(wanted)),
+        "wanted": wanted.sum(0),
+        "wanted_squared": wanted.square().sum(),
+        "missed": missed.sum(0),
+        "missed_squared": missed.square().sum(),
+    }
+
+
+def explained_variance(sums: Mapping[str, Tensor]) -> float:
+    """`1 - SSE / SST` from the `variance_sums` of all images: 1 where the target is met, 0 where its mean would do.
+
+    Both sums of squares are about their means over the images, per channel and position, and are added over these. So
+    a constant offset costs nothing, and less than 0 is worse than no prediction. NaN where the target is the same for
+    every image.
+    """
+    total, left = (
+        sums[f"{name}_squared"] - sums[name].square().sum() / sums["images"] for name in ("wanted", "missed")
+    )
+    if not total > _CONSTANT * sums["wanted_squared"]:
+        return float("nan")
+    return float(1 - left.clamp(min=0) / total)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have."""
+    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+
+
+def _add(total: Sums, more: Sums) -> Sums:
+    return {name: total[name] + value for name, value in more.items()} if total else more
+
+
+def _recipe_of(folder: Path) -> Path:
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file():
+        return recipe
+    beside = folder.absolute().parent
+    runs = [found.parent.name for found in beside.glob("*/recipe.yaml")] if beside.is_dir() else []
+    why = "it has no recipe.yaml" if folder.is_dir() else "a file" if folder.exists() else "there is none"
+    raise RunError(f"{folder} is not the folder of a run ({why}){nearest(folder.name, runs)}")
+
+
+def _weights_of_student(folder: Path, weights: str | Path | None, *, ema: bool) -> Path:
+    if weights is not None and ema:
+        raise RunError("`weights` and `ema` are two choices of the student's weights; give one of the two")
+    if weights is not None:
+        return Path(weights)
+    if not (folder / "student.safetensors").is_file():
+        raise _unfinished(folder, "student.safetensors")
+    if not ema:
+        return folder / "student.safetensors"
+    average = folder / "student-ema.safetensors"
+    if not average.is_file():
+        raise RunError(f"{folder} has no {average.name}: its recipe kept no moving average of the student")
+    return average
+
+
+def _unfinished(folder: Path, name: str) -> RunError:
+    return RunError(
+        f"the run in {folder} is not finished: it has no {name}; go on with it by probe-kd train RECIPE --out {folder} "
+        "--resume"
+    )
+
+
+def _place(accelerator: Accelerator, device: str | None) -> torch.device:
+    if device is None:
+        chosen: torch.device = accelerator.device
+        return chosen
+    if accelerator.num_processes > 1:
+        raise RunError(f"device {device!r}: of several processes each has its own; leave it out")
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place).item()
+    except Exception as refusal:  # torch's errors for devices are of many kinds
+        raise RunError(f"device {device!r} cannot be used here: {short(refusal)}") from None
+    return place
+
+
+def _images(planned: Plan, split: Split) -> Dataset[Any]:
+    if split not in get_args(Split):
+        raise RunError(f"split {split!r}: expected one of {', '.join(map(repr, get_args(Split)))}")
+    found: Dataset[Any] | None = getattr(planned.datasets, split)
+    if found is None:
+        raise RunError("this run held no training images out; `data: {holdout: 0.1}` in a recipe does")
+    return found
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """One model that is measured.
+
+    `images` is how they are loaded for it, `output` the tap of its answer, `pools` what makes one vector of an image of
+    each feature that is compared, and `classes` are the answers that count, where not all do.
+    """
+
+    role: str
+    name: str
+    weights: str
+    probe: Probe
+    view: ImageView
+    images: InputSpec
+    output: Tap
+    pools: Mapping[Tap, nn.Module]
+    classes: tuple[int, ...] | None = None
+
+    def to(self, place: torch.device) -> Self:
+        self.probe.model.to(place)
+        self.view.to(place)
+        return self
+
+    def look(self, images: Tensor) -> dict[Tap, Tensor]:
+        return {tap: feature.float() for tap, feature in self.probe(self.view(images)).items()}
+
+    def logits(self, features: Mapping[Tap, Tensor]) -> Float[Tensor, "batch classes"]:
+        logits = features[self.output]
+        return logits if self.classes is None else logits[:, list(self.classes)]
+
+    @property
+    def learns(self) -> bool:
+        """Whether it is a student, to be held against the teacher."""
+        return self.role.startswith("student")
+
+
+@dataclass
+class _Compared:
+    """One row of the table of pairs, with its sums. Where it has no adapter, `why` says the reason."""
+
+    pair: Pair
+    stage: str = ""
+    loss: str = ""
+    comparison: Comparison | None = None
+    reads: str = ""
+    adapter: Adapter | None = None
+    why: str = "no loss compares it"
+    sums: Sums = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        return self.comparison.pairs if self.comparison else (self.pair,)
+
+    @property
+    def of_matrices(self) -> bool:
+        return self.reads in ("flows", "grams")
+
+    def update(self, ours: Mapping[Tap, Tensor], theirs: Mapping[Tap, Tensor], kept: int) -> None:
+        if self.adapter is None:
+            return
+        sides: Any = [[ours[pair.student] for pair in self.pairs], [theirs[pair.teacher] for pair in self.pairs]]
+        if not self.of_matrices:
+            sides = [side[0] for side in sides]
+        predicted, wanted = self.adapter(*sides)
+        self.sums = _add(self.sums, variance_sums(predicted[:kept], wanted[:kept]))
+
+
+def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Compared]:
+    """Every comparison of layers in every stage, and the pairs of the recipe that are in none."""
+    used = set[Pair]()
+    for index, (stage, objectives) in enumerate(zip(planned.recipe.stages, planned.objectives, strict=True)):
+        if planned.teacher is None or not any(objective.resolved.reads_layers for objective in objectives):
+            continue
+        adapters = make_adapters(objectives, planned.trained, planned.teacher, planned.class_map).to(place).eval()
+        file = folder / f"adapters-{index}.safetensors"
+        if adapters.state_dict() and file.is_file():
+            load_weights(adapters, file)
+        for objective, made in zip(objectives, adapters.children(), strict=True):
+            if not objective.resolved.reads_layers:
+                continue
+            for comparison, adapter in zip(objective.comparisons, made.children(), strict=True):
+                assert isinstance(adapter, Adapter)
+                used |= set(comparison.pairs)
+                reads, why = objective.resolved.reads, ""
+                if reads == "maps":
+                    why = "each side keeps its own channels"
+                elif adapter.parameter_count and not file.is_file():
+                    why = f"the run has no {file.name}"
+                row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, reads, adapter, why)
+                yield replace(row, adapter=None) if why else row
+    yield from (_Compared(pair) for pair in planned.pairs if pair not in used)
+
+
+def _subjects(
+    planned: Plan, folder: Path, student: Path, compared: Sequence[_Compared], *, ema: bool
+) -> Iterator[_Subject]:
+    """The student first, then what there is of the student alone, the teacher, and the teacher alone."""
+    pairs = [pair for item in compared for pair in (item.pair, *item.pairs)]
+    ours, theirs = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+    given, wanted = planned.student_input, planned.teacher_input
+    shown = student.name if student.parent == folder else str(student)
+    other = wanted or given
+    yield _subject("student", planned.trained.model, _student(planned, student), shown, (given, other), ours)
+    alone = folder / "student-alone.safetensors"
+    average = folder / "student-alone-ema.safetensors"
+    alone = average if ema and average.is_file() else alone
+    if alone.is_file():
+        plain = replace(given, size=planned.student.input_size)  # a graft sees what its teacher sees
+        model = _loaded(_built(planned.student), alone)
+        taps = [] if planned.grown else ours
+        yield _subject("student alone", planned.student.model, model, alone.name, (plain, other), taps)
+    options, known = planned.recipe.teacher, planned.teacher
+    if options is None or known is None or wanted is None:
+        return
+    trained = planned.recipe.share is not None or options.train is not None
+    model, shown = _teacher(known, options, folder, "teacher", trained=trained)
+    teacher = _subject("teacher", known.model, model, shown, (wanted, wanted), theirs)
+    yield replace(teacher, classes=planned.class_map)
+    if planned.recipe.share:
+        given_weights = options.pretrained or options.checkpoint is not None
+        model, shown = _teacher(known, options, folder, "teacher alone", trained=not given_weights)
+        yield _subject("teacher alone", known.model, model, shown, (wanted, wanted), [])
+
+
+def _subject(
+    role: str, name: str, model: nn.Module, weights: str, sees: tuple[InputSpec, InputSpec], taps: Sequence[Tap]
+) -> _Subject:
+    own, other = sees
+    # Traced anew, in eval mode: a model may answer otherwise than in training, and overwrite other features.
+    seen = trace(model.eval(), own.size)
+    specs = {spec.tap: spec for spec in (seen.output, *(seen[tap] for tap in taps))}
+    pools = {tap: pooled(seen[tap]) for tap in dict.fromkeys(taps) if seen[tap].layout is not Layout.OTHER}
+    probe = Probe(model, specs.values())
+    return _Subject(role, name, weights, probe, ImageView(own, own), own.covering(other), seen.output.tap, pools)
+
+
+def _built(known: Trace, *, pretrained: bool = False) -> nn.Module:
+    return build_model(known.model, known.model_kwargs, pretrained=pretrained)
+
+
+def _loaded(model: nn.Module, path: str | Path) -> nn.Module:
+    load_weights(model, path)
+    return model
+
+
+def _student(planned: Plan, path: Path) -> nn.Module:
+    """As it was trained. What it shared with a teacher, but for a graft's layers, it has as its own by now."""
+    student, share = _built(planned.student), planned.recipe.share
+    if share is not None and share.form == "graft" and planned.teacher is not None:
+        student, _ = join(share, student, _built(planned.teacher), planned.student, planned.teacher)
+    return _loaded(student, path)
+
+
+def _teacher(known: Trace, options: TeacherOptions, folder: Path, role: str, *, trained: bool) -> tuple[nn.Module, str]:
+    """With the weights that the run wrote, where it trains it, else those that it was given; and their name."""
+    file = folder / f"{role.replace(' ', '-')}.safetensors"
+    if file.is_file():
+        return _loaded(_built(known), file), file.name
+    if trained:
+        raise _unfinished(folder, file.name)
+    model = _built(known, pretrained=options.pretrained)
+    if options.checkpoint:
+        load_weights(model, options.checkpoint)
+    return model, options.checkpoint or "pretrained"
+
+
+def _batches(
+    planned: Plan, images: Dataset[Any], subjects: Sequence[_Subject], accelerator: Accelerator, size: int | None
+) -> Iterator[tuple[dict[InputSpec, Tensor], Tensor]]:
+    """The same images in every form that a model wants them in, with their labels."""
+    data = planned.recipe.data
+    options = data.model_copy(update={"batch_size": size or data.batch_size})
+    forms = list(dict.fromkeys(subject.images for subject in subjects))
+    loaders = [accelerator.prepare_data_loader(loader(images, options, form, training=False)) for form in forms]
+    for batches in zip(*loaders, strict=True):
+        yield dict(zip(forms, (seen for seen, _ in batches), strict=True)), batches[0][1]
+
+
+def _autocast(precision: str, place: torch.device) -> AbstractContextManager[Any]:
+    """As accelerate has it in training; in full where a CPU evaluates what a GPU trained in float16."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    if kind is None or (kind is torch.float16 and place.type == "cpu"):
+        return nullcontext()
+    return torch.autocast(place.type, kind)
+
+
+class _Meter:
+    """All sums over the images so far."""
+
+    def __init__(
+        self, subjects: Sequence[_Subject], compared: Sequence[_Compared], classes: int, accelerator: Accelerator
+    ) -> None:
+        self.subjects, self.compared, self.classes, self.accelerator = subjects, compared, classes, accelerator
+        self.answers: dict[str, Sums] = {subject.role: {} for subject in subjects}
+        # It would gather again what is gathered, so it is told not to.
+        options: dict[str, Any] = {"n_bins": BINS, "norm": "l1", "validate_args": False, "sync_on_compute": False}
+        self.calibration = {role: MulticlassCalibrationError(classes, **options) for role in self.answers}
+        self.pools = {subject.role: subject.pools for subject in subjects}
+        self.alike: dict[tuple[str, Pair], Sums] = {
+            (subject.role, item.pair): {}
+            for item in compared
+            for subject in subjects
+            if subject.learns
+            and item.pair.student in subject.pools
+            and item.pair.teacher in self.pools.get("teacher", {})
+        }
+
+    def update(self, features: Mapping[str, Mapping[Tap, Tensor]], target: Int[Tensor, " batch"]) -> None:
+        logits = {subject.role: subject.logits(features[subject.role]) for subject in self.subjects}
+        self._answer(*self.accelerator.gather_for_metrics((logits, target)))
+        kept = self._kept(target)
+        for item in self.compared:
+            item.update(features["student"], features["teacher"], kept)
+        for (role, pair), sums in self.alike.items():
+            ours = self.pools[role][pair.student](features[role][pair.student])
+            theirs = self.pools["teacher"][pair.teacher](features["teacher"][pair.teacher])
+            self.alike[role, pair] = _add(sums, cka_sums(ours[:kept], theirs[:kept]))
+
+    def _answer(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
+        wrong = target[(target < 0) | (target >= self.classes)]
+        if len(wrong):
+            raise DataError(f"label {int(wrong[0])} of an image is none of the {self.classes} classes")
+        for subject in self.subjects:
+            role, ours = subject.role, _exact(logits[subject.role])
+            theirs = _exact(logits["teacher"]) if subject.learns and "teacher" in logits else None
+            self.answers[role] = _add(self.answers[role], _answer_sums(ours, target.to(ours.device), theirs))
+            # As probabilities: logits that happen to lie in 0..1 would be taken for such.
+            self.calibration[role].to(ours.device).update(ours.softmax(1), target.to(ours.device))
+
+    def _kept(self, target: Tensor) -> int:
+        """How many images of this process count: the last batch is filled up with some that were there before."""
+        if self.accelerator.num_processes == 1:
+            return len(target)
+        first, end = (len(target) * (self.accelerator.process_index + more) for more in (0, 1))
+        places = self.accelerator.gather_for_metrics(torch.arange(first, end, device=target.device))
+        return int(((places >= first) & (places < end)).sum())
+
+    def result(self, run: str, split: str) -> Evaluation:
+        images = {int(sums["images"]) for sums in self.answers.values() if sums}
+        if not images:
+            raise DataError(f"there are no images in the split {split!r}")
+        scores = tuple(self._scores(subject) for subject in self.subjects)
+        alike = {key: _defined(linear_cka(self.accelerator.reduce(sums, "sum"))) for key, sums in self.alike.items()}
+        rows = tuple(self._similarity(item, alike) for item in self.compared)
+        return Evaluation(run, split, images.pop(), scores, rows)
+
+    def _scores(self, subject: _Subject) -> Scores:
+        sums = self.answers[subject.role]
+        means = {name: float(total / sums["images"]) for name, total in sums.items() if name != "images"}
+        error = float(self.calibration[subject.role].compute())
+        return Scores(subject.role, subject.name, subject.weights, calibration_error=error, **means)
+
+    def _similarity(self, item: _Compared, alike: Mapping[tuple[str, Pair], float | None]) -> Similarity:
+        own, alone = (alike.get((role, item.pair)) for role in ("student", "student alone"))
+        explained = _defined(explained_variance(self.accelerator.reduce(item.sums, "sum"))) if item.sums else None
+        notes = [item.why] * bool(item.why)
+        if item.sums and explained is None:
+            notes.append("the teacher's side is the same for every image")
+        elif item.sums and item.of_matrices:
+            notes.append(f"explains the matrix of {item.comparison}")
+        if own is None and ("student", item.pair) in alike:
+            notes.append("one of both features is the same for every image")
+        elif own is None:
+            notes.append("one of both is no feature of single images")
+        student, teacher = (str(tap) or "output" for tap in (item.pair.student, item.pair.teacher))
+        return Similarity(item.stage, item.loss, student, teacher, own, alone, explained, "; ".join(notes))
+
+
+def _answer_sums(ours: Tensor, target: Tensor, theirs: Tensor | None) -> Sums:
+    """What of a batch of logits the scores need; `theirs` are the teacher's."""
+    log = ours.log_softmax(1)
+    sums = {
+        "images": ours.new_tensor(len(ours)),
+        "top1": (ours.argmax(1) == target).sum(),
+        "nll": F.nll_loss(log, target, reduction="sum"),
+    }
+    if ours.shape[1] > 5:
+        sums["top5"] = (ours.topk(5, 1).indices == target[:, None]).sum()
+    if theirs is not None:
+        sums["agreement"] = (ours.argmax(1) == theirs.argmax(1)).sum()
+        sums["kl"] = F.kl_div(log, theirs.log_softmax(1), reduction="sum", log_target=True)
+    return sums
+
+
+def _defined(value: float | None) -> float | None:
+    return None if value is None or not isfinite(value) else value
