@@ -26,6 +26,7 @@ _HOME = {
     "Schedule": "spec",
     "Sharing": "sharing",
     "adapt": "adapters",
+    "export": "exporting",
     "freeze": "surgery",
     "graft": "sharing",
     "load_student": "sharing",
@@ -55,6 +56,7 @@ __all__ = [
     "Trace",
     "__version__",
     "adapt",
+    "export",
     "freeze",
     "graft",
     "load_student",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from probe_kd.adapters import Adapter, adapt
     from probe_kd.distiller import Distiller
     from probe_kd.errors import ProbeKDError
+    from probe_kd.exporting import export
     from probe_kd.losses import LOSSES, Loss
     from probe_kd.matching import match
     from probe_kd.objectives import Objective

@@ -16,10 +16,16 @@ FLOORS = (
     {"tracing", "adapters", "matching"},
     {"objectives", "sharing", "data"},
     {"distiller"},
-    {"recipe", "train", "report"},
+    {"recipe", "train", "report", "exporting"},
     {"cli"},
 )
-NEIGHBOURS = {("spec", "errors"), ("report", "recipe"), ("train", "recipe"), ("train", "report")}  # from, to
+NEIGHBOURS = {
+    ("spec", "errors"),
+    ("report", "recipe"),
+    ("train", "recipe"),
+    ("train", "report"),
+    ("exporting", "recipe"),
+}  # from, to
 ROOMS = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem != "__init__")
 
 
