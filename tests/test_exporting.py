@@ -1,6 +1,7 @@
 """Exports: what a stranger with plain timm, or with onnxruntime, makes of the folder."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -149,6 +150,20 @@ def test_what_timm_pushes_to_the_hub_is_the_same_again(tmp_path: Path) -> None:
     images = torch.randn(2, 1, 24, 24)
     assert torch.equal(first(images), second(images))
     assert timm.data.resolve_model_data_config(first) == timm.data.resolve_model_data_config(second)
+
+
+def test_what_the_card_shows_runs_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = write_run(tmp_path / "run", "resnet10t", SMALL, (1, 32, 32), ", crop_pct: 1.0, mean: [0.5], std: [0.25]")
+    export(tmp_path / "run", tmp_path / "out")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "out" / "image.png")
+    monkeypatch.chdir(tmp_path / "out")
+    shown: dict[str, Any] = {}
+    (block,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    exec(block, shown)
+    grey = np.asarray(Image.fromarray(pixels).convert("L"), dtype=np.float32)
+    expected = module(torch.from_numpy((grey / 255 - 0.5) / 0.25)[None, None]).detach()
+    np.testing.assert_allclose(shown["logits"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_subject_of_a_real_run(tmp_path: Path) -> None:
