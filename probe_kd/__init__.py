@@ -27,6 +27,7 @@ _HOME = {
     "Sharing": "sharing",
     "adapt": "adapters",
     "evaluate": "evaluation",
+    "export": "exporting",
     "freeze": "surgery",
     "graft": "sharing",
     "load_student": "sharing",
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "adapt",
     "evaluate",
+    "export",
     "freeze",
     "graft",
     "load_student",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from probe_kd.distiller import Distiller
     from probe_kd.errors import ProbeKDError
     from probe_kd.evaluation import evaluate
+    from probe_kd.exporting import export
     from probe_kd.losses import LOSSES, Loss
     from probe_kd.matching import match
     from probe_kd.objectives import Objective

@@ -247,6 +247,46 @@ def evaluate(
         console.print(similarity_table(found))
 
 
+class SubjectChoice(StrEnum):
+    student = "student"
+    student_alone = "student-alone"
+    teacher = "teacher"
+    teacher_alone = "teacher-alone"
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; new, or empty.")],
+    subject: Annotated[SubjectChoice, typer.Option(help="Which model of the run.")] = SubjectChoice.student,
+    ema: Annotated[bool, typer.Option("--ema", help="The moving average of its weights.")] = False,
+    reparameterize: Annotated[
+        bool, typer.Option("--reparameterize", help="Merge the branches and norms that only training needs.")
+    ] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also model.onnx, checked by onnxruntime.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former export.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model of a run as a folder that plain timm loads, once it has been loaded and gave the same answers.
+
+    config.json, model.safetensors and README.md: `local-dir:` for timm, or to be uploaded to the Hugging Face hub.
+    """
+    from probe_kd.exporting import export as write
+
+    options = {"ema": ema, "reparameterize": reparameterize, "onnx": onnx, "overwrite": overwrite}
+    done = write(run, output, subject=subject.value, **options)
+    if as_json:
+        print(json.dumps(asdict(done), indent=1))
+        return
+    print(f"{done.weights} ({done.model}) -> {done.folder}: {', '.join(done.files)}")
+    for who, apart in (("timm", done.difference), ("onnxruntime", done.onnx_difference)):
+        if apart is not None:
+            print(f"{who} answers as the run did: logits up to {done.largest_logit:.3g} differ by at most {apart:.2g}")
+    print("\n".join([f"compared on {done.images}", *(f"note: {note}" for note in done.notes)]))
+    if done.difference is not None:
+        print(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
+
+
 def _again(recipe: Path, out: Path | None, seed: int | None) -> str:
     options = [f"--out {out}"] * (out is not None) + [f"--seed {seed}"] * (seed is not None)
     return " ".join(["probe-kd train", str(recipe), *options, "--resume"])

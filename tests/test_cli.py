@@ -131,7 +131,8 @@ def test_match_writes_a_recipe_that_runs(command: Command, tmp_path: Path) -> No
         assert part in result.stdout
     left = {file.name for file in (tmp_path / "runs" / "r").iterdir()}
     weights = {"teacher.safetensors", "student-alone.safetensors", "student.safetensors"}
-    assert left == weights | {"recipe.yaml", "metrics.csv", "curves.png", "summary.json"}
+    weights |= {"adapters-0.safetensors"}
+    assert left == weights | {"recipe.yaml", "metrics.csv", "summary.csv", "curves.png", "summary.json"}
     line = next(line for line in result.stdout.splitlines() if "timm.create_model(" in line)
     code = f"import timm; print(sum(p.numel() for p in {line.strip()}.parameters()))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

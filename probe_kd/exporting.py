@@ -1,0 +1,573 @@
+"""Export: from the folder of a run to one that plain timm loads, and that has been loaded before it is handed over.
+
+The folder is written beside its place, loaded back, compared with the model as it was trained, and only then named: a
+folder that is there gives the right answers.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from probe_kd import __version__
+from probe_kd.data import Datasets, loader, open_datasets
+from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest
+from probe_kd.models import build_on_meta, read_header, save_weights, short
+from probe_kd.recipe import ModelOptions, Recipe, dump, load
+from probe_kd.sharing import load_student
+from probe_kd.spec import InputSpec
+
+SUBJECTS = ("student", "student-alone", "teacher", "teacher-alone")
+WEIGHTS, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
+FILES = (CONFIG, WEIGHTS, CARD, ONNX, f"{ONNX}.data")  # the last where a model is larger than an ONNX file may be
+MARK = "- probe-kd\n"  # a tag of the card: of the folders with a README.md, ours
+# The largest differences that are rounding, as shares of the largest value. Loaded weights give the same bits; where
+# the order of sums has changed, ten thousand times float32's precision is still far below what a mistake makes.
+SAME, FUSED = 1e-5, 1e-3
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how near it is to the model as it was trained.
+
+    `difference` is the largest between two logits on `images`, of the trained model and of the one that timm loads from
+    the folder (None where timm cannot load it), and `onnx_difference` that of onnxruntime (None without ONNX); they are
+    in the units of the logits, of which `largest_logit` is the largest. `notes` tell what a user has to know besides.
+    """
+
+    folder: str
+    weights: str
+    subject: str
+    model: str
+    model_kwargs: dict[str, Any]
+    files: tuple[str, ...]
+    images: str
+    largest_logit: float
+    difference: float | None
+    onnx_difference: float | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A subject of a finished run: its model in eval mode, and what it was evaluated on."""
+
+    run: Path
+    recipe: Recipe
+    subject: str
+    weights: Path
+    about: Mapping[str, Any]
+    module: nn.Module
+    given: InputSpec
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return dict(self.about["model_kwargs"])
+
+    @property
+    def why_not_timm(self) -> str:
+        """Why no config of timm can stand for this model; empty where one can."""
+        name = str(self.about["model"])
+        if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+            return f"is built by your own {name}, which timm does not know"
+        return ""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Images as the model was evaluated on, with the pictures they were made from, and the names of the classes."""
+
+    images: Tensor
+    said: str
+    pictures: Sequence[Image.Image] = ()
+    classes: Sequence[str] = ()
+
+
+@dataclass
+class _Written:
+    """What has been put into the folder so far."""
+
+    module: nn.Module  # what stands in ONNX
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    difference: float | None = None
+    onnx_difference: float | None = None
+
+
+def export(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    subject: str = "student",
+    ema: bool = False,
+    reparameterize: bool = False,
+    onnx: bool = False,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a model of a finished run to `folder`, from which `timm.create_model("local-dir:FOLDER", pretrained=True)`
+    builds it with its weights, and `timm.data` its preprocessing.
+
+    `subject` is one of `SUBJECTS`; `ema` takes the moving average of its weights; `reparameterize` merges branches and
+    batch norms that are only of use in training (timm's `reparameterize_model`); `onnx` adds `model.onnx`, float32,
+    from normalised images (batch, channels, height, width) to logits (batch, classes). A model of your own function
+    has no config of timm, and with `onnx` is written as that alone. `overwrite` replaces a former export
+    and nothing else.
+
+    Raises RunError for a run that is not there, not finished or without these weights, a folder that is not free, a
+    model that cannot be exported in this form, and answers that are not those of the trained model, of which nothing is
+    left; WeightsError for weights that cannot be read or are of another model; RecipeError for an unreadable recipe.
+    """
+    run, folder = Path(run), Path(folder)
+    if onnx:
+        _check_onnx()
+    try:
+        _check_place(folder, overwrite)
+    except OSError as refusal:
+        raise RunError(f"cannot look into {folder}: {refusal.strerror}") from refusal
+    trained = _read(run, subject, ema)
+    if trained.why_not_timm and not onnx:
+        raise RunError(
+            f"{trained.weights} {trained.why_not_timm}. probe_kd.load_student({str(trained.weights)!r}) builds it; "
+            "--onnx exports it as ONNX alone, which needs neither timm nor your code"
+        )
+    sample = _sample(trained)
+    with _beside(folder) as aside, torch.no_grad():
+        expected = _logits(trained.module, sample.images)
+        written = _Written(trained.module, trained.kwargs)
+        if reparameterize:
+            _fuse(written, trained)
+        if not trained.why_not_timm:
+            _write_timm(written, trained, sample, expected, aside, onnx=onnx)
+        else:
+            written.notes.append(f"the model {trained.why_not_timm}: the folder holds ONNX alone")
+        if onnx:
+            written.onnx_difference = _write_onnx(written.module, sample.images, expected, aside / ONNX)
+        (aside / CARD).write_text(_card(trained, written, folder.resolve().name), encoding="utf-8")
+        files = tuple(name for name in FILES if (aside / name).exists())
+    return Exported(
+        folder=str(folder),
+        weights=str(trained.weights),
+        subject=subject,
+        model=str(trained.about["model"]),
+        model_kwargs=written.kwargs,
+        files=files,
+        images=sample.said,
+        largest_logit=expected.abs().max().item(),
+        difference=written.difference,
+        onnx_difference=written.onnx_difference,
+        notes=tuple(written.notes),
+    )
+
+
+def _read(run: Path, subject: str, ema: bool) -> _Trained:
+    if subject not in SUBJECTS:
+        raise RunError(f"subject {subject!r}; expected one of {', '.join(SUBJECTS)}{nearest(subject, SUBJECTS)}")
+    if not (run / "recipe.yaml").is_file():
+        hint = "; give the folder that its run wrote, as runs/NAME" if run.is_file() else ""
+        there = "it has no recipe.yaml" if run.is_dir() else "it is not a folder" if run.exists() else "it is not there"
+        raise RunError(f"{run} is not the folder of a run: {there}{hint}")
+    recipe = load(run / "recipe.yaml").recipe
+    weights = run / f"{subject}{'-ema' * ema}.safetensors"
+    if not weights.is_file():
+        raise RunError(_why_missing(run, weights, subject, ema))
+    about = read_header(weights)
+    options = recipe.teacher if subject.startswith("teacher") else recipe.student
+    _check_header(weights, about, options, subject)
+    if "graft" in about:
+        raise RunError(
+            f"{weights} is a graft, the last layers of {recipe.student.model} on the first of another model. timm has "
+            "no name for it, so no config can say how it is built. Use it by probe_kd.load_student(FILE), or distil it "
+            "into a student that timm knows"
+        )
+    module = load_student(weights)
+    return _Trained(run, recipe, subject, weights, about, module, _evaluated_on(recipe, subject, module))
+
+
+def _why_missing(run: Path, weights: Path, subject: str, ema: bool) -> str:
+    if any(run.glob("checkpoint*")):
+        return f"{run} is not finished, and has no {weights.name} yet; go on with `probe-kd train ... --resume`"
+    found = sorted(file.name for file in run.glob("*.safetensors") if file.stem.removesuffix("-ema") in SUBJECTS)
+    has = f"it has {', '.join(found)}" if found else "it has no weights at all"
+    if ema and f"{subject}.safetensors" in found:
+        return f"{run} kept no moving average of the {subject} ({weights.name}): {has}; leave --ema out"
+    untrained = "; a teacher that came with its weights was not trained here" * subject.startswith("teacher")
+    return f"{run} has no {weights.name}: {has}{untrained}"
+
+
+def _check_header(weights: Path, about: Mapping[str, Any], options: ModelOptions | None, subject: str) -> None:
+    if options is None:
+        raise WeightsError(f"{weights} is of a {subject}, and the recipe of its run has none")
+    if "model" not in about:
+        raise WeightsError(f"{weights} does not tell which model it is of; it was not written by probe-kd")
+    wanted = options.model, options.model_kwargs
+    if "graft" not in about and (about["model"], about["model_kwargs"]) != wanted:
+        given, expected = (_call(name, kwargs) for name, kwargs in ((about["model"], about["model_kwargs"]), wanted))
+        raise WeightsError(f"{weights} is of another model: of {given}, and the run's recipe.yaml says {expected}")
+
+
+def _call(name: str, kwargs: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in kwargs.items())})"
+
+
+def _evaluated_on(recipe: Recipe, subject: str, module: nn.Module) -> InputSpec:
+    """As the plan of the recipe says it: the recipe's numbers, else those of timm's config for the model.
+
+    A run with a graft normalises the images for the teacher, also those that the student alone is compared on.
+    """
+    data, teacher = recipe.data, recipe.teacher
+    grafted = recipe.share is not None and recipe.share.form == "graft"
+    mean, std, size = data.mean, data.std, data.input_size
+    if teacher is not None and (grafted or subject.startswith("teacher")):
+        mean, std = teacher.mean, teacher.std
+        if subject.startswith("teacher"):
+            size = teacher.input_size or size
+        module = build_on_meta(teacher.model, teacher.model_kwargs)
+    own = InputSpec.of(module, size)
+    channels = size[0]
+    given = InputSpec(size, mean or own.mean, std or own.std)
+    return replace(given, mean=(given.mean * channels)[:channels], std=(given.std * channels)[:channels])
+
+
+def _sample(trained: _Trained, count: int = 16) -> _Sample:
+    """The first test images of the run; random ones where its data cannot be read any more."""
+    data = trained.recipe.data.model_copy(update={"download": False, "holdout": 0.0, "batch_size": count, "workers": 0})
+    try:
+        datasets = open_datasets(data)
+        batch = next(iter(loader(datasets.test, data, trained.given, training=False)))
+        images: Tensor = batch[0]
+    except (ProbeKDError, OSError, StopIteration) as refusal:
+        images = torch.randn(count, *trained.given.size, generator=torch.Generator().manual_seed(0))
+        return _Sample(images, f"{count} random images, since the data of the run were not read ({short(refusal)})")
+    pictures = [datasets.test[index][0] for index in range(len(images))] if hasattr(datasets.test, "__len__") else []
+    return _Sample(images, f"{len(images)} test images", pictures, _class_names(datasets))
+
+
+def _class_names(datasets: Datasets) -> list[str]:
+    """What the dataset calls its classes, in the order of their indices; empty where it does not say."""
+    inner = getattr(datasets.test, "images", datasets.test)
+    for holder in (inner, getattr(inner, "reader", None)):
+        indices = getattr(holder, "class_to_idx", None)
+        names = sorted(indices, key=indices.__getitem__) if indices else getattr(holder, "classes", None)
+        if names and len(names) == datasets.num_classes:
+            return [str(name) for name in names]
+    return []
+
+
+def _logits(module: nn.Module, images: Tensor) -> Tensor:
+    answer = module(images)
+    if not isinstance(answer, Tensor):
+        raise RunError(f"the model answers with a {type(answer).__name__}; only one tensor of logits can be exported")
+    return answer
+
+
+def _apart(expected: Tensor, found: Tensor, allowed: float, who: str) -> float:
+    """The largest difference. Raises RunError where it is more than rounding."""
+    if found.shape != expected.shape:
+        raise RunError(f"{who} gives {tuple(found.shape)} where the run gave {tuple(expected.shape)}; nothing is left")
+    apart, largest = (found - expected).abs().max().item(), expected.abs().max().item()
+    if not apart <= allowed * largest:  # also where either is no number
+        raise RunError(
+            f"{who} does not answer as the model did when it was trained: logits up to {largest:.3g} differ by up to "
+            f"{apart:.3g}, and rounding explains {allowed * largest:.1g}; nothing was exported"
+        )
+    return apart
+
+
+def _fuse(written: _Written, trained: _Trained) -> None:
+    """Reparameterise. Raises RunError where timm fails at it."""
+    from timm.utils.model import reparameterize_model
+
+    name = str(trained.about["model"])
+    try:
+        fused = reparameterize_model(trained.module).eval()
+    except Exception as refusal:  # the code of many models
+        raise RunError(f"timm cannot reparameterise {name}: {short(refusal)}; leave --reparameterize out") from refusal
+    if _shapes(fused) == _shapes(trained.module):
+        written.notes.append(f"{name} has nothing to reparameterise; it is exported as it was trained")
+    else:
+        written.module = fused
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def _write_timm(
+    written: _Written, trained: _Trained, sample: _Sample, expected: Tensor, aside: Path, *, onnx: bool
+) -> None:
+    """Config and weights, reparameterised where timm can load that, and loaded back as a stranger would."""
+    name, module, allowed = trained.about["model"], trained.module, SAME
+    loaded: nn.Module | None = None
+    if written.module is not module:
+        # Tried, not looked up: which models timm builds so, and whether it then reads their weights, is its affair.
+        kwargs = {**trained.kwargs, "inference_mode": True}
+        try:
+            loaded = _write_and_load(written.module, kwargs, trained, sample.classes, aside)
+        except RunError as refusal:
+            if not onnx:
+                raise RunError(_why_not_fused(name, refusal)) from refusal
+            note = f"{ONNX} is reparameterised, and {WEIGHTS} is not, since timm does not load that form of {name}"
+            written.notes.append(note)
+        else:
+            written.kwargs, allowed = kwargs, FUSED
+            written.notes.append("reparameterised, for inference; to train on, export it as it was trained")
+    if loaded is None:
+        loaded = _write_and_load(module, trained.kwargs, trained, sample.classes, aside)
+    written.difference = _apart(expected, _logits(loaded, sample.images), allowed, f"{name}, as timm loads it,")
+    _check_preprocessing(loaded, sample, trained)
+    written.notes += _larger_teacher(trained)
+
+
+def _why_not_fused(name: str, refusal: Exception) -> str:
+    return (
+        f"timm reparameterises {name}, but does not load it in that form (`inference_mode`): {short(_root(refusal))}. "
+        f"Leave --reparameterize out, or add --onnx: then {ONNX} is reparameterised, and {WEIGHTS} is not"
+    )
+
+
+def _write_and_load(
+    module: nn.Module, kwargs: Mapping[str, Any], trained: _Trained, classes: Sequence[str], aside: Path
+) -> nn.Module:
+    """The model that timm makes of what is written. Raises RunError where it does not."""
+    import timm
+
+    name = str(trained.about["model"])
+    try:
+        _write_config(module, kwargs, trained, classes, aside / CONFIG)
+        save_weights(module, aside / WEIGHTS, {"model": name, "model_kwargs": dict(kwargs), "probe_kd": __version__})
+        loaded: nn.Module = timm.create_model(f"local-dir:{aside}", pretrained=True)
+    except Exception as refusal:  # timm's own, of many kinds
+        raise RunError(f"timm does not load {name} from what it wrote: {short(refusal)}; nothing is left") from refusal
+    return loaded.eval()
+
+
+def _write_config(
+    module: nn.Module, kwargs: Mapping[str, Any], trained: _Trained, classes: Sequence[str], path: Path
+) -> None:
+    from timm.data.constants import DEFAULT_CROP_PCT
+    from timm.models._hub import save_config_for_hf  # `save_for_hf` fails on weights that have two names, as CoaT's
+
+    data, given = trained.recipe.data, trained.given
+    own: Any = module.pretrained_cfg
+    # Of timm's own config only what is true of the architecture: licence, notes and tag are of other weights.
+    kept = ("architecture", "fixed_input_size", "first_conv", "classifier")
+    config = {key: own[key] for key in kept if key in own} | {
+        "num_classes": module.num_classes,
+        "input_size": given.size,
+        "mean": given.mean,
+        "std": given.std,
+        "interpolation": "bicubic" if data.interpolation == "random" else data.interpolation,
+        "crop_pct": data.crop_pct or DEFAULT_CROP_PCT,
+        "crop_mode": "center",
+        "custom_load": False,  # or a model whose first weights were JAX's would take ours for such
+    }
+    module.pretrained_cfg = config  # type: ignore[assignment]
+    about = {"version": __version__, "subject": trained.subject, "weights": trained.weights.name}
+    names = {"label_names": list(classes)} if len(classes) == module.num_classes else {}
+    save_config_for_hf(
+        module, str(path), model_config={**names, "probe_kd": about}, model_args=_architecture_of(kwargs)
+    )
+
+
+def _architecture_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what the config says elsewhere, what is not the model's, and dropout, which is of one training."""
+    elsewhere = {
+        "num_classes",
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "checkpoint_path",
+        "cache_dir",
+    }
+    dropout = ("drop_rate", "drop_path_rate", "drop_block_rate")
+    return {key: value for key, value in kwargs.items() if key not in elsewhere and not key.endswith(dropout)}
+
+
+def _check_preprocessing(loaded: nn.Module, sample: _Sample, trained: _Trained) -> None:
+    """What timm makes of the pictures by the config alone is what the model was evaluated on."""
+    from timm.data import create_transform, resolve_model_data_config
+
+    if not sample.pictures:
+        return
+    transform = create_transform(**resolve_model_data_config(loaded))
+    mode = "L" if trained.given.size[0] == 1 else "RGB"
+    seen = torch.stack([transform(picture.convert(mode)) for picture in sample.pictures])
+    _apart(sample.images, seen, SAME, "timm's transform, made from the config,")
+
+
+def _larger_teacher(trained: _Trained) -> list[str]:
+    """The loop makes one view of an image, as large as the larger model wants, and resizes it for the other."""
+    recipe = trained.recipe
+    if recipe.teacher is None or recipe.teacher.input_size is None or trained.subject.startswith("teacher"):
+        return []
+    theirs, ours = recipe.teacher.input_size[1:], trained.given.size[1:]
+    if theirs[0] <= ours[0] and theirs[1] <= ours[1]:
+        return []
+    sizes = ["x".join(map(str, size)) for size in (theirs, ours)]
+    return [
+        f"the run made its images {sizes[0]}, as the teacher wants them, and resized them to {sizes[1]}; timm's "
+        "transform makes them so at once, and the accuracy may differ a little"
+    ]
+
+
+def _check_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise RunError(f"--onnx needs {', '.join(missing)}: pip install 'probe-kd[onnx]'")
+
+
+def _write_onnx(module: nn.Module, images: Tensor, expected: Tensor, path: Path) -> float:
+    """Write ONNX whose batch is free, and ask onnxruntime at two batch sizes. Returns the largest difference."""
+    import onnxruntime
+
+    try:
+        program = torch.onnx.export(
+            module,
+            (images[:2],),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+        assert program is not None
+        program.save(path)
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        answers = [session.run(["logits"], {"images": some.numpy()})[0] for some in (images[:1], images)]
+    except Exception as refusal:  # the exporter's and the runtime's, of many kinds
+        why = short(_root(refusal))
+        raise RunError(f"torch cannot export this model to ONNX: {why}; leave --onnx out") from refusal
+    pairs = zip((expected[:1], expected), map(torch.from_numpy, answers), strict=True)
+    return max(_apart(wanted, found, FUSED, "onnxruntime") for wanted, found in pairs)
+
+
+def _root(error: BaseException) -> BaseException:
+    """What it was raised from: the exporter's own text is advice for its developers."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
+def _check_place(folder: Path, overwrite: bool) -> None:
+    """Nothing is replaced but a former export, and only when that was asked for."""
+    if folder.is_file():
+        raise RunError(f"{folder} is a file; give a folder to -o")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    foreign = sorted(file.name for file in folder.iterdir() if file.name not in FILES)
+    card = folder / CARD
+    if foreign or not card.is_file() or MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        holds = f"holds {', '.join(foreign[:3])}" if foreign else "was not written by an export"
+        raise RunError(f"{folder} is not empty and {holds}; it will not be overwritten, so choose another -o")
+    if not overwrite:
+        raise RunError(f"{folder} holds a former export; --overwrite replaces it")
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """A folder that takes the place of `folder` at the end, or leaves no trace where something fails."""
+    folder = folder.resolve()
+    aside, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
+    try:
+        try:
+            aside.mkdir(parents=True)
+            yield aside
+            if folder.exists():
+                folder.rename(old)
+            aside.rename(folder)
+        except OSError as refusal:
+            raise RunError(f"cannot write to {folder}: {refusal.strerror or refusal}") from refusal
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not folder.exists():  # stopped between the two
+            old.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _card(trained: _Trained, written: _Written, name: str) -> str:
+    """The README.md of the folder, with the front matter that the Hugging Face hub reads."""
+    timms = not trained.why_not_timm
+    recipe, teacher = trained.recipe, trained.recipe.teacher
+    size = "x".join(map(str, trained.given.size))
+    lines = [f"- Model: `{trained.about['model']}`, images {size}"]
+    lines += [f"- Weights: `{trained.weights.name}` of a run of probe-kd {trained.about.get('probe_kd', '')}".rstrip()]
+    if teacher is not None and trained.subject == "student":
+        lines.append(f"- Distilled from `{teacher.model}`")
+    lines.append(f"- Data: `{recipe.data.dataset or 'a folder of images'}`")
+    lines += [f"- Accuracy on the test images: {text}" for text in _accuracies(trained)]
+    lines += [f"- Note: {note}" for note in written.notes]
+    parts = [
+        _FRONT.format(library="timm" if timms else "onnx", mark=MARK, name=name),
+        "\n".join(lines),
+        _WITH_TIMM.format(convert='"L"' if trained.given.size[0] == 1 else '"RGB"') if timms else "",
+        _WITH_ONNX.format(given=trained.given) if written.onnx_difference is not None else "",
+        f"## The recipe\n\n```yaml\n{dump(_without_paths(recipe))}```\n",
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+_FRONT = """\
+---
+tags:
+- image-classification
+- timm
+- knowledge-distillation
+{mark}pipeline_tag: image-classification
+library_name: {library}
+---
+# {name}
+"""
+
+_WITH_TIMM = """\
+## With timm
+
+```python
+import timm, torch
+from PIL import Image
+
+model = timm.create_model("local-dir:.", pretrained=True).eval()  # this folder; or "hf-hub:OWNER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    logits = model(transform(Image.open("image.png").convert({convert})).unsqueeze(0))
+```
+"""
+
+_WITH_ONNX = """\
+## With ONNX
+
+`model.onnx` takes `images`, float32 (batch, {given.size[0]}, {given.size[1]}, {given.size[2]}), between 0 and 1 and
+then normalised by the mean {given.mean} and the standard deviation {given.std}, and gives `logits`.
+"""
+
+
+def _accuracies(trained: _Trained) -> list[str]:
+    """Of this model, and of the others of its run, as summary.json has them; empty where it has not."""
+    try:
+        results = json.loads((trained.run / "summary.json").read_text(encoding="utf-8"))["results"]
+        by_role = {result["role"].replace(" ", "-"): result for result in results}
+        own = "ema_accuracy" if trained.weights.stem.endswith("-ema") else "accuracy"
+        found = {trained.subject: by_role.pop(trained.subject).get(own)}
+        found |= {role: result["accuracy"] for role, result in by_role.items()}
+        return [f"{share:.2%} ({role.replace('-', ' ')})" for role, share in found.items() if share is not None]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+
+
+def _without_paths(recipe: Recipe) -> Recipe:
+    """A card is made to be published, and where things lie on this machine is nobody's business."""
+    sides: dict[str, Any] = {
+        key: side.model_copy(update={"checkpoint": Path(side.checkpoint).name})
+        for key, side in (("student", recipe.student), ("teacher", recipe.teacher))
+        if side is not None and side.checkpoint
+    }
+    teacher = sides.get("teacher", recipe.teacher)
+    if teacher is not None and isinstance(teacher.class_map, str):
+        sides["teacher"] = teacher.model_copy(update={"class_map": Path(teacher.class_map).name})
+    return recipe.model_copy(update={**sides, "data": recipe.data.model_copy(update={"root": None})})
