@@ -1,0 +1,143 @@
+"""Several processes: what two of them train is what one does with the same batches, and nothing hangs or is lost."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import GRAFT, ROCKET, TINY, TRUNK, record
+from safetensors.torch import load_file
+from test_resume import STEADY, count, planned, run, same
+
+from probe_kd import checkpoints
+from probe_kd.errors import RunError, Stopped
+
+fork = multiprocessing.get_context("fork")
+
+
+def _one_of(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...], queue: Any) -> None:
+    """What torchrun sets, and then the work."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # what the process before the fork found out
+    try:
+        work(*arguments)
+        queue.put("done")
+    except (RunError, Stopped) as refusal:
+        queue.put(f"{type(refusal).__name__}: {refusal}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def start(work: Callable[..., None], *arguments: Any) -> tuple[list[Any], Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = fork.Queue()
+    processes = [fork.Process(target=_one_of, args=(rank, port, work, arguments, queue)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    return processes, queue
+
+
+def finish(processes: list[Any], queue: Any) -> list[str]:
+    said = [queue.get(timeout=240) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return said
+
+
+def run_by_two(text: str, folder: Path, **options: bool) -> list[str]:
+    planned(text)
+    return finish(*start(_resumable, text, folder, options))
+
+
+def _resumable(text: str, folder: Path, options: dict[str, bool]) -> None:
+    run(text, folder, **options)
+
+
+def halves(text: str) -> tuple[str, str]:
+    """The recipe with batches for one process, and for two."""
+    assert "batch_size: 256" in text
+    return text, text.replace("batch_size: 256", "batch_size: 128")
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> str:
+    """A student of layer norms, and a teacher from a file."""
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
+    text = TINY.replace("  train: {epochs: 1}", f"  checkpoint: {tmp_path / 'teacher.safetensors'}")
+    return text.replace("baseline: true\n", "") + "model_ema: {decay: 0.5}\n"
+
+
+def close(one: Path, two: Path, tolerance: float) -> None:
+    """The same losses, and the same weights but for rounding."""
+    rows = [[{k: v for k, v in row.items() if k not in STEADY} for row in record(folder)] for folder in (one, two)]
+    assert len(rows[0]) == len(rows[1])
+    for ours, theirs in zip(*rows, strict=True):
+        for key in ours:
+            if key in ("loss", "task", "soft", "hint", "lr") and ours[key]:
+                assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=tolerance), key
+            elif "accuracy" in key or key == "agreement":
+                assert abs(float(ours[key] or 0) - float(theirs[key] or 0)) <= 1 / 360 + 1e-9, key
+    for name, tensor in load_file(one / "student.safetensors").items():
+        other = load_file(two / "student.safetensors")[name]
+        torch.testing.assert_close(tensor, other, rtol=0.02, atol=2e-4, msg=name)
+
+
+def test_two_processes_train_what_one_does_with_the_whole_batch(alike: str, tmp_path: Path) -> None:
+    whole, half = halves(alike)
+    run(whole, tmp_path / "one")
+    assert run_by_two(half, tmp_path / "two") == ["done", "done"]
+    close(tmp_path / "one", tmp_path / "two", 1e-4)
+    assert (tmp_path / "two" / "student-ema.safetensors").exists()
+
+
+def test_accumulated_batches_are_one_batch_also_where_they_do_not_divide_the_epoch(alike: str, tmp_path: Path) -> None:
+    """1437 images are 5 whole batches of 256, and 11 of 128: five pairs, and one alone that weighs as much."""
+    whole, half = halves(alike)
+    run(whole, tmp_path / "one")
+    run(half.replace("    epochs:", "    grad_accum_steps: 2\n    epochs:"), tmp_path / "parts")
+    ours, theirs = record(tmp_path / "parts"), record(tmp_path / "one")
+    assert float(ours[0]["hint"]) == pytest.approx(float(theirs[0]["hint"]), rel=0.02)
+
+
+@pytest.mark.parametrize("text", [ROCKET, TRUNK, GRAFT], ids=["weights", "trunk", "graft"])
+def test_models_that_train_together_do_so_in_two_processes(text: str, tmp_path: Path) -> None:
+    assert run_by_two(text, tmp_path / "run") == ["done", "done"]
+    student, teacher = (load_file(tmp_path / "run" / f"{role}.safetensors") for role in ("student", "teacher"))
+    assert all(tensor.isfinite().all() for tensor in (*student.values(), *teacher.values()))
+
+
+def test_two_processes_that_are_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    text = TINY.replace("batch_size: 256", "batch_size: 16") + "recovery_interval: 7\n"
+    assert run_by_two(text, tmp_path / "whole") == ["done", "done"]
+    processes, queue = start(_resumable, text, tmp_path / "parts", {})
+    while count(tmp_path / "parts") < 3:
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGTERM)  # one is enough: they ask each other
+    assert sorted(finish(processes, queue)) == ["Stopped: stopped by SIGTERM"] * 2
+    assert (tmp_path / "parts" / checkpoints.FOLDER).exists()
+    assert run_by_two(text, tmp_path / "parts", resume=True) == ["done", "done"]
+    same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_loss_that_is_no_number_ends_both(tmp_path: Path) -> None:
+    text = TINY.replace("weight: 0.5}", "weight: 0.5}\n    optimizer: {opt: sgd, lr: 1.0e+30}")
+    said = run_by_two(text, tmp_path / "run")
+    assert [message.partition(" of ")[0] for message in said] == ["RunError: 'task'"] * 2 or all(
+        "became" in message for message in said
+    )
