@@ -102,6 +102,9 @@ def _too_much(events: Iterable[Any]) -> Problem | None:
 def _forbidden(event: Any, finished: Mapping[str, Any]) -> str:
     if isinstance(event, AliasEvent):
         return "" if event.anchor in finished else f"`*{event.anchor}`: no `&{event.anchor}` ends before it"
+    anchor = getattr(event, "anchor", None)
+    if anchor and anchor in finished:
+        return f"`&{anchor}` is there twice"
     if isinstance(event, DocumentStartEvent):
         return "a line of `%`: a recipe is YAML 1.2 without directives" if event.version or event.tags else ""
     tag = getattr(event, "tag", None)

@@ -1,7 +1,8 @@
 """Recipes: what a YAML file may say, and the plan it stands for.
 
 `load` reads a file into a Recipe; `plan` checks it against the models and the data. Both collect every problem before
-they raise one RecipeError, each with its line. Nothing in a recipe is code: it is read as plain YAML.
+they raise one RecipeError, each with its line. Nothing in a recipe is code: it is read as plain YAML, and a function
+that it names as a model is imported only where the caller allows its package.
 """
 
 import json
@@ -217,7 +218,10 @@ class TeacherTraining(_Section):
 
 
 class ModelOptions(_Section):
-    """A model: what `probe-kd inspect` takes as its name, with `model_kwargs` for timm's `create_model`."""
+    """A model: what `probe-kd inspect` takes as its name, with `model_kwargs` for timm's `create_model`.
+
+    `package.module:function` needs `--allow-import package` on the command line.
+    """
 
     model: str
     pretrained: bool = False
@@ -891,7 +895,8 @@ class _Planner:
             return
         for index, objectives in enumerate(stages):
             for objective in objectives:
-                with self.at("stages", index, "losses", objective.name):
+                # Without memory: only what it would be is wanted here, and the widths are the recipe's.
+                with self.at("stages", index, "losses", objective.name), torch.device("meta"):
                     for comparison in objective.comparisons:
                         adapter = objective.adapter(comparison, student, teacher, class_map)
                         yield Planned(self.recipe.stages[index].name, objective, comparison, str(adapter))
