@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -113,7 +114,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     from timm.models import load_state_dict
 
     try:
-        found = dict(load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True))
+        with warnings.catch_warnings(action="ignore"):  # torch remarks on pickles that it then refuses
+            found = dict(load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True))
     except Exception as refusal:  # a pickle can fail in any way
         raise WeightsError(f"cannot read the checkpoint {str(path)!r}: {_refused(refusal)}") from refusal
     wrong = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
