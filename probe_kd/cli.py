@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import asdict
@@ -43,6 +44,16 @@ InputSize = Annotated[
 ]
 
 
+AllowImport = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-import",
+        metavar="PACKAGE",
+        help="Let the recipe name functions of this package or module as models, and run them; may be repeated.",
+    ),
+]
+
+
 class LevelChoice(StrEnum):
     stage = "stage"
     block = "block"
@@ -56,7 +67,6 @@ class SplitChoice(StrEnum):
 
 def main() -> None:
     """The `probe-kd` command. Errors that are the user's to mend print one message and exit with status 2."""
-    sys.path.insert(0, os.getcwd())  # for `package.module:function` in the project one stands in
     try:
         app()
     except ProbeKDError as refusal:
@@ -115,9 +125,12 @@ def match(
 ) -> None:
     """Pair the layers of a student with those of a teacher, and say why."""
     from probe_kd.matching import match as match_layers
+    from probe_kd.models import packages
     from probe_kd.recipe import write_recipe
     from probe_kd.report import pair_rows, pairs_table
 
+    if output is not None and output.is_dir():
+        raise RunError(f"{output} is a folder; name the recipe in it, as in {output / 'distil.yaml'}")
     if output is not None and output.exists() and not overwrite:
         raise RunError(f"{output} exists; --overwrite replaces it")
     ours = _trace(student, input_size, student_kwargs, training=True)
@@ -131,7 +144,8 @@ def match(
         _console().print(pairs_table(student, teacher, rows))
     if output is not None:
         write_recipe(ours, theirs, pairs, output)
-        typer.echo(f"wrote {output}; run it with: probe-kd train {output}", err=as_json)
+        command = f"probe-kd train {output}{_options(allow_import=packages([student, teacher]))}"
+        typer.echo(f"wrote {output}; run it with: {command}", err=as_json)
 
 
 @app.command()
@@ -140,13 +154,14 @@ def check(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Also what every loss moves, on one real batch and untrained models.")
     ] = False,
+    allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
     """Say what a recipe is about to do, and whether it can. Nothing is trained or written; status 2 on any problem."""
     from probe_kd.recipe import load, plan
     from probe_kd.report import models_table, plan_table, reach_table
 
-    planned = plan(load(recipe))
+    planned = plan(load(recipe), allow_import=_allowed(allow_import))
     console = _console()
     if not as_json:
         console.print(models_table(planned))
@@ -178,6 +193,7 @@ def train(
         bool, typer.Option("--resume", help="Go on after the last checkpoint; begin where there is none.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what a former run left there.")] = False,
+    allow_import: AllowImport = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the results.")] = False,
 ) -> None:
     """Run a recipe: train, evaluate, and write the student as safetensors that timm loads."""
@@ -185,11 +201,11 @@ def train(
 
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite deletes it; give one of the two")
-    folder = out or Path("runs") / recipe.stem
+    folder = out or Path("runs") / _name_of_run(recipe)
     source = load(recipe, seed=seed)
     console = _console()
     with console.status("tracing the models"):
-        planned = plan(source)
+        planned = plan(source, allow_import=_allowed(allow_import))
     from probe_kd.report import Display, plan_table, print_results
     from probe_kd.train import train as run
 
@@ -201,7 +217,7 @@ def train(
         journal = run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, Stopped) as stop:
         if speaks:
-            _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed)}", "")
+            _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, allow_import)}", "")
         sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
     if speaks:
         print_results(list(journal.results.values()), planned, folder, console)
@@ -217,6 +233,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="`cpu`, `cuda:1`, ... Default: what accelerate chooses.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON to a file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
     """Measure the models of a run: accuracy, calibration, and the student against its teacher, layer by layer."""
@@ -227,7 +244,15 @@ def evaluate(
 
     console = _console()
     with console.status("evaluating"):
-        found = measure(run, weights=weights, ema=ema, split=split.value, batch_size=batch_size, device=device)
+        found = measure(
+            run,
+            weights=weights,
+            ema=ema,
+            split=split.value,
+            batch_size=batch_size,
+            device=device,
+            allow_import=_allowed(allow_import),
+        )
     if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
         return
     # JSON has no NaN, which an NLL may be: it reads such as null.
@@ -265,6 +290,7 @@ def export(
     ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also model.onnx, checked by onnxruntime.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former export.")] = False,
+    allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
     """Write a model of a run as a folder that plain timm loads, once it has been loaded and gave the same answers.
@@ -274,7 +300,7 @@ def export(
     from probe_kd.exporting import export as write
 
     options = {"ema": ema, "reparameterize": reparameterize, "onnx": onnx, "overwrite": overwrite}
-    done = write(run, output, subject=subject.value, **options)
+    done = write(run, output, subject=subject.value, allow_import=_allowed(allow_import), **options)
     if as_json:
         print(json.dumps(asdict(done), indent=1))
         return
@@ -287,17 +313,41 @@ def export(
         print(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
 
 
-def _again(recipe: Path, out: Path | None, seed: int | None) -> str:
-    options = [f"--out {out}"] * (out is not None) + [f"--seed {seed}"] * (seed is not None)
-    return " ".join(["probe-kd train", str(recipe), *options, "--resume"])
+def _again(recipe: Path, out: Path | None, seed: int | None, allow_import: list[str] | None) -> str:
+    return f"probe-kd train {recipe}{_options(out=out, seed=seed, allow_import=allow_import)} --resume"
+
+
+def _options(**given: Any) -> str:
+    """Options as one types them; None is left out, and a list repeats its option."""
+    items = [(key, item) for key, value in given.items() for item in (value if isinstance(value, list) else [value])]
+    return "".join(f" --{key.replace('_', '-')} {value}" for key, value in items if value is not None)
+
+
+def _name_of_run(recipe: Path) -> str:
+    """A recipe called `...yaml` would be run in the folder above."""
+    if not re.fullmatch(r"\w[\w .+-]{0,99}", recipe.stem):
+        raise RunError(f"the folder of a run has the name of its recipe, and {recipe.stem!r} is none; name it by --out")
+    return recipe.stem
+
+
+def _allowed(packages: list[str] | None) -> list[str]:
+    """What may be imported, then also from the project one stands in.
+
+    Nothing else comes from there: a stray `yaml.py` beside a recipe is not run in the place of the library.
+    """
+    if packages:
+        sys.path.insert(0, os.getcwd())
+    return packages or []
 
 
 def _trace(
     model: str, size: str | None, kwargs: list[str] | None, *, training: bool = False, or_own_size: bool = False
 ) -> "Trace":
     from probe_kd.errors import TraceError
+    from probe_kd.models import packages
     from probe_kd.tracing import trace
 
+    _allowed(packages([model]))  # whoever types a name has allowed it
     arguments = dict(_key_value(text) for text in kwargs or ())
     try:
         return trace(model, _sides(size), training=training, model_kwargs=arguments)

@@ -29,7 +29,7 @@ class DataOptions(BaseModel):
     views, in turn, instead of in a new one every epoch; a cache of the teacher then holds no more than these.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     dataset: str = ""
     root: str | None = None

@@ -45,12 +45,14 @@ def evaluate(
     split: Split = "test",
     batch_size: int | None = None,
     device: str | None = None,
+    allow_import: Sequence[str] = (),
 ) -> Evaluation:
     """Measure every model of a finished run, in eval mode, on images that are not augmented.
 
     `run` is the folder that `probe-kd train` wrote. `weights` are evaluated instead of the student's own, `ema` takes
     the moving averages of the students. `split` is `test`, `train`, or `held_out` (`data.holdout`). `batch_size` is the
-    recipe's, `device` what accelerate chooses, and the precision the recipe's, if not given.
+    recipe's, `device` what accelerate chooses, and the precision the recipe's, if not given. `allow_import` names the
+    packages whose functions the run's recipe may name as models.
 
     Of each model, in the student's classes: top-1 and (of more than five classes) top-5 accuracy as shares in 0..1, the
     negative log-likelihood in nats per image, and the expected calibration error (Guo et al. 2017, arXiv 1706.04599;
@@ -70,7 +72,7 @@ def evaluate(
     """
     folder = Path(run)
     recipe, student = _recipe_of(folder), _weights_of_student(folder, weights, ema=ema)
-    planned = plan(load(recipe))
+    planned = plan(load(recipe), allow_import=allow_import)
     images = _images(planned, split)
     accelerator = Accelerator()
     place = _place(accelerator, device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from probe_kd import __version__
 from probe_kd.data import Datasets, loader, open_datasets
 from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest
-from probe_kd.models import build_on_meta, read_header, save_weights, short
+from probe_kd.models import build_on_meta, packages, read_header, save_weights, short
 from probe_kd.recipe import ModelOptions, Recipe, dump, load
 from probe_kd.sharing import load_student
 from probe_kd.spec import InputSpec
@@ -112,6 +112,7 @@ def export(
     reparameterize: bool = False,
     onnx: bool = False,
     overwrite: bool = False,
+    allow_import: Sequence[str] = (),
 ) -> Exported:
     """Write a model of a finished run to `folder`, from which `timm.create_model("local-dir:FOLDER", pretrained=True)`
     builds it with its weights, and `timm.data` its preprocessing.
@@ -120,7 +121,7 @@ def export(
     batch norms that are only of use in training (timm's `reparameterize_model`); `onnx` adds `model.onnx`, float32,
     from normalised images (batch, channels, height, width) to logits (batch, classes). A model of your own function
     has no config of timm, and with `onnx` is written as that alone. `overwrite` replaces a former export
-    and nothing else.
+    and nothing else. `allow_import` names the packages whose functions may be called to build the model.
 
     Raises RunError for a run that is not there, not finished or without these weights, a folder that is not free, a
     model that cannot be exported in this form, and answers that are not those of the trained model, of which nothing is
@@ -133,10 +134,11 @@ def export(
         _check_place(folder, overwrite)
     except OSError as refusal:
         raise RunError(f"cannot look into {folder}: {refusal.strerror}") from refusal
-    trained = _read(run, subject, ema)
+    trained = _read(run, subject, ema, allow_import)
     if trained.why_not_timm and not onnx:
         raise RunError(
-            f"{trained.weights} {trained.why_not_timm}. probe_kd.load_student({str(trained.weights)!r}) builds it; "
+            f"{trained.weights} {trained.why_not_timm}. probe_kd.load_student({str(trained.weights)!r}, "
+            f"allow_import={packages([str(trained.about['model'])])}) builds it; "
             "--onnx exports it as ONNX alone, which needs neither timm nor your code"
         )
     sample = _sample(trained)
@@ -168,7 +170,7 @@ def export(
     )
 
 
-def _read(run: Path, subject: str, ema: bool) -> _Trained:
+def _read(run: Path, subject: str, ema: bool, allow_import: Sequence[str]) -> _Trained:
     if subject not in SUBJECTS:
         raise RunError(f"subject {subject!r}; expected one of {', '.join(SUBJECTS)}{nearest(subject, SUBJECTS)}")
     if not (run / "recipe.yaml").is_file():
@@ -188,7 +190,7 @@ def _read(run: Path, subject: str, ema: bool) -> _Trained:
             "no name for it, so no config can say how it is built. Use it by probe_kd.load_student(FILE), or distil it "
             "into a student that timm knows"
         )
-    module = load_student(weights)
+    module = load_student(weights, allow_import=allow_import)
     return _Trained(run, recipe, subject, weights, about, module, _evaluated_on(recipe, subject, module))
 
 

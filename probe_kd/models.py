@@ -2,8 +2,11 @@
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,11 +29,14 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
     """
     import timm  # 3.5 s: only where a model is built
 
-    if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if module_of(name):
         factory: Callable[..., Any] = _import_factory(name)
         arguments = dict(model_kwargs)
     else:
         _check_name(name, timm)
+        for key in ("model_name", "pretrained", "checkpoint_path"):  # timm would fetch or load in the middle of a trace
+            if key in model_kwargs:
+                raise TraceError(f"`{key}` among the arguments of {name}: weights are named beside the model's name")
         factory = timm.create_model
         arguments = {"model_name": name, "pretrained": pretrained, **model_kwargs}
     try:
@@ -43,13 +49,44 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
     return model
 
 
+def module_of(name: str) -> str:
+    """The module that a model's name would import, `package.module` of `package.module:function`; else empty."""
+    return "" if name.startswith(_TIMM) or ":" not in name else name.partition(":")[0]
+
+
+def packages(names: Iterable[str]) -> list[str]:
+    """The packages that models of these names come from, other than timm."""
+    return sorted({module_of(name).partition(".")[0] for name in names} - {""})
+
+
+def check_import(name: str, allow_import: Sequence[str]) -> None:
+    """Raises TraceError for a name whose module lies in none of the packages, or modules, that may be imported.
+
+    For names that come out of a file: whoever types one himself has allowed it.
+    """
+    module = module_of(name)
+    allowed = [allow_import] if isinstance(allow_import, str) else allow_import
+    if module and not any(module == package or module.startswith(f"{package}.") for package in allowed):
+        package = module.partition(".")[0]
+        raise TraceError(
+            f"{name!r} would import {module!r} and run what is in it; if you trust it, add `--allow-import {package}` "
+            f"to the command, or `allow_import=[{package!r}]` to the call"
+        )
+
+
+_TIMM = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's own prefixes
+
+
 def _check_name(name: str, timm: Any) -> None:
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if name.startswith(_TIMM):
         return
-    architecture = name.partition(".")[0]
+    architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        raise TraceError(f"timm has no model {name!r}{nearest(architecture, timm.list_models())}")
-    tag = name.partition(".")[2]
+        near = nearest(architecture, timm.list_models())
+        if tag and (not near or not tag.islower()):  # timm's names are in lower case
+            module, _, function = name.rpartition(".")
+            near += f"; a function or class of your own is written `{module}:{function}`"
+        raise TraceError(f"timm has no model {name!r}{near}")
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         known = f"; its weights: {', '.join(tags)}" if tags else "; it has no pretrained weights"
@@ -77,9 +114,39 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     from timm.models import load_state_dict
 
     try:
-        return dict(load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True))
+        with warnings.catch_warnings(action="ignore"):  # torch remarks on pickles that it then refuses
+            found = dict(load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True))
     except Exception as refusal:  # a pickle can fail in any way
-        raise WeightsError(f"cannot read the checkpoint {str(path)!r}: {short(refusal)}") from refusal
+        raise WeightsError(f"cannot read the checkpoint {str(path)!r}: {_refused(refusal)}") from refusal
+    wrong = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        kind = type(found[wrong]).__name__
+        raise WeightsError(f"the checkpoint {str(path)!r} is no state dict: {wrong!r} in it is a {kind}, and no tensor")
+    return found
+
+
+def check_state(folder: Path) -> None:
+    """Whether all that accelerate has pickled into a checkpoint is data. Raises WeightsError otherwise.
+
+    accelerate reads it with `weights_only` too, but passes over random numbers that it cannot read.
+    """
+    from accelerate.utils import load
+
+    for file in sorted([*folder.glob("*.bin"), *folder.glob("*.pkl")]):
+        try:
+            load(file, map_location="cpu", weights_only=True, mmap=True)  # of the tensors, only where they lie
+        except Exception as refusal:  # a pickle can fail in any way
+            raise WeightsError(f"cannot go on from {str(file)!r}: {_refused(refusal)}") from refusal
+
+
+def _refused(error: Exception) -> str:
+    """torch goes on to say how to run what is in the file all the same."""
+    if isinstance(error, UnpicklingError):
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return (
+            "it holds more than tensors and numbers" + (f", {found[1]} say" if found else "") + ", and could run code"
+        )
+    return short(error)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -1,7 +1,8 @@
 """Recipes: what a YAML file may say, and the plan it stands for.
 
 `load` reads a file into a Recipe; `plan` checks it against the models and the data. Both collect every problem before
-they raise one RecipeError, each with its line. Nothing in a recipe is code: it is read as plain YAML.
+they raise one RecipeError, each with its line. Nothing in a recipe is code: it is read as plain YAML, and a function
+that it names as a model is imported only where the caller allows its package.
 """
 
 import json
@@ -13,7 +14,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
+from PIL import Image
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,23 +28,32 @@ from pydantic import (
     model_validator,
 )
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from torch import nn
 
 from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens, check_class_map
-from probe_kd.data import DataOptions, Datasets, open_datasets
+from probe_kd.data import DataOptions, Datasets, loader, open_datasets
 from probe_kd.distiller import Block
-from probe_kd.errors import LossError, ProbeKDError, Problem, RecipeError, WeightsError, nearest
+from probe_kd.errors import (
+    DataError,
+    LossError,
+    ProbeKDError,
+    Problem,
+    RecipeError,
+    RunError,
+    TraceError,
+    WeightsError,
+    nearest,
+)
 from probe_kd.losses import LOSSES
 from probe_kd.matching import match
-from probe_kd.models import build_on_meta, load_weights
+from probe_kd.models import build_on_meta, check_import, load_weights, packages, short
 from probe_kd.objectives import Comparison, Objective
+from probe_kd.plain import Path_, flaws, locate, plain, read_text, read_yaml
 from probe_kd.sharing import Pattern, Sharing, graft, share_convolutions, share_trunk
 from probe_kd.spec import InputSpec, Pair, Schedule, Tap, Trace
 from probe_kd.surgery import in_pattern
 from probe_kd.tracing import trace
 
-Path_ = tuple[str | int, ...]
 # Columns of metrics.csv that are no losses.
 RESERVED = (
     "subject",
@@ -55,8 +68,41 @@ RESERVED = (
 )
 
 
+def _name(text: str) -> str:
+    """Names stand in tables, files and terminals: one that is a formula, a path or a colour there is none."""
+    if not re.fullmatch(r"\w[\w .-]{0,63}", text):
+        raise ValueError("expected at most 64 letters, digits, `_`, `-`, `.` and spaces, a letter or digit first")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_name)]
+
+
+# Which branch of a union is meant, so that one mistake is told once and not for every branch.
+def _list_or_word(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else "word"
+
+
+def _mapping_or_word(value: Any) -> str:
+    return "mapping" if isinstance(value, Mapping) else "word"
+
+
+def _mapping_list_or_word(value: Any) -> str:
+    return "mapping" if isinstance(value, Mapping) else _list_or_word(value)
+
+
+Modules = Annotated[
+    Annotated[Pattern, Tag("word")] | Annotated[list[str], Tag("list")] | Annotated[dict[str, str], Tag("mapping")],
+    Discriminator(_mapping_list_or_word),
+]
+Cut = Annotated[
+    Annotated[str, Tag("word")] | Annotated[dict[str, str], Field(min_length=1, max_length=1), Tag("mapping")],
+    Discriminator(_mapping_or_word),
+]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class OptimizerOptions(_Section):
@@ -115,7 +161,8 @@ class LossOptions(BaseModel):
     `weight`, and a number among the arguments, may be a schedule: `{start: 4, end: 1, epochs: 400}`.
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)  # the rest is the loss function's, and checked against it
+    # What is no field here is the loss function's own, and checked against it.
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     loss: str
     weight: Scheduled = 1.0
@@ -140,7 +187,7 @@ class LossOptions(BaseModel):
             return _schedule(ScheduleOptions.model_validate(value))
         except ValidationError as refusal:
             first = refusal.errors()[0]
-            raise LossError(f"`{key}`: {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
+            raise LossError(f"`{'.'.join(map(str, (key, *first['loc'])))}`: {_complaint(first)}") from None
 
 
 class StageOptions(_Section):
@@ -151,9 +198,9 @@ class StageOptions(_Section):
     update of the weights.
     """
 
-    name: str = "train"
+    name: Name = "train"
     epochs: int = Field(ge=1)
-    losses: dict[str, LossOptions] = {}
+    losses: dict[Name, LossOptions] = {}
     optimizer: OptimizerOptions = OptimizerOptions()
     scheduler: SchedulerOptions = SchedulerOptions()
     clip_grad: float | None = Field(default=None, gt=0)
@@ -171,7 +218,10 @@ class TeacherTraining(_Section):
 
 
 class ModelOptions(_Section):
-    """A model: what `probe-kd inspect` takes as its name, with `model_kwargs` for timm's `create_model`."""
+    """A model: what `probe-kd inspect` takes as its name, with `model_kwargs` for timm's `create_model`.
+
+    `package.module:function` needs `--allow-import package` on the command line.
+    """
 
     model: str
     pretrained: bool = False
@@ -193,7 +243,9 @@ class TeacherOptions(ModelOptions):
     input_size: tuple[int, int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    class_map: list[int] | str | None = None
+    class_map: (
+        Annotated[Annotated[list[int], Tag("list")] | Annotated[str, Tag("word")], Discriminator(_list_or_word)] | None
+    ) = None
     train: TeacherTraining | None = None
     cache: str | None = None
     cache_top_k: int | None = Field(default=None, ge=1)
@@ -209,8 +261,8 @@ class ShareOptions(_Section):
     """
 
     form: Literal["weights", "trunk", "graft", "none"] = "weights"
-    modules: Pattern | list[str] | dict[str, str] | None = None
-    at: str | Annotated[dict[str, str], Field(min_length=1, max_length=1)] | None = None
+    modules: Modules | None = None
+    at: Cut | None = None
     block: Block = "output"
 
     @model_validator(mode="after")
@@ -300,7 +352,7 @@ class Source:
     tree: Any
 
     def problem(self, where: Path_, message: str) -> Problem:
-        line, column = _position(self.tree, where)
+        _, line, column = locate(self.tree, where)
         return Problem(message, line, column)
 
 
@@ -310,25 +362,52 @@ def load(path: str | Path, seed: int | None = None) -> Source:
     Raises RecipeError with every problem of form: YAML, keys, types, bounds.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as refusal:
-        near = nearest(
-            Path(path).name,
-            [file.name for file in Path(path).absolute().parent.glob("*.y*ml") if file.name != Path(path).name],
-        )
-        raise RecipeError(str(path), [Problem(f"cannot read the recipe: {_reason(refusal)}{near}")]) from None
+        text = read_text(Path(path))
+    except (OSError, ValueError) as refusal:
+        raise RecipeError(str(path), [Problem(f"cannot read the recipe: {_reason(refusal)}{_beside(path)}")]) from None
     source = parse(text, str(path))
     return source if seed is None else replace(source, recipe=source.recipe.model_copy(update={"seed": seed}))
 
 
-def parse(text: str, name: str = "recipe") -> Source:
-    """`load` from text."""
-    tree = _read_yaml(text, name)
+def _beside(path: str | Path) -> str:
+    """The recipe that may have been meant."""
+    name = Path(path).name
     try:
-        return Source(Recipe.model_validate(_plain(tree)), name, text, tree)
+        return nearest(name, [file.name for file in Path(path).absolute().parent.glob("*.y*ml") if file.name != name])
+    except (OSError, ValueError):  # a path that no system takes
+        return ""
+
+
+def parse(text: str, name: str = "recipe") -> Source:
+    """`load` from text. Nothing that the recipe names is imported or built."""
+    tree = read_yaml(text.removeprefix("\ufeff"), name)
+    found = [Problem(message, *locate(tree, where)[1:]) for where, message in flaws(tree)]
+    if found:
+        raise RecipeError(name, found, text)
+    given = plain(tree)
+    try:
+        recipe = Recipe.model_validate(given)
     except ValidationError as refusal:
-        problems = [_form_problem(tree, error) for error in refusal.errors()]
-        raise RecipeError(name, list(dict.fromkeys(problems)), text) from None
+        found = [_form_problem(tree, error) for error in refusal.errors()]
+    else:
+        found = [Problem(message, *locate(tree, where)[1:]) for where, message in _misread(given, recipe)]
+    if found:
+        raise RecipeError(name, list(dict.fromkeys(found)), text)
+    return Source(recipe, name, text, tree)
+
+
+def _misread(given: Any, taken: Any, where: Path_ = ()) -> Iterator[tuple[Path_, str]]:
+    """Where pydantic takes true for the number 1, or a number for true."""
+    if isinstance(given, dict):
+        fields = taken if isinstance(taken, dict) else {**vars(taken), **(taken.model_extra or {})}
+        for key, value in given.items():
+            yield from _misread(value, fields[key], (*where, key))
+    elif isinstance(given, list):
+        for index, value in enumerate(given):
+            yield from _misread(value, taken[index], (*where, index))
+    elif isinstance(given, bool | int | float) and isinstance(given, bool) != isinstance(taken, bool):
+        wanted = "a number" if isinstance(given, bool) else "true or false"
+        yield where, f"`{'.'.join(map(str, where))}`: expected {wanted}, got {str(given).lower()}"
 
 
 def dump(recipe: Recipe) -> str:
@@ -344,7 +423,9 @@ def write_recipe(student: Trace, teacher: Trace, pairs: Sequence[Pair], path: Pa
     """A complete recipe for these pairs, with the reasons, that runs as it stands. Raises RecipeError."""
     pair_lines = [f"  {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {pair.reason}" for pair in pairs]
     text = _TEMPLATE.format(
-        path=path,
+        path="".join(
+            [str(path), *(f" --allow-import {package}" for package in packages([student.model, teacher.model]))]
+        ),
         student=_model_lines(student),
         teacher=_model_lines(teacher),
         input_size=list(student.input_size),
@@ -411,78 +492,54 @@ def _reason(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-def _read_yaml(text: str, name: str) -> Any:
-    try:
-        tree = YAML(typ="rt").load(text)
-    except MarkedYAMLError as refusal:
-        mark = refusal.problem_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
-        message = " ".join(str(part) for part in (refusal.context, refusal.problem) if part)
-        raise RecipeError(name, [Problem(f"not YAML: {message}", line, column)], text) from None
-    except (YAMLError, ValueError, RecursionError) as refusal:
-        raise RecipeError(name, [Problem(f"not YAML: {refusal}")], text) from None
-    if not isinstance(tree, Mapping):
-        raise RecipeError(name, [Problem("expected a mapping with `student`, `data` and `stages`", 1, 1)], text)
-    return tree
-
-
-def _plain(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, Sequence) and not isinstance(node, str):
-        return [_plain(item) for item in node]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return None if node is None else str(node)
-
-
-def _position(tree: Any, where: Path_) -> tuple[int, int]:
-    """Line and column, from 1, of the deepest part of `where` that the file has: of the key, or of the list item."""
-    line, column = 1, 1
-    node: Any = tree  # ruamel's maps and lists, which keep their lines in `lc`
-    for step in where:
-        if hasattr(node, "keys"):
-            key = next((key for key in node if str(key) == str(step)), None)
-            if key is None:
-                break
-            line, column = _from_one(node.lc.key(key))
-            node = node[key]
-        elif hasattr(node, "append") and isinstance(step, int) and step < len(node):
-            line, column = _from_one(node.lc.item(step))
-            node = node[step]
-        else:
-            continue  # a step that pydantic put in, such as the branch of a union
-    return line, column
-
-
-def _from_one(place: tuple[int, int]) -> tuple[int, int]:
-    return place[0] + 1, place[1] + 1
+# What pydantic asks for, in the words of a recipe.
+_WANTED = {
+    **dict.fromkeys(("model_type", "dict_type"), "a mapping"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float", "int_parsing_size"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    "string_type": "text",
+    "finite_number": "a finite number",
+}
 
 
 def _form_problem(tree: Any, error: Any) -> Problem:
-    where = tuple(error["loc"])
-    name = ".".join(str(step) for step in where if step not in ("auto", "mapping"))
-    line, column = _position(tree, where)
+    steps, line, column = locate(tree, error["loc"])
+    last = error["loc"][-1] if error["loc"] else ""
     if error["type"] == "extra_forbidden":
-        legal = _legal_keys(where[:-1])
-        hint = nearest(str(where[-1]), legal) or f"; the keys here: {', '.join(legal)}"
-        return Problem(f"unknown key `{where[-1]}`{hint}", line, column)
-    if error["type"] == "missing":
-        return Problem(f"`{name}` is missing", line, column)
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if isinstance(error["input"], dict | list) else f", got {error['input']!r}"
-    return Problem(f"`{name}`: {message[:1].lower()}{message[1:]}{given}", line, column)
+        legal = _legal_keys(steps[:-1])
+        hint = nearest(str(last), legal) or f"; the keys here: {', '.join(legal)}"
+        return Problem(f"unknown key `{last}`{hint}", line, column)
+    if error["type"] == "missing" and isinstance(last, str):
+        return Problem(f"`{'.'.join(map(str, (*steps, last)))}` is missing", line, column)
+    return Problem(f"`{'.'.join(map(str, steps))}`: {_complaint(error)}", line, column)
+
+
+def _complaint(error: Any) -> str:
+    """What one error of pydantic's says, without its names for things."""
+    given, kind, context = error["input"], error["type"], error.get("ctx", {})
+    got = "" if isinstance(given, dict | list) else f", got {given!r}"
+    if kind in _WANTED:
+        return f"expected {_WANTED[kind]}{got or (', got a mapping' if isinstance(given, dict) else ', got a list')}"
+    if kind == "literal_error":
+        legal = context["expected"]
+        near = nearest(str(given), legal.split("'")[1::2])
+        return f"expected {legal}{got}{near}"
+    if kind == "missing":
+        return "a value is missing"
+    if kind in ("too_short", "too_long"):
+        bound = "at least" if kind == "too_short" else "at most"
+        return (
+            f"expected {bound} {context.get('min_length', context.get('max_length'))}, got {context['actual_length']}"
+        )
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected a number")
+    return f"{message[:1].lower()}{message[1:]}{got}"
 
 
 def _legal_keys(where: Path_) -> list[str]:
     section: Any = Recipe
     for step in where:
-        if isinstance(step, int) or step == "mapping":
-            continue
-        if step == "auto":
-            section = AutoPairs
-            continue
         field = section.model_fields.get(step) if hasattr(section, "model_fields") else None
         section = _section_of(field.annotation) if field else section
     return list(section.model_fields) if hasattr(section, "model_fields") else []
@@ -543,14 +600,19 @@ class Plan:
         return recipe.model_copy(update=found)
 
 
-def plan(source: Source) -> Plan:
-    """Check a recipe against its models and data. Raises RecipeError with all problems that do not hide each other."""
-    return _Planner(source).plan()
+def plan(source: Source, *, allow_import: Sequence[str] = ()) -> Plan:
+    """Check a recipe against its models and data.
+
+    Functions of your own that it names as models are imported and called only where `allow_import` names their package
+    or module. Raises RecipeError with all problems that do not hide each other.
+    """
+    return _Planner(source, allow_import).plan()
 
 
 class _Planner:
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, allow_import: Sequence[str]) -> None:
         self.source = source
+        self.allow_import = allow_import
         self.recipe = source.recipe
         self.problems: list[Problem] = []
 
@@ -570,6 +632,7 @@ class _Planner:
         recipe = self.recipe
         datasets: Datasets | None = None
         with self.at("data", "dataset" if recipe.data.dataset else "root"):
+            _check_shell(recipe.data)
             datasets = open_datasets(recipe.data)
         classes = datasets.num_classes if datasets else None
         student = self._trace("student", recipe.student, recipe.data.input_size, classes, training=True)
@@ -597,6 +660,8 @@ class _Planner:
                 if trace_ is not None:
                     read(trace_)
         self._check_inputs(student, teacher)
+        with self.at("data"):
+            _try_images(recipe.data)
         self.stop_if_problems()
         assert datasets is not None
         assert student is not None
@@ -624,7 +689,10 @@ class _Planner:
         if size[0] != 3:
             kwargs.setdefault("in_chans", size[0])
         with self.at(key, "model"):
-            return trace(model.model, size, training=training, model_kwargs=kwargs)
+            check_import(model.model, self.allow_import)
+            found = trace(model.model, size, training=training, model_kwargs=kwargs)
+            _check_output(found, key)
+            return found
         return None
 
     def _trace_teacher(self, classes: int | None) -> Trace | None:
@@ -721,6 +789,9 @@ class _Planner:
             if stage.optimizer.opt.lower() not in known:
                 message = f"timm has no optimizer {stage.optimizer.opt!r}{nearest(stage.optimizer.opt, known)}"
                 self.problems.append(self.source.problem((*where, "optimizer", "opt"), message))
+            else:
+                with self.at(*where, "optimizer", *(["opt_args"] if stage.optimizer.opt_args else [])):
+                    _try_optimizer(stage.optimizer)
             if stage.scheduler.warmup_epochs > stage.epochs:
                 message = f"warmup_epochs {stage.scheduler.warmup_epochs:g} are more than the {stage.epochs} epochs"
                 self.problems.append(self.source.problem((*where, "scheduler", "warmup_epochs"), message))
@@ -848,7 +919,8 @@ class _Planner:
             return
         for index, objectives in enumerate(stages):
             for objective in objectives:
-                with self.at("stages", index, "losses", objective.name):
+                # Without memory: only what it would be is wanted here, and the widths are the recipe's.
+                with self.at("stages", index, "losses", objective.name), torch.device("meta"):
                     for comparison in objective.comparisons:
                         adapter = objective.adapter(comparison, student, teacher, class_map)
                         yield Planned(self.recipe.stages[index].name, objective, comparison, str(adapter))
@@ -910,10 +982,51 @@ def _modules_of(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([name.rpartition(".")[0] for name in names] + list(names)))
 
 
+def _check_output(trace_: Trace, key: str) -> None:
+    """The losses read one tensor. Raises TraceError."""
+    outputs = [spec.tap for spec in trace_.specs if spec.tap.is_output]
+    if outputs != [Tap("")]:
+        given = f"gives several tensors ({', '.join(map(str, outputs))})" if outputs else "gives no tensor"
+        raise TraceError(
+            f"the {key} {trace_.model} {given}; a loss reads one: wrap it in a module that returns the logits"
+        )
+
+
+def _check_shell(options: DataOptions) -> None:
+    """webdataset runs what a recipe gives as the place of its shards. Raises DataError."""
+    for text in (options.root or "", options.train_split, options.val_split):
+        if options.dataset.lower().startswith("wds/") and re.search(r"pipe:|[`'\"$;|&<>\\]", text):
+            raise DataError(f"{text!r}: expected a folder or an address, and nothing that a shell would run")
+
+
+def _try_optimizer(options: OptimizerOptions) -> None:
+    """One update of a few numbers, so that what an optimizer does not take is told before training."""
+    from timm.optim import create_optimizer_v2
+
+    weights = nn.Parameter(torch.ones(2, 2, device="cpu"))
+    weights.grad = torch.ones_like(weights)
+    rates = {"lr": options.lr, "weight_decay": options.weight_decay, "momentum": options.momentum}
+    try:
+        create_optimizer_v2([weights], opt=options.opt, **rates, **options.opt_args).step()
+    except Exception as refusal:  # timm's, torch's and other libraries' optimizers have their own words
+        given = ", ".join(f"{key}={value!r}" for key, value in options.opt_args.items())
+        raise RunError(f"optimizer `{options.opt}` does not take {given or 'these values'}: {short(refusal)}") from None
+
+
+def _try_images(options: DataOptions) -> None:
+    """The transforms of training on one grey image, since timm reads `aa` and others when it makes them."""
+    size = (options.input_size[0], 32, 32)
+    images: Any = [(Image.new("L" if size[0] == 1 else "RGB", (32, 32), 128), 0)]
+    try:
+        next(iter(loader(images, options.model_copy(update={"workers": 0}), InputSpec(size), training=True)))
+    except Exception as refusal:  # timm's and torchvision's have their own words
+        raise DataError(f"the images cannot be transformed as `data` says: {short(refusal)}") from None
+
+
 def _read_class_map(path: str) -> list[int]:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as refusal:
+        found = json.loads(read_text(Path(path)))
+    except (OSError, ValueError, RecursionError) as refusal:
         raise WeightsError(f"cannot read the class map {path!r}: {_reason(refusal)}") from None
     if not isinstance(found, list) or not all(type(index) is int for index in found):
         raise WeightsError(f"the class map {path!r} is not a JSON list of whole numbers")

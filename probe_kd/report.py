@@ -19,6 +19,7 @@ from probe_kd.adapters import adapt
 from probe_kd.checkpoints import put
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.matching import blocks, stages
+from probe_kd.models import packages
 from probe_kd.recipe import RESERVED, Plan
 from probe_kd.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 
@@ -260,7 +261,7 @@ def _silent_row(module: ModuleSpec) -> LayerRow:
 def layers_table(trace: Trace, rows: Iterable[LayerRow]) -> Table:
     """What `inspect` prints."""
     size = "x".join(map(str, trace.input_size))
-    title = f"{trace.model}  {size}  {amount(trace.parameters)} parameters  {amount(trace.macs)} MACs"
+    title = f"{escape(trace.model)}  {size}  {amount(trace.parameters)} parameters  {amount(trace.macs)} MACs"
     table = _table(title, "tap", "module", "layout", "shape>", "stride>", "parameters>", "MACs>", "note")
     table.caption = "shapes without the batch; ● stage end, ○ block: what `match` chooses from; ◆ the output"
     signs = {"stage": "[bold green]●[/]", "block": "○", "output": "◆"}
@@ -304,7 +305,9 @@ def pair_rows(pairs: Iterable[Pair], student: Trace, teacher: Trace) -> list[Pai
 
 def pairs_table(student: str, teacher: str, rows: Iterable[PairRow]) -> Table:
     """What `match` prints."""
-    table = _table(f"{student} <- {teacher}", "student layer", "yields", "teacher layer", "yields", "adapter", "reason")
+    table = _table(
+        escape(f"{student} <- {teacher}"), "student layer", "yields", "teacher layer", "yields", "adapter", "reason"
+    )
     for row in rows:
         table.add_row(*map(escape, astuple(row)))
     return table
@@ -329,7 +332,7 @@ def models_table(plan: Plan) -> Table:
         sides.append(("teacher", plan.teacher, plan.teacher_input))
     for role, trace, given in sides:
         sees = f"{'x'.join(map(str, given.size))}, mean {_numbers(given.mean)}, std {_numbers(given.std)}"
-        table.add_row(role, trace.model, sees, amount(trace.parameters), amount(trace.macs))
+        table.add_row(role, escape(trace.model), sees, amount(trace.parameters), amount(trace.macs))
     table.caption = f"shared by {plan.sharing}" if plan.sharing else None
     return table
 
@@ -367,11 +370,20 @@ def print_results(results: Sequence[Result], plan: Plan, folder: Path, console: 
     weights = folder / student.weights
     timms = plan.grown is None and ":" not in student.model.removeprefix("hf-hub:").removeprefix("local-dir:")
     console.print(
-        f"Results in {folder}. " + ("The student is plain timm:" if timms else "The student:"), highlight=False
+        f"Results in {folder}. " + ("The student is plain timm:" if timms else "The student:"),
+        highlight=False,
+        markup=False,
     )
     line = f"  timm.create_model({student.model!r}, checkpoint_path={str(weights)!r}{arguments})"
-    line = line if timms else f"  probe_kd.load_student({str(weights)!r})"
+    line = line if timms else f"  probe_kd.load_student({str(weights)!r}{_allowing(plan)})"
     console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _allowing(plan: Plan) -> str:
+    """What `load_student` has to be told for models that are functions of one's own."""
+    traces = [plan.student] + [plan.teacher] * (plan.grown is not None and plan.teacher is not None)
+    allowed = packages(found.model for found in traces if found)
+    return f", allow_import={allowed}" if allowed else ""
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:
@@ -426,7 +438,7 @@ def results_table(results: Iterable[Result]) -> Table:
     for result in results:
         table.add_row(
             result.role,
-            result.model,
+            escape(result.model),
             f"{result.accuracy:.2%}" + (f" (average {result.ema_accuracy:.2%})" if result.ema_accuracy else ""),
             "" if result.agreement is None else f"{result.agreement:.2%}",
             amount(result.parameters),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from probe_kd.adapters import Resize, ToMap
 from probe_kd.errors import TapError, WeightsError, nearest
-from probe_kd.models import build_model, load_weights, read_header
+from probe_kd.models import build_model, check_import, load_weights, read_header
 from probe_kd.probe import Probe
 from probe_kd.spec import FeatureSpec, Layout, Tap, Trace
 from probe_kd.surgery import get, prune_after, replaying, share, share_weights, weight_layers
@@ -264,23 +264,32 @@ def graft(
     return grown, Sharing("graft", names, {"trunk": given.tap})
 
 
-def load_student(path: str | Path) -> nn.Module:
+def load_student(path: str | Path, *, allow_import: Sequence[str] = ()) -> nn.Module:
     """The student that a run has saved, in eval mode: a plain timm model, or a `Graft`, which timm cannot build.
 
-    Raises WeightsError for a file that no run of this package wrote.
+    A file may name a function of anybody's as its model: it is imported and called only where `allow_import` names its
+    package or module.
+
+    Raises WeightsError for a file that no run of this package wrote, TraceError for a model that cannot be built.
     """
     about = read_header(path)
-    if "model" not in about:
-        raise WeightsError(f"{str(path)!r} does not tell which model it is of; it was not written by probe-kd")
-    if "graft" not in about:
-        student = build_model(about["model"], about["model_kwargs"])
-    else:
-        sides = [about["graft"][side] for side in ("student", "teacher")]
-        models = [build_model(side["model"], side["model_kwargs"]) for side in sides]
+    try:
+        sides = [about["graft"][side] for side in ("student", "teacher")] if "graft" in about else [about]
+        named = [(str(side["model"]), dict(side["model_kwargs"])) for side in sides]
+        cuts = [(side["input_size"], Tap.parse(side["at"])) for side in sides] if "graft" in about else []
+    except (KeyError, TypeError, ValueError, TapError) as refusal:
+        raise WeightsError(
+            f"{str(path)!r} does not tell which model it is of; it was not written by probe-kd"
+        ) from refusal
+    for name, _ in named:
+        check_import(name, allow_import)
+    models = [build_model(name, kwargs) for name, kwargs in named]
+    student = models[0]
+    if cuts:
         traces = [
-            trace(side["model"], side["input_size"], training=True, model_kwargs=side["model_kwargs"]) for side in sides
+            trace(name, size, training=True, model_kwargs=kwargs)
+            for (name, kwargs), (size, _) in zip(named, cuts, strict=True)
         ]
-        cuts = [Tap.parse(side["at"]) for side in sides]
-        student, _ = graft(models[0], models[1], cuts[0], cuts[1], traces[0], traces[1])
+        student, _ = graft(models[0], models[1], cuts[0][1], cuts[1][1], traces[0], traces[1])
     load_weights(student, path)
     return student.eval()

@@ -11,7 +11,7 @@ from functools import cached_property
 from math import cos, pi
 from typing import Literal, Self
 
-from probe_kd.errors import DataError, TapError, nearest
+from probe_kd.errors import DataError, TapError, TraceError, nearest
 
 
 class Layout(StrEnum):
@@ -232,8 +232,11 @@ class Trace:
 
     @property
     def output(self) -> FeatureSpec:
-        """The model's own output; the first item where it is a tuple."""
-        return next(spec for spec in self.specs if spec.tap.is_output)
+        """The model's own output; the first item where it is a tuple. Raises TraceError where it is no tensor."""
+        found = next((spec for spec in self.specs if spec.tap.is_output), None)
+        if found is None:
+            raise TraceError(f"{self.model} gives no tensor; expected logits")
+        return found
 
     @property
     def parameters(self) -> int:

@@ -35,7 +35,7 @@ from probe_kd.data import loader
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, RunError, Stopped
 from probe_kd.loop import Loop, Phase
-from probe_kd.models import build_model, load_weights, save_weights, short
+from probe_kd.models import build_model, check_state, load_weights, save_weights, short
 from probe_kd.objectives import Objective
 from probe_kd.recipe import ModelOptions, Plan, Recipe, dump, join
 from probe_kd.report import Display, Result, Row, write_metrics, write_report, write_timm_summary
@@ -664,6 +664,7 @@ class Run:
 
     def _restore(self, loop: Loop) -> None:
         assert self.checkpoint is not None
+        check_state(self.checkpoint)
         self.best = load_file(self.checkpoint / BEST) if (self.checkpoint / BEST).exists() else {}
         if loop.average is not None:
             load_weights(loop.average.module, self.checkpoint / AVERAGE)

@@ -25,12 +25,11 @@ FORM = [
     ("stages:", "stage:", 16, "unknown key `stage`; did you mean 'stages'"),
     ("hflip: 0.0", "hflip: [", 13, "not YAML"),
     ("hflip: 0.0", "hflip: 0.0\n  hflip: 0.1", 12, "duplicate key"),
-    ("weight: 0.5", "weight: !!python/object/apply:os.system [ls]", 25, "valid number"),
+    ("weight: 0.5", "weight: !!python/object/apply:os.system [ls]", 25, "leave it out"),
 ]
 MEANING = [
     ("model: resnet10t", "model: resnet10tt", 5, "timm has no model 'resnet10tt'; did you mean 'resnet10t'"),
-    ("model: resnet10t", "model: os:getcwd", 5, "cannot build os:getcwd"),
-    ("model: resnet10t", "model: nowhere:build", 5, "cannot import 'nowhere'"),
+    ("model: resnet10t", "model: os:getcwd", 5, "would import 'os'"),
     ("depth: 2", "depht: 2", 2, "unexpected keyword argument 'depht'"),
     ("blocks.0: layer2", "blocks.0: layer9", 13, "has no module 'layer9'; did you mean"),
     ("blocks.0: layer2", "blocks.0.attn.attn_drop: layer2", 13, "never fires"),
