@@ -38,7 +38,7 @@ RECIPE = TINY.replace(
 
 def write_run(folder: Path, text: str, *, adapters: bool = True, same: bool = False) -> Plan:
     """A finished run without the training: models as they were built, but sure of what they say."""
-    planned = plan(parse(text))
+    planned = plan(parse(text), allow_import=["several_answers"])
     folder.mkdir()
     (folder / "recipe.yaml").write_text(dump(planned.resolved))
     models = {}
@@ -299,7 +299,7 @@ def test_a_model_of_ones_own_with_several_answers_in_eval_mode_and_a_teacher_of_
         tmp_path / "run", MINE.format(teacher=side, soft=", soft: {loss: soft_targets}"), adapters=False
     )
     (tmp_path / "run" / "teacher.safetensors").unlink()  # its weights lie elsewhere
-    found = evaluate(tmp_path / "run")
+    found = evaluate(tmp_path / "run", allow_import=["several_answers"])
     rows = by_role(found)
     batches = list(loader(planned.datasets.test, planned.recipe.data, planned.student_input, training=False))
     images, target = (torch.cat([batch[index] for batch in batches]) for index in (0, 1))
@@ -316,7 +316,7 @@ def test_a_model_of_ones_own_with_several_answers_in_eval_mode_and_a_teacher_of_
     told = rel_entr(softmax(theirs.double().numpy(), 1), softmax(ours.double().numpy(), 1)).sum(1).mean()
     assert rows["student"].kl == pytest.approx(told, rel=1e-5)
     assert found.pairs == ()
-    alone = evaluate(tmp_path / "alone")
+    alone = evaluate(tmp_path / "alone", allow_import=["several_answers"])
     assert by_role(alone).keys() == {"student", "student alone"}
     assert (alone.scores[0].agreement, alone.scores[0].kl) == (None, None)
     assert alone.scores[0].nll == rows["student"].nll
