@@ -159,13 +159,17 @@ def check(
 ) -> None:
     """Say what a recipe is about to do, and whether it can. Nothing is trained or written; status 2 on any problem."""
     from probe_kd.recipe import load, plan
-    from probe_kd.report import models_table, plan_table, reach_table
+    from probe_kd.report import cache_lines, idle_rows, idle_table, models_table, plan_table, reach_table
 
     planned = plan(load(recipe), allow_import=_allowed(allow_import))
-    console = _console()
+    console, idle = _console(), idle_rows(planned)
     if not as_json:
         console.print(models_table(planned))
         console.print(plan_table(planned))
+        if idle:
+            console.print(idle_table(idle))
+        for line in cache_lines(planned):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     rows: list[Reach] = []
     wrong: list[str] = []
     if gradients:
@@ -177,7 +181,8 @@ def check(
             {"stage": item.stage, "loss": item.objective.name, "layers": str(item.comparison), "adapter": item.adapter}
             for item in planned.comparisons
         ]
-        print(json.dumps({"compared": compared, "gradients": [asdict(row) for row in rows]}, indent=1))
+        found = {"compared": compared, "not_run": [asdict(row) for row in idle]}
+        print(json.dumps(found | {"gradients": [asdict(row) for row in rows]}, indent=1))
     elif gradients:
         console.print(reach_table(rows))
     if wrong:

@@ -142,6 +142,11 @@ class Distiller(nn.Module):
         return {"loss": loss, "output": ours.get(Tap("")), **result}
 
     @property
+    def frozen_teacher(self) -> nn.Module | None:
+        """The teacher that runs beside this module, where it does not train."""
+        return self._teacher_probe.model if self._teacher_probe and self.block is None else None
+
+    @property
     def teacher_taps(self) -> tuple[Tap, ...]:
         """What of the teacher is compared, in the order of `ask`."""
         return self._teacher_probe.taps if self._teacher_probe else ()

@@ -18,7 +18,7 @@ from probe_kd.data import Views, loader, mixer
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, RunError
 from probe_kd.objectives import Objective
-from probe_kd.recipe import OptimizerOptions, Recipe, SchedulerOptions
+from probe_kd.recipe import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.spec import InputSpec
 from probe_kd.surgery import in_pattern
 
@@ -66,6 +66,7 @@ class Loop:
         self.average = _average(distiller.student, recipe) if averaged else None
         self.memory = torch.channels_last if recipe.channels_last else torch.contiguous_format
         optimizer = make_optimizer(distiller, phase.optimizer)
+        self.compiled = _compile(distiller, recipe.torchcompile)
         self.module, self.optimizer, self.batches = accelerator.prepare(distiller, optimizer, batches)
         self.steps: int = len(self.batches)
         self.updates = -(-self.steps // phase.grad_accum_steps)  # of an epoch
@@ -168,6 +169,12 @@ class Loop:
             for model in filter(None, (self.distiller, self.average)):
                 distribute_bn(model, self.accelerator.num_processes, reduce=True)
 
+    def close(self) -> None:
+        """Leave the models as they were: the next stage reads other layers, which what is compiled would not notice."""
+        for module in self.compiled:
+            module._compiled_call_impl = None
+            torch.compiler.reset()
+
     @property
     def rate(self) -> float:
         """The learning rate of what is not scaled down."""
@@ -185,6 +192,22 @@ def _readable(batches: Iterable[Any]) -> Iterator[Any]:
             text = " ".join(str(refusal).split()) or type(refusal).__name__
             raise DataError(f"cannot read a batch of training images: {text[-500:]}") from refusal
         yield batch
+
+
+def _compile(distiller: Distiller, options: CompileOptions | None) -> list[nn.Module]:
+    """Compile in place, after the hooks are on. Returns what was compiled."""
+    if options is None:
+        return []
+    modules = {
+        "step": distiller,
+        "student": distiller.student,
+        "teacher": distiller.frozen_teacher or distiller.teacher,
+    }
+    module = modules[options.target]
+    if module is None:  # a stage that asks no teacher
+        return []
+    module.compile(backend=options.backend, mode=options.mode)
+    return [module]
 
 
 def _average(student: nn.Module, recipe: Recipe) -> Any:

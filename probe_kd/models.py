@@ -149,6 +149,14 @@ def _refused(error: Exception) -> str:
     return short(error)
 
 
+def checkpoint_gradients(model: nn.Module, name: str) -> None:
+    """Turn timm's gradient checkpointing on. Raises TraceError for a model that has none."""
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as refusal:
+        raise TraceError(f"{name} has no gradient checkpointing; leave `grad_checkpointing` out") from refusal
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a checkpoint, all of it and nothing else; on the meta device this only compares.
 

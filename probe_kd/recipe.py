@@ -46,7 +46,7 @@ from probe_kd.errors import (
 )
 from probe_kd.losses import LOSSES
 from probe_kd.matching import match
-from probe_kd.models import build_on_meta, check_import, load_weights, packages, short
+from probe_kd.models import build_on_meta, check_import, checkpoint_gradients, load_weights, packages, short
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.plain import Path_, flaws, locate, plain, read_text, read_yaml
 from probe_kd.sharing import Pattern, Sharing, graft, share_convolutions, share_trunk
@@ -220,11 +220,13 @@ class TeacherTraining(_Section):
 class ModelOptions(_Section):
     """A model: what `probe-kd inspect` takes as its name, with `model_kwargs` for timm's `create_model`.
 
-    `package.module:function` needs `--allow-import package` on the command line.
+    `package.module:function` needs `--allow-import package` on the command line. `grad_checkpointing` is timm's: less
+    memory in training for more time; a container whose children it runs one by one cannot be tapped then.
     """
 
     model: str
     pretrained: bool = False
+    grad_checkpointing: bool = False
     checkpoint: str | None = None
     model_kwargs: dict[str, Any] = {}
 
@@ -308,6 +310,17 @@ Pairs = Annotated[
 ]
 
 
+class CompileOptions(_Section):
+    """`torch.compile` of the whole `step` (both models, adapters and losses), or of one model.
+
+    `backend` and `mode` are torch's. It is compiled anew in every stage, since a stage reads other layers.
+    """
+
+    target: Literal["step", "student", "teacher"] = "step"
+    backend: str = "inductor"
+    mode: str | None = None
+
+
 class AverageOptions(_Section):
     """timm's ModelEmaV3 of the student: `decay`, and `warmup`, which lets it follow faster at the beginning."""
 
@@ -335,6 +348,7 @@ class Recipe(_Section):
     baseline: bool = False
     precision: Literal["no", "bf16", "fp16"] | None = None
     channels_last: bool = False
+    torchcompile: CompileOptions | None = None
     model_ema: AverageOptions | None = None
     recovery_interval: int = Field(default=0, ge=0)
     checkpoint_hist: int = Field(default=2, ge=1)
@@ -691,6 +705,8 @@ class _Planner:
         with self.at(key, "model"):
             check_import(model.model, self.allow_import)
             found = trace(model.model, size, training=training, model_kwargs=kwargs)
+            if model.grad_checkpointing:
+                found = _trace_checkpointing(found)
             _check_output(found, key)
             return found
         return None
@@ -796,8 +812,44 @@ class _Planner:
                 message = f"warmup_epochs {stage.scheduler.warmup_epochs:g} are more than the {stage.epochs} epochs"
                 self.problems.append(self.source.problem((*where, "scheduler", "warmup_epochs"), message))
 
+    def _check_trackers(self) -> None:
+        if not self.recipe.trackers:
+            return
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        known, there = list(LOGGER_TYPE_TO_CLASS), [str(tracker) for tracker in get_available_trackers()]
+        for index, name in enumerate(self.recipe.trackers):
+            if name not in known:
+                message = f"accelerate has no tracker {name!r}{nearest(name, known)}; it has {', '.join(known)}"
+            elif name not in there:
+                message = f"tracker {name!r} is not installed here; `pip install {name}`"
+            else:
+                continue
+            self.problems.append(self.source.problem(("trackers", index), message))
+
+    def _check_compile(self) -> None:
+        import torch._dynamo
+
+        options = self.recipe.torchcompile
+        if options is None:
+            return
+        known = torch._dynamo.list_backends(exclude_tags=())
+        if options.backend not in known:
+            message = f"torch.compile has no backend {options.backend!r}{nearest(options.backend, known)}"
+            self.problems.append(self.source.problem(("torchcompile", "backend"), message))
+        modes = list(torch._inductor.list_mode_options())
+        if options.mode is not None and options.mode not in modes:
+            message = (
+                f"torch.compile has no mode {options.mode!r}{nearest(options.mode, modes)}; it has {', '.join(modes)}"
+            )
+            self.problems.append(self.source.problem(("torchcompile", "mode"), message))
+        if options.target == "teacher" and self.recipe.teacher is None:
+            self.problems.append(self.source.problem(("torchcompile", "target"), "there is no teacher to compile"))
+
     def _check_stages(self, student: Trace | None) -> None:
         self._check_optimizers()
+        self._check_compile()
+        self._check_trackers()
         for index, stage in enumerate(self.recipe.stages):
             if stage.keep == "best" and not self.recipe.data.holdout:
                 message = "`keep: best` chooses by held-out training images; give `data: {holdout: 0.1}`"
@@ -972,6 +1024,14 @@ def _above_the_cut(pairs: Sequence[Pair], grown: Trace) -> tuple[Pair, ...]:
     moved = [_in_body(pair) for pair in pairs]
     kinds = {name: module.kind for name, module in grown.modules.items()}
     return tuple(pair for pair in moved if kinds.get(pair.student.module, "Idle") != "Idle")
+
+
+def _trace_checkpointing(found: Trace) -> Trace:
+    """The trace of a model that runs its layers as gradient checkpointing does. Raises TraceError where it cannot."""
+    model = build_on_meta(found.model, found.model_kwargs)
+    checkpoint_gradients(model, found.model)
+    seen = trace(model, found.input_size, training=found.training)
+    return replace(seen, model=found.model, model_kwargs=found.model_kwargs)
 
 
 def _parameter_names(trace_: Trace) -> list[str]:

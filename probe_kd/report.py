@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,71 @@ def models_table(plan: Plan) -> Table:
 
 def _numbers(values: Iterable[float]) -> str:
     return " ".join(f"{value:.3g}" for value in values)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """What of one model one stage does not run, since no loss looks that far up; and what share of its MACs that is."""
+
+    stage: str
+    side: str
+    last: str
+    modules: tuple[str, ...]
+    share: float
+
+
+def idle_rows(plan: Plan) -> list[Idle]:
+    """Of every stage, the layers that do not run at all, because the forward stops at the last tap."""
+    rows = []
+    for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
+        for index, (side, trace) in enumerate((("student", plan.trained), ("teacher", plan.teacher))):
+            taps = [tap for objective in objectives for tap in objective.taps[index]]
+            # A trunk or a graft takes the other model's layers as well, so that there both run whole.
+            if trace is None or not taps or plan.sharing or any(tap.is_output for tap in taps):
+                continue
+            last = max((trace[tap] for tap in taps), key=lambda spec: spec.order)
+            above = [module for module in trace.modules.values() if module.first > last.order]
+            names = {module.name for module in above}
+            top = [module for module in above if module.parent not in names]
+            saved = sum(module.macs for module in top)
+            row = Idle(stage.name, side, str(last.tap), tuple(m.name for m in top), saved / max(trace.macs, 1))
+            rows += [row] * bool(top)
+    return rows
+
+
+def idle_table(rows: Iterable[Idle]) -> Table:
+    """What `check` prints of them."""
+    table = _table(
+        "Not run: above the last layer that a loss reads", "stage", "model", "last", "not run", "of its MACs>"
+    )
+    for row in rows:
+        table.add_row(*map(escape, (row.stage, row.side, row.last, ", ".join(row.modules))), f"{row.share:.0%}")
+    return table
+
+
+def cache_lines(plan: Plan) -> list[str]:
+    """What the teacher's cache will hold in the end, at four bytes a number; nothing where there is none."""
+    options, teacher = plan.recipe.teacher, plan.teacher
+    if options is None or options.cache is None or teacher is None:
+        return []
+    views: dict[Tap, set[int]] = {}
+    age = 0
+    for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
+        shown = {epoch % (plan.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
+        for tap in (tap for objective in objectives for tap in objective.taps[1]):
+            views.setdefault(tap, set()).update(shown)
+        age += stage.epochs
+    images, total, lines = len(plan.datasets.train), 0.0, []  # type: ignore[arg-type]
+    for tap, seen in views.items():
+        spec = teacher[tap]
+        numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and tap.is_output else prod(spec.shape[1:])
+        size = 4.0 * numbers * images * len(seen)
+        total += size
+        lines.append(
+            f"  {tap or repr('')}: {images} images x {len(seen)} views x {numbers} numbers = {size / 1e9:.3g} GB"
+        )
+    new = " (every epoch shows new views; `data.views` or `no_aug` bounds them)" * (plan.recipe.data.num_views is None)
+    return [f"The teacher's cache in {options.cache} will hold up to {total / 1e9:.3g} GB{new}:", *lines]
 
 
 def reach_table(rows: Iterable[Reach]) -> Table:

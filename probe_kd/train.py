@@ -35,7 +35,7 @@ from probe_kd.data import loader
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, RunError, Stopped
 from probe_kd.loop import Loop, Phase
-from probe_kd.models import build_model, check_state, load_weights, save_weights, short
+from probe_kd.models import build_model, check_state, checkpoint_gradients, load_weights, save_weights, short
 from probe_kd.objectives import Objective
 from probe_kd.recipe import ModelOptions, Plan, Recipe, dump, join
 from probe_kd.report import Display, Result, Row, write_metrics, write_report, write_timm_summary
@@ -118,6 +118,8 @@ def train(plan: Plan, folder: Path, display: Display, *, resume: bool = False, o
             opened = [open_run(plan, folder, display, resume=resume, overwrite=overwrite)]
         journal: Journal
         journal, checkpoint = broadcast_object_list(opened)[0]
+        if plan.recipe.trackers:
+            accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
         run = Run(plan, folder, display, accelerator, journal, checkpoint, signals)
         for subject in run.subjects():
             result = journal.results.get(subject.role)
@@ -270,7 +272,7 @@ class Run:
             self.teacher_answers = None
             set_seed(recipe.seed)  # of a graft's adapter
             model, sharing = join(recipe.share, model, partner.model, plan.student, plan.teacher)
-            model.to(self.accelerator.device)
+            self._to_device(model)
         yield Subject("student", model, plan.trained, plan.student_input, self._stages(), partner, sharing)
 
     def _teacher(self, role: str) -> Subject:
@@ -294,9 +296,15 @@ class Run:
     def _build(self, options: ModelOptions, trace_: Trace) -> nn.Module:
         set_seed(self.plan.recipe.seed)
         model = build_model(trace_.model, trace_.model_kwargs, pretrained=options.pretrained)
+        if options.grad_checkpointing:
+            checkpoint_gradients(model, trace_.model)
         if options.checkpoint:
             load_weights(model, options.checkpoint)
-        return model.to(self.accelerator.device)
+        return self._to_device(model)
+
+    def _to_device(self, model: nn.Module) -> nn.Module:
+        model = model.to(self.accelerator.device)
+        return model.to(memory_format=torch.channels_last) if self.plan.recipe.channels_last else model
 
     def _stages(self, alone: str = "") -> tuple[Phase, ...]:
         """The recipe's stages; for a model alone, what of them it can learn from labels."""
@@ -332,6 +340,7 @@ class Run:
         distiller = self.distiller(subject, phase)
         resting: list[nn.Parameter] = []
         cache: TeacherCache | None = None
+        loop: Loop | None = None
         try:
             resting = self._leave_out_what_no_loss_reaches(distiller, subject)
             loop = self._loop(subject, phase, distiller, cache := self._cache(subject, distiller))
@@ -356,6 +365,8 @@ class Run:
             distiller.close()
             if cache is not None:
                 cache.close()
+            if loop is not None:
+                loop.close()
             self.accelerator.free_memory()
             for parameter in resting:
                 parameter.requires_grad_(True)

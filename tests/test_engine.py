@@ -1,0 +1,140 @@
+"""What a recipe may say of how it is run: compiled, checkpointed, in another precision or layout, with trackers."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, record
+from safetensors.torch import load_file
+from test_cli import Command, command  # noqa: F401
+from test_resume import planned, run
+
+from probe_kd.errors import RecipeError
+from probe_kd.recipe import parse, plan
+
+SHORT = TINY.replace("baseline: true\n", "").replace("num_heads: 2}", "num_heads: 2}\n  grad_checkpointing: false")
+LOSSES = ("loss", "hint", "task", "soft")
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eager") / "run"
+    run(SHORT, folder)
+    return folder
+
+
+def alike(one: Path, two: Path, *, weights: bool = True) -> None:
+    """The same run but for rounding."""
+    for ours, theirs in zip(record(one), record(two), strict=True):
+        for name in LOSSES:
+            if ours.get(name):
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-2), (ours["stage"], name)
+    for name, tensor in load_file(one / "student.safetensors").items() if weights else ():
+        torch.testing.assert_close(tensor, load_file(two / "student.safetensors")[name], rtol=0.05, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("target", ["step", "student", "teacher"])
+def test_a_compiled_run_is_the_eager_run_through_stages_that_read_other_layers(
+    eager: Path, tmp_path: Path, target: str
+) -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    run(f"{SHORT}torchcompile: {{target: {target}, backend: aot_eager}}\n", tmp_path / "run")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "one graph for each stage"
+    assert not torch._dynamo.utils.counters["graph_break"]
+    alike(tmp_path / "run", eager)
+
+
+def test_gradient_checkpointing_changes_nothing_but_what_can_be_tapped(eager: Path, tmp_path: Path) -> None:
+    run(SHORT.replace("grad_checkpointing: false", "grad_checkpointing: true"), tmp_path / "run")
+    alike(tmp_path / "run", eager)
+    student = SHORT[SHORT.index("model:") : SHORT.index("\n  grad_checkpointing")]
+    text = SHORT.replace("grad_checkpointing: false", "grad_checkpointing: true").replace(student, "model: resnet10t")
+    with pytest.raises(RecipeError, match=r"'layer2'.*children are called one by one.*nearest.*'layer2\.0'"):
+        plan(parse(text.replace("blocks.0: layer2", "layer2: layer2").replace("blocks.1: layer3", "layer3: layer3")))
+    with pytest.raises(RecipeError, match="has no gradient checkpointing"):
+        plan(parse(text.replace("model: resnet10t\n  grad", "model: legacy_seresnet18\n  grad")))
+
+
+def test_channels_last_is_another_order_of_the_same_numbers(eager: Path, tmp_path: Path) -> None:
+    run(f"{SHORT}channels_last: true\n", tmp_path / "run")
+    alike(
+        tmp_path / "run", eager, weights=False
+    )  # Adam's first steps have the size of the rate, however small a gradient
+
+
+def test_bf16_trains_weights_of_float32_and_leaves_the_next_run_its_own_precision(tmp_path: Path) -> None:
+    """Two transformers and few images: a convolution in bf16 takes a hundred times as long on some CPUs."""
+    text = SHORT.replace("model: resnet10t", SHORT[SHORT.index("model:") : SHORT.index("\n  grad_checkpointing")], 1)
+    text = text.replace("layer2", "blocks.0").replace("layer3", "blocks.1")
+    text = text.replace("batch_size: 256", "batch_size: 64\n  holdout: 0.9")
+    for name, line in (("before", ""), ("bf16", "precision: bf16\n"), ("after", "")):
+        run(text + line, tmp_path / name)
+    hints = {
+        name: [float(row["hint"]) for row in record(tmp_path / name) if row["hint"]]
+        for name in ("before", "bf16", "after")
+    }
+    assert hints["before"] == hints["after"] != hints["bf16"]
+    assert hints["bf16"] == pytest.approx(hints["before"], rel=0.05)
+    weights = load_file(tmp_path / "bf16" / "student.safetensors")
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+def test_trackers_and_the_summary_of_timm_get_what_the_metrics_say(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(f"{SHORT}trackers: [tensorboard]\n", tmp_path / "run")
+    found = events.EventAccumulator(str(tmp_path / "run" / "trackers" / "probe-kd"))
+    found.Reload()
+    own = [row for row in record(tmp_path / "run") if row["subject"] == "student"]
+    seen = found.Scalars("student/accuracy")
+    assert [event.value for event in seen] == pytest.approx([float(row["accuracy"]) for row in own], rel=1e-5)
+    assert [event.step for event in seen] == [1, 2, 3]
+    with (tmp_path / "run" / "summary.csv").open(encoding="utf-8") as file:
+        summary = list(csv.DictReader(file))
+    assert [float(row["eval_top1"]) for row in summary] == pytest.approx([100 * float(row["accuracy"]) for row in own])
+    assert [row["epoch"] for row in summary] == ["0", "1", "2"]
+    assert [row["train_loss"] for row in summary] == [row["loss"] for row in own]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trackers: [tensorbord]", "no tracker 'tensorbord'; did you mean 'tensorboard'"),
+        ("torchcompile: {backend: inducter}", "no backend 'inducter'; did you mean 'inductor'"),
+        ("torchcompile: {mode: max-autotun}", "no mode 'max-autotun'; did you mean 'max-autotune'"),
+    ],
+)
+def test_names_that_torch_or_accelerate_do_not_know_are_refused_in_the_plan(line: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        plan(parse(f"{SHORT}{line}\n"))
+
+
+def test_check_says_what_does_not_run_and_how_much_a_cache_will_hold(
+    command: Command,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    text = SHORT.replace("  train: {epochs: 1}", "  train: {epochs: 1}\n  cache: C").replace(
+        "  hflip", "  views: 2\n  hflip"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    result = command("check", "r.yaml", "--json")
+    assert result.returncode == 0, result.stderr
+    rows: list[dict[str, Any]] = json.loads(result.stdout)["not_run"]
+    assert [(row["stage"], row["side"], row["last"]) for row in rows] == [
+        ("hint", "student", "blocks.1"),
+        ("hint", "teacher", "layer3"),
+    ]
+    assert {"layer4", "fc"} <= set(rows[1]["modules"])
+    teacher = planned(SHORT).teacher
+    assert teacher is not None
+    above = sum(teacher.modules[name].macs for name in ("layer4", "fc"))
+    assert rows[1]["share"] == pytest.approx(above / teacher.macs, rel=1e-6)
+    shown = command("check", "r.yaml").stdout
+    assert "layer4" in shown
+    # the hint in one epoch sees view 0, the task in two views 1 and 0
+    numbers = [teacher[name].shape[1:] for name in ("layer2", "layer3")]
+    size = 4 * 1437 * (sum(torch.Size(shape).numel() for shape in numbers) + 2 * 10)
+    assert f"will hold up to {size / 1e9:.3g} GB:" in shown
