@@ -22,8 +22,8 @@ class DataOptions(BaseModel):
     """The `data:` section of a recipe. Names and meanings are those of timm's `create_dataset` and `create_transform`.
 
     `dataset` is `sklearn/digits`, or what timm's `create_dataset` reads: `torch/cifar100`, `torch/fashion_mnist`,
-    `hfds/...`, `wds/...`, a folder of folders (empty name). `input_size` is (channels, height, width).
-    `mean` and `std` are the student's, where they differ from timm's config of the model. `holdout` is the share of the
+    `hfds/...`, a folder of folders (empty name); not streams (`wds/`, `tfds/`). `input_size` is (channels, height,
+    width). `mean` and `std` are the student's, where they differ from timm's config of the model. `holdout` is the share of the
     training images that is kept from training, for choosing by (`keep: best`). `mixup` and `cutmix` mix two images, and
     their labels, before either model sees them (timm's `Mixup`). With `views` every image is seen in so many augmented
     views, in turn, instead of in a new one every epoch; a cache of the teacher then holds no more than these.
@@ -92,10 +92,13 @@ class Datasets:
 def open_datasets(options: DataOptions) -> Datasets:
     """Open what the recipe names. Raises DataError when it is not there, or does not say how many classes it has."""
     found = _open(options)
+    if isinstance(found.train, IterableDataset):
+        raise DataError(
+            f"dataset {options.dataset!r} is a stream, in which images have no number, so that no epoch could be "
+            "gone on with in its middle and no view be cached; give the same images as a folder, or by `hfds/` or `torch/`"
+        )
     if not options.holdout:
         return found
-    if isinstance(found.train, IterableDataset):
-        raise DataError(f"holdout {options.holdout}: dataset {options.dataset!r} is a stream, and cannot be divided")
     count = len(found.train)  # type: ignore[arg-type]
     kept = round(count * options.holdout)
     if not 0 < kept < count:

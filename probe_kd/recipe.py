@@ -469,7 +469,7 @@ teacher:
     epochs: 5
     optimizer: {{opt: adamw, lr: 1.0e-3, weight_decay: 0.05}}
 data:
-  dataset: sklearn/digits       # torch/cifar100, hfds/..., wds/...; or only `root`, a folder of folders
+  dataset: sklearn/digits       # torch/cifar100, hfds/...; or only `root`, a folder of folders
   # root: data
   input_size: {input_size}
   batch_size: 64
