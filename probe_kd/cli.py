@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probe_kd import __version__
-from probe_kd.errors import ProbeKDError, RunError, Stopped
+from probe_kd.errors import ProbeKDError, RecipeError, RunError, Stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,9 @@ def main() -> None:
     try:
         app()
     except ProbeKDError as refusal:
-        _complain(str(refusal))
+        # A recipe is wrong in every process alike; anything else may have happened in this one alone.
+        if _speaks() or not isinstance(refusal, RecipeError):
+            _complain(str(refusal))
         sys.exit(2)
     except BrokenPipeError:  # `probe-kd inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -214,17 +216,16 @@ def train(
     from probe_kd.report import Display, plan_table, print_results
     from probe_kd.train import train as run
 
-    speaks = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun, accelerate launch), the first
-    quiet = quiet or not speaks
+    quiet = quiet or not _speaks()
     if not quiet:
         console.print(plan_table(planned))
     try:
         journal = run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, Stopped) as stop:
-        if speaks:
+        if _speaks():
             _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, allow_import)}", "")
         sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
-    if speaks:
+    if _speaks():
         print_results(list(journal.results.values()), planned, folder, console)
 
 
@@ -258,7 +259,7 @@ def evaluate(
             device=device,
             allow_import=_allowed(allow_import),
         )
-    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+    if not _speaks():
         return
     # JSON has no NaN, which an NLL may be: it reads such as null.
     values = json.loads(json.dumps(asdict(found)), parse_constant=lambda _: None)
@@ -326,6 +327,11 @@ def _options(**given: Any) -> str:
     """Options as one types them; None is left out, and a list repeats its option."""
     items = [(key, item) for key, value in given.items() for item in (value if isinstance(value, list) else [value])]
     return "".join(f" --{key.replace('_', '-')} {value}" for key, value in items if value is not None)
+
+
+def _speaks() -> bool:
+    """Of several processes (torchrun, accelerate launch), whether this is the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _name_of_run(recipe: Path) -> str:

@@ -23,7 +23,7 @@ class DataOptions(BaseModel):
 
     `dataset` is `sklearn/digits`, or what timm's `create_dataset` reads: `torch/cifar100`, `torch/fashion_mnist`,
     `hfds/...`, a folder of folders (empty name); not streams (`wds/`, `tfds/`). `input_size` is (channels, height,
-    width). `mean` and `std` are the student's, where they differ from timm's config of the model. `holdout` is the share of the
+    width). `mean` and `std` are the student's, where they differ from timm's config. `holdout` is the share of the
     training images that is kept from training, for choosing by (`keep: best`). `mixup` and `cutmix` mix two images, and
     their labels, before either model sees them (timm's `Mixup`). With `views` every image is seen in so many augmented
     views, in turn, instead of in a new one every epoch; a cache of the teacher then holds no more than these.
@@ -95,7 +95,7 @@ def open_datasets(options: DataOptions) -> Datasets:
     if isinstance(found.train, IterableDataset):
         raise DataError(
             f"dataset {options.dataset!r} is a stream, in which images have no number, so that no epoch could be "
-            "gone on with in its middle and no view be cached; give the same images as a folder, or by `hfds/` or `torch/`"
+            "gone on with in its middle and no view be cached; give the images as a folder, or by `hfds/` or `torch/`"
         )
     if not options.holdout:
         return found

@@ -145,7 +145,10 @@ def accelerating(recipe: Recipe, folder: Path | None = None) -> Iterator[Acceler
     if folder is not None and recipe.trackers:
         wishes |= {"log_with": list(recipe.trackers), "project_dir": str(folder / TRACKERS)}
     try:
-        accelerator = Accelerator(**wishes)
+        try:
+            accelerator = Accelerator(**wishes)
+        except (ValueError, ImportError) as refusal:  # fp16 without a GPU, say
+            raise RunError(f"accelerate cannot begin with precision {recipe.precision}: {short(refusal)}") from refusal
         kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
         if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise RunError(

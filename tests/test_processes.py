@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from conftest import GRAFT, ROCKET, TINY, TRUNK, record
 from safetensors.torch import load_file
@@ -140,3 +141,14 @@ def test_a_loss_that_is_no_number_ends_both(tmp_path: Path) -> None:
     text = TINY.replace("weight: 0.5}", "weight: 0.5}\n    optimizer: {opt: sgd, lr: 1.0e+30}")
     for message in run_by_two(text, tmp_path / "run"):
         assert re.match(r"RunError: 'task'.* became (nan|inf) in epoch 1", message)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_a_way_of_training_that_cuts_models_up_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType
+) -> None:
+    """Accelerate takes them up on accelerators alone, so that here it is only said to be so."""
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(RunError, match=f"accelerate is set to {kind.value}, which cuts a model's parameters up"):
+        run(TINY, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
