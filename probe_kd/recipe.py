@@ -843,6 +843,13 @@ class _Planner:
                 f"torch.compile has no mode {options.mode!r}{nearest(options.mode, modes)}; it has {', '.join(modes)}"
             )
             self.problems.append(self.source.problem(("torchcompile", "mode"), message))
+        share = self.recipe.share
+        if share is not None and (share.form in ("trunk", "graft") or share.block in ("params", "trunk")):
+            message = (
+                f"with `share: {{form: {share.form}, block: {share.block}}}` layers give what they gave before, or are "
+                "constants for a while, which compiled code does not notice; leave `torchcompile` out"
+            )
+            self.problems.append(self.source.problem(("torchcompile",), message))
         if options.target == "teacher" and self.recipe.teacher is None:
             self.problems.append(self.source.problem(("torchcompile", "target"), "there is no teacher to compile"))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, record
+from conftest import GRAFT, ROCKET, TINY, TRUNK, record
 from safetensors.torch import load_file
 from test_cli import Command, command  # noqa: F401
 from test_resume import planned, run
@@ -110,6 +110,14 @@ def test_trackers_and_the_summary_of_timm_get_what_the_metrics_say(tmp_path: Pat
 def test_names_that_torch_or_accelerate_do_not_know_are_refused_in_the_plan(line: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         plan(parse(f"{SHORT}{line}\n"))
+
+
+@pytest.mark.parametrize(
+    "text", [TRUNK, GRAFT, ROCKET.replace("modules: interval", "modules: interval, block: params")]
+)
+def test_what_compiled_code_would_not_notice_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="which compiled code does not notice; leave `torchcompile` out"):
+        plan(parse(text + "torchcompile: {target: student}\n"))
 
 
 def test_check_says_what_does_not_run_and_how_much_a_cache_will_hold(
