@@ -1,7 +1,7 @@
 """Data: timm's datasets and transforms, and scikit-learn's digits, which need no download."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -200,6 +200,20 @@ def loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or an iterator would draw its seed from the numbers that dropout uses
     )
+
+
+def readable(batches: Iterable[Any], which: str = "training") -> Iterator[Any]:
+    """The batches. Raises DataError where one of them cannot be had."""
+    found = iter(batches)
+    while True:
+        try:
+            batch = next(found)
+        except StopIteration:
+            return
+        except Exception as refusal:  # datasets, image files and worker processes fail in every way there is
+            text = " ".join(str(refusal).split()) or type(refusal).__name__
+            raise DataError(f"cannot read a batch of {which} images: {text[-500:]}") from refusal
+        yield batch
 
 
 def _transform(options: DataOptions, wanted: InputSpec, training: bool) -> Callable[[Image.Image], torch.Tensor]:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassCalibrationError
 
 from probe_kd.adapters import Adapter, ImageView, pooled
-from probe_kd.data import loader
+from probe_kd.data import loader, readable
 from probe_kd.distiller import make_adapters
 from probe_kd.errors import DataError, RunError, nearest
 from probe_kd.models import build_model, load_weights, short
@@ -391,7 +391,8 @@ def _batches(
     data = planned.recipe.data
     options = data.model_copy(update={"batch_size": size or data.batch_size})
     forms = list(dict.fromkeys(subject.images for subject in subjects))
-    loaders = [accelerator.prepare_data_loader(loader(images, options, form, training=False)) for form in forms]
+    prepared = (accelerator.prepare_data_loader(loader(images, options, form, training=False)) for form in forms)
+    loaders = [readable(batches, "evaluation") for batches in prepared]
     for batches in zip(*loaders, strict=True):
         yield dict(zip(forms, (seen for seen, _ in batches), strict=True)), batches[0][1]
 

@@ -3,7 +3,7 @@
 It is the loop that timm's training script has: the same order of operations, and the same parts of timm.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from probe_kd.cache import TeacherCache, lengthen, shorten
-from probe_kd.data import Views, loader, mixer
+from probe_kd.data import Views, loader, mixer, readable
 from probe_kd.distiller import Distiller
-from probe_kd.errors import DataError, RunError
+from probe_kd.errors import RunError
 from probe_kd.objectives import Objective
 from probe_kd.recipe import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.spec import InputSpec
@@ -83,7 +83,7 @@ class Loop:
         self._begin(self.phase.age + epoch)
         self.module.train()
         batches = skip_first_batches(self.batches, first) if first else self.batches
-        for step, (images, target, indices) in enumerate(_readable(batches), first):
+        for step, (images, target, indices) in enumerate(readable(batches), first):
             if self.mix is not None:
                 images, target = self.mix(images, target)
             images = images.contiguous(memory_format=self.memory)
@@ -179,19 +179,6 @@ class Loop:
     def rate(self) -> float:
         """The learning rate of what is not scaled down."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
-
-
-def _readable(batches: Iterable[Any]) -> Iterator[Any]:
-    found = iter(batches)
-    while True:
-        try:
-            batch = next(found)
-        except StopIteration:
-            return
-        except Exception as refusal:  # datasets, image files and worker processes fail in every way there is
-            text = " ".join(str(refusal).split()) or type(refusal).__name__
-            raise DataError(f"cannot read a batch of training images: {text[-500:]}") from refusal
-        yield batch
 
 
 def _compile(distiller: Distiller, options: CompileOptions | None) -> list[nn.Module]:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from probe_kd import __version__, checkpoints
 from probe_kd.adapters import ImageView
 from probe_kd.cache import Stored, TeacherCache, key_of
-from probe_kd.data import loader
+from probe_kd.data import loader, readable
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, RunError, Stopped
 from probe_kd.loop import Loop, Phase
@@ -395,7 +395,7 @@ class Run:
         losses: list[Tensor] = []
         distiller = loop.distiller.eval()
         distiller.set_epoch(loop.phase.epochs, loop.phase.epochs)  # one measure for all epochs, whatever is scheduled
-        for images, target in accelerator.prepare_data_loader(images_held_out):
+        for images, target in readable(accelerator.prepare_data_loader(images_held_out), "held-out"):
             if len(target) > 1 or not losses:  # one image has no variance, which some losses divide by
                 with accelerator.autocast():
                     loss = distiller(images, target)["loss"]
@@ -586,7 +586,7 @@ class Run:
         images_of_test = loader(self.plan.datasets.test, self.plan.recipe.data, given, training=False)
         model, view = subject.model.eval(), ImageView(subject.input, subject.input).to(accelerator.device)
         answers, targets = [], []
-        for images, target in accelerator.prepare_data_loader(images_of_test):
+        for images, target in readable(accelerator.prepare_data_loader(images_of_test), "test"):
             with accelerator.autocast():
                 output = model(view(images))
             logits = _logits(output)

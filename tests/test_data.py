@@ -12,7 +12,7 @@ import torch
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Subset
 
-from probe_kd.data import DataOptions, _mixed, loader, open_datasets
+from probe_kd.data import DataOptions, _mixed, loader, open_datasets, readable
 from probe_kd.errors import DataError
 from probe_kd.spec import InputSpec
 
@@ -173,3 +173,12 @@ def test_fashion_mnist_is_read_from_its_files_in_grey_or_colour(tmp_path: Path) 
 def test_data_that_is_not_there(options: dict[str, object], says: str) -> None:
     with pytest.raises(DataError, match=says):
         open_datasets(DataOptions(input_size=(3, 8, 8), **options))  # type: ignore[arg-type]
+
+
+def test_images_that_cannot_be_read_are_told_with_their_part_of_the_data(folder: Path) -> None:
+    options = DataOptions(root=str(folder), input_size=(3, 8, 8), batch_size=5, num_classes=10)
+    datasets = open_datasets(options)
+    for path in (folder / "validation").glob("*/*.png"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"cannot read a batch of test images: .*consecutive samples"):
+        list(readable(loader(datasets.test, options, InputSpec((3, 8, 8)), training=False), "test"))
