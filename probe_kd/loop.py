@@ -73,7 +73,9 @@ class Loop:
         self.schedule = make_scheduler(self.optimizer, phase, self.updates)
         self.mix = mixer(recipe.data, num_classes)
         self.sums: dict[str, Tensor] = {}
-        self.between_updates = True  # whether the weights, and all that belongs to them, are those of a finished update
+        self.finished: int | None = (
+            None  # batches done, where the weights are those of a finished update and of no half one
+        )
 
     def run(self, epoch: int, first: int = 0) -> Iterator[int]:
         """One epoch, from batch `first` on: yields how many batches are done, after every update of the weights.
@@ -82,6 +84,7 @@ class Loop:
         """
         self._begin(self.phase.age + epoch)
         self.module.train()
+        self.finished = first
         batches = skip_first_batches(self.batches, first) if first else self.batches
         for step, (images, target, indices) in enumerate(readable(batches), first):
             if self.mix is not None:
@@ -134,7 +137,7 @@ class Loop:
 
     def _step(self, epoch: int, step: int, images: Tensor, target: Tensor, told: list[Tensor] | None) -> bool:
         """Forward and backward of one batch. True where the weights were updated with it."""
-        self.between_updates = False
+        self.finished = None
         accumulated = self.phase.grad_accum_steps
         whole = self.steps - self.steps % accumulated
         group = accumulated if step < whole else self.steps % accumulated  # the last may be smaller, and weighs as much
@@ -150,6 +153,7 @@ class Loop:
             self.sums[name] = self.sums.get(name, 0.0) + result[name].detach()
         if last:
             self._update(update)
+            self.finished = step + 1
         return last
 
     def _update(self, update: int) -> None:
@@ -159,7 +163,6 @@ class Loop:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update(self.distiller.student, step=update + 1)
-        self.between_updates = True
 
     def average_over_processes(self) -> None:
         """At the end of an epoch: every process has seen other images, and its batch norms count them (timm's way)."""

@@ -490,16 +490,18 @@ class Run:
         if not first:  # else the generators are as the checkpoint found them
             set_seed((self.plan.recipe.seed * 1_000_003 + loop.phase.age + epoch + 1) % 2**31, device_specific=True)
         loop.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in journal.sums.items()}
-        done = first
         try:
             for done in loop.run(epoch, first):
                 journal.seconds = before + time.perf_counter() - started
                 self._after_update(loop, done)
-        except DataError:
-            self._save_what_is_done(loop, done)
-            raise
         except torch.OutOfMemoryError as refusal:
             raise RunError(_too_large(refusal)) from refusal
+        except (DataError, RuntimeError) as refusal:
+            # torch tells of a dead worker by a signal, so that the error comes up wherever the run is at that moment.
+            if not isinstance(refusal, DataError) and "DataLoader worker" not in str(refusal):
+                raise
+            self._save_what_is_done(loop)
+            raise DataError(str(refusal)) from refusal
         seconds = time.perf_counter() - started
         journal.seconds, journal.step, journal.sums = before + seconds, 0, {}
         loop.average_over_processes()
@@ -516,7 +518,7 @@ class Run:
         between = done < loop.steps  # the end of an epoch saves by itself, after it is measured
         interval = max(1, recipe.recovery_interval // loop.phase.grad_accum_steps)
         if asked or (between and recipe.recovery_interval and update % interval == 0):
-            self._save_what_is_done(loop, done, together=True)
+            self._save_what_is_done(loop, together=True)
         if asked:
             raise Stopped(f"stopped by {signal.Signals(self.signals[0] if self.signals else signal.SIGTERM).name}")
 
@@ -524,12 +526,12 @@ class Run:
         asked = torch.tensor(float(bool(self.signals)), device=self.accelerator.device)
         return float(self.accelerator.reduce(asked, "sum")) > 0
 
-    def _save_what_is_done(self, loop: Loop, done: int, *, together: bool = False) -> None:
+    def _save_what_is_done(self, loop: Loop, *, together: bool = False) -> None:
         """A checkpoint in the middle of an epoch; of several processes only if all of them are here."""
         if not together and self.accelerator.num_processes > 1:
             return
-        if loop.between_updates:
-            self.journal.step, self.journal.sums = done, self._means(loop, 1)
+        if loop.finished is not None:
+            self.journal.step, self.journal.sums = loop.finished, self._means(loop, 1)
             self.save(loop)
 
     def _means(self, loop: Loop, count: int) -> dict[str, float]:
@@ -660,6 +662,8 @@ class Run:
             if accelerator.is_main_process:
                 self._commit(aside[0], loop)
         except Exception as refusal:  # torch and safetensors have errors of their own for a full disk
+            if "DataLoader worker" in str(refusal):  # which died while this was written
+                raise
             raise RunError(
                 f"cannot write a checkpoint to {self.folder}: {short(refusal)}; the one before it is whole. Make room, "
                 "and go on with --resume"
