@@ -1,6 +1,8 @@
 """Data: timm's datasets and transforms, and scikit-learn's digits, which need no download."""
 
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -213,7 +215,21 @@ def readable(batches: Iterable[Any], which: str = "training") -> Iterator[Any]:
         except Exception as refusal:  # datasets, image files and worker processes fail in every way there is
             text = " ".join(str(refusal).split()) or type(refusal).__name__
             raise DataError(f"cannot read a batch of {which} images: {text[-500:]}") from refusal
+        _hear_of_workers_only_when_waiting()
         yield batch
+
+
+def _hear_of_workers_only_when_waiting() -> None:
+    """Take back the handler by which torch tells of a dead worker.
+
+    It raises wherever the process is at that moment, be it half way through an update or through a checkpoint that
+    is being written. A loader that waits for a batch looks after its workers by itself, every five seconds.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    if number is None or threading.current_thread() is not threading.main_thread():
+        return
+    if getattr(signal.getsignal(number), "__module__", "") == "torch.utils.data._utils.signal_handling":
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _transform(options: DataOptions, wanted: InputSpec, training: bool) -> Callable[[Image.Image], torch.Tensor]:

@@ -496,12 +496,9 @@ class Run:
                 self._after_update(loop, done)
         except torch.OutOfMemoryError as refusal:
             raise RunError(_too_large(refusal)) from refusal
-        except (DataError, RuntimeError) as refusal:
-            # torch tells of a dead worker by a signal, so that the error comes up wherever the run is at that moment.
-            if not isinstance(refusal, DataError) and "DataLoader worker" not in str(refusal):
-                raise
+        except DataError:
             self._save_what_is_done(loop)
-            raise DataError(str(refusal)) from refusal
+            raise
         seconds = time.perf_counter() - started
         journal.seconds, journal.step, journal.sums = before + seconds, 0, {}
         loop.average_over_processes()
@@ -662,8 +659,6 @@ class Run:
             if accelerator.is_main_process:
                 self._commit(aside[0], loop)
         except Exception as refusal:  # torch and safetensors have errors of their own for a full disk
-            if "DataLoader worker" in str(refusal):  # which died while this was written
-                raise
             raise RunError(
                 f"cannot write a checkpoint to {self.folder}: {short(refusal)}; the one before it is whole. Make room, "
                 "and go on with --resume"

@@ -125,7 +125,7 @@ def test_models_that_train_together_do_so_in_two_processes(text: str, tmp_path: 
 
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
-    text = TINY.replace("batch_size: 256", "batch_size: 16") + "recovery_interval: 7\n"
+    text = TINY.replace("batch_size: 256", "batch_size: 24") + "recovery_interval: 7\n"
     assert run_by_two(text, tmp_path / "whole") == ["done", "done"]
     processes, queue = start(_resumable, text, tmp_path / "parts", {})
     while count(tmp_path / "parts") < 3:
