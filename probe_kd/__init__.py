@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "adapters",
+    "DistillationTask": "tasks",
     "Distiller": "distiller",
     "FeatureSpec": "spec",
     "InputSpec": "spec",
@@ -42,6 +43,7 @@ _HOME = {
 __all__ = [
     "LOSSES",
     "Adapter",
+    "DistillationTask",
     "Distiller",
     "FeatureSpec",
     "InputSpec",
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     from probe_kd.sharing import Sharing, graft, load_student, share_convolutions, share_trunk
     from probe_kd.spec import FeatureSpec, InputSpec, Layout, Pair, Schedule, Tap, Trace
     from probe_kd.surgery import freeze, replace, share
+    from probe_kd.tasks import DistillationTask
     from probe_kd.tracing import trace
 
 

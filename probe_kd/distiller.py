@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from probe_kd.adapters import Adapter, ImageView
-from probe_kd.errors import LossError, TraceError
+from probe_kd.errors import LossError, TraceError, demand
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.probe import Probe
 from probe_kd.sharing import Sharing
@@ -68,6 +68,8 @@ class Distiller(nn.Module):
         sharing: Sharing | None = None,
     ) -> None:
         super().__init__()
+        for side, model in (("student", student), ("teacher", teacher or nn.Identity())):
+            demand(model, nn.Module, f"the {side}", LossError, "an nn.Module, as timm.create_model(name) gives")
         self.objectives = tuple(objectives)
         _check(self.objectives, teacher, block, sharing)
         self.block, self.sharing = block, sharing
@@ -140,6 +142,20 @@ class Distiller(nn.Module):
             loss = loss + self._weights[index] * term
         assert isinstance(loss, Tensor)
         return {"loss": loss, "output": ours.get(Tap("")), **result}
+
+    def no_weight_decay(self) -> set[str]:
+        """The models' parameters that timm exempts from weight decay, as `create_optimizer_v2(distiller)` asks."""
+        sides = {"student": self.student, "teacher": self.teacher}
+        return {f"{side}.{name}" for side, model in sides.items() for name in getattr(model, "no_weight_decay", set)()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """A parameter's layer in its model, for timm's layer decay; the adapters count as the student's last."""
+        layers: dict[str, float] = {}
+        for side, model in (("teacher", self.teacher), ("student", self.student)):
+            if model is not None:
+                layers |= {f"{side}.{name}": layer for name, layer in _layers(model, coarse).items()}
+        last = max((layer for name, layer in layers.items() if name.startswith("student.")), default=0)
+        return lambda name: layers.get(name, last)
 
     @property
     def frozen_teacher(self) -> nn.Module | None:
@@ -343,6 +359,8 @@ def _buffers_aside(module: nn.Module) -> Iterator[None]:
 def _check(
     objectives: Sequence[Objective], teacher: nn.Module | None, block: Block | None, sharing: Sharing | None
 ) -> None:
+    for objective in objectives:
+        demand(objective, Objective, "an objective", LossError, 'an Objective, such as Objective("soft_targets")')
     if not objectives:
         raise LossError("a Distiller needs at least one objective")
     names = [_key(objective.name)[:-1] for objective in objectives]
@@ -371,6 +389,16 @@ def _trace_teacher(teacher: nn.Module, wanted: InputSpec | None, given: InputSpe
         return trace(teacher, given.size[1:], training=training)
     except TraceError:
         return trace(teacher, training=training)  # built for one size, which is not the student's
+
+
+def _layers(model: nn.Module, coarse: bool) -> dict[str, float]:
+    from timm.models import group_parameters
+
+    matcher: Any = getattr(model, "group_matcher", None)
+    if matcher is None:
+        raise LossError(f"{type(model).__name__} has no group_matcher, so timm knows no order of its layers")
+    found: dict[str, float] = group_parameters(model, matcher(coarse=coarse), reverse=True)
+    return found
 
 
 def _key(name: str) -> str:

@@ -89,6 +89,12 @@ def _show(source: str, problem: Problem, lines: list[str]) -> str:
     return f"{head}\n    {lines[problem.line - 1]}\n    {' ' * (problem.column - 1)}^"
 
 
+def demand(value: object, kind: type, what: str, error: type[ProbeKDError], expected: str) -> None:
+    """Raise `error` where an argument is of another kind, before it fails somewhere deep with an AttributeError."""
+    if not isinstance(value, kind):
+        raise error(f"{what} is {repr(value)[:60]} ({type(value).__name__}); expected {expected}")
+
+
 def nearest(word: str, legal: Iterable[str], count: int = 3) -> str:
     """The tail of a sentence, `; did you mean 'a' or 'b'?`, or an empty string when nothing legal is near."""
     close = get_close_matches(word, list(legal), n=count, cutoff=0.5)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
 
-from probe_kd.errors import MatchError
+from probe_kd.errors import MatchError, demand
 from probe_kd.spec import FeatureSpec, Layout, Pair, Trace
 
 T = TypeVar("T")
@@ -63,6 +63,8 @@ def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: 
     """
     if level not in get_args(Level):
         raise MatchError(f"level {level!r}: expected 'stage' or 'block'")
+    for side, given in (("student", student), ("teacher", teacher)):
+        demand(given, Trace, f"the {side}", MatchError, "a Trace, as trace(model) gives")
     ours, theirs = _Anatomy(student), _Anatomy(teacher)
     pairs = _stage_pairs(ours, theirs)
     if level == "block":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from probe_kd.errors import TapError, nearest
+from probe_kd.errors import TapError, demand, nearest
 from probe_kd.spec import FeatureSpec, Tap
 
 Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -38,6 +38,7 @@ class Probe:
     """
 
     def __init__(self, model: nn.Module, taps: Iterable[str | Tap | FeatureSpec], *, stop_early: bool = True) -> None:
+        demand(model, nn.Module, "the model of a Probe", TapError, "an nn.Module, as timm.create_model(name) gives")
         wanted = list(taps)
         specs = [item for item in wanted if isinstance(item, FeatureSpec)]
         self.model = model

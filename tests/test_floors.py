@@ -16,7 +16,7 @@ FLOORS = (
     {"tracing", "adapters", "matching"},
     {"objectives", "sharing", "data", "cache"},
     {"distiller"},
-    {"recipe", "report"},
+    {"recipe", "report", "tasks"},
     {"loop", "evaluation", "exporting"},
     {"train"},
     {"audit"},

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from probe_kd.cli import main
 from probe_kd.recipe import parse, plan
@@ -28,7 +29,11 @@ def commands(verb: str) -> list[str]:
 
 @pytest.mark.parametrize(("place", "text"), blocks("python"), ids=lambda value: value.partition("\n")[0][:30])
 def test_every_python_block_runs(place: str, text: str) -> None:
-    exec(compile(text, place, "exec"), {"__name__": "__main__"})
+    names = {"__name__": "__main__"}
+    for file in re.findall(r"with (\w+\.py) above it", text.partition("\n")[0]):
+        exec(next(other for _, other in blocks("python") if other.startswith(f"# {file}:")), names)
+    exec(compile(text, place, "exec"), names)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what a block sets is set for the whole process
 
 
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: value.partition("\n")[0][:30])
