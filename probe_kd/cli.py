@@ -128,7 +128,7 @@ def match(
     """Pair the layers of a student with those of a teacher, and say why."""
     from probe_kd.matching import match as match_layers
     from probe_kd.models import packages
-    from probe_kd.recipe import write_recipe
+    from probe_kd.planner import write_recipe
     from probe_kd.report import pair_rows, pairs_table
 
     if output is not None and output.is_dir():
@@ -160,7 +160,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Say what a recipe is about to do, and whether it can. Nothing is trained or written; status 2 on any problem."""
-    from probe_kd.recipe import load, plan
+    from probe_kd.planner import plan
+    from probe_kd.recipe import load
     from probe_kd.report import cache_lines, idle_rows, idle_table, models_table, plan_table, reach_table
 
     planned = plan(load(recipe), allow_import=_allowed(allow_import))
@@ -204,7 +205,8 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the results.")] = False,
 ) -> None:
     """Run a recipe: train, evaluate, and write the student as safetensors that timm loads."""
-    from probe_kd.recipe import load, plan
+    from probe_kd.planner import plan
+    from probe_kd.recipe import load
 
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite deletes it; give one of the two")

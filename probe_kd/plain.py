@@ -40,6 +40,11 @@ def read_text(path: Path) -> str:
         raise ValueError(f"its line {line} is not UTF-8 text") from None
 
 
+def reason(error: Exception) -> str:
+    """Why a file was not read or written, without its name."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
 def read_yaml(text: str, name: str) -> Any:
     """The mapping that a YAML document holds, which knows the lines of its keys. Raises RecipeError."""
     try:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from probe_kd.cli import main
-from probe_kd.recipe import parse, plan
+from probe_kd.planner import plan
+from probe_kd.recipe import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]

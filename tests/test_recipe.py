@@ -10,7 +10,8 @@ from conftest import TINY
 from safetensors.torch import save_file
 
 from probe_kd.errors import RecipeError
-from probe_kd.recipe import Recipe, dump, load, parse, plan
+from probe_kd.planner import plan
+from probe_kd.recipe import Recipe, dump, load, parse
 
 # (what to replace, by what, the line of the problem, what the message has to say)
 FORM = [

@@ -23,7 +23,8 @@ from probe_kd.cli import main
 from probe_kd.errors import RecipeError, TapError, TraceError, WeightsError
 from probe_kd.models import check_state, read_weights, save_weights
 from probe_kd.plain import MAX_BYTES, MAX_LEVELS, MAX_NODES
-from probe_kd.recipe import load, parse, plan
+from probe_kd.planner import plan
+from probe_kd.recipe import load, parse
 from probe_kd.report import Display
 from probe_kd.sharing import load_student
 from probe_kd.spec import Tap
