@@ -115,7 +115,7 @@ class _Planner:
 
     def stop_if_problems(self) -> None:
         if self.problems:
-            raise RecipeError(self.source.name, self.problems, self.source.text)
+            raise self.source.error(self.problems)
 
     def plan(self) -> Plan:
         recipe = self.recipe

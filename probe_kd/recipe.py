@@ -4,12 +4,15 @@
 is read as plain YAML, and a function that it names as a model is imported only where the caller allows its package.
 """
 
+import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -22,13 +25,14 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens
 from probe_kd.data import DataOptions
 from probe_kd.distiller import Block
 from probe_kd.errors import LossError, Problem, RecipeError, nearest
-from probe_kd.plain import Path_, flaws, locate, plain, read_text, read_yaml, reason
+from probe_kd.plain import Node, Path_, flaws, locate, merged, node_of, read_text, read_yaml, reason, replaced
 from probe_kd.sharing import Pattern
 from probe_kd.spec import Schedule, Tap
 
@@ -62,7 +66,7 @@ def _list_or_word(value: Any) -> str:
 
 
 def _mapping_or_word(value: Any) -> str:
-    return "mapping" if isinstance(value, Mapping) else "word"
+    return "mapping" if isinstance(value, Mapping | BaseModel) else "word"
 
 
 def _mapping_list_or_word(value: Any) -> str:
@@ -162,7 +166,7 @@ class LossOptions(BaseModel):
         if not isinstance(value, Mapping):
             return value
         try:
-            return schedule(ScheduleOptions.model_validate(value))
+            return schedule(ScheduleOptions.model_validate(value, strict=True))
         except ValidationError as refusal:
             first = refusal.errors()[0]
             raise LossError(f"`{'.'.join(map(str, (key, *first['loc'])))}`: {_complaint(first)}") from None
@@ -336,20 +340,24 @@ class Recipe(_Section):
 
 @dataclass(frozen=True)
 class Source:
-    """A recipe with the text it came from, which knows the line of every key."""
+    """A recipe with the files and options that it came from, which know the place of every key."""
 
     recipe: Recipe
     name: str
-    text: str
-    tree: Any
+    node: Node
+    texts: Mapping[str, str]
 
     def problem(self, where: Path_, message: str) -> Problem:
-        _, line, column = locate(self.tree, where)
-        return Problem(message, line, column)
+        return locate(self.node, where)[1].problem(message)
+
+    def error(self, problems: Sequence[Problem]) -> RecipeError:
+        return RecipeError(self.name, list(dict.fromkeys(problems)), self.texts)
 
 
-def load(path: str | Path, seed: int | None = None) -> Source:
-    """Read a recipe file; `seed` replaces its own.
+def load(path: str | Path, seed: int | None = None, sets: Sequence[str] = ()) -> Source:
+    """Read a recipe file, and those that it extends.
+
+    `sets` change it, each as `stages.0.epochs=5`, with a value in YAML; `seed` replaces its own.
 
     Raises RecipeError with every problem of form: YAML, keys, types, bounds.
     """
@@ -357,7 +365,7 @@ def load(path: str | Path, seed: int | None = None) -> Source:
         text = read_text(Path(path))
     except (OSError, ValueError) as refusal:
         raise RecipeError(str(path), [Problem(f"cannot read the recipe: {reason(refusal)}{_beside(path)}")]) from None
-    source = parse(text, str(path))
+    source = parse(text, str(path), sets)
     return source if seed is None else replace(source, recipe=source.recipe.model_copy(update={"seed": seed}))
 
 
@@ -370,36 +378,91 @@ def _beside(path: str | Path) -> str:
         return ""
 
 
-def parse(text: str, name: str = "recipe") -> Source:
-    """`load` from text. Nothing that the recipe names is imported or built."""
-    tree = read_yaml(text.removeprefix("\ufeff"), name)
-    found = [Problem(message, *locate(tree, where)[1:]) for where, message in flaws(tree)]
-    if found:
-        raise RecipeError(name, found, text)
-    given = plain(tree)
-    try:
-        recipe = Recipe.model_validate(given)
-    except ValidationError as refusal:
-        found = [_form_problem(tree, error) for error in refusal.errors()]
-    else:
-        found = [Problem(message, *locate(tree, where)[1:]) for where, message in _misread(given, recipe)]
-    if found:
-        raise RecipeError(name, list(dict.fromkeys(found)), text)
-    return Source(recipe, name, text, tree)
+def parse(text: str, name: str = "recipe", sets: Sequence[str] = ()) -> Source:
+    """`load` from text; what it extends lies beside the file `name`. Nothing that it names is imported or built."""
+    reading = _Reading(name)
+    node = reading.file(text.removeprefix("\ufeff"), name, ())
+    for option in sets:
+        node = reading.option(node, option)
+    return Source(reading.recipe(node), name, node, reading.texts)
 
 
-def _misread(given: Any, taken: Any, where: Path_ = ()) -> Iterator[tuple[Path_, str]]:
-    """Where pydantic takes true for the number 1, or a number for true."""
-    if isinstance(given, dict):
-        fields = taken if isinstance(taken, dict) else {**vars(taken), **(taken.model_extra or {})}
-        for key, value in given.items():
-            yield from _misread(value, fields[key], (*where, key))
-    elif isinstance(given, list):
-        for index, value in enumerate(given):
-            yield from _misread(value, taken[index], (*where, index))
-    elif isinstance(given, bool | int | float) and isinstance(given, bool) != isinstance(taken, bool):
-        wanted = "a number" if isinstance(given, bool) else "true or false"
-        yield where, f"`{'.'.join(map(str, where))}`: expected {wanted}, got {str(given).lower()}"
+class _Reading:
+    """The files and options of one recipe while they are read: their texts, and what is wrong with them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.texts: dict[str, str] = {}
+        self.problems: list[Problem] = []
+
+    def stop(self, *problems: Problem) -> NoReturn:
+        raise RecipeError(self.name, list(dict.fromkeys([*self.problems, *problems])), self.texts)
+
+    def noted(self, tree: Any, name: str, text: str, under: Path_ = ()) -> Node:
+        """What was read, with its places; it stands at `under` in the recipe."""
+        self.texts[name] = text
+        node = node_of(tree, name)
+        for where, message in flaws(tree, under):
+            self.problems.append(locate(node, where[len(under) :])[1].problem(message))
+        return node
+
+    def file(self, text: str, name: str, chain: Sequence[str]) -> Node:
+        """A file on top of what it extends; `chain` are the files that extend it."""
+        node = self.noted(read_yaml(text, name), name, text)
+        if not isinstance(node.value, dict):
+            self.stop(node.problem("expected a mapping with `student`, `data` and `stages`"))
+        values = dict(node.value)
+        base = values.pop("extends", None)
+        node = replace(node, value=values)
+        return node if base is None else merged(self._base(base, [*chain, name]), node)
+
+    def _base(self, base: Node, chain: Sequence[str]) -> Node:
+        if not isinstance(base.value, str):
+            self.stop(base.problem("`extends`: expected the path of a recipe, from this one's folder"))
+        path = Path(chain[-1]).parent / base.value
+        try:
+            if os.path.realpath(path) in map(os.path.realpath, chain):
+                self.stop(base.problem(f"`extends` goes round: {' -> '.join([*chain, str(path)])}"))
+            if len(chain) == MAX_FILES:
+                self.stop(base.problem(f"more than {MAX_FILES} files extend each other: {' -> '.join(chain)}"))
+            text = read_text(path)
+        except (OSError, ValueError) as refusal:
+            self.stop(base.problem(f"cannot read {str(path)!r}: {reason(refusal)}{_beside(path)}"))
+        return self.file(text, str(path), chain)
+
+    def option(self, node: Node, option: str) -> Node:
+        """The recipe with one value set, as `stages.0.epochs=5` says."""
+        found = re.fullmatch(rf"({_STEP}(?:\.{_STEP})*)=(.*)", option, re.DOTALL)
+        if found is None:
+            self.stop(Problem("expected KEY=VALUE, as in `stages.0.epochs=5`", source=f"--set {option}"))
+        path, name = found[1], f"--set {found[1]}"
+        before = " " * (len(path) + 1)  # so that columns are those of the whole option
+        steps = [step.strip('"') for step in re.findall(_STEP, path)]
+        value = self.noted(read_yaml(before + found[2], name, option), name, option, tuple(steps))
+        if steps[0] == "extends":
+            self.stop(value.problem("a file says itself what it extends, before anything is set"))
+        try:
+            return replaced(node, steps, value)
+        except KeyError as refusal:
+            self.problems.append(value.problem(refusal.args[0]))
+            return node
+
+    def recipe(self, node: Node) -> Recipe:
+        """Strictly: text is no number, and neither is true. As JSON, since only there a list is a tuple as well."""
+        try:
+            recipe = Recipe.model_validate_json(json.dumps(node.plain), strict=True)
+        except ValidationError as refusal:
+            flawed = {(problem.source, problem.line, problem.column) for problem in self.problems}
+            errors = [error for error in refusal.errors() if error["type"] != "json_invalid"]  # half characters: flaws
+            found = [_form_problem(node, error) for error in errors if not _is_echo(error, errors)]
+            self.stop(*[it for it in found if (it.source, it.line, it.column) not in flawed])
+        if self.problems:
+            self.stop()
+        return recipe
+
+
+MAX_FILES = 8  # that extend each other
+_STEP = r'(?:"[^"]*"|[^=".]+)'  # of a path: a key, in quotes where it has dots
 
 
 def dump(recipe: Recipe) -> str:
@@ -423,22 +486,36 @@ _WANTED = {
 }
 
 
-def _form_problem(tree: Any, error: Any) -> Problem:
-    steps, line, column = locate(tree, error["loc"])
+def _form_problem(node: Node, error: Any) -> Problem:
+    steps, here = locate(node, error["loc"])
     last = error["loc"][-1] if error["loc"] else ""
+    where, by_option = ".".join(map(str, steps)), here.source.startswith("--set")
     if error["type"] == "extra_forbidden":
-        legal = _legal_keys(steps[:-1])
+        legal = list(_fields_at(error["loc"][:-1]))
         hint = nearest(str(last), legal) or f"; the keys here: {', '.join(legal)}"
-        return Problem(f"unknown key `{last}`{hint}", line, column)
+        return here.problem((f"there is no `{where}`" if by_option else f"unknown key `{last}`") + hint)
     if error["type"] == "missing" and isinstance(last, str):
-        return Problem(f"`{'.'.join(map(str, (*steps, last)))}` is missing", line, column)
-    return Problem(f"`{'.'.join(map(str, steps))}`: {_complaint(error)}", line, column)
+        field = _fields_at(error["loc"][:-1]).get(last)
+        wanted = f"; expected {_wanted(field.annotation)}" if field else ""
+        meant = nearest(str(steps[-1]), set(locate(node, steps[:-1])[1].value) - {steps[-1]}) if by_option else ""
+        return here.problem(f"`{'.'.join(map(str, (*steps, last)))}` is missing{meant or wanted}")
+    return here.problem(f"`{where}`: {_complaint(error)}")
+
+
+def _is_echo(error: Any, errors: Sequence[Any]) -> bool:
+    """Whether a key is missing only because it is written wrong, which is told."""
+    *section, key = error["loc"] or ("",)
+    others = [other["loc"] for other in errors if other["type"] == "extra_forbidden"]
+    written = [str(loc[-1]) for loc in others if list(loc[:-1]) == section]
+    legal = list(_fields_at(section)) if error["type"] == "missing" and written else []
+    return any(f"did you mean {key!r}" in nearest(name, legal) for name in written if key in legal)
 
 
 def _complaint(error: Any) -> str:
     """What one error of pydantic's says, without its names for things."""
     given, kind, context = error["input"], error["type"], error.get("ctx", {})
-    got = "" if isinstance(given, dict | list) else f", got {given!r}"
+    word = json.dumps(given) if isinstance(given, bool | None) else repr(given)
+    got = "" if isinstance(given, dict | list) else f", got {word}"
     if kind in _WANTED:
         return f"expected {_WANTED[kind]}{got or (', got a mapping' if isinstance(given, dict) else ', got a list')}"
     if kind == "literal_error":
@@ -456,17 +533,31 @@ def _complaint(error: Any) -> str:
     return f"{message[:1].lower()}{message[1:]}{got}"
 
 
-def _legal_keys(where: Path_) -> list[str]:
-    section: Any = Recipe
+def _fields_at(where: Iterable[str | int]) -> Mapping[str, FieldInfo]:
+    """The keys of a section, by pydantic's steps to it."""
+    here: Any = Recipe
     for step in where:
-        field = section.model_fields.get(step) if hasattr(section, "model_fields") else None
-        section = _section_of(field.annotation) if field else section
-    return list(section.model_fields) if hasattr(section, "model_fields") else []
+        here = _below(here, step)
+    here = _below(here, None)
+    return here.model_fields if isinstance(here, type) and issubclass(here, BaseModel) else {}
 
 
-def _section_of(annotation: Any) -> Any:
-    """The pydantic model inside an annotation such as `list[StageOptions]` or `TeacherOptions | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inner = [_section_of(part) for part in getattr(annotation, "__args__", ())]
-    return next((part for part in inner if part is not None), None)
+def _below(kind: Any, step: str | int | None) -> Any:
+    """The type of what is under a key, an index or a branch's tag; without a step, that of a section itself."""
+    origin, inner = get_origin(kind), [it for it in get_args(kind) if it is not type(None)]
+    if origin in (Union, UnionType):
+        tagged = [it for it in inner if any(isinstance(tag, Tag) and tag.tag == step for tag in get_args(it)[1:])]
+        return tagged[0] if tagged else _below(inner[0], step)
+    if origin is Annotated:
+        return _below(inner[0], step)
+    if step is None:
+        return kind
+    if origin in (dict, list, tuple):
+        return inner[-1]
+    return kind.model_fields[step].annotation if step in getattr(kind, "model_fields", ()) else kind
+
+
+def _wanted(kind: Any) -> str:
+    kind = _below(kind, None)
+    words = {int: "a whole number", float: "a number", str: "text"}
+    return "a list" if get_origin(kind) in (list, tuple) else words.get(kind, "a mapping")

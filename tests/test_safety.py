@@ -121,12 +121,12 @@ def test_anchors_and_merges_that_stay_small_are_read() -> None:
 # (what to replace in TINY, by what, what the message says): one mistake of form, one problem
 FORM = [
     ("hflip: 0.0", "hflip: .nan", "r.yaml:11:3: `data.hflip`: expected a finite number, got nan"),
-    ("hflip: 0.0", "hflip: 'inf'", "`data.hflip`: expected a finite number, got 'inf'"),
+    ("hflip: 0.0", "hflip: 'inf'", "`data.hflip`: expected a number, got 'inf'"),
     ("hflip: 0.0", "hflip: true", "`data.hflip`: expected a number, got true"),
-    ("[3, 16, 16]", "[3, true, 16]", "`data.input_size.1`: expected a number, got true"),
+    ("[3, 16, 16]", "[3, true, 16]", "`data.input_size.1`: expected a whole number, got true"),
     ("[3, 16, 16]", "[3, 16]", "`data.input_size`: a value is missing"),
     ("baseline: true", "baseline: 1", "`baseline`: expected true or false, got 1"),
-    ("epochs: 2", "epochs: true", "`stages.1.epochs`: expected a number, got true"),
+    ("epochs: 2", "epochs: true", "`stages.1.epochs`: expected a whole number, got true"),
     ("epochs: 2", "epochs: 2.5", "`stages.1.epochs`: expected a whole number, got 2.5"),
     ("weight: 0.5", "weight: -.inf", "25:52: `stages.1.losses.soft.weight`: expected a finite number"),
     ("weight: 0.5", "weight: [1]", "`stages.1.losses.soft.weight`: expected a number, got a list"),
