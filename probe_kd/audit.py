@@ -9,7 +9,7 @@ from rich.console import Console
 from probe_kd.data import loader
 from probe_kd.distiller import Distiller
 from probe_kd.objectives import Objective
-from probe_kd.recipe import Plan
+from probe_kd.planner import Plan
 from probe_kd.report import Display, Reach
 from probe_kd.train import TEACHER_ALONE, Journal, Run, accelerating
 

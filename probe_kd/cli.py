@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from dataclasses import asdict
@@ -50,6 +51,16 @@ AllowImport = Annotated[
         "--allow-import",
         metavar="PACKAGE",
         help="Let the recipe name functions of this package or module as models, and run them; may be repeated.",
+    ),
+]
+
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a value of the recipe, as in `stages.0.epochs=5`; the value is YAML; may be repeated.",
     ),
 ]
 
@@ -128,7 +139,7 @@ def match(
     """Pair the layers of a student with those of a teacher, and say why."""
     from probe_kd.matching import match as match_layers
     from probe_kd.models import packages
-    from probe_kd.recipe import write_recipe
+    from probe_kd.planner import write_recipe
     from probe_kd.report import pair_rows, pairs_table
 
     if output is not None and output.is_dir():
@@ -156,14 +167,16 @@ def check(
     gradients: Annotated[
         bool, typer.Option("--gradients", help="Also what every loss moves, on one real batch and untrained models.")
     ] = False,
+    sets: Sets = None,
     allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
     """Say what a recipe is about to do, and whether it can. Nothing is trained or written; status 2 on any problem."""
-    from probe_kd.recipe import load, plan
+    from probe_kd.planner import plan
+    from probe_kd.recipe import load
     from probe_kd.report import cache_lines, idle_rows, idle_table, models_table, plan_table, reach_table
 
-    planned = plan(load(recipe), allow_import=_allowed(allow_import))
+    planned = plan(load(recipe, sets=sets or ()), allow_import=_allowed(allow_import))
     console, idle = _console(), idle_rows(planned)
     if not as_json:
         console.print(models_table(planned))
@@ -196,6 +209,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Annotated[Path | None, typer.Option(help="The folder of results. Default: runs/NAME-OF-THE-RECIPE.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    sets: Sets = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last checkpoint; begin where there is none.")
     ] = False,
@@ -204,12 +218,13 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the results.")] = False,
 ) -> None:
     """Run a recipe: train, evaluate, and write the student as safetensors that timm loads."""
-    from probe_kd.recipe import load, plan
+    from probe_kd.planner import plan
+    from probe_kd.recipe import load
 
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite deletes it; give one of the two")
     folder = out or Path("runs") / _name_of_run(recipe)
-    source = load(recipe, seed=seed)
+    source = load(recipe, seed=seed, sets=sets or ())
     console = _console()
     with console.status("tracing the models"):
         planned = plan(source, allow_import=_allowed(allow_import))
@@ -223,7 +238,7 @@ def train(
         journal = run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, Stopped) as stop:
         if _speaks():
-            _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, allow_import)}", "")
+            _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
         sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
     if _speaks():
         print_results(list(journal.results.values()), planned, folder, console)
@@ -319,14 +334,17 @@ def export(
         print(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
 
 
-def _again(recipe: Path, out: Path | None, seed: int | None, allow_import: list[str] | None) -> str:
-    return f"probe-kd train {recipe}{_options(out=out, seed=seed, allow_import=allow_import)} --resume"
+def _again(
+    recipe: Path, out: Path | None, seed: int | None, sets: list[str] | None, allow_import: list[str] | None
+) -> str:
+    given: dict[str, Any] = {"out": out, "seed": seed, "set": sets, "allow_import": allow_import}
+    return f"probe-kd train {shlex.quote(str(recipe))}{_options(**given)} --resume"
 
 
 def _options(**given: Any) -> str:
     """Options as one types them; None is left out, and a list repeats its option."""
     items = [(key, item) for key, value in given.items() for item in (value if isinstance(value, list) else [value])]
-    return "".join(f" --{key.replace('_', '-')} {value}" for key, value in items if value is not None)
+    return "".join(f" --{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in items if value is not None)
 
 
 def _speaks() -> bool:

@@ -16,8 +16,8 @@ The message is written for the person who has to mend the cause: what is wrong, 
 legal thing. The command line prints it and exits with status 2; a traceback is always a defect of ours.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 
@@ -63,30 +63,38 @@ class Stopped(RunError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a recipe. `line` and `column` count from 1; 0 when the problem has no single place."""
+    """One thing wrong with a recipe. `line` and `column` count from 1; 0 when the problem has no single place.
+
+    `source` names what it stands in, where that is not the recipe's own file but one that it extends, or an option.
+    """
 
     message: str
     line: int = 0
     column: int = 0
+    source: str = ""
 
 
 class RecipeError(ProbeKDError):
-    """All problems of one recipe at once, each as `file:line:column: message` with the offending line and a caret."""
+    """All problems of one recipe at once, each as `file:line:column: message` with the offending line and a caret.
 
-    def __init__(self, source: str, problems: Sequence[Problem], text: str = "") -> None:
+    `text` is that of the file `source`, or maps the name of each source to its text.
+    """
+
+    def __init__(self, source: str, problems: Sequence[Problem], text: str | Mapping[str, str] = "") -> None:
         self.source = source
-        self.problems = tuple(sorted(problems, key=lambda problem: (problem.line, problem.column)))
-        lines = text.splitlines()
-        super().__init__("\n".join(_show(source, problem, lines) for problem in self.problems))
+        texts = {source: text} if isinstance(text, str) else text
+        placed = [replace(problem, source=problem.source or source) for problem in problems]
+        self.problems = tuple(sorted(placed, key=lambda it: (it.source != source, it.source, it.line, it.column)))
+        super().__init__("\n".join(_show(problem, texts.get(problem.source, "")) for problem in self.problems))
 
 
-def _show(source: str, problem: Problem, lines: list[str]) -> str:
-    if not problem.line:
-        return f"{source}: {problem.message}"
-    head = f"{source}:{problem.line}:{problem.column}: {problem.message}"
-    if problem.line > len(lines):
-        return head
-    return f"{head}\n    {lines[problem.line - 1]}\n    {' ' * (problem.column - 1)}^"
+def _show(problem: Problem, text: str) -> str:
+    lines = text.split("\n")
+    if not problem.line or problem.line > len(lines):
+        return f"{problem.source}: {problem.message}"
+    place = "" if problem.source.startswith("--") else f":{problem.line}:{problem.column}"
+    caret = f"{' ' * (problem.column - 1)}^"
+    return f"{problem.source}{place}: {problem.message}\n    {lines[problem.line - 1].rstrip()}\n    {caret}"
 
 
 def demand(value: object, kind: type, what: str, error: type[ProbeKDError], expected: str) -> None:

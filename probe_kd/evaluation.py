@@ -25,8 +25,9 @@ from probe_kd.distiller import make_adapters
 from probe_kd.errors import DataError, RunError, nearest
 from probe_kd.models import build_model, load_weights, short
 from probe_kd.objectives import Comparison
+from probe_kd.planner import Plan, join, plan
 from probe_kd.probe import Probe
-from probe_kd.recipe import Plan, TeacherOptions, join, load, plan
+from probe_kd.recipe import TeacherOptions, load
 from probe_kd.report import Evaluation, Scores, Similarity
 from probe_kd.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.tracing import trace

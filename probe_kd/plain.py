@@ -3,7 +3,8 @@
 import math
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,23 @@ def read_text(path: Path) -> str:
         raise ValueError(f"its line {line} is not UTF-8 text") from None
 
 
-def read_yaml(text: str, name: str) -> Any:
-    """The mapping that a YAML document holds, which knows the lines of its keys. Raises RecipeError."""
+def reason(error: Exception) -> str:
+    """Why a file was not read or written, without its name."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def read_yaml(text: str, name: str, shown: str | None = None) -> Any:
+    """What a YAML document holds, which knows the lines of its keys. Raises RecipeError, which shows `shown`."""
     try:
         problem = _bad_character(text) or _too_much(YAML().parse(text))
         if problem is None:
-            tree = YAML(typ="rt").load(text)
-            if isinstance(tree, Mapping):
-                return tree
-            problem = Problem("expected a mapping with `student`, `data` and `stages`", 1, 1)
+            return YAML(typ="rt").load(text)
     except MarkedYAMLError as refusal:
         message = " ".join(str(part) for part in (refusal.context, refusal.problem) if part)
         problem = Problem(f"not YAML: {message}", *_place(refusal.problem_mark))
     except Exception as refusal:  # on what is not YAML, the parser fails in many ways
         problem = Problem(f"not YAML: {' '.join(str(refusal).split()) or type(refusal).__name__}")
-    raise RecipeError(name, [problem], text)
+    raise RecipeError(name, [problem], text if shown is None else shown)
 
 
 def _bad_character(text: str) -> Problem | None:
@@ -112,16 +115,78 @@ def _forbidden(event: Any, finished: Mapping[str, Any]) -> str:
     return f"tag `{shown}`: a recipe is plain data, without tags; leave it out" if tag else ""
 
 
-def plain(node: Any) -> Any:
-    """The tree in dicts, lists and scalars."""
-    if isinstance(node, Mapping):
-        return {str(key): plain(value) for key, value in node.items()}
-    if isinstance(node, Sequence) and not isinstance(node, str):
-        return [plain(item) for item in node]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return None if node is None else str(node)
+@dataclass(frozen=True)
+class Node:
+    """A value of a document, and where it was written: the place of its key or list item, from 1.
+
+    `value` is a dict or a list of Nodes, or a scalar. `source` names the file.
+    """
+
+    value: Any
+    source: str
+    line: int = 1
+    column: int = 1
+
+    def problem(self, message: str) -> Problem:
+        return Problem(message, self.line, self.column, self.source)
+
+    @property
+    def plain(self) -> Any:
+        """In dicts, lists and scalars."""
+        if isinstance(self.value, dict):
+            return {key: node.plain for key, node in self.value.items()}
+        return [node.plain for node in self.value] if isinstance(self.value, list) else self.value
+
+
+def node_of(tree: Any, source: str, line: int = 1, column: int = 1) -> Node:
+    """What ruamel's maps and lists hold, which keep their lines in `lc`."""
+    marks, value = getattr(tree, "lc", None), tree
+
+    def inner(item: Any, key: Any, place: Callable[[Any], tuple[int, int]]) -> Node:
+        own = marks is not None and key in marks.data  # what `<<` merges in has no line here
+        return node_of(item, source, *(_from_one(place(key)) if own else (line, column)))
+
+    if isinstance(tree, Mapping):
+        value = {str(key): inner(item, key, marks.key) for key, item in tree.items()} if marks else {}
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
+        value = [inner(item, index, marks.item) for index, item in enumerate(tree)] if marks else []
+    elif tree is not None:
+        value = next((kind(tree) for kind in (bool, int, float, str) if isinstance(tree, kind)), str(tree))
+    return Node(value, source, line, column)
+
+
+def merged(under: Node, over: Node) -> Node:
+    """Mappings key by key, all the way down; anything else is replaced."""
+    if not isinstance(under.value, dict) or not isinstance(over.value, dict):
+        return over
+    known = under.value
+    news = {key: merged(known[key], node) if key in known else node for key, node in over.value.items()}
+    return replace(over, value={**known, **news})
+
+
+def replaced(node: Node, steps: Sequence[str], new: Node, done: str = "") -> Node:
+    """With another value at a path; mappings on the way to it are made where there are none.
+
+    Raises KeyError with a message for a path that leads nowhere.
+    """
+    if not steps:
+        return new
+    if isinstance(node.value, list):
+        count, legal = len(node.value), f"`{done}.0` to `{done}.{len(node.value) - 1}`"
+        if not re.fullmatch("[0-9]{1,4}", steps[0]) or int(steps[0]) >= count:
+            raise KeyError(f"there is no `{done}.{steps[0]}`: `{done}` is a list" + (f", {legal}" if count else ""))
+        index = int(steps[0])
+        inner = replaced(node.value[index], steps[1:], new, f"{done}.{index}")
+        return replace(node, value=[*node.value[:index], inner, *node.value[index + 1 :]])
+    if node.value is not None and not isinstance(node.value, dict):
+        word = str(node.value).lower() if isinstance(node.value, bool) else repr(node.value)
+        raise KeyError(f"`{done}` is {word}, and nothing is under it; set it as a whole: `{done}={{...}}`")
+    known = node.value or {}
+    # Names of layers hold dots: what is there already is found by them.
+    joined = [(".".join(steps[:count]), steps[count:]) for count in range(len(steps), 1, -1)]
+    key, rest = next(((key, rest) for key, rest in joined if key in known), (steps[0], steps[1:]))
+    inner = replaced(known.get(key, replace(new, value=None)), rest, new, f"{done}.{key}".lstrip("."))
+    return replace(node, value={**known, key: inner})
 
 
 def flaws(node: Any, where: Path_ = ()) -> Iterator[tuple[Path_, str]]:
@@ -144,29 +209,19 @@ def flaws(node: Any, where: Path_ = ()) -> Iterator[tuple[Path_, str]]:
         yield where, f"`{name}`: this number is too large"
 
 
-def locate(tree: Any, where: Path_) -> tuple[Path_, int, int]:
-    """What of `where` the file has, with its line and column, from 1: of the last key, or of the list item.
+def locate(node: Node, where: Path_) -> tuple[Path_, Node]:
+    """What of `where` the document has, and the last of it.
 
     The rest are steps that pydantic puts in, such as the branch of a union, and what is missing.
     """
     found: list[str | int] = []
-    line, column = 1, 1
-    node: Any = tree  # ruamel's maps and lists, which keep their lines in `lc`
     for step in where:
-        if hasattr(node, "keys"):
-            key = next((key for key in node if str(key) == str(step)), None)
-            if key is None:
-                continue
-            if key in node.lc.data:  # what `<<` merges in has no line here
-                line, column = _from_one(node.lc.key(key))
-            node = node[key]
-        elif hasattr(node, "append") and isinstance(step, int) and step < len(node):
-            line, column = _from_one(node.lc.item(step))
-            node = node[step]
-        else:
-            continue
-        found.append(step)
-    return tuple(found), line, column
+        inner = node.value
+        is_item = isinstance(inner, list) and isinstance(step, int) and step < len(inner)
+        if is_item or (isinstance(inner, dict) and step in inner):
+            node = inner[step]
+            found.append(step)
+    return tuple(found), node
 
 
 def _from_one(place: tuple[int, int]) -> tuple[int, int]:

@@ -21,7 +21,8 @@ from probe_kd.checkpoints import put
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.matching import blocks, stages
 from probe_kd.models import packages
-from probe_kd.recipe import RESERVED, Plan
+from probe_kd.planner import Plan
+from probe_kd.recipe import RESERVED
 from probe_kd.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 
 Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name

@@ -37,7 +37,8 @@ from probe_kd.errors import DataError, RunError, Stopped
 from probe_kd.loop import Loop, Phase
 from probe_kd.models import build_model, check_state, checkpoint_gradients, load_weights, save_weights, short
 from probe_kd.objectives import Objective
-from probe_kd.recipe import ModelOptions, Plan, Recipe, dump, join
+from probe_kd.planner import Plan, join
+from probe_kd.recipe import ModelOptions, Recipe, dump
 from probe_kd.report import Display, Result, Row, write_metrics, write_report, write_timm_summary
 from probe_kd.sharing import Sharing
 from probe_kd.spec import InputSpec, Trace

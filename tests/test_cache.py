@@ -16,7 +16,8 @@ from test_resume import After, Quiet, same, stop
 from probe_kd.cache import Stored, TeacherCache, fingerprint, key_of, lengthen, shorten
 from probe_kd.data import DataOptions, open_datasets
 from probe_kd.errors import RecipeError, RunError
-from probe_kd.recipe import parse, plan
+from probe_kd.planner import plan
+from probe_kd.recipe import parse
 from probe_kd.train import train
 
 fork = multiprocessing.get_context("fork")

@@ -13,7 +13,8 @@ from test_cli import Command, command  # noqa: F401
 from test_resume import planned, run
 
 from probe_kd.errors import RecipeError
-from probe_kd.recipe import parse, plan
+from probe_kd.planner import plan
+from probe_kd.recipe import parse
 
 SHORT = TINY.replace("baseline: true\n", "").replace("num_heads: 2}", "num_heads: 2}\n  grad_checkpointing: false")
 LOSSES = ("loss", "hint", "task", "soft")

@@ -16,13 +16,14 @@ FLOORS = (
     {"tracing", "adapters", "matching"},
     {"objectives", "sharing", "data", "cache"},
     {"distiller"},
-    {"recipe", "report", "tasks"},
+    {"recipe", "tasks"},
+    {"planner", "report"},
     {"loop", "evaluation", "exporting"},
     {"train"},
     {"audit"},
     {"cli"},
 )
-NEIGHBOURS = {("spec", "errors"), ("checkpoints", "errors"), ("report", "recipe")}  # from, to
+NEIGHBOURS = {("spec", "errors"), ("checkpoints", "errors"), ("report", "planner")}  # from, to
 ROOMS = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem != "__init__")
 
 

@@ -9,7 +9,8 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from probe_kd.cli import main
-from probe_kd.recipe import parse, plan
+from probe_kd.planner import plan
+from probe_kd.recipe import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]

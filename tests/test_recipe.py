@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -10,7 +11,8 @@ from conftest import TINY
 from safetensors.torch import save_file
 
 from probe_kd.errors import RecipeError
-from probe_kd.recipe import Recipe, dump, load, parse, plan
+from probe_kd.planner import plan
+from probe_kd.recipe import Recipe, dump, load, parse
 
 # (what to replace, by what, the line of the problem, what the message has to say)
 FORM = [
@@ -79,6 +81,147 @@ def test_all_mistakes_are_told_at_once_with_the_place_and_a_caret() -> None:
     assert [problem.line for problem in caught.value.problems] == [6, 13, 14, 25]
     assert "my.yaml:13:3: " in str(caught.value)
     assert "\n      blocks.7: layer2\n      ^" in str(caught.value)
+
+
+def test_all_mistakes_of_form_are_told_together_each_once() -> None:
+    text = TINY.replace("epochs: 1\n    losses", "epoch: 1\n    losses").replace("hflip: 0.0", "hflip: .nan")
+    text = text.replace("  model: resnet10t\n", "").replace("baseline: true", "baseline: 1")
+    text = text.replace("epochs: 2", "epochs: '2'")
+    with pytest.raises(RecipeError) as caught:
+        parse(text, "my.yaml")
+    assert str(caught.value).splitlines()[::3] == [
+        "my.yaml:4:1: `teacher.model` is missing; expected text",
+        "my.yaml:10:3: `data.hflip`: expected a finite number, got nan",
+        "my.yaml:14:1: `baseline`: expected true or false, got 1",
+        "my.yaml:17:5: unknown key `epoch`; did you mean 'epochs'?",
+        "my.yaml:21:5: `stages.1.epochs`: expected a whole number, got '2'",
+    ]
+
+
+CHILD = """\
+extends: base.yaml
+data: {batch_size: 128, hflip: 0.25}
+pairs: {blocks.1: layer4}
+stages:
+  - epochs: 3
+    losses: {task: {loss: cross_entropy}, hint: {loss: hint}}
+"""
+
+
+def test_what_a_recipe_extends_is_merged_and_a_list_replaced(tmp_path: Path) -> None:
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "tiny.yaml").write_text(TINY)
+    (tmp_path / "base.yaml").write_text("extends: bases/tiny.yaml\nteacher: {train: {epochs: 4}}\nseed: 3\n")
+    (tmp_path / "child.yaml").write_text(CHILD)
+    by_hand = TINY.replace("batch_size: 256", "batch_size: 128").replace("hflip: 0.0", "hflip: 0.25")
+    by_hand = by_hand.replace("train: {epochs: 1}", "train: {epochs: 4}").replace(
+        "blocks.1: layer3", "blocks.1: layer4"
+    )
+    by_hand = by_hand.partition("stages:")[0] + "seed: 3\n" + "\n".join(CHILD.splitlines()[3:])
+    assert load(tmp_path / "child.yaml").recipe == parse(by_hand).recipe
+
+
+def test_a_mistake_is_told_in_the_file_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = TINY.replace("hflip: 0.0", "hflip: 9\n  vflop: 1")
+    Path("base.yaml").write_text(base)
+    Path("child.yaml").write_text(CHILD.replace("batch_size: 128", "batch_size: 0"))
+    with pytest.raises(RecipeError) as caught:
+        load("child.yaml", sets=["teacher.train.epochs=0"])
+    assert str(caught.value).splitlines() == [
+        "child.yaml:2:8: `data.batch_size`: expected a number greater than or equal to 1, got 0",
+        "    data: {batch_size: 0, hflip: 0.25}",
+        "           ^",
+        "--set teacher.train.epochs: `teacher.train.epochs`: expected a number greater than or equal to 1, got 0",
+        "    teacher.train.epochs=0",
+        "    ^",
+        "base.yaml:12:3: unknown key `vflop`; did you mean 'vflip' or 'hflip'?",
+        "      vflop: 1",
+        "      ^",
+    ]
+    Path("child.yaml").write_text(CHILD)
+    Path("base.yaml").write_text(TINY.replace("blocks.0: layer2", "blocks.9: layer2"))
+    with pytest.raises(RecipeError, match=r"base.yaml:13:3: .* no module 'blocks.9'.*\n      blocks.9: layer2\n"):
+        plan(load("child.yaml"))
+
+
+def test_recipes_that_extend_each_other_for_ever_are_refused_with_the_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, base in (("a", "b"), ("b", "./c"), ("c", "b"), ("self", "self"), ("gone", "slef"), ("number", "[x")):
+        Path(f"{name}.yaml").write_text(f"seed: 1\nextends: {base}.yaml\n")
+    for number in range(12):
+        Path(f"{number}.yaml").write_text(f"extends: {number + 1}.yaml\n")
+    cases = {
+        "a": "c.yaml:2:1: `extends` goes round: a.yaml -> b.yaml -> c.yaml -> b.yaml",
+        "self": "self.yaml:2:1: `extends` goes round: self.yaml -> self.yaml",
+        "gone": "gone.yaml:2:1: cannot read 'slef.yaml': No such file or directory; did you mean 'self.yaml'",
+        "number": "number.yaml:3:1: not YAML",
+        "0": "7.yaml:1:1: more than 8 files extend each other: 0.yaml -> 1.yaml -> ",
+    }
+    for name, says in cases.items():
+        with pytest.raises(RecipeError) as caught:
+            load(f"{name}.yaml")
+        assert says in str(caught.value)
+    for value in ("3", "[a.yaml]", "/dev/zero", '"x\\0"'):
+        with pytest.raises(RecipeError, match=r"expected the path of a recipe|no regular file|null"):
+            parse(f"extends: {value}")
+
+
+SETS = [
+    ("stages.0.epochs=5", "stages", 0, "epochs", 5),
+    ("stages.1.optimizer.lr=1e-2", "stages", 1, "optimizer", "lr", 0.01),
+    ("stages.1.losses.soft.weight={start: 4, end: 1}", "stages", 1, "losses", "soft", "weight", "start", 4.0),
+    ("model_ema.decay=0.5", "model_ema", "decay", 0.5),
+    ("data.input_size.0=1", "data", "input_size", 0, 1),
+    ('pairs."blocks.0"=layer4', "pairs", "blocks.0", "layer4"),
+    ("pairs.blocks.0=layer4", "pairs", "blocks.0", "layer4"),
+    ('stages.0.optimizer.lr_scale."blocks.0.attn"=0.5', "stages", 0, "optimizer", "lr_scale", "blocks.0.attn", 0.5),
+    ("teacher.checkpoint=a=b.pth", "teacher", "checkpoint", "a=b.pth"),
+    ("teacher.train=null", "teacher", "train", None),
+]
+
+
+@pytest.mark.parametrize("case", SETS, ids=lambda case: str(case[0]))
+def test_an_option_sets_one_value_and_leaves_the_rest(case: Any) -> None:
+    option, *where, last, value = case
+    before, after = (json.loads(parse(TINY, sets=sets).recipe.model_dump_json()) for sets in ([], [option]))
+    here = after
+    for step in where:
+        here = here[step]
+    assert here.get(last) == value if isinstance(here, dict) else here[last] == value
+    for tree in (before, after):  # all else is as it was
+        tree.pop(where[0])
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("stages.0.epoch=5", "--set stages.0.epoch: there is no `stages.0.epoch`; did you mean 'epochs'?"),
+        ("stage.0.epochs=5", "--set stage.0.epochs: there is no `stage`; did you mean 'stages'"),
+        ("stages.2.epochs=5", "there is no `stages.2`: `stages` is a list, `stages.0` to `stages.1`"),
+        ("stages.hint.epochs=5", "there is no `stages.hint`: `stages` is a list"),
+        ("stages.1.losses.sfot.weight=1", "`stages.1.losses.sfot.loss` is missing; did you mean 'soft'?"),
+        ("baseline.x=1", "`baseline` is true, and nothing is under it; set it as a whole: `baseline={...}`"),
+        ("stages.0.epochs=five", "`stages.0.epochs`: expected a whole number, got 'five'\n    stages.0.epochs=five"),
+        ("stages.0.optimizer={opt: sgd, lrr: 1}", "`stages.0.optimizer.lrr`; did you mean 'lr'?"),
+        ("data.hflip=.inf", "`data.hflip`: expected a finite number, got inf"),
+        ("data.root=!!python/name:os.system", "tag `!!python/name:os.system`"),
+        ("data.root=[" * 20, "not YAML"),
+        ("data.root=" + "[" * 99, "more than 32 levels"),
+        ("stages.0.epochs", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("a..b=3", "expected KEY=VALUE"),
+        ("extends=x.yaml", "a file says itself what it extends"),
+    ],
+)
+def test_an_option_that_sets_nothing_is_told_with_the_nearest_that_is_there(option: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(TINY, sets=["seed=7", option])
+    assert f"--set {option.partition('=')[0]}"[:9] in str(caught.value)
+    assert says in str(caught.value)
 
 
 def test_a_mistyped_file_name_is_told(tmp_path: Path) -> None:

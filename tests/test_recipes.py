@@ -11,7 +11,8 @@ from ruamel.yaml import YAML
 from probe_kd.audit import audit
 from probe_kd.data import DataOptions, open_datasets
 from probe_kd.matching import match
-from probe_kd.recipe import Plan, load, plan
+from probe_kd.planner import Plan, plan
+from probe_kd.recipe import load
 from probe_kd.report import Display
 from probe_kd.sharing import load_student
 from probe_kd.tracing import trace

@@ -23,7 +23,8 @@ from probe_kd.cli import main
 from probe_kd.errors import RecipeError, TapError, TraceError, WeightsError
 from probe_kd.models import check_state, read_weights, save_weights
 from probe_kd.plain import MAX_BYTES, MAX_LEVELS, MAX_NODES
-from probe_kd.recipe import load, parse, plan
+from probe_kd.planner import plan
+from probe_kd.recipe import load, parse
 from probe_kd.report import Display
 from probe_kd.sharing import load_student
 from probe_kd.spec import Tap
@@ -120,12 +121,12 @@ def test_anchors_and_merges_that_stay_small_are_read() -> None:
 # (what to replace in TINY, by what, what the message says): one mistake of form, one problem
 FORM = [
     ("hflip: 0.0", "hflip: .nan", "r.yaml:11:3: `data.hflip`: expected a finite number, got nan"),
-    ("hflip: 0.0", "hflip: 'inf'", "`data.hflip`: expected a finite number, got 'inf'"),
+    ("hflip: 0.0", "hflip: 'inf'", "`data.hflip`: expected a number, got 'inf'"),
     ("hflip: 0.0", "hflip: true", "`data.hflip`: expected a number, got true"),
-    ("[3, 16, 16]", "[3, true, 16]", "`data.input_size.1`: expected a number, got true"),
+    ("[3, 16, 16]", "[3, true, 16]", "`data.input_size.1`: expected a whole number, got true"),
     ("[3, 16, 16]", "[3, 16]", "`data.input_size`: a value is missing"),
     ("baseline: true", "baseline: 1", "`baseline`: expected true or false, got 1"),
-    ("epochs: 2", "epochs: true", "`stages.1.epochs`: expected a number, got true"),
+    ("epochs: 2", "epochs: true", "`stages.1.epochs`: expected a whole number, got true"),
     ("epochs: 2", "epochs: 2.5", "`stages.1.epochs`: expected a whole number, got 2.5"),
     ("weight: 0.5", "weight: -.inf", "25:52: `stages.1.losses.soft.weight`: expected a finite number"),
     ("weight: 0.5", "weight: [1]", "`stages.1.losses.soft.weight`: expected a number, got a list"),

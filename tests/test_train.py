@@ -25,7 +25,8 @@ from probe_kd.data import DataOptions, loader, mixer
 from probe_kd.errors import RecipeError, RunError
 from probe_kd.loop import Phase, make_optimizer, make_scheduler
 from probe_kd.losses import soft_targets
-from probe_kd.recipe import load, parse, plan
+from probe_kd.planner import plan
+from probe_kd.recipe import load, parse
 from probe_kd.report import Display
 from probe_kd.train import Journal, train
 
