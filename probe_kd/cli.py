@@ -139,16 +139,11 @@ def match(
     """Pair the layers of a student with those of a teacher, and say why."""
     from probe_kd.matching import match as match_layers
     from probe_kd.models import packages
-    from probe_kd.planner import write_recipe
     from probe_kd.report import pair_rows, pairs_table
+    from probe_kd.writing import write_recipe
 
-    if output is not None and output.is_dir():
-        raise RunError(f"{output} is a folder; name the recipe in it, as in {output / 'distil.yaml'}")
-    if output is not None and output.exists() and not overwrite:
-        raise RunError(f"{output} exists; --overwrite replaces it")
-    ours = _trace(student, input_size, student_kwargs, training=True)
-    size = teacher_input_size or input_size or "x".join(map(str, ours.input_size))
-    theirs = _trace(teacher, size, teacher_kwargs, or_own_size=teacher_input_size is None and input_size is None)
+    _check_free(output, overwrite)
+    ours, theirs = _both(student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs)
     pairs = match_layers(ours, theirs, level=level.value, num_pairs=num_pairs)
     rows = pair_rows(pairs, ours, theirs)
     if as_json:
@@ -159,6 +154,60 @@ def match(
         write_recipe(ours, theirs, pairs, output)
         command = f"probe-kd train {output}{_options(allow_import=packages([student, teacher]))}"
         typer.echo(f"wrote {output}; run it with: {command}", err=as_json)
+
+
+@app.command()
+def init(
+    student: Annotated[str, typer.Option(help=MODEL_HELP)],
+    teacher: Annotated[str, typer.Option(help="As for the student.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")],
+    method: Annotated[
+        str, typer.Option(help="`fitnets_joint`, `soft_targets`, `fsp`, `rocket`, ...")
+    ] = "fitnets_joint",
+    data: Annotated[str, typer.Option(help="`torch/cifar100`, `hfds/...`, or a folder of folders.")] = "sklearn/digits",
+    root: Annotated[str | None, typer.Option(help="Where that data lies, or is downloaded to.")] = None,
+    level: Annotated[LevelChoice, typer.Option(help="Pair stage ends, or blocks.")] = LevelChoice.stage,
+    num_pairs: Annotated[int | None, typer.Option(min=1, help="So many pairs; the deepest is always kept.")] = None,
+    input_size: InputSize = None,
+    teacher_input_size: Annotated[str | None, typer.Option(help="Where the teacher's differs.")] = None,
+    student_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")] = None,
+    teacher_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
+) -> None:
+    """Write a commented recipe that runs, for two models, a method and a set of images. Nothing is downloaded."""
+    from probe_kd.matching import match as match_layers
+    from probe_kd.models import packages
+    from probe_kd.writing import chosen, write_recipe
+
+    found = chosen(method)
+    _check_free(output, overwrite)
+    ours, theirs = _both(student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs)
+    needed = found.pairs or found.shares
+    pairs = match_layers(ours, theirs, level=level.value, num_pairs=num_pairs) if needed else ()
+    write_recipe(ours, theirs, pairs, output, method=method, data=data, root=root)
+    allowed = _options(allow_import=packages([student, teacher]))
+    print(f"wrote {output}\n  probe-kd check {output}{allowed}\n  probe-kd train {output}{allowed}")
+
+
+def _check_free(output: Path | None, overwrite: bool) -> None:
+    if output is not None and output.is_dir():
+        raise RunError(f"{output} is a folder; name the recipe in it, as in {output / 'distil.yaml'}")
+    if output is not None and output.exists() and not overwrite:
+        raise RunError(f"{output} exists; --overwrite replaces it")
+
+
+def _both(
+    student: str,
+    teacher: str,
+    size: str | None,
+    teacher_size: str | None,
+    student_kwargs: list[str] | None,
+    teacher_kwargs: list[str] | None,
+) -> "tuple[Trace, Trace]":
+    """Both traced: the teacher at the student's size, or, where none was asked for, at its own if it takes no other."""
+    ours = _trace(student, size, student_kwargs, training=True)
+    wanted = teacher_size or size or "x".join(map(str, ours.input_size))
+    return ours, _trace(teacher, wanted, teacher_kwargs, or_own_size=teacher_size is None and size is None)
 
 
 @app.command()

@@ -17,10 +17,10 @@ from torch import nn
 
 from probe_kd.adapters import check_class_map
 from probe_kd.data import DataOptions, Datasets, loader, open_datasets
-from probe_kd.errors import DataError, ProbeKDError, Problem, RecipeError, RunError, TraceError, WeightsError, nearest
+from probe_kd.errors import DataError, ProbeKDError, Problem, RunError, TraceError, WeightsError, nearest
 from probe_kd.losses import LOSSES
 from probe_kd.matching import match
-from probe_kd.models import build_on_meta, check_import, checkpoint_gradients, load_weights, packages, short
+from probe_kd.models import build_on_meta, check_import, checkpoint_gradients, load_weights, short
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.plain import Path_, read_text, reason
 from probe_kd.recipe import (
@@ -33,7 +33,6 @@ from probe_kd.recipe import (
     ShareOptions,
     Source,
     TeacherOptions,
-    parse,
     schedule,
 )
 from probe_kd.sharing import Sharing, graft, share_convolutions, share_trunk
@@ -581,72 +580,3 @@ def _input_spec(
     """The recipe's numbers, else those of timm's config for this model."""
     own = InputSpec.of(build_on_meta(trace_.model, trace_.model_kwargs), size)
     return InputSpec(size, mean or own.mean, std or own.std)
-
-
-def write_recipe(student: Trace, teacher: Trace, pairs: Sequence[Pair], path: Path) -> None:
-    """A complete recipe for these pairs, with the reasons, that runs as it stands. Raises RecipeError."""
-    pair_lines = [f"  {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {pair.reason}" for pair in pairs]
-    text = _TEMPLATE.format(
-        path="".join(
-            [str(path), *(f" --allow-import {package}" for package in packages([student.model, teacher.model]))]
-        ),
-        student=_model_lines(student),
-        teacher=_model_lines(teacher),
-        input_size=list(student.input_size),
-        teacher_size=""
-        if teacher.input_size == student.input_size
-        else f"\n  input_size: {list(teacher.input_size)}  # the teacher sees the same images at its own size",
-        pairs="\n".join(pair_lines),
-    )
-    parse(text, str(path))  # what we write is what we read
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as refusal:
-        raise RecipeError(str(path), [Problem(f"cannot write the recipe: {reason(refusal)}")]) from None
-
-
-_TEMPLATE = """\
-# probe-kd train {path}
-# It runs as it is, on scikit-learn's digits. Put your own data and your own teacher's weights in.
-student:
-{student}
-teacher:
-{teacher}{teacher_size}
-  # pretrained: true            # timm's weights, where they were trained on your classes; or
-  # checkpoint: teacher.safetensors
-  train:                        # without weights, it is trained first, on the labels
-    epochs: 5
-    optimizer: {{opt: adamw, lr: 1.0e-3, weight_decay: 0.05}}
-data:
-  dataset: sklearn/digits       # torch/cifar100, hfds/...; or only `root`, a folder of folders
-  # root: data
-  input_size: {input_size}
-  batch_size: 64
-  crop_pct: 1.0
-  scale: [0.7, 1.0]             # random resized crops, as timm makes them
-  hflip: 0.0                    # a mirrored digit is no digit; 0.5 for photographs
-  color_jitter: 0.0
-pairs:                          # student layer: teacher layer
-{pairs}
-baseline: true                  # also train the student alone, to compare
-stages:
-  - name: distil
-    epochs: 10
-    losses:                     # their weighted sum is minimised
-      task: {{loss: cross_entropy, weight: 1.0}}
-      soft: {{loss: soft_targets, temperature: 4.0, weight: 1.0}}
-      hint: {{loss: hint, normalize: layer, weight: 1.0}}
-    optimizer: {{opt: adamw, lr: 1.0e-3, weight_decay: 0.05}}
-    scheduler: {{sched: cosine, warmup_epochs: 1}}
-seed: 0
-"""
-
-
-def _model_lines(trace_: Trace) -> str:
-    kwargs = json.dumps(dict(trace_.model_kwargs))  # JSON is YAML
-    return f"  model: {trace_.model}" + (f"\n  model_kwargs: {kwargs}" if trace_.model_kwargs else "")
-
-
-def _quoted(tap: Tap) -> str:
-    return json.dumps(str(tap)) if re.search(r"[#@\[\]]", str(tap)) or not str(tap) else str(tap)

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROCKET, TINY
 
 from probe_kd.cli import main
+from probe_kd.recipe import load
+from probe_kd.writing import METHODS
 
 USER_MODEL = """\
 from torch import nn
@@ -140,6 +143,45 @@ def test_match_writes_a_recipe_that_runs(command: Command, tmp_path: Path) -> No
     assert loaded.stdout.strip() == str(results[-1]["parameters"]), loaded.stderr
 
 
+SMALL_VIT = ["vit_tiny_patch16_224", "img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2"]
+
+
+@pytest.mark.parametrize(
+    ("method", "student"),
+    [*((method, SMALL_VIT) for method in METHODS), ("rocket", ["resnet10t"]), ("fitnets", ["resnet10t"])],
+    ids=str,
+)
+def test_init_writes_a_recipe_of_every_method_that_passes_check(
+    command: Command, tmp_path: Path, method: str, student: list[str]
+) -> None:
+    kwargs = [part for text in student[1:] for part in ("--student-kwargs", text)]
+    models = ["--student", student[0], *kwargs, "--teacher", "resnet18", "--input-size", "32"]
+    done = command("init", *models, "--method", method, "-o", "made/new.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "probe-kd check made/new.yaml" in done.stdout
+    checked = command("check", "made/new.yaml")
+    assert checked.returncode == 0, checked.stderr
+    assert command("init", *models, "-o", "made/new.yaml").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("torch/cifar100", {"dataset": "torch/cifar100", "root": "data", "download": True, "hflip": 0.5}),
+        ("hfds/food101", {"dataset": "hfds/food101", "root": None, "hflip": 0.5, "scale": (0.08, 1.0)}),
+        ("photos", {"dataset": "", "root": "photos"}),
+    ],
+)
+def test_init_names_the_images_as_timm_does(
+    command: Command, tmp_path: Path, data: str, expected: dict[str, Any]
+) -> None:
+    models = ["--student", "resnet10t", "--teacher", "resnet18"]
+    done = command("init", *models, "--method", "soft_targets", "--data", data, "-o", "new.yaml")
+    assert done.returncode == 0, done.stderr
+    options = load(tmp_path / "new.yaml").recipe.data
+    assert {key: getattr(options, key) for key in expected} == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -149,6 +191,7 @@ def test_match_writes_a_recipe_that_runs(command: Command, tmp_path: Path) -> No
         (["inspect", "resnet18", "--input-size", "big"], "expected `224`"),
         (["inspect", "resnet18", "--model-kwargs", "depth"], "expected KEY=VALUE"),
         (["inspect", "local-dir:nowhere"], "nowhere"),
+        (["init", "--student", "a", "--teacher", "b", "--method", "fitnet", "-o", "x"], "did you mean 'fitnets'"),
         (["match", "--student", "resnet10t", "--teacher", "resnet18", "--num-pairs", "99"], "99"),
         (["match", "--student", "resnet10t", "--teacher", "resnet18", "--level", "layer"], "stage"),
         (["train", "nowhere.yaml"], "cannot read the recipe"),

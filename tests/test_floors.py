@@ -17,7 +17,7 @@ FLOORS = (
     {"objectives", "sharing", "data", "cache"},
     {"distiller"},
     {"recipe", "tasks"},
-    {"planner", "report"},
+    {"planner", "report", "writing"},
     {"loop", "evaluation", "exporting"},
     {"train"},
     {"audit"},

@@ -42,7 +42,7 @@ def test_every_recipe_is_one_that_would_be_trained(place: str, text: str) -> Non
     assert plan(parse(text, place)).comparisons
 
 
-@pytest.mark.parametrize("line", commands("inspect") + commands("match"))
+@pytest.mark.parametrize("line", commands("inspect") + commands("match") + commands("init"))
 def test_every_command_that_only_reads_runs(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +53,9 @@ def test_every_command_that_only_reads_runs(
         main()
     assert not end.value.code
     shown = capsys.readouterr().out
+    if line.startswith("probe-kd init"):
+        assert parse((tmp_path / "distil.yaml").read_text()).recipe.stages
+        return
     if "-o" in shlex.split(line):
         assert plan(parse((tmp_path / "distil.yaml").read_text())).pairs
     assert "stages.3" in shown or "blocks.11" in shown

@@ -1,0 +1,255 @@
+"""A recipe for two models, one method and one set of images: complete, commented, and one that runs as it stands."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from probe_kd.errors import Problem, RecipeError, nearest
+from probe_kd.models import packages
+from probe_kd.plain import reason
+from probe_kd.recipe import parse
+from probe_kd.spec import Pair, Tap, Trace
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a recipe of this method says.
+
+    `pairs` says which pairs it reads: all, the one in the middle, those of several positions; empty for none.
+    """
+
+    about: str
+    stages: str
+    pairs: str = ""
+    shares: bool = False
+
+
+_TASK = "task: {loss: cross_entropy, weight: 1.0}"
+_OPTIMIZER = "    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.05}"
+_SCHEDULER = "    scheduler: {sched: cosine, warmup_epochs: 1}"
+
+
+def _stage(name: str, epochs: int, *losses: str) -> str:
+    """One stage; a line of losses that begins with four blanks is a key of the stage."""
+    keys = [line for line in losses if line.startswith("    ")]
+    terms = [f"      {line}" for line in losses if not line.startswith("    ")]
+    return "\n".join(
+        [f"  - name: {name}", f"    epochs: {epochs}", *keys, "    losses:", *terms, _OPTIMIZER, _SCHEDULER]
+    )
+
+
+METHODS = {
+    "soft_targets": Method(
+        "Soft targets (Hinton et al. 2015): the teacher's answers at a temperature, beside the labels",
+        _stage(
+            "distil",
+            10,
+            "task: {loss: cross_entropy, weight: 0.1}",
+            "soft: {loss: soft_targets, temperature: 4.0, weight: 0.9}",
+        ),
+    ),
+    "logits": Method(
+        "Pre-softmax regression (Ba and Caruana 2014): the teacher's logits, beside the labels",
+        _stage("distil", 10, _TASK, "logits: {loss: logits, center: true, weight: 0.3}"),
+    ),
+    "dist": Method(
+        "DIST (Huang et al. 2022): how the answers correlate, within an image and within a class",
+        _stage("distil", 10, _TASK, "dist: {loss: dist, inter: 1.0, intra: 1.0}"),
+    ),
+    "fitnets": Method(
+        "FitNets (Romero et al. 2015), in two stages: a layer in the middle, then labels and soft targets",
+        _stage(
+            "hint",
+            4,
+            "    keep: best                  # by the hint on held-out images; nothing runs above the paired layers",
+            "hint: {loss: hint, normalize: layer}",
+        )
+        + "\n"
+        + _stage(
+            "distil",
+            10,
+            _TASK,
+            "soft: {loss: soft_targets, temperature: 3.0, weight: {start: 4.0, end: 1.0}}",
+        ),
+        pairs="middle",
+    ),
+    "fitnets_joint": Method(
+        "Hints at every pair (after FitNets, Romero et al. 2015) with soft targets, beside the labels",
+        _stage(
+            "distil",
+            10,
+            _TASK,
+            "soft: {loss: soft_targets, temperature: 4.0, weight: 1.0}",
+            "hint: {loss: hint, normalize: layer, weight: 1.0}   # the teacher's outlier channels would rule it",
+        ),
+        pairs="all",
+    ),
+    "fsp": Method(
+        "FSP (Yim et al. 2017), in two stages: the flow of every block sets the initial weights, then the labels",
+        _stage(
+            "initialise", 4, "flow: {loss: fsp, relative: true}   # the paper has no `relative`, which takes out scale"
+        )
+        + "\n"
+        + _stage("task", 10, _TASK),
+        pairs="all",
+    ),
+    "fsp_joint": Method(
+        "FSP (Yim et al. 2017) beside the labels: matrices between the input and the output of every paired block",
+        _stage("distil", 10, _TASK, "flow: {loss: fsp, relative: true, weight: 0.5}"),
+        pairs="all",
+    ),
+    "attention": Method(
+        "Attention transfer (Zagoruyko and Komodakis 2017): where the features are large, beside the labels",
+        _stage("distil", 10, _TASK, "attention: {loss: attention, form: paper, weight: 1.0}"),
+        pairs="several",
+    ),
+    "rocket": Method(
+        "Rocket Launching (Zhou et al. 2018): both train together and have layers in common",
+        _stage(
+            "rocket",
+            10,
+            "light: {loss: cross_entropy}",
+            "booster: {loss: cross_entropy, of: teacher}",
+            "hint: {loss: logits, reduction: sum, weight: 0.03}   # as in the authors' code",
+        ),
+        shares=True,
+    ),
+}
+
+
+def chosen(method: str) -> Method:
+    """The method of that name. Raises RecipeError with the nearest ones."""
+    if method not in METHODS:
+        text = f"there is no method {method!r}; expected one of {', '.join(METHODS)}{nearest(method, METHODS)}"
+        raise RecipeError("--method", [Problem(text)])
+    return METHODS[method]
+
+
+def write_recipe(
+    student: Trace,
+    teacher: Trace,
+    pairs: Sequence[Pair],
+    path: Path,
+    *,
+    method: str = "fitnets_joint",
+    data: str = "sklearn/digits",
+    root: str | None = None,
+) -> None:
+    """A complete recipe for these models, with the reason of every pair. Raises RecipeError.
+
+    `data` is a name as in `data: {dataset: ...}`, or a folder of folders.
+    """
+    found = chosen(method)
+    allowed = "".join(f" --allow-import {package}" for package in packages([student.model, teacher.model]))
+    parts = [
+        f"# probe-kd train {path}{allowed}",
+        f"# {found.about}.",
+        "student:",
+        _model_lines(student),
+        "teacher:",
+        _model_lines(teacher) + _teacher_size(student, teacher),
+        *([] if found.shares else [_WEIGHTS]),
+        *_data_lines(data, root, student.input_size, holdout="keep: best" in found.stages),
+        *_layer_lines(found, student, teacher, pairs),
+        "baseline: true                  # also train the student alone, to compare",
+        "stages:",
+        found.stages,
+        "seed: 0",
+    ]
+    text = "\n".join(parts) + "\n"
+    parse(text, str(path))  # what we write is what we read
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as refusal:
+        raise RecipeError(str(path), [Problem(f"cannot write the recipe: {reason(refusal)}")]) from None
+
+
+_WEIGHTS = """\
+  # pretrained: true            # timm's weights, where they were trained on your classes; or
+  # checkpoint: teacher.safetensors
+  train:                        # without weights, it is trained first, on the labels
+    epochs: 5
+    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.05}"""
+
+
+def _model_lines(trace_: Trace) -> str:
+    kwargs = json.dumps(dict(trace_.model_kwargs))  # JSON is YAML
+    return f"  model: {_word(trace_.model)}" + (f"\n  model_kwargs: {kwargs}" if trace_.model_kwargs else "")
+
+
+def _teacher_size(student: Trace, teacher: Trace) -> str:
+    if teacher.input_size == student.input_size:
+        return ""
+    return f"\n  input_size: {list(teacher.input_size)}  # the teacher sees the same images at its own size"
+
+
+def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, holdout: bool) -> list[str]:
+    """The `data:` section; what is known of a set (small images, digits that must not be mirrored) is in it."""
+    folder = "/" not in data or Path(data).is_dir()
+    lines = ["data:"]
+    if folder:
+        lines += [
+            f"  root: {_word(data)}           # a folder of folders, `train` and `validation`, one for each class"
+        ]
+    else:
+        lines += [f"  dataset: {_word(data)}"]
+        if data.startswith("torch/"):
+            lines += [f"  root: {_word(root or 'data')}", "  download: true                # by torchvision, once"]
+        elif root:
+            lines += [f"  root: {_word(root)}"]
+    lines += [f"  input_size: {list(size)}", "  batch_size: 64"]
+    name = data.rpartition("/")[2]
+    if name in ("digits", "mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100"):
+        mirrored = name in ("fashion_mnist", "cifar10", "cifar100")
+        lines += [
+            "  crop_pct: 1.0                 # small images are tested whole",
+            "  scale: [0.7, 1.0]             # random resized crops, as timm makes them",
+            f"  hflip: {0.5 if mirrored else '0.0                    # a mirrored digit is no digit'}",
+            "  color_jitter: 0.0",
+        ]
+    return [*lines, *(["  holdout: 0.1                  # of the training images, to choose by"] if holdout else [])]
+
+
+def _layer_lines(method: Method, student: Trace, teacher: Trace, pairs: Sequence[Pair]) -> list[str]:
+    if method.shares:
+        return _share_lines(student, teacher, pairs)
+    if not method.pairs:
+        return []
+    kept = list(pairs)
+    if method.pairs == "middle":
+        kept = [pairs[(len(pairs) - 1) // 2]]
+    if method.pairs == "several":  # attention over one position is no attention
+        kept = [pair for pair in pairs if (1, 1) not in (student[pair.student].grid, teacher[pair.teacher].grid)]
+    lines = [f"  {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {pair.reason}" for pair in kept]
+    return ["pairs:                          # student layer: teacher layer", *lines]
+
+
+def _share_lines(student: Trace, teacher: Trace, pairs: Sequence[Pair]) -> list[str]:
+    """Weights in common, where half of the student's layers are the teacher's too; or a graft at the first pair."""
+    leaves = [module for module in student.modules.values() if module.parameters and not module.children]
+    others = {(module.name, module.kind, module.parameters) for module in teacher.modules.values()}
+    common = [module for module in leaves if (module.name, module.kind, module.parameters) in others]
+    if 2 * len(common) >= len(leaves):
+        form = [
+            "  form: weights                 # norms are each model's own",
+            "  modules: interval             # the first blocks of every stage; or `bottom`, or names",
+        ]
+    else:
+        pair = pairs[0]
+        at = f"{{{_quoted(pair.student)}: {_quoted(pair.teacher)}}}"
+        form = ["  form: graft                   # the student's layers up to here are replaced by the teacher's"]
+        form += [f"  at: {at}"]
+    return ["share:", *form, "  block: output                 # the gradient block; or `params`, `trunk`, `off`"]
+
+
+def _quoted(tap: Tap) -> str:
+    return _word(str(tap))
+
+
+def _word(text: str) -> str:
+    """A YAML scalar that is read back as this text."""
+    plain = re.fullmatch(r"[A-Za-z][\w./:-]*[\w/]", text) and text.lower() not in ("true", "false", "null")
+    return text if plain else json.dumps(text)
