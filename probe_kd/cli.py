@@ -20,6 +20,7 @@ from probe_kd.errors import ProbeKDError, RecipeError, RunError, Stopped
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from probe_kd.planner import Plan
     from probe_kd.report import Reach
     from probe_kd.spec import Trace
 
@@ -232,7 +233,7 @@ def check(
         console.print(plan_table(planned))
         if idle:
             console.print(idle_table(idle))
-        for line in cache_lines(planned):
+        for line in [*_pair_lines(planned), *cache_lines(planned)]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     rows: list[Reach] = []
     wrong: list[str] = []
@@ -245,7 +246,8 @@ def check(
             {"stage": item.stage, "loss": item.objective.name, "layers": str(item.comparison), "adapter": item.adapter}
             for item in planned.comparisons
         ]
-        found = {"compared": compared, "not_run": [asdict(row) for row in idle]}
+        pairs = [{"student": str(pair.student), "teacher": str(pair.teacher)} for pair in planned.pairs]
+        found = {"pairs": pairs, "compared": compared, "not_run": [asdict(row) for row in idle]}
         print(json.dumps(found | {"gradients": [asdict(row) for row in rows]}, indent=1))
     elif gradients:
         console.print(reach_table(rows))
@@ -381,6 +383,12 @@ def export(
     print("\n".join([f"compared on {done.images}", *(f"note: {note}" for note in done.notes)]))
     if done.difference is not None:
         print(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
+
+
+def _pair_lines(planned: "Plan") -> list[str]:
+    """What patterns stand for, and which pairs are in no loss."""
+    measured = ", ".join(str(pair) for pair in planned.pairs if not pair.weight)
+    return [*map(str, planned.expansions), *([f"measured only: {measured}"] if measured else [])]
 
 
 def _again(

@@ -6,14 +6,17 @@ with the last unit before the stride grows. A model of one stride, such as a pla
 its blocks are counted instead.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import pairwise
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
 
-from probe_kd.errors import MatchError, demand
-from probe_kd.spec import FeatureSpec, Layout, Pair, Trace
+from probe_kd.errors import MatchError, TapError, demand, nearest
+from probe_kd.spec import FeatureSpec, Layout, Pair, Tap, Trace
 
 T = TypeVar("T")
 Level = Literal["stage", "block"]
@@ -46,6 +49,64 @@ def stages(trace: Trace) -> list[FeatureSpec]:
     if plan.isotropic and len(chain) > 1:
         return _spread(chain, min(ISOTROPIC_STAGES, len(chain)))
     return ends
+
+
+def expand(trace: Trace, text: str, inside: str = "") -> tuple[Tap, ...]:
+    """The taps of one model that a name in a recipe means: one, or all that a pattern finds, in the order they come.
+
+    `glob:blocks.[0-3]` is a shell's pattern over the names of modules, in which `*` also passes dots, and
+    `re:layer[12]` a regular expression for a whole name; `@input` or `#1` after either goes to each. `inside` is the
+    prefix of the modules in question, which the text leaves out.
+
+    Raises TapError for what is no tap or pattern, and where it finds no module, or none that yields a tensor there.
+    """
+    found = _PATTERN.fullmatch(text.strip())
+    if found is None:
+        tap = Tap.parse(text)
+        tap = replace(tap, module=(inside + tap.module).removesuffix("."))
+        trace[tap]
+        return (tap,)
+    fits = _fits(found["kind"], found["pattern"])
+    names = [name.removeprefix(inside) for name in trace.modules if name.startswith(inside) and name != inside]
+    named = [name for name in names if fits(name)]
+    if not named:
+        raise TapError(f"no module of {trace.model} matches {text!r}{nearest(found['pattern'], names)}")
+    seen: list[FeatureSpec] = []
+    silent: list[str] = []
+    for name in named:
+        try:
+            seen.append(trace[f"{inside}{name}{found['rest']}"])
+        except TapError as refusal:
+            silent.append(str(refusal))
+    if not seen:
+        raise TapError(f"{text!r} matches {listed(named)}, and none of them yields a tensor there: {silent[0]}")
+    return tuple(spec.tap for spec in sorted(seen, key=lambda spec: spec.order))
+
+
+_PATTERN = re.compile(r"(?P<kind>glob|re):(?P<pattern>.*?)(?P<rest>(?:#[0-9]{1,9})?(?:@(?:input|output))?)", re.DOTALL)
+
+
+def is_pattern(text: str) -> bool:
+    return _PATTERN.fullmatch(text.strip()) is not None
+
+
+def _fits(kind: str, pattern: str) -> Callable[[str], bool]:
+    if kind == "glob":
+        return lambda name: fnmatchcase(name, pattern)
+    # Python's expressions can search for years; a recipe may come from anybody.
+    if len(pattern) > 200 or re.search(r"\)[*+{]|\\[1-9]|\(\?P=", pattern) or len(re.findall("[*+{]", pattern)) > 3:
+        raise TapError(f"'re:{pattern}': expected at most three of `*`, `+`, `{{}}`, none of them after a group")
+    try:
+        expression = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as refusal:
+        raise TapError(f"'re:{pattern}' is no regular expression: {refusal}") from None
+    return lambda name: expression.fullmatch(name) is not None
+
+
+def listed(names: Sequence[object], most: int = 12) -> str:
+    """Names in a message, which no pattern makes endless."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(f"`{name}`" for name in names[:most]) + more
 
 
 def blocks(trace: Trace) -> list[FeatureSpec]:

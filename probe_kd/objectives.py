@@ -33,7 +33,8 @@ _ADAPTABLE = {
 }
 
 
-_BESIDE = ("weight", "policy", "tokens", "normalize", "projector", "activation", "of", "between")
+_ADAPTER = ("policy", "tokens", "normalize", "projector", "activation")
+_BESIDE = ("weight", *_ADAPTER, "of", "between")
 _SHAPES: dict[str, tuple[int, ...]] = {
     "labels": (2, 3),
     "outputs": (2, 3),
@@ -114,9 +115,12 @@ class Objective:
             raise LossError(f"{own!r} compares both models, so it is not `of` one of them; leave `of` out")
         if self.between and loss.reads != "flows":
             raise LossError(f"{own!r} compares no two layers of one model, so `between` means nothing; leave it out")
+        for pair in self.pairs:
+            for key in set(pair.adapter) - set(_ADAPTER):
+                raise LossError(f"pair {pair} has no choice {key!r}{nearest(key, _ADAPTER)}; it has {_ADAPTER}")
         plain = {entry.name: entry.default for entry in self.__dataclass_fields__.values()}
-        for key in ("policy", "tokens", "normalize", "projector", "activation"):
-            if getattr(self, key) != plain[key] and key not in _ADAPTABLE.get(loss.reads, ()):
+        for key in _ADAPTER:
+            if getattr(self, key) != plain[key] and key not in self.adaptable:
                 instead = (
                     "; `relative: true` takes out the scale" if key == "normalize" and "flows" in loss.reads else ""
                 )
@@ -171,6 +175,11 @@ class Objective:
         return Comparison((first, second), first.weight * second.weight, f"{first} to {second}")
 
     @property
+    def adaptable(self) -> set[str]:
+        """What may be said of how its features are brought together, here or by a pair."""
+        return _ADAPTABLE.get(self.resolved.reads, set())
+
+    @property
     def needs_teacher(self) -> bool:
         return bool(self.comparisons) or self.of == "teacher"
 
@@ -189,19 +198,13 @@ class Objective:
         """What brings one comparison together. Raises AdapterError where nothing can, TapError where no layer is."""
         ours = [student[pair.student] for pair in comparison.pairs]
         theirs = [teacher[pair.teacher] for pair in comparison.pairs]
+        # A pair's own word goes first; of two, that of the second, whose output both ends lead to.
+        how: dict[str, Any] = {key: comparison.pairs[-1].adapter.get(key, getattr(self, key)) for key in _ADAPTER}
         match self.resolved.reads:
             case "outputs":
                 return adapt_outputs(ours[0], theirs[0], class_map)
             case "maps":
                 return adapt_maps(ours[0], theirs[0])
             case "grams" | "flows":
-                return adapt_matrices(ours, theirs, policy=self.policy)
-        return adapt(
-            ours[0],
-            theirs[0],
-            policy=self.policy,
-            tokens=self.tokens,
-            normalize=self.normalize,
-            projector=self.projector,
-            activation=self.activation,
-        )
+                return adapt_matrices(ours, theirs, policy=how["policy"])
+        return adapt(ours[0], theirs[0], **how)

@@ -6,7 +6,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,19 @@ from torch import nn
 
 from probe_kd.adapters import check_class_map
 from probe_kd.data import DataOptions, Datasets, loader, open_datasets
-from probe_kd.errors import DataError, ProbeKDError, Problem, RunError, TraceError, WeightsError, nearest
+from probe_kd.errors import (
+    DataError,
+    LossError,
+    ProbeKDError,
+    Problem,
+    RunError,
+    TapError,
+    TraceError,
+    WeightsError,
+    nearest,
+)
 from probe_kd.losses import LOSSES
-from probe_kd.matching import match
+from probe_kd.matching import expand, is_pattern, listed, match
 from probe_kd.models import build_on_meta, check_import, checkpoint_gradients, load_weights, short
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.plain import Path_, read_text, reason
@@ -29,14 +39,17 @@ from probe_kd.recipe import (
     LossOptions,
     ModelOptions,
     OptimizerOptions,
+    PairOptions,
     Recipe,
+    SchedulerOptions,
     ShareOptions,
     Source,
+    StageOptions,
     TeacherOptions,
     schedule,
 )
 from probe_kd.sharing import Sharing, graft, share_convolutions, share_trunk
-from probe_kd.spec import InputSpec, Pair, Tap, Trace
+from probe_kd.spec import InputSpec, Pair, Schedule, Tap, Trace, value_at
 from probe_kd.surgery import in_pattern
 from probe_kd.tracing import trace
 
@@ -49,6 +62,18 @@ class Planned:
     objective: Objective
     comparison: Comparison
     adapter: str
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """What a pair of patterns stands for."""
+
+    student: str
+    teacher: str
+    pairs: tuple[Pair, ...]
+
+    def __str__(self) -> str:
+        return f"{self.student}: {self.teacher} is {', '.join(map(str, self.pairs))}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +92,7 @@ class Plan:
     class_map: tuple[int, ...] | None = None
     sharing: Sharing | None = None
     grown: Trace | None = None  # of the student as it is trained, where that is a graft
+    expansions: tuple[Expansion, ...] = ()
 
     @property
     def trained(self) -> Trace:
@@ -84,8 +110,14 @@ class Plan:
             found["teacher"] = recipe.teacher.model_copy(update={"model_kwargs": kwargs})
         if self.pairs:
             body = "body." if self.grown else ""
-            found["pairs"] = {str(pair.student).removeprefix(body): str(pair.teacher) for pair in self.pairs}
+            found["pairs"] = {str(pair.student).removeprefix(body): _written(pair) for pair in self.pairs}
         return recipe.model_copy(update=found)
+
+
+def _written(pair: Pair) -> str | PairOptions:
+    plain = pair.weight == 1 and not pair.adapter
+    long = {"teacher": str(pair.teacher), "weight": pair.weight, **pair.adapter}
+    return str(pair.teacher) if plain else PairOptions.model_validate(long)
 
 
 def plan(source: Source, *, allow_import: Sequence[str] = ()) -> Plan:
@@ -103,6 +135,8 @@ class _Planner:
         self.allow_import = allow_import
         self.recipe = source.recipe
         self.problems: list[Problem] = []
+        self.unknown = set[Pair]()  # pairs of layers that are not there, so that no adapter is looked for
+        self.entries: dict[str, list[Pair]] = {}  # what each line of `pairs` stands for
 
     @contextmanager
     def at(self, *where: str | int) -> Iterator[None]:
@@ -137,7 +171,9 @@ class _Planner:
         grown, sharing = self._join(student, teacher)
         pairs = self._pairs(student, teacher, grown)
         body = "body." if grown else ""
-        objectives = [self._objectives(index, pairs, body) for index in range(len(recipe.stages))]
+        compared = None if pairs is None else [pair for pair in pairs if pair.weight]
+        objectives = [self._objectives(index, compared, body) for index in range(len(recipe.stages))]
+        self._check_use(objectives)
         found = () if pairs is None else self._comparisons(objectives, grown or student, teacher, class_map)
         comparisons = tuple(found)
         for side, trace_, read in (
@@ -148,7 +184,7 @@ class _Planner:
                 if trace_ is not None:
                     read(trace_)
         self._check_inputs(student, teacher)
-        with self.at("data"):
+        with self.at("data", *_try_images_without(recipe.data)):
             _try_images(recipe.data)
         self.stop_if_problems()
         assert datasets is not None
@@ -166,7 +202,15 @@ class _Planner:
             class_map=class_map,
             sharing=sharing,
             grown=grown,
+            expansions=tuple(self._expansions()),
         )
+
+    def _expansions(self) -> Iterator[Expansion]:
+        for ours, entry in self.entries.items():
+            given = self.recipe.pairs[ours] if isinstance(self.recipe.pairs, dict) else ours
+            theirs = given.teacher if isinstance(given, PairOptions) else given
+            if is_pattern(ours) or is_pattern(theirs):
+                yield Expansion(ours, theirs, tuple(entry))
 
     def _trace(
         self, key: str, model: ModelOptions, size: tuple[int, int, int], classes: int | None, *, training: bool
@@ -282,9 +326,8 @@ class _Planner:
             else:
                 with self.at(*where, "optimizer", *(["opt_args"] if stage.optimizer.opt_args else [])):
                     _try_optimizer(stage.optimizer)
-            if stage.scheduler.warmup_epochs > stage.epochs:
-                message = f"warmup_epochs {stage.scheduler.warmup_epochs:g} are more than the {stage.epochs} epochs"
-                self.problems.append(self.source.problem((*where, "scheduler", "warmup_epochs"), message))
+            for key, message in _misfits(stage.scheduler, stage.epochs):
+                self.problems.append(self.source.problem((*where, "scheduler", key), message))
 
     def _check_trackers(self) -> None:
         if not self.recipe.trackers:
@@ -335,6 +378,7 @@ class _Planner:
             if stage.keep == "best" and not self.recipe.data.holdout:
                 message = "`keep: best` chooses by held-out training images; give `data: {holdout: 0.1}`"
                 self.problems.append(self.source.problem(("stages", index, "keep"), message))
+            self._check_weights(index, stage)
             names = _parameter_names(student) if student and stage.optimizer.lr_scale else []
             for pattern in stage.optimizer.lr_scale if names else ():
                 if not any(in_pattern(name, pattern) for name in names):
@@ -342,6 +386,21 @@ class _Planner:
                     self.problems.append(
                         self.source.problem(("stages", index, "optimizer", "lr_scale", pattern), message)
                     )
+
+    def _check_weights(self, index: int, stage: StageOptions) -> None:
+        where: Path_ = ("stages", index, "losses")
+        weights = [schedule(loss.weight) for loss in stage.losses.values()]
+        if weights and not any(value_at(weight, epoch, 1) for weight in weights for epoch in (0, 1)):
+            message = f"every loss of stage `{stage.name}` weighs 0, so that it trains nothing"
+            self.problems.append(self.source.problem(where, message))
+        for name, loss in stage.losses.items():
+            with suppress(LossError):  # told where the loss is made
+                for key, value in {"weight": schedule(loss.weight), **loss.options}.items():
+                    if isinstance(value, Schedule) and (value.epochs or 0) > stage.epochs:
+                        message = (
+                            f"a schedule of {value.epochs:g} epochs does not end in the {stage.epochs} of its stage"
+                        )
+                        self.problems.append(self.source.problem((*where, name, key, "epochs"), message))
 
     def _join(self, student: Trace | None, teacher: Trace | None) -> tuple[Trace | None, Sharing | None]:
         """What is shared, tried on models without weights; and the trace of a graft."""
@@ -403,16 +462,65 @@ class _Planner:
                 found = match(student, teacher, level=wanted.level, num_pairs=wanted.num_pairs)
                 return found if grown is None else _above_the_cut(found, grown)
             return None
-        pairs: list[Pair] = []
-        for ours, theirs in wanted.items():
+        for ours, given in wanted.items():
+            options = given if isinstance(given, PairOptions) else PairOptions(teacher=given)
+            self.entries[ours] = list(self._entry(ours, options, student, teacher, grown))
+        pairs = [pair for entry in self.entries.values() for pair in entry]
+        taken: dict[Tap, str] = {}
+        for ours, entry in self.entries.items():
+            for pair in entry:
+                if pair.student in taken:
+                    message = f"{str(pair.student)!r} is in two pairs: `{taken[pair.student]}` has it too"
+                    self.problems.append(self.source.problem(("pairs", ours), message))
+                taken.setdefault(pair.student, ours)
+        return tuple(pairs) or None
+
+    def _entry(
+        self, ours: str, options: PairOptions, student: Trace, teacher: Trace, grown: Trace | None
+    ) -> Iterator[Pair]:
+        """The pairs of one line of `pairs`; none where its layers are not there and not even named."""
+        theirs, body = options.teacher, "body." if grown else ""
+        found: list[Sequence[Tap]] = []
+        for trace_, text, inside in ((grown or student, ours, body), (teacher, theirs, "")):
             with self.at("pairs", ours):
-                pair = Pair(Tap.parse(ours), Tap.parse(theirs))
-                if grown is not None:
-                    pair = _in_body(pair)
-                for trace_, tap in ((grown or student, pair.student), (teacher, pair.teacher)):
-                    trace_[tap]
-                pairs.append(pair)
-        return tuple(pairs) if len(pairs) == len(wanted) else None
+                taps = expand(trace_, text, inside)
+                kept = [tap for tap in taps if not grown or inside == "" or not _is_idle(grown, tap)]
+                if not kept:
+                    raise TapError(f"{ours!r}: the graft puts the teacher's layers in the place of these")
+                found.append(kept)
+        how: dict[str, Any] = {"weight": options.weight, "adapter": options.adapter}
+        if len(found) < 2:  # a loss may name it, and that is no second mistake
+            with suppress(TapError):
+                pair = Pair(Tap.parse(ours), Tap.parse(theirs), **how)
+                self.unknown.add(pair := _in_body(pair) if grown else pair)
+                yield pair
+            return
+        if len(found[0]) != len(found[1]):
+            sides = [
+                f"{text!r} finds {len(taps)}: {listed(taps)}" for text, taps in zip((ours, theirs), found, strict=True)
+            ]
+            message = f"both sides of a pair have to find equally many layers; {'; and '.join(sides)}"
+            self.problems.append(self.source.problem(("pairs", ours), message))
+            return
+        yield from (Pair(*taps, **how) for taps in zip(*found, strict=True))
+
+    def _check_use(self, stages: list[list[Objective]]) -> None:
+        """Of pairs that are written down, whether they are in a loss, and their choices mean something there."""
+        if sum(map(len, stages)) < sum(len(stage.losses) for stage in self.recipe.stages):
+            return  # a loss that could not be read might have them
+        objectives = [objective for stage in stages for objective in stage]
+        for ours, entry in self.entries.items():
+            users = [it for it in objectives if any(set(entry) & set(of.pairs) for of in it.comparisons)]
+            known = set[str]().union(*(objective.adaptable for objective in users))
+            if entry and entry[0].weight and not users:
+                message = f"no loss compares {entry[0]}; take it out, or write `weight: 0` to have it measured only"
+                self.problems.append(self.source.problem(("pairs", ours), message))
+            for key in entry[0].adapter if entry and users else ():
+                if key not in known:
+                    message = (
+                        f"`{key}` means nothing to the losses that compare this pair ({_names(users)}); leave it out"
+                    )
+                    self.problems.append(self.source.problem(("pairs", ours, key), message))
 
     def _objectives(self, index: int, pairs: Sequence[Pair] | None, body: str) -> list[Objective]:
         stage = self.recipe.stages[index]
@@ -424,7 +532,7 @@ class _Planner:
             if name in RESERVED:
                 message = f"a loss cannot be called `{name}`: the metrics have a column of that name"
                 self.problems.append(self.source.problem(("stages", index, "losses", name), message))
-            with self.at("stages", index, "losses", name):
+            with self.at("stages", index, "losses", name, *_place_of_mistake(options)):
                 found.append(_objective(name, options, [_UNKNOWN] if pairs is None else pairs, body))
             last = found[-1] if found and found[-1].name == name else None
             if last and last.needs_teacher and self.recipe.teacher is None:
@@ -439,6 +547,9 @@ class _Planner:
                 "`booster: {loss: cross_entropy, of: teacher}`"
             )
             self.problems.append(self.source.problem(("stages", index, "losses"), message))
+        if self.recipe.share and found and all(objective.of == "teacher" for objective in found):
+            message = f"stage `{stage.name}` has no loss for the student; add `light: {{loss: cross_entropy}}`"
+            self.problems.append(self.source.problem(("stages", index, "losses"), message))
         return found
 
     def _comparisons(
@@ -452,11 +563,19 @@ class _Planner:
             return
         for index, objectives in enumerate(stages):
             for objective in objectives:
-                # Without memory: only what it would be is wanted here, and the widths are the recipe's.
-                with self.at("stages", index, "losses", objective.name), torch.device("meta"):
-                    for comparison in objective.comparisons:
+                where: Path_ = ("stages", index, "losses", objective.name)
+                for comparison in objective.comparisons:
+                    if self.unknown & set(comparison.pairs):
+                        continue
+                    # Without memory: only what it would be is wanted here, and the widths are the recipe's.
+                    with self.at(*(self._own_line(comparison) or where)), torch.device("meta"):
                         adapter = objective.adapter(comparison, student, teacher, class_map)
                         yield Planned(self.recipe.stages[index].name, objective, comparison, str(adapter))
+
+    def _own_line(self, comparison: Comparison) -> Path_:
+        """The line of `pairs` that says how this is brought together; none where the loss says it."""
+        pair = comparison.pairs[-1]
+        return next((("pairs", key) for key, entry in self.entries.items() if pair.adapter and pair in entry), ())
 
 
 _UNKNOWN = Pair(Tap(""), Tap(""))  # stands for pairs that could not be read
@@ -494,6 +613,35 @@ def join(
     if share.form == "trunk":
         return student, share_trunk(student, teacher, ours, theirs, seen, known)
     return graft(student, teacher, ours, theirs, seen, known)
+
+
+def _place_of_mistake(options: LossOptions) -> list[str]:
+    """Of a loss that will be refused: the key where that is seen."""
+    if options.loss not in LOSSES:
+        return ["loss"]
+    return [key for key in options.model_extra or {} if key not in LOSSES[options.loss].options][:1]
+
+
+def _misfits(options: SchedulerOptions, epochs: int) -> Iterator[tuple[str, str]]:
+    """(key, message) of what of a schedule would never be reached in so many epochs."""
+    if options.warmup_epochs >= epochs:
+        yield "warmup_epochs", f"warmup_epochs {options.warmup_epochs:g} leave nothing of the {epochs} epochs"
+    if options.sched == "step" and options.decay_epochs >= epochs:
+        yield (
+            "decay_epochs",
+            f"a step every {options.decay_epochs:g} epochs is never taken in {epochs}; see `decay_epochs`",
+        )
+    if options.sched == "multistep" and min(options.decay_milestones, default=epochs) >= epochs:
+        yield "decay_milestones", f"no milestone of {options.decay_milestones} lies within the {epochs} epochs"
+
+
+def _names(objectives: Sequence[Objective]) -> str:
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(objective.name for objective in objectives))
+
+
+def _is_idle(grown: Trace, tap: Tap) -> bool:
+    """Whether the graft put nothing in the place of a layer, since the teacher's have done its work."""
+    return grown.modules[tap.module].kind == "Idle"
 
 
 def _in_body(pair: Pair) -> Pair:
@@ -562,6 +710,22 @@ def _try_images(options: DataOptions) -> None:
         next(iter(loader(images, options.model_copy(update={"workers": 0}), InputSpec(size), training=True)))
     except Exception as refusal:  # timm's and torchvision's have their own words
         raise DataError(f"the images cannot be transformed as `data` says: {short(refusal)}") from None
+
+
+def _try_images_without(options: DataOptions) -> list[str]:
+    """The key without which the images can be transformed, where one is to blame."""
+
+    def refuses(tried: DataOptions) -> bool:
+        try:
+            _try_images(tried)
+        except DataError:
+            return True
+        return False
+
+    usual = DataOptions(input_size=options.input_size)
+    keys = ("aa", "ratio", "scale", "color_jitter", "crop_pct", "reprob") if refuses(options) else ()
+    changed = {key: options.model_copy(update={key: getattr(usual, key)}) for key in keys}
+    return [key for key, tried in changed.items() if not refuses(tried)][:1]
 
 
 def _read_class_map(path: str) -> list[int]:

@@ -286,8 +286,33 @@ def _kind_of_pairs(value: Any) -> str:
     return "mapping" if is_mapping else "auto"
 
 
+class PairOptions(_Section):
+    """One pair in its long form.
+
+    `teacher` is the layer that the student's learns from. `weight` multiplies the pair's share of every loss; a pair of
+    weight 0 is in no loss, and only measured by `probe-kd eval`. `policy`, `tokens`, `normalize`, `projector` and
+    `activation` go before those of a loss, where it has such a choice.
+    """
+
+    teacher: str
+    weight: float = Field(default=1.0, ge=0)
+    policy: Policy | None = None
+    tokens: Tokens | None = None
+    normalize: Normalize | None = None
+    projector: Projector | None = None
+    activation: Activation | None = None
+
+    @property
+    def adapter(self) -> dict[str, str]:
+        return self.model_dump(exclude={"teacher", "weight"}, exclude_none=True)
+
+
+_Pair = Annotated[
+    Annotated[str, Tag("word")] | Annotated[PairOptions, Tag("mapping")],
+    Discriminator(_mapping_or_word),
+]
 Pairs = Annotated[
-    Annotated[AutoPairs, BeforeValidator(_read_auto), Tag("auto")] | Annotated[dict[str, str], Tag("mapping")],
+    Annotated[AutoPairs, BeforeValidator(_read_auto), Tag("auto")] | Annotated[dict[str, _Pair], Tag("mapping")],
     Discriminator(_kind_of_pairs),
 ]
 
@@ -313,12 +338,13 @@ class AverageOptions(_Section):
 class Recipe(_Section):
     """A whole recipe.
 
-    `pairs` maps student taps to teacher taps, or is `auto`. `baseline` also trains the student alone: the same weights
-    to begin with, the same images, and only the losses that read labels. `share` trains both together; the teacher is
-    trained alone first, to compare. `precision` is accelerate's, whose own configuration decides where it is not given.
-    `model_ema` also keeps a moving average of the student, begun anew in every stage. A checkpoint is written after
-    every epoch, and every `recovery_interval` batches in between; the newest `checkpoint_hist` are kept. `trackers` are
-    those of accelerate: `tensorboard`, `wandb`.
+    `pairs` maps student taps to teacher taps, or is `auto`. A tap may be a pattern, `glob:blocks.[0-3]` or
+    `re:layer[12]`, if both sides of a pair find equally many. `baseline` also trains the student alone: the same
+    weights to begin with, the same images, and only the losses that read labels. `share` trains both together; the
+    teacher is trained alone first, to compare. `precision` is accelerate's, whose own configuration decides where it is
+    not given. `model_ema` also keeps a moving average of the student, begun anew in every stage. A checkpoint is
+    written after every epoch, and every `recovery_interval` batches in between; the newest `checkpoint_hist` are kept.
+    `trackers` are those of accelerate: `tensorboard`, `wandb`.
     """
 
     student: ModelOptions

@@ -142,12 +142,15 @@ class Pair:
     """A student tap with the teacher tap it learns from: student first, always, as in `F.mse_loss(input, target)`.
 
     Accepts the text form of taps. `weight` multiplies this pair's share of a loss; `reason` says why `match` chose it.
+    `adapter` holds what differs for this pair from its objective's `policy`, `tokens`, `normalize`, `projector` and
+    `activation`; a loss that has no such choice passes over it.
     """
 
     student: Tap
     teacher: Tap
     weight: float = field(default=1.0, kw_only=True)
     reason: str = field(default="", kw_only=True, compare=False)
+    adapter: Mapping[str, str] = field(default_factory=dict, kw_only=True, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "student", Tap.parse(self.student))

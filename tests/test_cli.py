@@ -36,6 +36,13 @@ def broken():
 """
 
 
+ALONE = """\
+student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}
+data: {dataset: sklearn/digits, input_size: [3, 8, 8], batch_size: 1024}
+stages: [{epochs: 2, losses: {task: {loss: cross_entropy}}}]
+"""
+
+
 @dataclass
 class Outcome:
     returncode: int
@@ -127,8 +134,8 @@ def test_match_writes_a_recipe_that_runs(command: Command, tmp_path: Path) -> No
     again = command("match", *arguments, *small)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
-    (tmp_path / "r.yaml").write_text(text.replace("epochs: 5", "epochs: 1").replace("epochs: 10", "epochs: 1"))
-    result = command("train", "r.yaml")
+    short = ("teacher.train.epochs=1", "stages.0.epochs=1", "stages.0.scheduler.warmup_epochs=0")
+    result = command("train", "r.yaml", *(f"--set={value}" for value in short))
     assert result.returncode == 0, result.stderr
     for part in ("teacher", "student alone", "accuracy", "agreement", "parameters", "timm.create_model("):
         assert part in result.stdout
@@ -213,6 +220,37 @@ def test_bad_input_is_one_clear_error(command: Command, tmp_path: Path, argument
     assert (tmp_path / "r.yaml").read_text() == TINY
     assert {file.name for file in tmp_path.iterdir()} == {"r.yaml", "full"}
     assert [file.read_text() for file in (tmp_path / "full").iterdir()] == ["precious"]
+
+
+def test_a_run_that_options_changed_goes_on_with_the_same_options(command: Command, tmp_path: Path) -> None:
+    """And what it leaves needs neither them nor the file that the recipe extends."""
+    (tmp_path / "base.yaml").write_text(ALONE)
+    (tmp_path / "r.yaml").write_text("extends: base.yaml\nseed: 3\n")
+    options = ("--set", "stages.0.losses.task.label_smoothing=0.1", "--set", "stages.0.epochs=1")
+    assert command("train", "r.yaml", "-q", *options).returncode == 0
+    again = command("train", "r.yaml", "-q", "--resume", *options)
+    assert "the run is finished" in again.stderr
+    for other in ((), options[:2]):
+        result = command("train", "r.yaml", "-q", "--resume", *other)
+        assert "the recipe is not the one" in result.stderr
+    for name in ("base.yaml", "r.yaml"):
+        (tmp_path / name).unlink()
+    resolved = load(tmp_path / "runs" / "r" / "recipe.yaml").recipe
+    assert (resolved.seed, resolved.stages[0].epochs) == (3, 1)
+    assert resolved.stages[0].losses["task"].options == {"label_smoothing": 0.1}
+    assert command("check", "runs/r/recipe.yaml").returncode == 0
+    result = command("check", "runs/r/recipe.yaml", "--set", "stages.0.epoch=1")
+    assert (result.returncode, "did you mean 'epochs'" in result.stderr) == (2, True)
+
+
+def test_check_shows_what_patterns_stand_for(command: Command, tmp_path: Path) -> None:
+    named = "  blocks.0: layer2\n  blocks.1: layer3\n"
+    (tmp_path / "r.yaml").write_text(TINY.replace(named, "  glob:blocks.?: re:layer[23]\n"))
+    result = command("check", "r.yaml")
+    assert result.returncode == 0, result.stderr
+    assert "glob:blocks.?: re:layer[23] is blocks.0 <- layer2, blocks.1 <- layer3\n" in result.stdout
+    pairs = json.loads(command("check", "r.yaml", "--json").stdout)["pairs"]
+    assert pairs == [{"student": f"blocks.{n}", "teacher": f"layer{n + 2}"} for n in (0, 1)]
 
 
 def test_check_says_what_is_compared_and_what_every_loss_moves(command: Command, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import TINY
+from conftest import GRAFT, TINY
 from safetensors.torch import save_file
 
 from probe_kd.errors import RecipeError
@@ -55,7 +55,47 @@ MEANING = [
     ("temperature: 2.0", "wieght: 2.0", 25, "no option 'wieght'; did you mean 'weight'"),
     ("{loss: cross_entropy}", "{loss: cross_entropy, label_smoothing: 7}", 24, "does not take label_smoothing=7"),
     ("epochs: 2", "epochs: 2\n    optimizer: {opt: adamww}", 23, "no optimizer 'adamww'; did you mean 'adamw"),
-    ("epochs: 2", "epochs: 2\n    scheduler: {warmup_epochs: 3}", 23, "warmup_epochs 3 are more than the 2 epochs"),
+    ("epochs: 2", "epochs: 2\n    scheduler: {warmup_epochs: 2}", 23, "warmup_epochs 2 leave nothing of the 2 epochs"),
+    ("epochs: 2", "epochs: 2\n    scheduler: {sched: step}", 23, "a step every 30 epochs is never taken in 2"),
+    (
+        "epochs: 2",
+        "epochs: 2\n    scheduler: {sched: multistep, decay_milestones: [2, 3]}",
+        23,
+        "no milestone of [2, 3]",
+    ),
+    ("weight: 0.5", "weight: {start: 1, end: 0, epochs: 3}", 25, "a schedule of 3 epochs does not end in the 2"),
+    ("temperature: 2.0", "temperature: {start: 1, end: 4, epochs: 3}", 25, "a schedule of 3 epochs does not end"),
+    ("layer}", "layer, weight: 0}", 19, "every loss of stage `hint` weighs 0, so that it trains nothing"),
+    ("layer}", "layer, weight: {start: 0, end: 0}}", 19, "every loss of stage `hint` weighs 0"),
+    ("hint: {loss: hint, normalize: layer}", "h: {loss: cross_entropy}", 13, "no loss compares blocks.0 <- layer2"),
+    ("hint: {loss: hint, normalize: layer}", "h: {loss: fsp, between: [[blocks.0, blocks.2]]}", 20, "is in no pair"),
+    ("blocks.0: layer2", "blocks.1@output: layer2", 14, "'blocks.1' is in two pairs: `blocks.1@output` has it too"),
+    (
+        "blocks.0: layer2",
+        "glob:blocks.?: layer2",
+        13,
+        "'glob:blocks.?' finds 2: `blocks.0`, `blocks.1`; and 'layer2' finds 1",
+    ),
+    ("blocks.0: layer2", "glob:block.?: layer2", 13, "matches 'glob:block.?'; did you mean 'blocks."),
+    (
+        "blocks.0: layer2",
+        "glob:*.attn_drop: layer2",
+        13,
+        "none of them yields a tensor there: 'blocks.0.attn.attn_drop' never",
+    ),
+    ("blocks.0: layer2", "blocks.0: re:layer2#7", 13, "yields no tensor at 'layer2#7'"),
+    ("blocks.0: layer2", "blocks.0: 're:layer('", 13, "is no regular expression"),
+    ("blocks.0: layer2", "blocks.0: 're:(l+)+2'", 13, "at most three"),
+    ("blocks.0: layer2", "blocks.0: {teacher: layer2, weight: -1}", 13, "greater than or equal to 0, got -1"),
+    ("blocks.0: layer2", "blocks.0: {teacher: layer2, wieght: 1}", 13, "unknown key `wieght`; did you mean 'weight'"),
+    ("blocks.0: layer2", "blocks.0: {weight: 2}", 13, "`pairs.blocks.0.teacher` is missing; expected text"),
+    (
+        "blocks.0: layer2",
+        "blocks.0: {teacher: layer2, tokens: none}",
+        13,
+        "expected 'drop', 'cls' or 'pool', got 'none'",
+    ),
+    ("blocks.0: layer2", "patch_embed: {teacher: layer2, tokens: cls}", 13, "neither 'patch_embed' nor 'layer2' has"),
     ("num_heads: 2", "num_heads: 2, num_classes: 7", 3, "the student's classifier has 7 classes and the data 10"),
     ("train: {epochs: 1}", "train: {epochs: 1}\n  class_map: [0]", 7, "leave `class_map` out"),
     ("hflip: 0.0", "hflip: 0.0\n  mean: [0.1, 0.2]", 7, "expected 1 or 3 values"),
@@ -81,6 +121,78 @@ def test_all_mistakes_are_told_at_once_with_the_place_and_a_caret() -> None:
     assert [problem.line for problem in caught.value.problems] == [6, 13, 14, 25]
     assert "my.yaml:13:3: " in str(caught.value)
     assert "\n      blocks.7: layer2\n      ^" in str(caught.value)
+
+
+def test_every_stage_and_every_pair_has_its_mistakes_told_at_once() -> None:
+    """Also those that one could hide: the other side of a pair, the other pairs of a loss, adapters."""
+    text = TINY.replace("blocks.0: layer2", "blocks.7: layer7").replace(
+        "blocks.1: layer3", "blocks.1: {teacher: layer3, policy: never}"
+    )
+    text = text.replace("pairs:\n", "pairs:\n  patch_embed: {teacher: layer1, tokens: cls}\n").replace(
+        "hflip: 0.0", "aa: x"
+    )
+    text = text.replace("epochs: 1\n    losses", "epochs: 1\n    optimizer: {opt_args: {beta: 1}}\n    losses")
+    text = text.replace("temperature: 2.0", "temperature: 0").replace(
+        "epochs: 2", "epochs: 2\n    scheduler: {warmup_epochs: 2}"
+    )
+    with pytest.raises(RecipeError) as caught:
+        plan(parse(text))
+    lines = [problem.line for problem in caught.value.problems]
+    assert lines == [11, 13, 14, 14, 15, 20, 25, 28], str(caught.value)
+
+
+def test_a_pair_says_how_much_it_weighs_and_how_it_is_brought_together() -> None:
+    long = "{teacher: layer2, weight: 3, policy: fixed}"
+    text = TINY.replace("blocks.0: layer2", f"blocks.0: {long}").replace("blocks.1: layer3", "blocks.1: layer3@input")
+    planned = plan(parse(text))
+    (hint,) = planned.objectives[0]
+    assert [pair.weight for pair in planned.pairs] == [comparison.weight for comparison in hint.comparisons] == [3, 1]
+    assert {row.objective.name for row in planned.comparisons} == {"hint", "soft"}
+    adapters = [row.adapter for row in planned.comparisons if row.objective is hint]
+    assert "fixed" in adapters[0]
+    assert "fixed" not in adapters[1]
+    assert "conv1x1 32->128" in adapters[1]  # what layer3 is given is of layer2
+    again = plan(parse(dump(planned.resolved)))
+    assert (again.pairs, again.comparisons) == (planned.pairs, planned.comparisons)
+
+
+def test_a_pair_that_weighs_nothing_is_measured_only() -> None:
+    text = TINY.replace("blocks.0: layer2", "blocks.0: {teacher: layer2, weight: 0}")
+    planned = plan(parse(text))
+    assert [str(pair.student) for pair in planned.pairs] == ["blocks.0", "blocks.1"]
+    assert [str(pair.student) for pair in planned.objectives[0][0].pairs] == ["blocks.1"]
+    assert plan(parse(dump(planned.resolved))).pairs == planned.pairs
+
+
+@pytest.mark.parametrize(
+    ("entry", "pairs"),
+    [
+        ("glob:blocks.?: glob:layer[23]", ["blocks.0 <- layer2", "blocks.1 <- layer3"]),
+        ("re:blocks\\.[01]: 're:layer(2|4)'", ["blocks.0 <- layer2", "blocks.1 <- layer4"]),
+        (
+            "glob:blocks.?@input: glob:layer[12]@input",
+            ["blocks.0@input <- layer1@input", "blocks.1@input <- layer2@input"],
+        ),
+        ("glob:*.1: layer3", ["blocks.1 <- layer3"]),
+        ("blocks.1: glob:layer2.*.act1#0", ["blocks.1 <- layer2.0.act1"]),
+        (
+            "glob:blocks.?.norm1: re:layer[34]\\.0\\.bn2",
+            ["blocks.0.norm1 <- layer3.0.bn2", "blocks.1.norm1 <- layer4.0.bn2"],
+        ),
+    ],
+)
+def test_patterns_stand_for_the_layers_that_a_loop_by_hand_finds(entry: str, pairs: list[str]) -> None:
+    planned = plan(parse(TINY.replace("  blocks.0: layer2\n  blocks.1: layer3", f"  {entry}")))
+    assert [str(pair) for pair in planned.pairs] == pairs
+    again = plan(parse(dump(planned.resolved)))
+    assert (again.pairs, again.expansions) == (planned.pairs, ())
+
+
+def test_a_pattern_finds_in_a_graft_only_what_is_left_of_the_student() -> None:
+    text = GRAFT.replace("stages:", "pairs: {'glob:blocks.?': layer2}\nstages:") + "      more: {loss: hint}\n"
+    assert [str(pair) for pair in plan(parse(text)).pairs] == ["body.blocks.1 <- layer2"]
+    with pytest.raises(RecipeError, match="the graft puts the teacher's layers in the place"):
+        plan(parse(text.replace("'glob:blocks.?'", "patch_embed")))
 
 
 def test_all_mistakes_of_form_are_told_together_each_once() -> None:
