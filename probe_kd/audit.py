@@ -1,54 +1,163 @@
-"""What every loss moves: the gradients on one real batch, before anything is trained."""
+"""A recipe on one real batch, before anything is trained: what every loss gives and moves, what a step costs."""
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
-from probe_kd.data import loader
+from probe_kd.data import loader, readable
 from probe_kd.distiller import Distiller
+from probe_kd.errors import RunError
+from probe_kd.loop import Phase, make_optimizer
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan
-from probe_kd.report import Display, Reach
-from probe_kd.train import TEACHER_ALONE, Journal, Run, accelerating
+from probe_kd.report import Display, Reach, StepCost
+from probe_kd.train import TEACHER_ALONE, Journal, Run, Subject, accelerating, too_large
 
 
-def audit(plan: Plan) -> tuple[list[Reach], list[str]]:
-    """The gradient of every loss on one real batch, before anything is trained; and what is wrong with it.
+@dataclass(frozen=True)
+class Audit:
+    """What one real batch told: of every loss, what it moves; of every stage, what a step costs; and what is wrong."""
 
-    Wrong are a loss that moves nothing, a gradient that is not finite, and a parameter that no loss of any stage
-    reaches although the student's answer depends on it.
+    reach: tuple[Reach, ...]
+    costs: tuple[StepCost, ...]
+    wrong: tuple[str, ...]
+
+
+def audit(plan: Plan) -> Audit:
+    """Every stage of the student on one batch of the recipe's images, before anything is trained.
+
+    Wrong are a loss that is no number, one that moves nothing, a gradient that is not finite, and a parameter that no
+    loss of any stage reaches although the student's answer depends on it. Raises DataError where images cannot be read,
+    RunError where a step does not fit into memory.
     """
     with accelerating(plan.recipe) as accelerator:
         run = Run(plan, Path(), Display(Console(quiet=True), quiet=True), accelerator, Journal())
-        return _audit(plan, run)
+        try:
+            return _audit(plan, run)
+        except torch.OutOfMemoryError as refusal:
+            raise RunError(too_large(refusal)) from refusal
 
 
-def _audit(plan: Plan, run: Run) -> tuple[list[Reach], list[str]]:
-    found: list[Reach] = []
-    missed: set[str] | None = None
+def _audit(plan: Plan, run: Run) -> Audit:
     for subject in run.subjects():
         if subject.role in ("teacher", TEACHER_ALONE) and not plan.recipe.share:
             run.teacher = subject
-        if subject.role != "student":
-            continue
-        batches = loader(plan.datasets.train, plan.recipe.data, run.images_for(subject), training=True)
-        images, target, _ = next(iter(run.accelerator.prepare_data_loader(batches)))
-        for phase in subject.phases:
-            distiller = run.distiller(subject, phase)
-            norms = distiller.train().audit(images, target)
-            reached = {name for loss in norms.values() for name in loss}
-            named = [name for name, _ in distiller.named_parameters() if name.startswith("student.")]
-            missed = set(named) - reached if missed is None else missed - reached
-            found += [reach for loss in norms for reach in _by_part(phase.name, loss, norms[loss], distiller)]
-            distiller.close()
-        answer = Distiller(subject.model, None, [Objective("cross_entropy")], student_input=subject.input)
-        answer.to(run.accelerator.device)
-        used = set(answer.train().audit(images, target)["cross_entropy"])
-        answer.close()
-        missed = (missed or set()) & used
-    return found, _complaints(found, sorted(missed or ()))
+        if subject.role == "student":
+            return _audit_student(plan, run, subject)
+    raise AssertionError("every recipe has a student")
+
+
+def _audit_student(plan: Plan, run: Run, subject: Subject) -> Audit:
+    found: list[Reach] = []
+    costs: list[StepCost] = []
+    missed: set[str] | None = None
+    batches = loader(plan.datasets.train, plan.recipe.data, run.images_for(subject), training=True)
+    images, target, _ = next(readable(run.accelerator.prepare_data_loader(batches)))
+    for phase in subject.phases:
+        distiller = run.distiller(subject, phase)
+        norms = distiller.train().audit(images, target)
+        reached = {name for loss in norms.values() for name in loss}
+        named = [name for name, _ in distiller.named_parameters() if name.startswith("student.")]
+        missed = set(named) - reached if missed is None else missed - reached
+        found += [reach for loss in norms for reach in _by_part(phase.name, loss, norms[loss], distiller)]
+        costs.append(_cost(run, phase, distiller, images, target, reached, len(batches)))
+        distiller.close()
+    answer = Distiller(subject.model, None, [Objective("cross_entropy")], student_input=subject.input)
+    answer.to(run.accelerator.device)
+    used = set(answer.train().audit(images, target)["cross_entropy"])
+    answer.close()
+    return Audit(tuple(found), tuple(costs), tuple(_complaints(found, costs, sorted((missed or set()) & used))))
+
+
+def _cost(
+    run: Run, phase: Phase, distiller: Distiller, images: Tensor, target: Tensor, reached: set[str], steps: int
+) -> StepCost:
+    """Two real steps, of which the second is timed; the models are as they were after it."""
+    before = copy.deepcopy(distiller.state_dict())
+    with _resting(distiller, reached) as moved:
+        optimizer = make_optimizer(distiller, phase.optimizer)
+        saved: dict[int, int] = {}
+        with FlopCounterMode(display=False) as counter, _counting(distiller, saved), run.accelerator.autocast():
+            result = distiller(images, target)
+        _update(optimizer, result["loss"], run)
+        begun = time.perf_counter()
+        with run.accelerator.autocast():
+            loss = distiller(images, target)["loss"]
+        _update(optimizer, loss, run)
+        seconds = time.perf_counter() - begun
+    distiller.load_state_dict(before)
+    teacher = distiller.frozen_teacher
+    state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    adapters = {
+        f"Distiller.adapters.{name}" for name, part in distiller.adapters.named_modules() if name.count(".") == 1
+    }
+    macs = sum(sum(count.values()) for name, count in counter.get_flop_counts().items() if name in adapters) // 2
+    return StepCost(
+        phase.name,
+        {name: float(value.detach()) for name, value in result.items() if name != "output" and value is not None},
+        images=len(images),
+        steps=phase.epochs * steps,
+        seconds=seconds,
+        weights=_bytes([*distiller.parameters(), *(teacher.parameters() if teacher else ())]),
+        gradients=_bytes(moved),
+        optimizer=_bytes(state),
+        activations=sum(saved.values()),
+        adapter_parameters=sum(parameter.numel() for parameter in distiller.adapters.parameters()),
+        adapter_macs=macs // len(images),
+    )
+
+
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor | None, run: Run) -> None:
+    assert loss is not None
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    optimizer.zero_grad()
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _resting(distiller: Distiller, reached: set[str]) -> Iterator[list[nn.Parameter]]:
+    """Inside, only what a loss reaches is trained, as in a run. Gives those parameters."""
+    named = [(name, parameter) for name, parameter in distiller.named_parameters() if parameter.requires_grad]
+    resting = [parameter for name, parameter in named if name not in reached]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield [parameter for name, parameter in named if name in reached]
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _counting(distiller: Distiller, saved: dict[int, int]) -> Iterator[None]:
+    """Inside, `saved` gets the bytes of every storage that is kept for the backward, weights left out."""
+    held = [*distiller.parameters(), *distiller.buffers()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _by_part(stage: str, loss: str, norms: Mapping[str, float], distiller: Distiller) -> list[Reach]:
@@ -63,8 +172,13 @@ def _by_part(stage: str, loss: str, norms: Mapping[str, float], distiller: Disti
     return [Reach(stage, loss, part, len(some), total, math.hypot(*some)) for part, some, total in kept]
 
 
-def _complaints(found: Sequence[Reach], missed: Sequence[str]) -> list[str]:
-    says = []
+def _complaints(found: Sequence[Reach], costs: Sequence[StepCost], missed: Sequence[str]) -> list[str]:
+    says = [
+        f"loss `{name}` of stage `{cost.stage}` is {value} on the first batch, before anything is trained"
+        for cost in costs
+        for name, value in cost.losses.items()
+        if not math.isfinite(value)
+    ]
     for stage, loss in dict.fromkeys((reach.stage, reach.loss) for reach in found):
         norms = [reach.norm for reach in found if (reach.stage, reach.loss) == (stage, loss)]
         if not all(map(math.isfinite, norms)):

@@ -20,14 +20,14 @@ from probe_kd.errors import ProbeKDError, RecipeError, RunError, Stopped
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from probe_kd.audit import Audit
     from probe_kd.planner import Plan
-    from probe_kd.report import Reach
+    from probe_kd.report import Idle
     from probe_kd.spec import Trace
 
 app = typer.Typer(
     help="Knowledge distillation between any two timm models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -214,17 +214,23 @@ def _both(
 @app.command()
 def check(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
-    gradients: Annotated[
-        bool, typer.Option("--gradients", help="Also what every loss moves, on one real batch and untrained models.")
+    gradients: Annotated[bool, typer.Option("--gradients", help="Also show what every loss moves.")] = False,
+    no_batch: Annotated[
+        bool, typer.Option("--no-batch", help="Leave out the real batch: no weights, no compute.")
     ] = False,
     sets: Sets = None,
     allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe is about to do, and whether it can. Nothing is trained or written; status 2 on any problem."""
+    """Say what a recipe is about to do, and whether it can. Nothing is trained or written; status 2 on any problem.
+
+    Models, pairs and adapters are found without weights or compute. Then every stage takes one real batch, with models
+    as they are before training: what each loss gives and moves, and the time and the memory of a step.
+    """
     from probe_kd.planner import plan
     from probe_kd.recipe import load
-    from probe_kd.report import cache_lines, idle_rows, idle_table, models_table, plan_table, reach_table
+    from probe_kd.report import cache_lines, costs_table, idle_rows, idle_table, losses_table, models_table, plan_table
+    from probe_kd.report import reach_table as reach
 
     planned = plan(load(recipe, sets=sets or ()), allow_import=_allowed(allow_import))
     console, idle = _console(), idle_rows(planned)
@@ -235,24 +241,37 @@ def check(
             console.print(idle_table(idle))
         for line in [*_pair_lines(planned), *cache_lines(planned)]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-    rows: list[Reach] = []
-    wrong: list[str] = []
-    if gradients:
+    found = None
+    if gradients or not no_batch:
         from probe_kd.audit import audit
 
-        rows, wrong = audit(planned)
+        found = audit(planned)
     if as_json:
-        compared = [
-            {"stage": item.stage, "loss": item.objective.name, "layers": str(item.comparison), "adapter": item.adapter}
-            for item in planned.comparisons
-        ]
-        pairs = [{"student": str(pair.student), "teacher": str(pair.teacher)} for pair in planned.pairs]
-        found = {"pairs": pairs, "compared": compared, "not_run": [asdict(row) for row in idle]}
-        print(json.dumps(found | {"gradients": [asdict(row) for row in rows]}, indent=1))
-    elif gradients:
-        console.print(reach_table(rows))
-    if wrong:
-        raise RunError("\n".join(f"{recipe}: {text}" for text in wrong))
+        print(json.dumps(_checked(planned, idle, found), indent=1))
+    elif found is not None:
+        for table in (
+            losses_table(found.costs),
+            costs_table(found.costs),
+            *([reach(found.reach)] if gradients else []),
+        ):
+            console.print(table)
+    if found is not None and found.wrong:
+        raise RunError("\n".join(f"{recipe}: {text}" for text in found.wrong))
+
+
+def _checked(planned: "Plan", idle: "list[Idle]", found: "Audit | None") -> dict[str, Any]:
+    """What `check --json` prints."""
+    compared = [
+        {"stage": item.stage, "loss": item.objective.name, "layers": str(item.comparison), "adapter": item.adapter}
+        for item in planned.comparisons
+    ]
+    return {
+        "pairs": [{"student": str(pair.student), "teacher": str(pair.teacher)} for pair in planned.pairs],
+        "compared": compared,
+        "not_run": [asdict(row) for row in idle],
+        "steps": [asdict(row) | {"memory": row.memory} for row in found.costs] if found else [],
+        "gradients": [asdict(row) for row in found.reach] if found else [],
+    }
 
 
 @app.command()

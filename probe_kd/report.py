@@ -64,6 +64,33 @@ class Reach:
 
 
 @dataclass(frozen=True)
+class StepCost:
+    """What one update of one stage costs and gives, on one real batch, before anything is trained.
+
+    `losses` are the unweighted terms and `loss`, their weighted sum; `seconds` are those of a step when all is warm,
+    `steps` are those of the whole stage. The rest is in bytes: `weights` of both models and the adapters, `activations`
+    what is kept for the backward. `adapter_macs` are of one image.
+    """
+
+    stage: str
+    losses: dict[str, float]
+    images: int
+    steps: int
+    seconds: float
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    adapter_parameters: int
+    adapter_macs: int
+
+    @property
+    def memory(self) -> int:
+        """The bytes of a step; what a library allocates for itself comes on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
 class Scores:
     """What one model answers, over all images of a split.
 
@@ -414,6 +441,46 @@ def reach_table(rows: Iterable[Reach]) -> Table:
     for row in rows:
         table.add_row(row.stage, row.loss, row.part, f"{row.reached}/{row.parameters}", f"{row.norm:.3g}")
     return table
+
+
+def losses_table(rows: Iterable[StepCost]) -> Table:
+    """What every loss gives on one batch, before training, and what its stage weighs them to."""
+    table = _table("Losses on one batch, before training", "stage", "loss", "value>")
+    for row in rows:
+        for name, value in sorted(row.losses.items(), key=lambda item: item[0] == "loss"):
+            table.add_row(row.stage, "weighted sum" if name == "loss" else name, f"{value:.4g}")
+    return table
+
+
+def costs_table(rows: Sequence[StepCost]) -> Table:
+    """What a step of the student's stages costs on this machine: time and memory, and the adapters' share."""
+    columns = ("stage", "step>", "images/s>", "steps>", "stage takes>", "memory>", "of it activations>", "adapters>")
+    table = _table(f"A step of {rows[0].images} images, on this machine", *columns)
+    for row in rows:
+        table.add_row(
+            row.stage,
+            f"{row.seconds * 1000:.3g} ms",
+            f"{row.images / row.seconds:.3g}",
+            str(row.steps),
+            duration(row.seconds * row.steps),
+            size(row.memory),
+            size(row.activations),
+            f"{amount(row.adapter_parameters)}, {amount(row.adapter_macs)} MACs" if row.adapter_parameters else "none",
+        )
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Two digits and a unit: 3.4 h."""
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+def size(count: float) -> str:
+    """Three digits and a unit of bytes: 11.2 MB."""
+    return f"{amount(count)}B" if count >= 1000 else f"{count:.0f} B"
 
 
 def _weight(weight: float | Schedule) -> str:

@@ -496,7 +496,7 @@ class Run:
                 journal.seconds = before + time.perf_counter() - started
                 self._after_update(loop, done)
         except torch.OutOfMemoryError as refusal:
-            raise RunError(_too_large(refusal)) from refusal
+            raise RunError(too_large(refusal)) from refusal
         except DataError:
             self._save_what_is_done(loop)
             raise
@@ -686,7 +686,8 @@ class Run:
         self.checkpoint = None
 
 
-def _too_large(refusal: Exception) -> str:
+def too_large(refusal: Exception) -> str:
+    """What to try where a device has no memory left."""
     return (
         f"out of memory: {short(refusal)}. Try a smaller `batch_size` with `grad_accum_steps`, `precision: bf16`, or "
         "`grad_checkpointing: true` of the student"

@@ -1,6 +1,7 @@
 """The command line, as in a shell: what it prints, how it refuses, what it leaves alone."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from conftest import ROCKET, TINY
 
 from probe_kd.cli import main
@@ -166,7 +168,7 @@ def test_init_writes_a_recipe_of_every_method_that_passes_check(
     done = command("init", *models, "--method", method, "-o", "made/new.yaml")
     assert done.returncode == 0, done.stderr
     assert "probe-kd check made/new.yaml" in done.stdout
-    checked = command("check", "made/new.yaml")
+    checked = command("check", "made/new.yaml", *["--no-batch"] * (method != "rocket"))  # tests/test_recipes.py audits
     assert checked.returncode == 0, checked.stderr
     assert command("init", *models, "-o", "made/new.yaml").returncode == 2
 
@@ -251,6 +253,35 @@ def test_check_shows_what_patterns_stand_for(command: Command, tmp_path: Path) -
     assert "glob:blocks.?: re:layer[23] is blocks.0 <- layer2, blocks.1 <- layer3\n" in result.stdout
     pairs = json.loads(command("check", "r.yaml", "--json").stdout)["pairs"]
     assert pairs == [{"student": f"blocks.{n}", "teacher": f"layer{n + 2}"} for n in (0, 1)]
+
+
+def test_check_tells_the_losses_and_the_cost_of_a_real_step(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(TINY + "    optimizer: {opt: adamw}\nseed: 3\n")
+    result = command("check", "r.yaml")
+    assert result.returncode == 0, result.stderr
+    for part in ("Losses on one batch", "weighted sum", "A step of 256 images", "images/s"):
+        assert part in result.stdout
+    hint, task = json.loads(command("check", "r.yaml", "--json").stdout)["steps"]
+    ours = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=10, img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2
+    )
+    student = sum(parameter.numel() for parameter in ours.parameters())
+    teacher = sum(parameter.numel() for parameter in timm.create_model("resnet10t", num_classes=10).parameters())
+    adapters = 32 * 128 + 128 + 32 * 256 + 256  # two convolutions of one pixel, with biases
+    assert hint["adapter_parameters"] == adapters
+    # blocks.0 has 4 x 4 tokens and layer2 2 x 2 positions, layer3 only one
+    assert hint["adapter_macs"] == 4 * 32 * 128 + 1 * 32 * 256
+    assert hint["weights"] == 4 * (student + teacher + adapters)
+    unmoved = sum(p.numel() for name, p in ours.named_parameters() if name.startswith(("norm.", "head.")))
+    assert hint["gradients"] == 4 * (student - unmoved + adapters)
+    assert task["gradients"] == 4 * student
+    assert 0 <= task["optimizer"] - 2 * task["gradients"] < 1000  # two moments of each, and a count of steps
+    assert task["activations"] > 256 * 2 * 17 * 32 * 4  # at least one tensor of tokens in each of the two blocks
+    assert task["losses"]["loss"] == pytest.approx(task["losses"]["task"] + 0.5 * task["losses"]["soft"], rel=1e-5)
+    assert task["losses"]["task"] == pytest.approx(math.log(10), abs=0.7)
+    assert (hint["images"], hint["steps"], task["steps"]) == (256, 5, 10)
+    dry = json.loads(command("check", "r.yaml", "--json", "--no-batch").stdout)
+    assert (dry["steps"], dry["gradients"], len(dry["pairs"])) == ([], [], 2)
 
 
 def test_check_says_what_is_compared_and_what_every_loss_moves(command: Command, tmp_path: Path) -> None:
