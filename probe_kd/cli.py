@@ -2,11 +2,13 @@
 
 import ast
 import json
+import logging
 import os
 import re
 import shlex
 import signal
 import sys
+import traceback
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -84,6 +86,8 @@ def main() -> None:
     except ProbeKDError as refusal:
         # A recipe is wrong in every process alike; anything else may have happened in this one alone.
         if _speaks() or not isinstance(refusal, RecipeError):
+            if logging.getLogger().isEnabledFor(logging.INFO):  # --verbose
+                traceback.print_exc()
             _complain(str(refusal))
         sys.exit(2)
     except BrokenPipeError:  # `probe-kd inspect ... | head`
@@ -92,7 +96,14 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also what timm and accelerate log, and where an error came from.")
+    ] = False,
+) -> None:
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     if version:
         print(f"probe-kd {__version__}")
         raise typer.Exit
@@ -485,7 +496,9 @@ def _console() -> "Console":
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=160)  # a pipe has no width; 80 would fold every name
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(width=160)  # a pipe has no width; 80 would fold every name
 
 
 def _complain(message: str, start: str = "error: ") -> None:

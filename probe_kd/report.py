@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from probe_kd.adapters import adapt
 from probe_kd.checkpoints import put
@@ -630,9 +633,41 @@ def _decimals(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+class _Table(Table):
+    """A table that becomes a list of entries where the terminal is too narrow for its columns."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update_width(10_000), self)
+        # Beyond that, the columns of text would be folded to towers of single words.
+        if needed.minimum <= options.max_width and needed.maximum <= 1.4 * options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        yield Text.from_markup(f"{self.title}\n", style="italic")
+        for cells in zip(*(column.cells for column in self.columns), strict=True):
+            yield Text.from_markup(str(cells[0]), style="bold")
+            named = [(column.header, cell) for column, cell in zip(self.columns[1:], cells[1:], strict=True) if cell]
+            for line in _filled([f"{name}: {cell}" for name, cell in named], options.max_width - INDENT):
+                yield Padding(Text.from_markup(line), (0, 0, 0, INDENT))
+        yield Text.from_markup(f"\n{self.caption or ''}", style="dim italic")
+
+
+INDENT = 4
+
+
+def _filled(pieces: Iterable[str], width: int) -> list[str]:
+    """Lines of as many pieces as they have room for; what is longer than a line has one of its own."""
+    lines: list[str] = []
+    for piece in pieces:
+        if lines and len(lines[-1]) + len(piece) + 3 <= width:
+            lines[-1] += f" · {piece}"
+        else:
+            lines.append(piece)
+    return lines
+
+
 def _table(title: str, first: str, *others: str) -> Table:
     """A table whose first column, the names, is never cut. A column written `name>` is aligned to the right."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = _Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in others:
         right = column.endswith(">")

@@ -1,6 +1,7 @@
 """The command line, as in a shell: what it prints, how it refuses, what it leaves alone."""
 
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -222,6 +223,20 @@ def test_bad_input_is_one_clear_error(command: Command, tmp_path: Path, argument
     assert (tmp_path / "r.yaml").read_text() == TINY
     assert {file.name for file in tmp_path.iterdir()} == {"r.yaml", "full"}
     assert [file.read_text() for file in (tmp_path / "full").iterdir()] == ["precious"]
+
+
+def test_verbose_shows_where_an_error_came_from(command: Command, tmp_path: Path) -> None:
+    quiet = command("inspect", "resnet19")
+    level = logging.getLogger().level
+    try:
+        logging.getLogger().handlers, kept = [], logging.getLogger().handlers
+        told = command("--verbose", "inspect", "resnet19")
+    finally:
+        logging.getLogger().handlers = kept
+        logging.getLogger().setLevel(level)
+    assert (quiet.returncode, told.returncode) == (2, 2)
+    assert quiet.stderr in told.stderr
+    assert ("Traceback" in quiet.stderr, "Traceback" in told.stderr) == (False, True)
 
 
 def test_a_run_that_options_changed_goes_on_with_the_same_options(command: Command, tmp_path: Path) -> None:
