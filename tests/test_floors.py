@@ -17,7 +17,7 @@ FLOORS = (
     {"objectives", "sharing", "data", "cache"},
     {"distiller"},
     {"recipe"},
-    {"planner", "report"},
+    {"planner", "report", "schema"},
     {"loop", "evaluation", "exporting"},
     {"train"},
     {"audit"},
