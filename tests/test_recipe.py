@@ -359,9 +359,11 @@ def test_a_recipe_without_a_teacher_trains_on_labels_and_refuses_the_rest() -> N
     with pytest.raises(RecipeError) as caught:
         plan(parse(text))
     assert "loss `soft` needs a teacher" in str(caught.value)
+    assert "there is no `teacher:` with layers to pair" in str(caught.value)
     for gone in (
         "  - name: hint\n    epochs: 1\n    losses:\n      hint: {loss: hint, normalize: layer}\n",
         "      soft: {loss: soft_targets, temperature: 2.0, weight: 0.5}\n",
+        "pairs:\n  blocks.0: layer2\n  blocks.1: layer3\n",
     ):
         assert gone in text
         text = text.replace(gone, "")
