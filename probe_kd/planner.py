@@ -75,7 +75,7 @@ class Expansion:
     pairs: tuple[Pair, ...]
 
     def __str__(self) -> str:
-        return f"{self.student}: {self.teacher} is {', '.join(map(str, self.pairs))}"
+        return f"{self.student or 'output'}: {self.teacher or 'output'} is {', '.join(map(str, self.pairs))}"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ FORM = [
     ("epochs: 2", "epochs: two", 22, "got 'two'"),
     ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: automatic", 12, "expected `auto`"),
     ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: {level: stages}", 12, "'stage' or 'block'"),
+    ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: {level: block, num: 3}", 12, "did you mean 'num_pairs'"),
     ("train: {epochs: 1}", "train: {epochs: 1, lr: 3}", 6, "unknown key `lr`"),
     ("normalize: layer", "normalize: batch", 20, "'none', 'layer' or 'channel', got 'batch'"),
     ("input_size: [3, 16, 16]", "input_size: 16", 9, "data.input_size"),
