@@ -286,6 +286,24 @@ def _checked(planned: "Plan", idle: "list[Idle]", found: "Audit | None") -> dict
 
 
 @app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to a file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+) -> None:
+    """Write the JSON Schema of recipes, by which editors complete and check them.
+
+    In a recipe: `# yaml-language-server: $schema=recipe.schema.json`, with the path of the file.
+    """
+    from probe_kd.schema import schema as written
+
+    text = json.dumps(written(), indent=1)
+    if output is None:
+        print(text)
+    else:
+        _write(text, output, overwrite=overwrite)
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Annotated[Path | None, typer.Option(help="The folder of results. Default: runs/NAME-OF-THE-RECIPE.")] = None,
@@ -361,11 +379,7 @@ def evaluate(
     values = json.loads(json.dumps(asdict(found)), parse_constant=lambda _: None)
     text = json.dumps(values, indent=1)
     if output is not None:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(f"{text}\n", encoding="utf-8")
-        except OSError as refusal:
-            raise RunError(f"cannot write {output}: {refusal.strerror}") from None
+        _write(text, output, overwrite=overwrite)
     if as_json:
         print(text)
         return
@@ -413,6 +427,16 @@ def export(
     print("\n".join([f"compared on {done.images}", *(f"note: {note}" for note in done.notes)]))
     if done.difference is not None:
         print(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
+
+
+def _write(text: str, path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise RunError(f"{path} exists; --overwrite replaces it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n", encoding="utf-8")
+    except OSError as refusal:
+        raise RunError(f"cannot write {path}: {refusal.strerror}") from None
 
 
 def _pair_lines(planned: "Plan") -> list[str]:

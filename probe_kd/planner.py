@@ -73,7 +73,7 @@ class Expansion:
     pairs: tuple[Pair, ...]
 
     def __str__(self) -> str:
-        return f"{self.student}: {self.teacher} is {', '.join(map(str, self.pairs))}"
+        return f"{self.student or 'output'}: {self.teacher or 'output'} is {', '.join(map(str, self.pairs))}"
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,7 @@ class _Planner:
                 if trace_ is not None:
                     read(trace_)
         self._check_inputs(student, teacher)
-        with self.at("data", *_try_images_without(recipe.data)):
-            _try_images(recipe.data)
+        self._check_images()
         self.stop_if_problems()
         assert datasets is not None
         assert student is not None
@@ -402,6 +401,12 @@ class _Planner:
                         )
                         self.problems.append(self.source.problem((*where, name, key, "epochs"), message))
 
+    def _check_images(self) -> None:
+        try:
+            _try_images(self.recipe.data)
+        except DataError as refusal:
+            self.problems.append(self.source.problem(("data", *_to_blame(self.recipe.data)), str(refusal)))
+
     def _join(self, student: Trace | None, teacher: Trace | None) -> tuple[Trace | None, Sharing | None]:
         """What is shared, tried on models without weights; and the trace of a graft."""
         share = self.recipe.share
@@ -455,6 +460,8 @@ class _Planner:
         wanted = self.recipe.pairs
         if not wanted:
             return ()
+        if self.recipe.teacher is None:
+            self.problems.append(self.source.problem(("pairs",), "there is no `teacher:` with layers to pair"))
         if student is None or teacher is None:
             return None
         if isinstance(wanted, AutoPairs):
@@ -712,20 +719,14 @@ def _try_images(options: DataOptions) -> None:
         raise DataError(f"the images cannot be transformed as `data` says: {short(refusal)}") from None
 
 
-def _try_images_without(options: DataOptions) -> list[str]:
-    """The key without which the images can be transformed, where one is to blame."""
-
-    def refuses(tried: DataOptions) -> bool:
-        try:
-            _try_images(tried)
-        except DataError:
-            return True
-        return False
-
+def _to_blame(options: DataOptions) -> list[str]:
+    """Of transforms that are refused: the first key without which they are not, if it is one alone."""
     usual = DataOptions(input_size=options.input_size)
-    keys = ("aa", "ratio", "scale", "color_jitter", "crop_pct", "reprob") if refuses(options) else ()
-    changed = {key: options.model_copy(update={key: getattr(usual, key)}) for key in keys}
-    return [key for key, tried in changed.items() if not refuses(tried)][:1]
+    for key in ("aa", "ratio", "scale", "color_jitter", "crop_pct", "reprob"):
+        with suppress(DataError):
+            _try_images(options.model_copy(update={key: getattr(usual, key)}))
+            return [key]
+    return []
 
 
 def _read_class_map(path: str) -> list[int]:

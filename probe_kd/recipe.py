@@ -282,7 +282,7 @@ def _read_auto(value: Any) -> Any:
 
 
 def _kind_of_pairs(value: Any) -> str:
-    is_mapping = isinstance(value, Mapping) and not (value and set(value) <= set(AutoPairs.model_fields))
+    is_mapping = isinstance(value, Mapping) and not set(value) & set(AutoPairs.model_fields)
     return "mapping" if is_mapping else "auto"
 
 

@@ -260,6 +260,17 @@ def test_a_run_that_options_changed_goes_on_with_the_same_options(command: Comma
     assert (result.returncode, "did you mean 'epochs'" in result.stderr) == (2, True)
 
 
+def test_the_schema_is_written_where_it_is_asked_for(command: Command, tmp_path: Path) -> None:
+    shown = command("schema").stdout
+    assert {"student", "stages", "extends"} <= set(json.loads(shown)["$defs"]["Recipe"]["properties"])
+    assert command("schema", "-o", "new/recipe.schema.json").returncode == 0
+    path = tmp_path / "new" / "recipe.schema.json"
+    assert path.read_text() == shown
+    path.write_text("precious")
+    assert "--overwrite replaces it" in command("schema", "-o", str(path)).stderr
+    assert path.read_text() == "precious"
+
+
 def test_check_shows_what_patterns_stand_for(command: Command, tmp_path: Path) -> None:
     named = "  blocks.0: layer2\n  blocks.1: layer3\n"
     (tmp_path / "r.yaml").write_text(TINY.replace(named, "  glob:blocks.?: re:layer[23]\n"))

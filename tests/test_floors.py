@@ -17,7 +17,7 @@ FLOORS = (
     {"objectives", "sharing", "data", "cache"},
     {"distiller"},
     {"recipe", "tasks"},
-    {"planner", "report", "writing"},
+    {"planner", "report", "schema", "writing"},
     {"loop", "evaluation", "exporting"},
     {"train"},
     {"audit"},

@@ -39,7 +39,7 @@ def test_every_python_block_runs(place: str, text: str) -> None:
 
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: value.partition("\n")[0][:30])
 def test_every_recipe_is_one_that_would_be_trained(place: str, text: str) -> None:
-    assert plan(parse(text, place)).comparisons
+    assert plan(parse(text, str(ROOT / place))).comparisons  # what it extends, from the root
 
 
 @pytest.mark.parametrize("line", commands("inspect") + commands("match") + commands("init"))

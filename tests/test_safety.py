@@ -471,6 +471,28 @@ def test_no_text_makes_the_loader_fail(text: str) -> None:
         parse(text)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.text() | pieces.map("".join), st.text() | pieces.map("".join))
+def test_no_option_makes_the_loader_fail(path: str, value: str) -> None:
+    for option in (path, f"stages.0.{path}={value}", f"stages={value}"):
+        try:
+            parse(TINY, sets=[option])
+        except RecipeError as refusal:
+            str(refusal).encode()
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(.+)+x", "(?:a|a)*b", r"(.)\1{99}", ".*" * 9 + "x", "a{9}{9}{9}{9}", "(" * 150, "x" * 999]
+)
+def test_a_pattern_that_could_search_for_ever_is_refused_at_once(pattern: str) -> None:
+    named = "  blocks.0: layer2\n  blocks.1: layer3\n"
+    assert TINY.count(named) == 1
+    start = time.process_time()
+    with pytest.raises(RecipeError, match=r"r.yaml:13:3: .re:.* (at most three|is no regular expression)"):
+        plan(parse(TINY.replace(named, f"  're:{pattern}': layer2\n"), "r.yaml"))
+    assert time.process_time() - start < 15
+
+
 def places(node: Any, where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [where, *(place for key, value in inner for place in places(value, (*where, key)))]
