@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from probe_kd.errors import DataError, nearest
 from probe_kd.shards import Shards, open_shards
@@ -96,12 +96,6 @@ class Datasets:
 def open_datasets(options: DataOptions) -> Datasets:
     """Open what the recipe names. Raises DataError when it is not there, or does not say how many classes it has."""
     found = _open(options)
-    if isinstance(found.train, IterableDataset):
-        raise DataError(
-            f"dataset {options.dataset!r} is a stream, in which images have no number, so that no epoch could be "
-            "gone on with in its middle and no view be cached; give the images as a folder, as tar shards in a folder "
-            "(`wds/`), or by `hfds/` or `torch/`"
-        )
     if not options.holdout:
         return found
     count = len(found.train)  # type: ignore[arg-type]
@@ -370,8 +364,14 @@ _TORCHVISION = (
 def _timm_dataset(options: DataOptions, split: str, training: bool) -> Dataset[Any]:
     from timm.data import create_dataset
 
-    grey = options.input_size[0] == 1
-    if options.dataset.lower().startswith("wds/"):
+    grey, kind = options.input_size[0] == 1, options.dataset.lower().partition("/")[0]
+    if kind in ("tfds", "hfids"):
+        raise DataError(
+            f"dataset {options.dataset!r} is a stream, in which images have no number, so that no epoch could be "
+            "gone on with in its middle and no view be cached; give the images as a folder, as tar shards in a folder "
+            "(`wds/`), or by `hfds/` or `torch/`"
+        )
+    if kind == "wds":
         return open_shards(options.root, split, mode="L" if grey else "RGB")
     if not options.dataset and not (options.root and Path(options.root).is_dir()):
         raise DataError(f"there is no folder {options.root!r} to read images from; set `root`, or name a `dataset`")

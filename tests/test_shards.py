@@ -28,7 +28,7 @@ from probe_kd import checkpoints, data
 from probe_kd.cache import fingerprint
 from probe_kd.data import DataOptions, Views, _shards_of, loader, open_datasets, readable
 from probe_kd.errors import DataError, Stopped
-from probe_kd.shards import open_shards
+from probe_kd.shards import _Info, _lengths, open_shards
 from probe_kd.spec import InputSpec
 
 LENGTHS = {"train": (50, 1, 70, 39), "validation": (30, 25)}  # uneven, as shards are
@@ -68,6 +68,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(folder: Path, **more: Any) -> DataOptions:
     wanted: dict[str, Any] = {"dataset": "wds/digits", "root": str(folder), "num_classes": 10, "batch_size": 16}
     return DataOptions(**{**wanted, "input_size": (3, 32, 32), **more})
+
+
+def test_the_docs_show_shards_that_are_read() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "running.md").read_text(encoding="utf-8")
+    shown = page.partition("```json\n")[2].partition("```")[0]
+    found = _lengths(_Info.model_validate_json(shown).splits)
+    assert list(found.values()) == [1024, 413, 360]
 
 
 @pytest.fixture
@@ -123,34 +130,41 @@ def test_an_epoch_is_every_image_once_whatever_the_workers_and_shard_after_shard
         assert not np.array_equal(numbers, np.sort(numbers))
 
 
-@pytest.fixture
-def recipe(written: Path, tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def recipe(written: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A frozen teacher from a file, and small batches, so that there are points inside an epoch."""
     torch.manual_seed(1)
-    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
-    text = TINY.replace("train: {epochs: 1}", f"checkpoint: {tmp_path / 'teacher.safetensors'}")
+    file = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), file)
+    text = TINY.replace("train: {epochs: 1}", f"checkpoint: {file}").replace("baseline: true\n", "")
     text = text.replace("sklearn/digits", f"wds/digits\n  root: {written}\n  num_classes: 10")
-    text = text.replace("batch_size: 256", "batch_size: 16").replace("    epochs: 2", "    epochs: 1")
-    return text.replace("baseline: true\n", "")
+    text = text.replace("batch_size: 256", "batch_size: 32\n  holdout: 0.1\n  views: 2\n  reprob: 0.5")
+    return text.partition("  - name: task")[0].replace("epochs: 1", "epochs: 2")
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits_and_a_cache_changes_nothing(recipe: str, tmp_path: Path) -> None:
-    text = recipe.replace("batch_size", "workers: 1\n  views: 1\n  holdout: 0.1\n  reprob: 0.5\n  batch_size")
-    text = text.replace("losses", "keep: best\n    losses", 1)
-    run(text, tmp_path / "whole")
-    text = text.replace("model: resnet10t", f"model: resnet10t\n  cache: {tmp_path / 'cache'}")
+@pytest.fixture(scope="module")
+def whole(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run(recipe, folder)
+    return folder
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits_and_neither_cache_nor_workers_change_it(
+    recipe: str, whole: Path, tmp_path: Path
+) -> None:
+    cached = recipe.replace("model: resnet10t", f"model: resnet10t\n  cache: {tmp_path / 'cache'}")
+    text = cached.replace("views: 2", "views: 2\n  workers: 1")
     with pytest.raises(Stopped):
-        run(text, tmp_path / "parts", After(lambda: os.kill(os.getpid(), signal.SIGTERM), updates=14))
+        run(text, tmp_path / "parts", After(lambda: os.kill(os.getpid(), signal.SIGTERM), updates=6))
     newest = sorted((tmp_path / "parts" / checkpoints.FOLDER).iterdir())[-1]
-    assert json.loads((newest / "journal.json").read_text())["step"] == 5
+    assert json.loads((newest / "journal.json").read_text())["step"] == 2
     run(text, tmp_path / "parts", resume=True)
-    same(tmp_path / "whole", tmp_path / "parts")
+    same(whole, tmp_path / "parts")
 
 
-def test_two_processes_train_and_measure_what_one_does(recipe: str, tmp_path: Path) -> None:
-    run(recipe.replace("batch_size: 16", "batch_size: 32"), tmp_path / "one")
-    assert run_by_two(recipe, tmp_path / "two") == ["done", "done"]
-    close(tmp_path / "one", tmp_path / "two", 1e-3)
+def test_two_processes_train_and_measure_what_one_does(recipe: str, whole: Path, tmp_path: Path) -> None:
+    assert run_by_two(recipe.replace("batch_size: 32", "batch_size: 16"), tmp_path / "two") == ["done", "done"]
+    close(whole, tmp_path / "two", 1e-3)
 
 
 def test_a_cache_notices_another_shard(written: Path, bare: Path) -> None:
