@@ -99,9 +99,7 @@ def test_images_and_classes_are_those_of_timms_reader(written: Path, bare: Path)
             assert (image.mode, image.tobytes(), target) == (picture.mode, picture.tobytes(), label)
 
 
-def test_an_epoch_is_every_image_once_whatever_the_workers_and_shard_after_shard(
-    written: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_epoch_is_every_image_once_whatever_the_workers(written: Path) -> None:
     def epoch(age: int, seed: int = 0, **more: Any) -> list[torch.Tensor]:
         opened = open_datasets(options(written, **more))
         found = epoch_of(opened.train, age, seed, **more)
@@ -115,19 +113,28 @@ def test_an_epoch_is_every_image_once_whatever_the_workers_and_shard_after_shard
         assert all(torch.equal(*pair) for pair in zip(first, epoch(3, **{"batch_size": 20, **more}), strict=True))
     for age, seed in ((4, 0), (3, 1)):
         assert not torch.equal(first[2], epoch(age, seed, batch_size=20)[2])
-    held = open_datasets(options(written, holdout=0.25))
-    kept = epoch(3, holdout=0.25, batch_size=20)[2].tolist()
-    assert len(set(kept)) == len(held.train) == 120  # type: ignore[arg-type]
+    assert len(set(epoch(3, batch_size=20, holdout=0.25)[2].tolist())) == 120
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.25])
+def test_an_epoch_goes_shard_after_shard_and_mixes_images_within_windows(
+    written: Path, monkeypatch: pytest.MonkeyPatch, holdout: float
+) -> None:
     monkeypatch.setattr(data, "WINDOW", 8)
-    ends = np.cumsum([0, *LENGTHS["train"]])
-    for dataset in (held.train, open_datasets(options(written)).train):
-        views = Views(len(dataset), 0, shards=_shards_of(dataset))  # type: ignore[arg-type]
-        numbers = np.array([index for index, _ in views])
-        assert sorted(numbers) == list(range(len(dataset)))  # type: ignore[arg-type]
-        numbers = np.array(getattr(dataset, "indices", range(160)))[numbers]
-        shards = np.searchsorted(ends, numbers, side="right")
-        assert max(len(set(shards[at : at + 8])) for at in range(0, len(shards), 8)) <= 3
-        assert not np.array_equal(numbers, np.sort(numbers))
+    dataset: Any = open_datasets(options(written, holdout=holdout)).train
+    places = np.array(getattr(dataset, "indices", range(160)))
+    views = Views(len(dataset), 0, shards=_shards_of(dataset))
+    rows = set()
+    for age in range(4):
+        views.begin(age)
+        numbers = places[[index for index, _ in views]]
+        assert sorted(numbers) == sorted(places)
+        shards = np.searchsorted(np.cumsum(LENGTHS["train"]), numbers, side="right")
+        windows = np.split(shards, range(8, len(shards), 8))
+        assert sum(len(set(window)) > 1 for window in windows) <= 3  # of the windows, those where one file ends
+        assert (np.diff(numbers) < 0).sum() > len(numbers) / 4
+        rows.add(tuple(np.argsort([np.flatnonzero(shards == shard).mean() for shard in (0, 2, 3)])))
+    assert len(rows) > 1
 
 
 @pytest.fixture(scope="module")
