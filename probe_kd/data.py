@@ -372,7 +372,7 @@ def _timm_dataset(options: DataOptions, split: str, training: bool) -> Dataset[A
             "(`wds/`), or by `hfds/` or `torch/`"
         )
     if kind == "wds":
-        return open_shards(options.root, split, mode="L" if grey else "RGB")
+        return open_shards(options.root, split, mode="L" if grey else "RGB", num_classes=options.num_classes)
     if not options.dataset and not (options.root and Path(options.root).is_dir()):
         raise DataError(f"there is no folder {options.root!r} to read images from; set `root`, or name a `dataset`")
     if options.dataset.removeprefix("torch/") in _TORCHVISION and not options.root:

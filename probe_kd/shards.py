@@ -38,17 +38,19 @@ class _Info(BaseModel):
 class Shards(Dataset[Any]):
     """The images of these tar files, in their order, in one mode of PIL, with their classes (the `.cls` files).
 
-    `lengths` are how many images the files hold, where that is known. Raises DataError where a file is not there, and
-    when one is read that holds another number of images, or is damaged.
+    `lengths` are how many images the files hold, where that is known, and so are `num_classes`. Raises DataError where
+    a file is not there, and when one is read that holds another number of images or other classes, or is damaged.
     """
 
-    def __init__(self, files: Sequence[Path], lengths: Sequence[int], *, mode: str = "RGB") -> None:
+    def __init__(
+        self, files: Sequence[Path], lengths: Sequence[int], *, mode: str = "RGB", num_classes: int | None = None
+    ) -> None:
         missing = [repr(str(file)) for file in files if not file.is_file()]
         if missing:
             more = f" and {len(missing) - 3} more" * (len(missing) > 3)
             raise DataError(f"of {len(files)} shards these are not there: {', '.join(missing[:3])}{more}")
         counted = [] if lengths else [_places(file) for file in files]
-        self.files, self.mode = list(files), mode
+        self.files, self.mode, self.num_classes = list(files), mode, num_classes
         self.lengths = [len(places) for places in counted] or list(lengths)
         self.starts = np.cumsum([0, *self.lengths])
         # (offset, bytes, class) of every image, read shard by shard when it is wanted; in memory that the workers of a
@@ -84,11 +86,17 @@ class Shards(Dataset[Any]):
                 f"shard {self.files[shard]} holds {len(places)} images with a class, and `shard_lengths` of its "
                 f"_info.json says {self.lengths[shard]}; write the right number there"
             )
+        wrong = [target for *_, target in places if not 0 <= target < (self.num_classes or target + 1)]
+        if wrong:
+            raise DataError(
+                f"shard {self.files[shard]} has an image of class {wrong[0]}, which is none of the {self.num_classes} "
+                "classes (0 is the first); set `num_classes`"
+            )
         self._known[self.starts[shard] : self.starts[shard + 1]] = torch.tensor(places, dtype=torch.long).view(-1, 3)
         self._read[shard] = True  # last, since other workers look
 
 
-def open_shards(root: str | None, split: str, *, mode: str = "RGB") -> Shards:
+def open_shards(root: str | None, split: str, *, mode: str = "RGB", num_classes: int | None = None) -> Shards:
     """The shards of a split in a local folder, as timm names them.
 
     `split` is one of `_info.json` (or `info.json`), whose `splits` have `filenames` and `shard_lengths`; or names of
@@ -117,7 +125,8 @@ def open_shards(root: str | None, split: str, *, mode: str = "RGB") -> Shards:
         )
     lengths = _lengths(splits)
     known = all(name in lengths for name in names)
-    found = Shards([folder / name for name in names], [lengths[name] for name in names] if known else [], mode=mode)
+    files, counts = [folder / name for name in names], [lengths[name] for name in names] if known else []
+    found = Shards(files, counts, mode=mode, num_classes=num_classes)
     if not len(found):
         raise DataError(f"there are no images with a class in the split {split!r} of the shards in {folder}")
     return found

@@ -215,6 +215,7 @@ def described(folder: Path, **more: Any) -> None:
         ({"filenames": ["notes.tar"]}, "notes.tar, which should be a tar file without compression"),
         ({"filenames": ["broken.tar"], "shard_lengths": [1]}, r"image 0 \(from 0\) of shard .*broken.tar cannot be"),
         ({"filenames": []}, "no images"),
+        ({"num_classes": 9}, "has an image of class 9, which is none of the 9 classes"),
         ({"shard_lengths": [10**15]}, "splits.train.shard_lengths.0: Input should be less"),
     ],
     ids=str,
@@ -225,7 +226,7 @@ def test_shards_that_are_wrong(bare: Path, info: dict[str, Any], says: str) -> N
         tar.add(__file__)
     with webdataset.TarWriter(str(bare / "broken.tar")) as writer:
         writer.write({"__key__": "0", "png": png(np.zeros((8, 8)))[:20], "cls": 0})
-    wanted = options(bare, val_split="train")
+    wanted = options(bare, val_split="train", num_classes=info.get("num_classes", 10))
     with pytest.raises(DataError, match=says):
         list(readable(loader(open_datasets(wanted).test, wanted, InputSpec((3, 32, 32)), training=False), "test"))
 
