@@ -231,6 +231,13 @@ def test_shards_that_are_wrong(bare: Path, info: dict[str, Any], says: str) -> N
         list(readable(loader(open_datasets(wanted).test, wanted, InputSpec((3, 32, 32)), training=False), "test"))
 
 
+def test_what_a_worker_cannot_read_is_told_without_its_traceback(written: Path) -> None:
+    wanted = options(written, workers=1, num_classes=9)
+    batches = loader(open_datasets(wanted).test, wanted, InputSpec((3, 32, 32)), training=False)
+    with pytest.raises(DataError, match=r"^cannot read a batch of test images: shard \S+ has an image of class 9, .*"):
+        list(readable(batches, "test"))
+
+
 def test_braces_need_webdataset_and_names_do_not(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "webdataset"]:
         monkeypatch.setitem(sys.modules, name, None)
