@@ -235,6 +235,7 @@ def fingerprint(images: Dataset[Any]) -> str:
         parts += [_stat(path, target) for path, target in _samples(reader)]
     elif hasattr(inner, "data"):
         parts += [_bytes_of(torch.as_tensor(inner.data)), repr(list(getattr(inner, "targets", ()))).encode()]
+    parts += [_stat(str(path), None) for path in getattr(images, "files", ())]  # of shards
     for index in range(0, count, max(1, count // 64)):
         image, target = images[index]
         parts += [image.tobytes(), str(target).encode()]

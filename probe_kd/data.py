@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from probe_kd.errors import DataError, nearest
+from probe_kd.shards import Shards, open_shards
 from probe_kd.spec import InputSpec
 
 
@@ -24,11 +25,12 @@ class DataOptions(BaseModel):
     """The `data:` section of a recipe. Names and meanings are those of timm's `create_dataset` and `create_transform`.
 
     `dataset` is `sklearn/digits`, or what timm's `create_dataset` reads: `torch/cifar100`, `torch/fashion_mnist`,
-    `hfds/...`, a folder of folders (empty name); not streams (`wds/`, `tfds/`). `input_size` is (channels, height,
-    width). `mean` and `std` are the student's, where they differ from timm's config. `holdout` is the share of the
-    training images that is kept from training, for choosing by (`keep: best`). `mixup` and `cutmix` mix two images, and
-    their labels, before either model sees them (timm's `Mixup`). With `views` every image is seen in so many augmented
-    views, in turn, instead of in a new one every epoch; a cache of the teacher then holds no more than these.
+    `hfds/...`, a folder of folders (empty name), a folder of tar shards (`wds/NAME`); not streams (`tfds/`, `hfids/`).
+    `input_size` is (channels, height, width). `mean` and `std` are the student's, where they differ from timm's config.
+    `holdout` is the share of the training images that is kept from training, for choosing by (`keep: best`). `mixup`
+    and `cutmix` mix two images, and their labels, before either model sees them (timm's `Mixup`). With `views` every
+    image is seen in so many augmented views, in turn, instead of in a new one every epoch; a cache of the teacher then
+    holds no more than these.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -94,11 +96,6 @@ class Datasets:
 def open_datasets(options: DataOptions) -> Datasets:
     """Open what the recipe names. Raises DataError when it is not there, or does not say how many classes it has."""
     found = _open(options)
-    if isinstance(found.train, IterableDataset):
-        raise DataError(
-            f"dataset {options.dataset!r} is a stream, in which images have no number, so that no epoch could be "
-            "gone on with in its middle and no view be cached; give the images as a folder, or by `hfds/` or `torch/`"
-        )
     if not options.holdout:
         return found
     count = len(found.train)  # type: ignore[arg-type]
@@ -107,7 +104,10 @@ def open_datasets(options: DataOptions) -> Datasets:
         raise DataError(f"holdout {options.holdout} of {count} training images leaves none on one side")
     # One division for ever, whatever the seed of a run: runs are compared on the same images.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    return replace(found, train=Subset(found.train, order[kept:]), held_out=Subset(found.train, order[:kept]))
+    parts = order[kept:], order[:kept]
+    if isinstance(found.train, Shards):  # they are read from one end to the other
+        parts = sorted(parts[0]), sorted(parts[1])
+    return replace(found, train=Subset(found.train, parts[0]), held_out=Subset(found.train, parts[1]))
 
 
 def mixer(options: DataOptions, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
@@ -144,6 +144,7 @@ def _open(options: DataOptions) -> Datasets:
 
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images, class indices, indices in the dataset
+WINDOW = 8192  # images of shards that are mixed with each other, as many as timm's reader mixes
 
 
 class Views(Sampler[tuple[int, int]]):
@@ -151,10 +152,12 @@ class Views(Sampler[tuple[int, int]]):
 
     Both follow from the seed of the run and the age of the student in epochs alone. So a run that goes on in the
     middle of an epoch, one with other workers or processes, and the student alone beside the student, all see the same.
+    Where the images lie in `shards`, of so many images each, the shards come in another order in every epoch, and
+    images within each window of it: so a disk reads about one place at a time.
     """
 
-    def __init__(self, count: int, seed: int, views: int | None = None) -> None:
-        self.count, self.seed, self.views = count, seed, views
+    def __init__(self, count: int, seed: int, views: int | None = None, *, shards: Sequence[int] | None = None) -> None:
+        self.count, self.seed, self.views, self.shards = count, seed, views, shards
         self.age = 0
 
     def begin(self, age: int) -> None:
@@ -170,8 +173,13 @@ class Views(Sampler[tuple[int, int]]):
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.Generator().manual_seed(_mixed(self.seed, self.age, 0))
-        return iter(self.of(torch.randperm(self.count, generator=order).tolist()))
+        chance = torch.Generator().manual_seed(_mixed(self.seed, self.age, 0))
+        if self.shards is None:
+            return iter(self.of(torch.randperm(self.count, generator=chance).tolist()))
+        shards = torch.split(torch.arange(self.count), list(self.shards))
+        row = torch.cat([shards[index] for index in torch.randperm(len(shards), generator=chance).tolist()])
+        windows = [window[torch.randperm(len(window), generator=chance)] for window in torch.split(row, WINDOW)]
+        return iter(self.of(torch.cat(windows).tolist()))
 
     def of(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         """These images, each with the seed of this epoch's view."""
@@ -196,12 +204,21 @@ def loader(
     return DataLoader(
         _Transformed(dataset, _transform(options, wanted, training), wanted.size[0]),
         batch_size=options.batch_size,
-        sampler=Views(count, seed, options.num_views) if training else None,
+        sampler=Views(count, seed, options.num_views, shards=_shards_of(dataset)) if training else None,
         drop_last=training and count > options.batch_size,
         num_workers=options.workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or an iterator would draw its seed from the numbers that dropout uses
     )
+
+
+def _shards_of(dataset: Dataset[Any]) -> list[int] | None:
+    """How many of the images lie in each shard; None where they are not in shards."""
+    whole = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if not isinstance(whole, Shards):
+        return None
+    ends = np.searchsorted(dataset.indices, whole.starts) if isinstance(dataset, Subset) else whole.starts
+    return [int(count) for count in np.diff(ends)]
 
 
 def readable(batches: Iterable[Any], which: str = "training") -> Iterator[Any]:
@@ -214,6 +231,7 @@ def readable(batches: Iterable[Any], which: str = "training") -> Iterator[Any]:
             return
         except Exception as refusal:  # datasets, image files and worker processes fail in every way there is
             text = " ".join(str(refusal).split()) or type(refusal).__name__
+            text = text.rpartition(f"{type(refusal).__name__}: ")[2]  # without the traceback that a worker sends along
             raise DataError(f"cannot read a batch of {which} images: {text[-500:]}") from refusal
         _hear_of_workers_only_when_waiting()
         yield batch
@@ -347,6 +365,15 @@ _TORCHVISION = (
 def _timm_dataset(options: DataOptions, split: str, training: bool) -> Dataset[Any]:
     from timm.data import create_dataset
 
+    grey, kind = options.input_size[0] == 1, options.dataset.lower().partition("/")[0]
+    if kind in ("tfds", "hfids"):
+        raise DataError(
+            f"dataset {options.dataset!r} is a stream, in which images have no number, so that no epoch could be "
+            "gone on with in its middle and no view be cached; give the images as a folder, as tar shards in a folder "
+            "(`wds/`), or by `hfds/` or `torch/`"
+        )
+    if kind == "wds":
+        return open_shards(options.root, split, mode="L" if grey else "RGB", num_classes=options.num_classes)
     if not options.dataset and not (options.root and Path(options.root).is_dir()):
         raise DataError(f"there is no folder {options.root!r} to read images from; set `root`, or name a `dataset`")
     if options.dataset.removeprefix("torch/") in _TORCHVISION and not options.root:
@@ -358,7 +385,7 @@ def _timm_dataset(options: DataOptions, split: str, training: bool) -> Dataset[A
             split=split,
             is_training=training,
             download=options.download,
-            input_img_mode="L" if options.input_size[0] == 1 else "RGB",
+            input_img_mode="L" if grey else "RGB",
         )
     except Exception as refusal:  # timm, torchvision and the hub raise anything
         raise DataError(_why_unreadable(options, split, refusal)) from refusal

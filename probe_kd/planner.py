@@ -4,7 +4,6 @@
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -154,7 +153,6 @@ class _Planner:
         recipe = self.recipe
         datasets: Datasets | None = None
         with self.at("data", "dataset" if recipe.data.dataset else "root"):
-            _check_shell(recipe.data)
             datasets = open_datasets(recipe.data)
         classes = datasets.num_classes if datasets else None
         student = self._trace("student", recipe.student, recipe.data.input_size, classes, training=True)
@@ -686,13 +684,6 @@ def _check_output(trace_: Trace, key: str) -> None:
         raise TraceError(
             f"the {key} {trace_.model} {given}; a loss reads one: wrap it in a module that returns the logits"
         )
-
-
-def _check_shell(options: DataOptions) -> None:
-    """webdataset runs what a recipe gives as the place of its shards. Raises DataError."""
-    for text in (options.root or "", options.train_split, options.val_split):
-        if options.dataset.lower().startswith("wds/") and re.search(r"pipe:|[`'\"$;|&<>\\]", text):
-            raise DataError(f"{text!r}: expected a folder or an address, and nothing that a shell would run")
 
 
 def _try_optimizer(options: OptimizerOptions) -> None:

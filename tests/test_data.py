@@ -166,6 +166,7 @@ def test_fashion_mnist_is_read_from_its_files_in_grey_or_colour(tmp_path: Path) 
         ({"dataset": "sklearn/iris"}, "there is 'sklearn/digits'"),
         ({"dataset": "sklearn/digits", "num_classes": 9}, "has 10 classes"),
         ({"dataset": "torch/cifar100", "root": "nowhere"}, "download: true"),
+        ({"dataset": "tfds/cifar10", "root": "nowhere"}, r"is a stream, .* tar shards in a folder \(`wds/`\)"),
         ({"dataset": "", "root": "nowhere"}, "no folder 'nowhere'"),
     ],
     ids=str,

@@ -12,7 +12,7 @@ import probe_kd
 HOUSE = Path(probe_kd.__file__).parent
 FLOORS = (
     {"errors", "spec", "checkpoints"},
-    {"probe", "surgery", "losses", "models", "plain"},
+    {"probe", "surgery", "losses", "models", "plain", "shards"},
     {"tracing", "adapters", "matching"},
     {"objectives", "sharing", "data", "cache"},
     {"distiller"},

@@ -308,10 +308,13 @@ def test_a_module_beside_the_recipe_does_not_take_the_place_of_a_library(
 
 
 def test_a_dataset_is_no_command(canary: Path) -> None:
-    pytest.importorskip("webdataset")
-    for place in (f"root: 'pipe:touch {canary} #'", f"root: .\n  train_split: 'pipe:touch {canary} #'"):
-        with pytest.raises(RecipeError, match="nothing that a shell would run"):
-            plan(parse(TINY.replace("dataset: sklearn/digits", f"dataset: wds/x\n  {place}")))
+    """webdataset runs what follows `pipe:`, and hands addresses to a shell."""
+    pipe, folder = f"pipe:touch {canary} #", canary.parent
+    (folder / "_info.json").write_text(json.dumps({"splits": {"train": {"filenames": [pipe]}}}))
+    for place in (f"root: '{pipe}'", f"root: {folder}\n  train_split: '{pipe}.tar'", f"root: {folder}"):
+        for kind in ("wds/x", "WDS/x"):
+            with pytest.raises(RecipeError, match=r"no folder 'pipe:|not there: '.*pipe:touch"):
+                plan(parse(TINY.replace("dataset: sklearn/digits", f"dataset: {kind}\n  {place}")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,246 @@
+"""Tar shards: the images that timm's reader of webdataset finds, once an epoch, at any place, in any process."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import webdataset
+from conftest import TINY
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from test_data import epoch_of
+from test_processes import close, run_by_two
+from test_resume import After, run, same
+from timm.data import create_dataset
+
+from probe_kd import checkpoints, data
+from probe_kd.cache import fingerprint
+from probe_kd.data import DataOptions, Views, _shards_of, loader, open_datasets, readable
+from probe_kd.errors import DataError, Stopped
+from probe_kd.shards import _Info, _lengths, open_shards
+from probe_kd.spec import InputSpec
+
+LENGTHS = {"train": (50, 1, 70, 39), "validation": (30, 25)}  # uneven, as shards are
+
+
+def png(pixels: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray((pixels * (255 / 16)).astype("uint8")).resize((32, 32)).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards as webdataset writes them, with what else stands there: text, JSON, images without class."""
+    folder = tmp_path_factory.mktemp("shards")
+    pixels, targets = load_digits(return_X_y=True)
+    splits: dict[str, Any] = {}
+    at = 0
+    for split, lengths in LENGTHS.items():
+        names = [f"digits-{split}-{shard}.tar" for shard in range(len(lengths))]
+        splits[split] = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+        for name, length in zip(names, lengths, strict=True):
+            with webdataset.TarWriter(str(folder / name)) as tar:
+                tar.write({"__key__": "about", "txt": "no image"})
+                for index in range(at, at + length):
+                    parts = {
+                        "PNG" if index % 3 else "png": png(pixels[index].reshape(8, 8)),
+                        "cls": int(targets[index]),
+                    }
+                    tar.write({"__key__": f"part.s/{index:05}", "json": {"of": index}, **parts})
+                tar.write({"__key__": "unlabelled", "png": png(pixels[0].reshape(8, 8))})
+            at += length
+    (folder / "_info.json").write_text(json.dumps({"name": "digits", "splits": splits}))
+    return folder
+
+
+def options(folder: Path, **more: Any) -> DataOptions:
+    wanted: dict[str, Any] = {"dataset": "wds/digits", "root": str(folder), "num_classes": 10, "batch_size": 16}
+    return DataOptions(**{**wanted, "input_size": (3, 32, 32), **more})
+
+
+def test_the_docs_show_shards_that_are_read() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "running.md").read_text(encoding="utf-8")
+    shown = page.partition("```json\n")[2].partition("```")[0]
+    found = _lengths(_Info.model_validate_json(shown).splits)
+    assert list(found.values()) == [1024, 413, 360]
+
+
+@pytest.fixture
+def bare(written: Path, tmp_path: Path) -> Path:
+    """The same without `_info.json`."""
+    for file in written.glob("*.tar"):
+        (tmp_path / file.name).symlink_to(file)
+    return tmp_path
+
+
+def test_images_and_classes_are_those_of_timms_reader(written: Path, bare: Path) -> None:
+    theirs = list(create_dataset("wds/digits", root=str(written), split="train", is_training=False))
+    assert len(theirs) == sum(LENGTHS["train"])
+    for folder, split, expected in (
+        (written, "train", theirs),
+        (written, "digits-train-{2,0}.tar|120", [*theirs[51:121], *theirs[:50]]),
+        (bare, "digits-train-{0..3}.tar", theirs),
+    ):
+        ours = open_shards(str(folder), split)
+        assert len(ours) == len(expected)
+        for (image, target), (picture, label) in zip(ours, expected, strict=True):
+            assert (image.mode, image.tobytes(), target) == (picture.mode, picture.tobytes(), label)
+
+
+def test_an_epoch_is_every_image_once_whatever_the_workers(written: Path) -> None:
+    def epoch(age: int, seed: int = 0, **more: Any) -> list[torch.Tensor]:
+        opened = open_datasets(options(written, **more))
+        found = epoch_of(opened.train, age, seed, **more)
+        whole = opened.train.dataset if more.get("holdout") else opened.train
+        assert whole._read.all()  # also where workers have read them: what one knows, all know
+        return found
+
+    first = epoch(3, batch_size=20)
+    assert sorted(first[2].tolist()) == list(range(160))
+    for more in ({"workers": 2}, {"batch_size": 32}):
+        assert all(torch.equal(*pair) for pair in zip(first, epoch(3, **{"batch_size": 20, **more}), strict=True))
+    for age, seed in ((4, 0), (3, 1)):
+        assert not torch.equal(first[2], epoch(age, seed, batch_size=20)[2])
+    assert len(set(epoch(3, batch_size=20, holdout=0.25)[2].tolist())) == 120
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.25])
+def test_an_epoch_goes_shard_after_shard_and_mixes_images_within_windows(
+    written: Path, monkeypatch: pytest.MonkeyPatch, holdout: float
+) -> None:
+    monkeypatch.setattr(data, "WINDOW", 8)
+    dataset: Any = open_datasets(options(written, holdout=holdout)).train
+    places = np.array(getattr(dataset, "indices", range(160)))
+    views = Views(len(dataset), 0, shards=_shards_of(dataset))
+    rows = set()
+    for age in range(4):
+        views.begin(age)
+        numbers = places[[index for index, _ in views]]
+        assert sorted(numbers) == sorted(places)
+        shards = np.searchsorted(np.cumsum(LENGTHS["train"]), numbers, side="right")
+        windows = np.split(shards, range(8, len(shards), 8))
+        assert sum(len(set(window)) > 1 for window in windows) <= 3  # of the windows, those where one file ends
+        assert (np.diff(numbers) < 0).sum() > len(numbers) / 4
+        rows.add(tuple(np.argsort([np.flatnonzero(shards == shard).mean() for shard in (0, 2, 3)])))
+    assert len(rows) > 1
+
+
+@pytest.fixture(scope="module")
+def recipe(written: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A frozen teacher from a file, and small batches, so that there are points inside an epoch."""
+    torch.manual_seed(1)
+    file = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), file)
+    text = TINY.replace("train: {epochs: 1}", f"checkpoint: {file}").replace("baseline: true\n", "")
+    text = text.replace("sklearn/digits", f"wds/digits\n  root: {written}\n  num_classes: 10")
+    text = text.replace("batch_size: 256", "batch_size: 32\n  holdout: 0.1\n  views: 2\n  reprob: 0.5")
+    return text.partition("  - name: task")[0].replace("epochs: 1", "epochs: 2")
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run(recipe, folder)
+    return folder
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits_and_neither_cache_nor_workers_change_it(
+    recipe: str, whole: Path, tmp_path: Path
+) -> None:
+    cached = recipe.replace("model: resnet10t", f"model: resnet10t\n  cache: {tmp_path / 'cache'}")
+    text = cached.replace("views: 2", "views: 2\n  workers: 1")
+    with pytest.raises(Stopped):
+        run(text, tmp_path / "parts", After(lambda: os.kill(os.getpid(), signal.SIGTERM), updates=6))
+    newest = sorted((tmp_path / "parts" / checkpoints.FOLDER).iterdir())[-1]
+    assert json.loads((newest / "journal.json").read_text())["step"] == 2
+    run(text, tmp_path / "parts", resume=True)
+    same(whole, tmp_path / "parts")
+
+
+def test_two_processes_train_and_measure_what_one_does(recipe: str, whole: Path, tmp_path: Path) -> None:
+    assert run_by_two(recipe.replace("batch_size: 32", "batch_size: 16"), tmp_path / "two") == ["done", "done"]
+    close(whole, tmp_path / "two", 1e-3)
+
+
+def test_a_cache_notices_another_shard(written: Path, bare: Path) -> None:
+    before = fingerprint(open_shards(str(bare), "digits-train-1.tar"))
+    (bare / "digits-train-1.tar").unlink()
+    shutil.copy(written / "digits-train-1.tar", bare)
+    os.utime(bare / "digits-train-1.tar", (1, 1))
+    assert fingerprint(open_shards(str(bare), "digits-train-1.tar")) != before
+
+
+@pytest.mark.parametrize(
+    ("wishes", "says"),
+    [
+        ({"root": "nowhere"}, "there is no folder 'nowhere' to read shards from"),
+        ({"root": "https://example.org/shards"}, "an address is not enough"),
+        ({"num_classes": None}, "set `num_classes`"),
+        ({"train_split": "trian"}, r"no split 'trian' in .* has 'train', 'validation'; did you mean 'train'\?"),
+        (
+            {"train_split": "digits-train-{0..9}.tar"},
+            r"of 10 shards .* not there: '.*digits-train-4.tar', .* and 3 more",
+        ),
+    ],
+    ids=str,
+)
+def test_shards_that_are_not_there(written: Path, wishes: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        open_datasets(options(written, **wishes))
+
+
+def described(folder: Path, **more: Any) -> None:
+    split = {"filenames": ["digits-train-0.tar"], "shard_lengths": [50], **more}
+    (folder / "_info.json").write_text(json.dumps({"splits": {"train": split}}))
+
+
+@pytest.mark.parametrize(
+    ("info", "says"),
+    [
+        ({"filenames": "digits"}, "does not describe shards as timm has it: splits.train.filenames"),
+        ({"alt_label": "of"}, "labels in JSON"),
+        ({"shard_lengths": [49]}, "holds 50 images with a class, and `shard_lengths` of its _info.json says 49"),
+        ({"filenames": ["notes.tar"]}, "notes.tar, which should be a tar file without compression"),
+        ({"filenames": ["broken.tar"], "shard_lengths": [1]}, r"image 0 \(from 0\) of shard .*broken.tar cannot be"),
+        ({"filenames": []}, "no images"),
+        ({"num_classes": 9}, "has an image of class 9, which is none of the 9 classes"),
+        ({"shard_lengths": [10**15]}, "splits.train.shard_lengths.0: Input should be less"),
+    ],
+    ids=str,
+)
+def test_shards_that_are_wrong(bare: Path, info: dict[str, Any], says: str) -> None:
+    described(bare, **info)
+    with tarfile.open(bare / "notes.tar", "w:gz") as tar:
+        tar.add(__file__)
+    with webdataset.TarWriter(str(bare / "broken.tar")) as writer:
+        writer.write({"__key__": "0", "png": png(np.zeros((8, 8)))[:20], "cls": 0})
+    wanted = options(bare, val_split="train", num_classes=info.get("num_classes", 10))
+    with pytest.raises(DataError, match=says):
+        list(readable(loader(open_datasets(wanted).test, wanted, InputSpec((3, 32, 32)), training=False), "test"))
+
+
+def test_what_a_worker_cannot_read_is_told_without_its_traceback(written: Path) -> None:
+    wanted = options(written, workers=1, num_classes=9)
+    batches = loader(open_datasets(wanted).test, wanted, InputSpec((3, 32, 32)), training=False)
+    with pytest.raises(DataError, match=r"^cannot read a batch of test images: shard \S+ has an image of class 9, .*"):
+        list(readable(batches, "test"))
+
+
+def test_braces_need_webdataset_and_names_do_not(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "webdataset"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert len(open_shards(str(written), "train")) == sum(LENGTHS["train"])
+    with pytest.raises(DataError, match=r"braces need webdataset \(pip install 'probe-kd\[wds\]'\)"):
+        open_shards(str(written), "digits-train-{0..3}.tar")
