@@ -17,8 +17,13 @@ from probe_kd import __version__
 from probe_kd.errors import ProbeKDError, RecipeError, RunError, Stopped
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from collections.abc import Iterable
 
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from probe_kd.recipe import Plan
     from probe_kd.report import Reach
     from probe_kd.spec import Trace
 
@@ -213,20 +218,21 @@ def train(
     console = _console()
     with console.status("tracing the models"):
         planned = plan(source, allow_import=_allowed(allow_import))
-    from probe_kd.report import Display, plan_table, print_results
+    from probe_kd.report import Display, plan_table, print_student
     from probe_kd.train import train as run
 
     quiet = quiet or not _speaks()
     if not quiet:
         console.print(plan_table(planned))
     try:
-        journal = run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
+        run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, Stopped) as stop:
         if _speaks():
             _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, allow_import)}", "")
         sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
     if _speaks():
-        print_results(list(journal.results.values()), planned, folder, console)
+        _report(planned, folder, console)
+        print_student(planned, folder, console)
 
 
 @app.command(name="eval")
@@ -278,6 +284,41 @@ def evaluate(
         console.print(similarity_table(found))
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `probe-kd train` wrote.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a report: one HTML file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Compare layers also where a run did not at its end; builds the models.")
+    ] = False,
+    allow_import: AllowImport = None,
+    as_json: Json = False,
+) -> None:
+    """Hold runs beside each other: accuracy over seeds, agreement, size, time, and what their recipes differ in.
+
+    Runs whose recipes are the same but for `seed` are one group. No model is built, but for --layers.
+    """
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise RunError(f"{output}: a report is HTML; call it so, as in {output.with_suffix('.html')}, or take --json")
+    if output is not None and output.exists() and not overwrite:
+        raise RunError(f"{output} exists; --overwrite replaces it")
+    from probe_kd.comparing import compare as hold
+    from probe_kd.page import as_json as board_as_json
+    from probe_kd.page import tables, write_page
+
+    console = _console()
+    with console.status("reading the runs"):
+        board = hold(runs, layers=layers, allow_import=_allowed(allow_import))
+    if as_json:
+        print(board_as_json(board))
+    else:
+        _show(console, tables(board))
+    if output is not None:
+        write_page(board, output)
+        typer.echo(f"wrote {output}", err=as_json)
+
+
 class SubjectChoice(StrEnum):
     student = "student"
     student_alone = "student-alone"
@@ -317,6 +358,34 @@ def export(
     print("\n".join([f"compared on {done.images}", *(f"note: {note}" for note in done.notes)]))
     if done.difference is not None:
         print(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
+
+
+def _report(planned: "Plan", folder: Path, console: "Console") -> None:
+    """The table of a run that has just ended, and its report, without which it has ended all the same."""
+    from probe_kd.comparing import compare as hold
+    from probe_kd.comparing import measure_layers
+    from probe_kd.page import tables, write_page
+
+    wrong = ""
+    if planned.teacher is not None:
+        try:
+            with console.status("comparing the layers of student and teacher"):
+                measure_layers(planned, folder)
+        except (Exception, KeyboardInterrupt) as refusal:  # models, images and disks fail in every way there is
+            wrong = f"the layers are not compared: {' '.join(str(refusal).split())[:300] or type(refusal).__name__}"
+    board = hold([folder])
+    _show(console, tables(board))
+    try:
+        write_page(board, folder / "report.html")
+    except (Exception, KeyboardInterrupt) as refusal:
+        wrong += f"{'; ' * bool(wrong)}no report.html: {' '.join(str(refusal).split())[:300]}"
+    if wrong:
+        _complain(wrong, "note: ")
+
+
+def _show(console: "Console", parts: "Iterable[Table | Text | str]") -> None:
+    for part in parts:
+        console.print(part, highlight=False, markup=False, soft_wrap=not hasattr(part, "columns"))
 
 
 def _again(recipe: Path, out: Path | None, seed: int | None, allow_import: list[str] | None) -> str:

@@ -18,8 +18,8 @@ FLOORS = (
     {"distiller"},
     {"recipe", "report"},
     {"loop", "evaluation", "exporting"},
-    {"train"},
-    {"audit"},
+    {"train", "comparing"},
+    {"audit", "page"},
     {"cli"},
 )
 NEIGHBOURS = {("spec", "errors"), ("checkpoints", "errors"), ("report", "recipe")}  # from, to
