@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +18,7 @@ from probe_kd import __version__
 from probe_kd.errors import ProbeKDError, RecipeError, RunError, Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from rich.console import Console
     from rich.table import Table
@@ -361,26 +362,29 @@ def export(
 
 
 def _report(planned: "Plan", folder: Path, console: "Console") -> None:
-    """The table of a run that has just ended, and its report, without which it has ended all the same."""
+    """What came of a run that has just ended, also as a file."""
     from probe_kd.comparing import compare as hold
     from probe_kd.comparing import measure_layers
     from probe_kd.page import tables, write_page
 
-    wrong = ""
     if planned.teacher is not None:
-        try:
-            with console.status("comparing the layers of student and teacher"):
-                measure_layers(planned, folder)
-        except (Exception, KeyboardInterrupt) as refusal:  # models, images and disks fail in every way there is
-            wrong = f"the layers are not compared: {' '.join(str(refusal).split())[:300] or type(refusal).__name__}"
-    board = hold([folder])
-    _show(console, tables(board))
-    try:
+        with _forgiving("the layers are not compared"), console.status("comparing the layers of student and teacher"):
+            measure_layers(planned, folder)
+    with _forgiving("not all of the results can be shown"):
+        board = hold([folder])
+        _show(console, tables(board))
         write_page(board, folder / "report.html")
-    except (Exception, KeyboardInterrupt) as refusal:
-        wrong += f"{'; ' * bool(wrong)}no report.html: {' '.join(str(refusal).split())[:300]}"
-    if wrong:
-        _complain(wrong, "note: ")
+
+
+@contextmanager
+def _forgiving(what: str) -> "Iterator[None]":
+    """The run is done and on the disk. What is only shown of it must not make it look as if it were not."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as refusal:  # models, images and disks fail in every way there is
+        _complain(f"{what}: {' '.join(str(refusal).split())[:300] or type(refusal).__name__}", "note: ")
 
 
 def _show(console: "Console", parts: "Iterable[Table | Text | str]") -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -230,16 +230,18 @@ def measure_layers(planned: Plan, run: Path) -> Likeness:
     return found
 
 
-def _layers(trace: Trace, paired: Iterable[Tap]) -> list[Tap]:
-    """In the order of the forward. A model without stages has those that a recipe pairs by hand."""
+def _layers(trace: Trace, paired: Collection[Tap]) -> list[Tap]:
+    """In the order of the forward, one tap of each tensor. A model without stages has those that are paired by hand."""
     found = blocks(trace)
     if not 1 < len(found) <= MOST_LAYERS:
         try:
             found = stages(trace)
         except MatchError:
             found = []
-    specs = {spec.tap: spec for spec in (*found, *(trace[tap] for tap in paired))}
-    return [spec.tap for spec in sorted(specs.values(), key=lambda spec: spec.order)]
+    chosen = {trace[tap].tensor: trace[tap] for tap in paired}
+    for spec in sorted(found, key=lambda spec: len(str(spec.tap))):  # `layer2` rather than its last block
+        chosen.setdefault(spec.tensor, spec)
+    return [spec.tap for spec in sorted(chosen.values(), key=lambda spec: spec.order)]
 
 
 def _shown(tap: Tap) -> str:
@@ -379,10 +381,14 @@ def _names(groups: Sequence[Sequence[_Run]]) -> list[str]:
     for members in groups:
         shared = _beginning([run.folder.name or str(run.folder.absolute()) for run in members])
         plain = re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", shared) if len(members) > 1 else shared
-        names.append(_printable(plain or ", ".join(run.folder.name for run in members)))
+        names.append(_printable(plain or _first_of([run.folder.name for run in members])))
     if len(set(names)) == len(names):
         return names
-    return [_printable(", ".join(str(run.folder) for run in members)) for members in groups]
+    return [_printable(_first_of([str(run.folder) for run in members])) for members in groups]
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _beginning(names: Sequence[str]) -> str:
@@ -505,21 +511,28 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return fmean(known) if known else None
 
 
-def _differences(recipes: Sequence[Mapping[str, Any]]) -> Iterator[Difference]:
-    flat = [dict(_flat(recipe)) for recipe in recipes]
-    for key in dict.fromkeys(key for values in flat for key in values):
-        values = tuple(_printable(str(found.get(key, ""))) for found in flat)
-        if len(set(values)) > 1 and key != "seed":
-            yield Difference(_printable(key), values)
+def _differences(recipes: Sequence[Any], place: str = "") -> Iterator[Difference]:
+    """Key by key; what one of them lacks is one difference, however much there is in it."""
+    held = [
+        dict(enumerate(recipe)) if _has_parts(recipe) and isinstance(recipe, list) else recipe for recipe in recipes
+    ]
+    if all(isinstance(recipe, Mapping) for recipe in held):
+        for key in dict.fromkeys(key for recipe in held for key in recipe):
+            if place or key != "seed":
+                yield from _differences([recipe.get(key) for recipe in held], f"{place}.{key}" if place else str(key))
+    elif any(recipe != held[0] for recipe in held):
+        yield Difference(_printable(place), tuple(_printable(_brief(recipe)) for recipe in recipes))
 
 
-def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value)):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, item in items:
-            yield from _flat(item, f"{place}.{key}" if place else str(key))
-    else:
-        yield place, value
+def _has_parts(value: Any) -> bool:
+    return isinstance(value, list | Mapping) and any(isinstance(item, Mapping) for item in value)
+
+
+def _brief(value: Any) -> str:
+    """A value in a cell of a table; a stage and a loss by their names."""
+    if isinstance(value, Mapping):
+        return str(value.get("name") or value.get("loss") or value.get("model") or "given")
+    return ", ".join(map(_brief, value)) if _has_parts(value) else "" if value is None else str(value)
 
 
 def percent(spread: Spread | None) -> str:

@@ -156,7 +156,8 @@ def vectors(
 
     It looks at so many images, or at those that so many seconds suffice for; they are drawn at random, and the same for
     every run on that data. Layers that are no feature of single images are left out. This process does it alone, on
-    torch's current accelerator. Raises RunError for a run without a teacher, or without its weights.
+    torch's current accelerator. Raises RunError for a run without a teacher, or without its weights, and DataError
+    without images.
     """
     options, known, given, wanted = (
         planned.recipe.teacher,
@@ -176,6 +177,8 @@ def vectors(
     ]
     count = len(planned.datasets.test)  # type: ignore[arg-type]
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:images].tolist()
+    if not chosen:
+        raise DataError("there are no test images")
     # Few at a time, so that the clock is looked at; and by no workers, which cost seconds to start.
     data = planned.recipe.data.model_copy(update={"batch_size": min(planned.recipe.data.batch_size, 64), "workers": 0})
     forms = list(dict.fromkeys(side.images for side in sides))

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from rich.text import Text
 
 from probe_kd import __version__
 from probe_kd.checkpoints import put
-from probe_kd.comparing import Board, ClassChange, Curve, Group, Likeness, losses_of, percent, points
+from probe_kd.comparing import Board, ClassChange, Curve, Group, Likeness, Standing, losses_of, percent, points
 from probe_kd.errors import RunError
-from probe_kd.report import amount
+from probe_kd.report import GENERATOR, amount
 
 MOST_CLASSES = 20  # that bars are drawn of
 WIDTH = 480.0  # of a drawing: on a narrow telephone it is as wide as this, so that its letters stay legible
@@ -33,8 +32,11 @@ Place = tuple[float, float]
 def tables(board: Board) -> Iterator[Table | Text | str]:
     """What a terminal shows: a table for every group, then lines of text."""
     for group in board.groups:
-        yield Text.assemble((group.name, "bold"), f": {' <- '.join(models_of(group))}; {seeds_of(group)}")
-        yield _table(group)
+        about = f"{' <- '.join(models_of(group)) or 'nothing is measured yet'}; {seeds_of(group)}"
+        yield Text.assemble((group.name, "bold"), f": {about}")
+        if group.standings:
+            yield _table(group)
+        yield from (f"  {row.role}: {fewer_seeds(row, group)}" for row in group.standings if fewer_seeds(row, group))
         if group.gain:
             yield f"  the student over the student alone: {points(group.gain)}"
         change = _cost_of_sharing(group)
@@ -42,7 +44,7 @@ def tables(board: Board) -> Iterator[Table | Text | str]:
             word = "gained" if change > 0 else "lost"
             yield f"  training with the student, the teacher {word} {abs(100 * change):.2f} points of accuracy"
     if board.differences:
-        yield f"The recipes ({', '.join(group.name for group in board.groups)}) differ in:"
+        yield f"The recipes of {' | '.join(group.name for group in board.groups)} differ in:"
     for difference in board.differences[:12]:
         yield f"  {difference.key}: {' | '.join(value or '-' for value in difference.values)}"
     if len(board.differences) > 12:
@@ -78,6 +80,14 @@ def seeds_of(group: Group) -> str:
     return f"seed {seeds}" if len(group.seeds) == 1 else f"{len(group.seeds)} seeds ({seeds}){spread}"
 
 
+def fewer_seeds(row: Standing, group: Group) -> str:
+    """What to know of a subject that not every run of its group has finished."""
+    count, every = len(row.accuracy.values), len(group.seeds)
+    if row.unfinished:
+        return f"not finished, at {row.unfinished}"
+    return f"of {count} of {every} seeds" + ", least–greatest" * (count == 2) if count < every else ""
+
+
 def _cost_of_sharing(group: Group) -> float | None:
     by_role = {row.role: row.accuracy.mean for row in group.standings}
     both = by_role.get("teacher"), by_role.get("teacher alone")
@@ -109,29 +119,16 @@ def page(board: Board) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"amount": amount, "percent": percent, "points": points}
+    environment.filters |= {"amount": amount, "percent": percent, "points": points, "signed": _signed}
     sections = [_section(group, number) for number, group in enumerate(board.groups)]
     return environment.get_template("report.html").render(
         board=board,
         sections=sections,
         title=" and ".join(group.name for group in board.groups[:3]) + " ..." * (len(board.groups) > 3),
         overview=_overview(board) if len(board.groups) > 1 else None,
-        version=__version__,
+        generator=f"{GENERATOR}{__version__}",
         most_classes=MOST_CLASSES,
     )
-
-
-def is_page(text: str) -> bool:
-    """Whether this is the beginning of a page that was written here."""
-    found: list[bool] = []
-
-    class Head(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            given = dict(attrs)
-            found.append(given.get("name") == "generator" and str(given.get("content")).startswith("probe-kd "))
-
-    Head().feed(text)
-    return any(found)
 
 
 def _section(group: Group, number: int) -> dict[str, Any]:
@@ -260,7 +257,7 @@ def _overview(board: Board) -> dict[str, Any]:
     """The accuracy of every subject in every group on one scale, each seed as a dot."""
     rows = [(group, standing) for group in board.groups for standing in group.standings]
     values = [100 * value for _, standing in rows for value in standing.accuracy.values]
-    frame = (128.0, WIDTH - 14)
+    frame = (128.0, WIDTH - 24)
     marks, x = _scale(min(values), max(values), frame[0], frame[1], False)
     y, drawn = 8.0, []
     for group in board.groups:
@@ -356,11 +353,16 @@ def _bars(classes: Sequence[ClassChange]) -> dict[str, Any]:
                 "x": middle if better else middle - long,
                 "long": max(long, 0.5),
                 "better": better,
-                "text": f"{100 * item.change:+.1f}",
+                "text": _signed(item.change),
                 "text_x": middle + long + 6 if better else middle - long - 6,
             }
         )
     return {"bars": bars, "middle": middle, "width": WIDTH, "height": 16 + 24.0 * len(classes)}
+
+
+def _signed(share: float) -> str:
+    """In points of a percent, with a minus as wide as the plus."""
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _cut(text: str, most: int) -> str:

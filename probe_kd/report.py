@@ -4,7 +4,7 @@ import csv
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, fields
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -28,6 +28,8 @@ from probe_kd.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 
 Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name
 MEASURES = RESERVED[:-1]
+GENERATOR = "probe-kd "  # by which a report names its maker
+MOST_BYTES = 10_000_000  # of an evaluation, which has a few kB
 
 
 @dataclass
@@ -462,6 +464,18 @@ def _allowing(plan: Plan) -> str:
     traces = [plan.student] + [plan.teacher] * (plan.grown is not None and plan.teacher is not None)
     allowed = packages(found.model for found in traces if found)
     return f", allow_import={allowed}" if allowed else ""
+
+
+def is_measured(file: Path) -> bool:
+    """Whether a file was written by `eval -o` or `compare -o`, whatever it is called: its contents say so."""
+    try:
+        if file.suffix.lower() in (".html", ".htm"):
+            with file.open(encoding="utf-8") as page:
+                return f'<meta name="generator" content="{GENERATOR}' in page.read(2000)
+        found = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < MOST_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == {part.name for part in fields(Evaluation)}
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:

@@ -38,7 +38,7 @@ from probe_kd.loop import Loop, Phase
 from probe_kd.models import build_model, check_state, checkpoint_gradients, load_weights, save_weights, short
 from probe_kd.objectives import Objective
 from probe_kd.recipe import ModelOptions, Plan, Recipe, dump, join
-from probe_kd.report import Display, Result, Row, write_metrics, write_report, write_timm_summary
+from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
 from probe_kd.sharing import Sharing
 from probe_kd.spec import InputSpec, Trace
 
@@ -225,16 +225,15 @@ def open_run(
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a run writes a file or folder of this name."""
+    """Whether a run writes a file or folder of this name, or `eval -o` and `compare -o` wrote this one about it."""
     if file.is_dir():
         return file.name in (checkpoints.FOLDER, TRACKERS)
-    return (
-        file.name in _FILES or file.suffix == ".partial" or bool(re.fullmatch(r"adapters-\d+\.safetensors", file.name))
-    )
+    named = file.name in _FILES or file.suffix == ".partial"
+    return named or bool(re.fullmatch(r"adapters-\d+\.safetensors", file.name)) or is_measured(file)
 
 
 _ROLES = ("teacher", "student", "teacher-alone", "student-alone", "student-ema", "student-alone-ema")
-_TABLES = ("recipe.yaml", "metrics.csv", "summary.csv", "curves.png", "summary.json")
+_TABLES = ("recipe.yaml", "metrics.csv", "summary.csv", "curves.png", "summary.json", "layers.json", "report.html")
 _FILES = {*_TABLES, *(f"{role}.safetensors" for role in _ROLES)}
 
 
