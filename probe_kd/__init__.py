@@ -26,6 +26,7 @@ _HOME = {
     "Schedule": "spec",
     "Sharing": "sharing",
     "adapt": "adapters",
+    "compare": "comparing",
     "evaluate": "evaluation",
     "export": "exporting",
     "freeze": "surgery",
@@ -57,6 +58,7 @@ __all__ = [
     "Trace",
     "__version__",
     "adapt",
+    "compare",
     "evaluate",
     "export",
     "freeze",
@@ -72,6 +74,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from probe_kd.adapters import Adapter, adapt
+    from probe_kd.comparing import compare
     from probe_kd.distiller import Distiller
     from probe_kd.errors import ProbeKDError
     from probe_kd.evaluation import evaluate

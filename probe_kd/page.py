@@ -25,6 +25,10 @@ from probe_kd.errors import RunError
 from probe_kd.report import GENERATOR, amount
 
 MOST_CLASSES = 20  # that bars are drawn of
+HALF, DEEP = (
+    0.58,
+    0.825,
+)  # from which a cell of the heat map is closer to black than to white, on a dark page and a light
 WIDTH = 480.0  # of a drawing: on a narrow telephone it is as wide as this, so that its letters stay legible
 Place = tuple[float, float]
 
@@ -56,11 +60,11 @@ def _table(group: Group) -> Table:
     """Its columns have the room that names and figures need at 80 columns; the models stand above it."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True, min_width=13)
-    for column in ("accuracy", "agreement", "parameters", "MACs", "training"):
+    for column in ("accuracy", "agreement", "parameters", "MACs", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in group.standings:
         size = [amount(value) if value is not None else "" for value in (row.parameters, row.macs)]
-        seconds = f"{row.seconds.mean:,.0f} s" if row.seconds else row.unfinished and "unfinished"
+        seconds = f"{row.seconds.mean:,.0f} s" if row.seconds else row.unfinished and "so far"
         table.add_row(escape(row.role), percent(row.accuracy), percent(row.agreement), *size, seconds)
         if row.ema_accuracy:
             table.add_row("  its average", percent(row.ema_accuracy))
@@ -124,7 +128,7 @@ def page(board: Board) -> str:
     return environment.get_template("report.html").render(
         board=board,
         sections=sections,
-        title=" and ".join(group.name for group in board.groups[:3]) + " ..." * (len(board.groups) > 3),
+        title=", ".join(group.name for group in board.groups[:3]) + " ..." * (len(board.groups) > 3),
         overview=_overview(board) if len(board.groups) > 1 else None,
         generator=f"{GENERATOR}{__version__}",
         most_classes=MOST_CLASSES,
@@ -311,7 +315,8 @@ def _arcs(group: Group, likeness: Likeness | None, pairs: Sequence[tuple[str, st
 
 def _heat(likeness: Likeness) -> dict[str, Any]:
     """Student layers down, teacher layers across."""
-    left, top, wide, high = 132.0, 96.0, 40.0, 26.0
+    names = [_cut(name, 19) for name in likeness.student]
+    left, top, wide, high = 20.0 + 6.8 * max(map(len, names), default=0), 96.0, 40.0, 26.0
     pairs = set(likeness.pairs)
     cells = [
         {
@@ -319,7 +324,7 @@ def _heat(likeness: Likeness) -> dict[str, Any]:
             "y": top + high * row,
             "value": value,
             "text": "–" if value is None else f"{value:.2f}",
-            "deep": "" if value is None else f"q{min(9, int(10 * value))}",
+            "deep": "" if value is None or value < HALF else "half" if value < DEEP else "deep",
             "paired": (ours, theirs) in pairs,
         }
         for row, (ours, values) in enumerate(zip(likeness.student, likeness.cka, strict=True))
@@ -328,7 +333,7 @@ def _heat(likeness: Likeness) -> dict[str, Any]:
     width = max(left + wide * len(likeness.teacher) + 40, 260)
     return {
         "cells": sorted(cells, key=lambda cell: bool(cell["paired"])),  # whose frames lie above the others
-        "rows": [(top + high * (row + 0.5), _cut(name, 19)) for row, name in enumerate(likeness.student)],
+        "rows": [(top + high * (row + 0.5), name) for row, name in enumerate(names)],
         "columns": [(left + wide * (column + 0.5), _cut(name, 19)) for column, name in enumerate(likeness.teacher)],
         "size": (wide, high),
         "corner": (left, top),
