@@ -411,9 +411,16 @@ def _group(name: str, members: Sequence[_Run]) -> Group:
         curves=tuple(_curves(members)),
         classes=tuple(_classes(members)),
         likeness=_mean_likeness([run.likeness for run in members if run.likeness]),
-        pairs=tuple((_printable(str(ours)), str(theirs)) for ours, theirs in members[0].recipe["pairs"].items()),
+        pairs=tuple(_pairs(members[0].recipe.get("pairs"))),
         recipe=members[0].text,
     )
+
+
+def _pairs(found: Any) -> Iterator[tuple[str, str]]:
+    """As a run resolved them; a recipe that somebody put there instead may leave them to `auto`."""
+    for ours, theirs in found.items() if isinstance(found, Mapping) else ():
+        if isinstance(theirs, str):
+            yield _printable(ours) or "output", _printable(theirs) or "output"
 
 
 def _standing(role: str, members: Sequence[_Run]) -> Standing:
@@ -456,7 +463,7 @@ def _curves(members: Sequence[_Run]) -> Iterator[Curve]:
             points = []
             for epoch in range(max(map(len, series))):
                 values = [rows[epoch][measure] for rows in series if epoch < len(rows) and measure in rows[epoch]]
-                values = [value for value in values if math.isfinite(value)]
+                values = [value for value in values if abs(value) < 1e100]  # no axis reaches to infinity
                 if values:
                     points.append((epoch + 1, fmean(values), min(values), max(values)))
             yield Curve(role, measure, tuple(points))

@@ -43,10 +43,7 @@ def tables(board: Board) -> Iterator[Table | Text | str]:
         yield from (f"  {row.role}: {fewer_seeds(row, group)}" for row in group.standings if fewer_seeds(row, group))
         if group.gain:
             yield f"  the student over the student alone: {points(group.gain)}"
-        change = _cost_of_sharing(group)
-        if change is not None:
-            word = "gained" if change > 0 else "lost"
-            yield f"  training with the student, the teacher {word} {abs(100 * change):.2f} points of accuracy"
+        yield from (f"  {line}" for line in [_cost_of_sharing(group)] if line)
     if board.differences:
         yield f"The recipes of {' | '.join(group.name for group in board.groups)} differ in:"
     for difference in board.differences[:12]:
@@ -92,10 +89,16 @@ def fewer_seeds(row: Standing, group: Group) -> str:
     return f"of {count} of {every} seeds" + ", least–greatest" * (count == 2) if count < every else ""
 
 
-def _cost_of_sharing(group: Group) -> float | None:
+def _cost_of_sharing(group: Group) -> str:
+    """What training with a student did to a teacher, where it did."""
     by_role = {row.role: row.accuracy.mean for row in group.standings}
-    both = by_role.get("teacher"), by_role.get("teacher alone")
-    return None if both[0] is None or both[1] is None else both[0] - both[1]
+    if not {"teacher", "teacher alone"} <= by_role.keys():
+        return ""
+    change = 100 * (by_role["teacher"] - by_role["teacher alone"])
+    if abs(change) < 0.005:
+        return "trained with the student, the teacher is as accurate as alone"
+    word = "gained" if change > 0 else "lost"
+    return f"training with the student, the teacher {word} {abs(change):.2f} points of accuracy"
 
 
 def as_json(board: Board) -> str:
@@ -346,7 +349,7 @@ def _heat(likeness: Likeness) -> dict[str, Any]:
 def _bars(classes: Sequence[ClassChange]) -> dict[str, Any]:
     """Right of the middle where the student is better than alone."""
     most = max(abs(item.change) for item in classes) or 1.0
-    middle, reach = 296.0, 116.0
+    middle, reach = 304.0, 100.0
     bars = []
     for number, item in enumerate(classes):
         long = reach * abs(item.change) / most
