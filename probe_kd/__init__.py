@@ -27,6 +27,7 @@ _HOME = {
     "Schedule": "spec",
     "Sharing": "sharing",
     "adapt": "adapters",
+    "compare": "comparing",
     "evaluate": "evaluation",
     "export": "exporting",
     "freeze": "surgery",
@@ -59,6 +60,7 @@ __all__ = [
     "Trace",
     "__version__",
     "adapt",
+    "compare",
     "evaluate",
     "export",
     "freeze",
@@ -74,6 +76,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from probe_kd.adapters import Adapter, adapt
+    from probe_kd.comparing import compare
     from probe_kd.distiller import Distiller
     from probe_kd.errors import ProbeKDError
     from probe_kd.evaluation import evaluate

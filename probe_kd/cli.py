@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +21,11 @@ from probe_kd import __version__
 from probe_kd.errors import ProbeKDError, RecipeError, RunError, Stopped
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     from probe_kd.audit import Audit
     from probe_kd.planner import Plan
@@ -327,20 +332,21 @@ def train(
     console = _console()
     with console.status("tracing the models"):
         planned = plan(source, allow_import=_allowed(allow_import))
-    from probe_kd.report import Display, plan_table, print_results
+    from probe_kd.report import Display, plan_table, print_student
     from probe_kd.train import train as run
 
     quiet = quiet or not _speaks()
     if not quiet:
         console.print(plan_table(planned))
     try:
-        journal = run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
+        run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, Stopped) as stop:
         if _speaks():
             _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
         sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
     if _speaks():
-        print_results(list(journal.results.values()), planned, folder, console)
+        _report(planned, folder, console)
+        print_student(planned, folder, console)
 
 
 @app.command(name="eval")
@@ -386,6 +392,41 @@ def evaluate(
     console.print(scores_table(found))
     if found.pairs:
         console.print(similarity_table(found))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `probe-kd train` wrote.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a report: one HTML file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Compare layers also where a run did not at its end; builds the models.")
+    ] = False,
+    allow_import: AllowImport = None,
+    as_json: Json = False,
+) -> None:
+    """Hold runs beside each other: accuracy over seeds, agreement, size, time, and what their recipes differ in.
+
+    Runs whose recipes are the same but for `seed` are one group. No model is built, but for --layers.
+    """
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise RunError(f"{output}: a report is HTML; call it so, as in {output.with_suffix('.html')}, or take --json")
+    if output is not None and output.exists() and not overwrite:
+        raise RunError(f"{output} exists; --overwrite replaces it")
+    from probe_kd.comparing import compare as hold
+    from probe_kd.page import as_json as board_as_json
+    from probe_kd.page import tables, write_page
+
+    console = _console()
+    with console.status("reading the runs"):
+        board = hold(runs, layers=layers, allow_import=_allowed(allow_import))
+    if as_json:
+        print(board_as_json(board))
+    else:
+        _show(console, tables(board))
+    if output is not None:
+        write_page(board, output)
+        typer.echo(f"wrote {output}", err=as_json)
 
 
 class SubjectChoice(StrEnum):
@@ -450,6 +491,37 @@ def _again(
 ) -> str:
     given: dict[str, Any] = {"out": out, "seed": seed, "set": sets, "allow_import": allow_import}
     return f"probe-kd train {shlex.quote(str(recipe))}{_options(**given)} --resume"
+
+
+def _report(planned: "Plan", folder: Path, console: "Console") -> None:
+    """What came of a run that has just ended, also as a file."""
+    from probe_kd.comparing import compare as hold
+    from probe_kd.comparing import measure_layers
+    from probe_kd.page import tables, write_page
+
+    if planned.teacher is not None:
+        with _forgiving("the layers are not compared"), console.status("comparing the layers of student and teacher"):
+            measure_layers(planned, folder)
+    with _forgiving("not all of the results can be shown"):
+        board = hold([folder])
+        _show(console, tables(board))
+        write_page(board, folder / "report.html")
+
+
+@contextmanager
+def _forgiving(what: str) -> "Iterator[None]":
+    """The run is done and on the disk. What is only shown of it must not make it look as if it were not."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as refusal:  # models, images and disks fail in every way there is
+        _complain(f"{what}: {' '.join(str(refusal).split())[:300] or type(refusal).__name__}", "note: ")
+
+
+def _show(console: "Console", parts: "Iterable[Table | Text | str]") -> None:
+    for part in parts:
+        console.print(part, highlight=False, markup=False, soft_wrap=not hasattr(part, "columns"))
 
 
 def _options(**given: Any) -> str:

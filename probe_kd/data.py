@@ -426,3 +426,14 @@ def _count_classes(dataset: Dataset[Any], name: str) -> int:
             if found:
                 return len(found)
     raise DataError(f"dataset {name!r} does not tell how many classes it has; set `num_classes`")
+
+
+def class_names(datasets: Datasets) -> list[str]:
+    """What the classes are called, in their order; their numbers where the dataset does not say."""
+    inner = getattr(datasets.test, "images", datasets.test)
+    for holder in (inner, getattr(inner, "reader", None), getattr(datasets.test, "reader", None)):
+        order = getattr(holder, "class_to_idx", None) or {}
+        names = {int(index): str(name) for name, index in order.items()}
+        if names.keys() == set(range(datasets.num_classes)):
+            return [names[index] for index in range(datasets.num_classes)]
+    return [str(index) for index in range(datasets.num_classes)]

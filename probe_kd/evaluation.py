@@ -4,6 +4,7 @@ The loss of a distillation does not say whether the student improves (Stanton et
 Everything is summed up batch by batch, in float64, so memory does not grow with images times features.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
 from probe_kd.adapters import Adapter, ImageView, pooled
@@ -125,6 +126,78 @@ def linear_cka(sums: Mapping[str, Tensor]) -> float:
         if not centred.trace() > _CONSTANT * raw.trace():
             return float("nan")
     return float(between.norm() ** 2 / (within_ours.norm() * within_theirs.norm()))
+
+
+def cka_table(
+    ours: Sequence[Float[Tensor, "images _"]], theirs: Sequence[Float[Tensor, "images _"]]
+) -> list[list[float | None]]:
+    """`linear_cka` of every student's feature (rows) with every teacher's (columns); None where it is not defined.
+
+    Of few images it is had from matrices of images by images, one a feature: `||X^T Y||^2` is the sum of the products
+    of `X X^T` and `Y Y^T`. So a table of 30 by 30 costs 60 such matrices, and not 900 of channels by channels.
+    """
+    grams = [[_gram(feature) for feature in side] for side in (ours, theirs)]
+    return [
+        [None if a is None or b is None else float((a * b).sum() / (a.norm() * b.norm())) for b in grams[1]]
+        for a in grams[0]
+    ]
+
+
+def _gram(feature: Float[Tensor, "images channels"]) -> Float[Tensor, "images images"] | None:
+    raw = _exact(feature)
+    centred = raw - raw.mean(0)
+    return centred @ centred.T if centred.square().sum() > _CONSTANT * raw.square().sum() else None
+
+
+@torch.no_grad()
+def vectors(
+    planned: Plan, run: Path, ours: Sequence[Tap], theirs: Sequence[Tap], *, images: int, seconds: float
+) -> tuple[dict[Tap, Float[Tensor, "images _"]], dict[Tap, Float[Tensor, "images _"]]]:
+    """One vector per test image of layers of a run's student, and of its teacher: what `evaluate` compares.
+
+    It looks at so many images, or at those that so many seconds suffice for; they are drawn at random, and the same for
+    every run on that data. Layers that are no feature of single images are left out. This process does it alone, on
+    torch's current accelerator. Raises RunError for a run without a teacher, or without its weights, and DataError
+    without images.
+    """
+    options, known, given, wanted = (
+        planned.recipe.teacher,
+        planned.teacher,
+        planned.student_input,
+        planned.teacher_input,
+    )
+    if options is None or known is None or wanted is None:
+        raise RunError(f"the run in {run} has no teacher")
+    file = _weights_of_student(run, None, ema=False)
+    trained = planned.recipe.share is not None or options.train is not None
+    teacher, name = _teacher(known, options, run, "teacher", trained=trained)
+    place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    sides = [
+        _subject("student", planned.trained.model, _student(planned, file), file.name, (given, wanted), ours).to(place),
+        _subject("teacher", known.model, teacher, name, (wanted, wanted), theirs).to(place),
+    ]
+    count = len(planned.datasets.test)  # type: ignore[arg-type]
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:images].tolist()
+    if not chosen:
+        raise DataError("there are no test images")
+    # Few at a time, so that the clock is looked at; and by no workers, which cost seconds to start.
+    data = planned.recipe.data.model_copy(update={"batch_size": min(planned.recipe.data.batch_size, 64), "workers": 0})
+    forms = list(dict.fromkeys(side.images for side in sides))
+    test = Subset(planned.datasets.test, chosen)
+    loaders = [readable(loader(test, data, form, training=False), "test") for form in forms]
+    found: list[dict[Tap, list[Tensor]]] = [{tap: [] for tap in side.pools} for side in sides]
+    end = time.monotonic() + seconds
+    for batches in zip(*loaders, strict=True):
+        seen = dict(zip(forms, (views for views, _ in batches), strict=True))
+        for side, kept in zip(sides, found, strict=True):
+            with _autocast(planned.recipe.precision or "no", place):
+                features = side.look(seen[side.images].to(place))
+            for tap, pool in side.pools.items():
+                kept[tap].append(pool(features[tap]).float().cpu())
+        if time.monotonic() > end:
+            break
+    ours_, theirs_ = ({tap: torch.cat(parts) for tap, parts in kept.items()} for kept in found)
+    return ours_, theirs_
 
 
 def variance_sums(predicted: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]) -> Sums:

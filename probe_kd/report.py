@@ -4,10 +4,11 @@ import csv
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field, fields
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich import box
@@ -21,6 +22,7 @@ from rich.text import Text
 
 from probe_kd.adapters import adapt
 from probe_kd.checkpoints import put
+from probe_kd.data import class_names
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.matching import blocks, stages
 from probe_kd.models import packages
@@ -30,6 +32,8 @@ from probe_kd.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 
 Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name
 MEASURES = RESERVED[:-1]
+GENERATOR = "probe-kd "  # by which a report names its maker
+MOST_BYTES = 10_000_000  # of an evaluation, which has a few kB
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Result:
 
     `accuracy` and `agreement` (with the teacher's answers) are shares of the test images, in 0..1; `seconds` were spent
     in training; `weights` is the file in the run's folder, empty where nothing was trained. Those with `ema` are of the
-    moving average.
+    moving average. `images` are the test images of every class, and `right` those of them that it answers rightly.
     """
 
     role: str
@@ -52,6 +56,8 @@ class Result:
     weights: str
     ema_accuracy: float | None = None
     ema_weights: str = ""
+    images: list[int] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -494,26 +500,34 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, fol
     """The curves, and the summary for other programs, which marks the run as finished."""
     draw_curves(rows, folder / "curves.png")
     aside = folder / "summary.partial"
-    found = {"seed": plan.recipe.seed, "results": [asdict(result) for result in results]}
+    found = {
+        "seed": plan.recipe.seed,
+        "classes": class_names(plan.datasets),
+        "results": [asdict(result) for result in results],
+    }
     aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     put(aside, folder / "summary.json")
 
 
-def print_results(results: Sequence[Result], plan: Plan, folder: Path, console: Console) -> None:
-    """The end of a run: the table, and how to go on with the student."""
-    console.print(results_table(results))
-    student = results[-1]
+def print_student(plan: Plan, folder: Path, console: Console) -> None:
+    """The end of a run: where it is, how to load the student, and what else one may do with it."""
+    student = plan.student
     arguments = "".join(f", {key}={value!r}" for key, value in student.model_kwargs.items())
-    weights = folder / student.weights
+    weights = folder / "student.safetensors"
     timms = plan.grown is None and ":" not in student.model.removeprefix("hf-hub:").removeprefix("local-dir:")
-    console.print(
-        f"Results in {folder}. " + ("The student is plain timm:" if timms else "The student:"),
-        highlight=False,
-        markup=False,
-    )
     line = f"  timm.create_model({student.model!r}, checkpoint_path={str(weights)!r}{arguments})"
     line = line if timms else f"  probe_kd.load_student({str(weights)!r}{_allowing(plan)})"
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    first = f"Results in {folder}. " + ("The student is plain timm:" if timms else "The student:")
+    for text in (first, line, _next_commands(plan, folder)):
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _next_commands(plan: Plan, folder: Path) -> str:
+    """In one line, to be copied."""
+    names = [found.model for found in (plan.student, plan.teacher) if found]
+    allowed = "".join(f" --allow-import {package}" for package in packages(names))
+    run = quote(str(folder))
+    return f"Next: probe-kd eval {run}{allowed} | probe-kd export {run} -o DIR{allowed} | probe-kd compare {run} ..."
 
 
 def _allowing(plan: Plan) -> str:
@@ -521,6 +535,18 @@ def _allowing(plan: Plan) -> str:
     traces = [plan.student] + [plan.teacher] * (plan.grown is not None and plan.teacher is not None)
     allowed = packages(found.model for found in traces if found)
     return f", allow_import={allowed}" if allowed else ""
+
+
+def is_measured(file: Path) -> bool:
+    """Whether a file was written by `eval -o` or `compare -o`, whatever it is called: its contents say so."""
+    try:
+        if file.suffix.lower() in (".html", ".htm"):
+            with file.open(encoding="utf-8") as page:
+                return f'<meta name="generator" content="{GENERATOR}' in page.read(2000)
+        found = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < MOST_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == {part.name for part in fields(Evaluation)}
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:
@@ -566,28 +592,6 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
         if axes.lines:
             axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def results_table(results: Iterable[Result]) -> Table:
-    """The end of a run: accuracy, agreement with the teacher, size; what a teacher lost by training with a student."""
-    results = list(results)
-    table = _table("Test images", "", "model", "accuracy>", "agreement>", "parameters>", "MACs>", "training>")
-    for result in results:
-        table.add_row(
-            result.role,
-            escape(result.model),
-            f"{result.accuracy:.2%}" + (f" (average {result.ema_accuracy:.2%})" if result.ema_accuracy else ""),
-            "" if result.agreement is None else f"{result.agreement:.2%}",
-            amount(result.parameters),
-            amount(result.macs),
-            f"{result.seconds:.0f} s" if result.seconds else "",
-        )
-    by_role = {result.role: result for result in results}
-    if "teacher alone" in by_role and "teacher" in by_role:
-        change = 100 * (by_role["teacher"].accuracy - by_role["teacher alone"].accuracy)
-        word = "gained" if change > 0 else "lost"
-        table.caption = f"training with the student, the teacher {word} {abs(change):.2f} points of accuracy"
-    return table
 
 
 def scores_table(found: Evaluation) -> Table:

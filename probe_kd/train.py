@@ -39,7 +39,7 @@ from probe_kd.models import build_model, check_state, checkpoint_gradients, load
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan, join
 from probe_kd.recipe import ModelOptions, Recipe, dump
-from probe_kd.report import Display, Result, Row, write_metrics, write_report, write_timm_summary
+from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
 from probe_kd.sharing import Sharing
 from probe_kd.spec import InputSpec, Trace
 
@@ -226,16 +226,15 @@ def open_run(
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a run writes a file or folder of this name."""
+    """Whether a run writes a file or folder of this name, or `eval -o` and `compare -o` wrote this one about it."""
     if file.is_dir():
         return file.name in (checkpoints.FOLDER, TRACKERS)
-    return (
-        file.name in _FILES or file.suffix == ".partial" or bool(re.fullmatch(r"adapters-\d+\.safetensors", file.name))
-    )
+    named = file.name in _FILES or file.suffix == ".partial"
+    return named or bool(re.fullmatch(r"adapters-\d+\.safetensors", file.name)) or is_measured(file)
 
 
 _ROLES = ("teacher", "student", "teacher-alone", "student-alone", "student-ema", "student-alone-ema")
-_TABLES = ("recipe.yaml", "metrics.csv", "summary.csv", "curves.png", "summary.json")
+_TABLES = ("recipe.yaml", "metrics.csv", "summary.csv", "curves.png", "summary.json", "layers.json", "report.html")
 _FILES = {*_TABLES, *(f"{role}.safetensors" for role in _ROLES)}
 
 
@@ -550,7 +549,7 @@ class Run:
         journal = self.journal
         journal.epoch += 1
         for measured in filter(None, (subject.partner, subject)):
-            accuracy, agreement = self._measure(measured)
+            accuracy, agreement, _ = self._measure(measured)
             row: Row = {"subject": measured.role, "stage": loop.phase.name, "epoch": journal.epoch}
             row |= {"accuracy": accuracy, "agreement": agreement}
             if measured is subject:
@@ -565,18 +564,23 @@ class Run:
         )
         self.display.epoch(journal.rows[-1])
 
-    def _measure(self, subject: Subject) -> tuple[float, float | None]:
-        """(accuracy, agreement with the teacher) on the test images; no agreement for the teacher itself."""
+    def _measure(self, subject: Subject) -> tuple[float, float | None, dict[str, list[int]]]:
+        """(accuracy, agreement with the teacher, `images` and `right` of every class) on the test images.
+
+        No agreement for the teacher itself.
+        """
         answers, targets = self._answers(subject)
         accuracy = (answers == targets).double().mean().item()
+        counted = {"images": targets, "right": targets[answers == targets]}
+        classes = {name: _per_class(kept, self.plan.datasets.num_classes) for name, kept in counted.items()}
         if subject is self.teacher or subject.role == TEACHER_ALONE:  # while it trains, its answers change
             self.teacher_answers = answers
-            return accuracy, None
+            return accuracy, None, classes
         if self.teacher is None or subject.role == "teacher":
-            return accuracy, None
+            return accuracy, None, classes
         if self.teacher_answers is None:
             self.teacher_answers, _ = self._answers(self.teacher)
-        return accuracy, (answers == self.teacher_answers).double().mean().item()
+        return accuracy, (answers == self.teacher_answers).double().mean().item(), classes
 
     @torch.no_grad()
     def _answers(self, subject: Subject) -> tuple[Tensor, Tensor]:
@@ -603,7 +607,7 @@ class Run:
             self.teacher_answers = None  # `keep: best` may have gone back to other weights
         if subject.partner is not None:
             self._finish(replace(subject.partner, phases=subject.phases))
-        accuracy, agreement = self._measure(subject)
+        accuracy, agreement, classes = self._measure(subject)
         averaged = replace(subject, model=average) if average is not None else None
         trace_ = subject.trace
         self.journal.results[subject.role] = Result(
@@ -618,6 +622,7 @@ class Run:
             weights=self._write_weights(subject) if subject.phases else "",
             ema_accuracy=self._measure(averaged)[0] if averaged else None,
             ema_weights=self._write_weights(averaged, "-ema") if averaged else "",
+            **classes,
         )
 
     def _write_weights(self, subject: Subject, end: str = "") -> str:
@@ -692,6 +697,12 @@ def too_large(refusal: Exception) -> str:
         f"out of memory: {short(refusal)}. Try a smaller `batch_size` with `grad_accum_steps`, `precision: bf16`, or "
         "`grad_checkpointing: true` of the student"
     )
+
+
+def _per_class(targets: Tensor, classes: int) -> list[int]:
+    """How many images of each class there are. A label that is none, which `eval` refuses, is left out."""
+    counts: list[int] = torch.bincount(targets[(targets >= 0) & (targets < classes)], minlength=classes).tolist()
+    return counts
 
 
 def _logits(output: Any) -> Tensor:

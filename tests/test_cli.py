@@ -145,7 +145,8 @@ def test_match_writes_a_recipe_that_runs(command: Command, tmp_path: Path) -> No
     left = {file.name for file in (tmp_path / "runs" / "r").iterdir()}
     weights = {"teacher.safetensors", "student-alone.safetensors", "student.safetensors"}
     weights |= {"adapters-0.safetensors"}
-    assert left == weights | {"recipe.yaml", "metrics.csv", "summary.csv", "curves.png", "summary.json"}
+    told = {"metrics.csv", "summary.csv", "curves.png", "summary.json", "layers.json", "report.html"}
+    assert left == weights | told | {"recipe.yaml"}
     line = next(line for line in result.stdout.splitlines() if "timm.create_model(" in line)
     code = f"import timm; print(sum(p.numel() for p in {line.strip()}.parameters()))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

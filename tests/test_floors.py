@@ -19,8 +19,8 @@ FLOORS = (
     {"recipe", "tasks"},
     {"planner", "report", "schema", "writing"},
     {"loop", "evaluation", "exporting"},
-    {"train"},
-    {"audit"},
+    {"train", "comparing"},
+    {"audit", "page"},
     {"cli"},
 )
 NEIGHBOURS = {("spec", "errors"), ("checkpoints", "errors"), ("report", "planner")}  # from, to

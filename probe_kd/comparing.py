@@ -1,0 +1,560 @@
+"""Runs beside each other: what came of each subject over seeds, what the recipes differ in, how alike the layers are.
+
+The folders of the runs are read and no model is built, so this takes as long for a hundred runs as for one. The
+exception is the likeness of layers, for which both models have to look at images: a run measures it at its end, and
+leaves the figures in `layers.json`.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from probe_kd.checkpoints import FOLDER as CHECKPOINTS
+from probe_kd.checkpoints import put
+from probe_kd.errors import MatchError, RunError, nearest
+from probe_kd.evaluation import cka_table, vectors
+from probe_kd.matching import blocks, stages
+from probe_kd.models import short
+from probe_kd.planner import Plan, plan
+from probe_kd.recipe import load
+from probe_kd.report import MEASURES, Result, Row
+from probe_kd.spec import Tap, Trace
+
+LAYERS = "layers.json"
+ROLES = ("student alone", "student", "teacher", "teacher alone")  # the second last is the partner, where they share
+IMAGES, SECONDS = 512, 10.0  # that the likeness of layers is measured on, and may take
+MOST_LAYERS = 24  # of a model, above which its stage ends stand for its blocks
+UNCOMPARED = {"subject", "stage", "epoch", "images_per_second"}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over seeds. `deviation` is that of a sample (n - 1), and None of a single value."""
+
+    mean: float
+    low: float
+    high: float
+    deviation: float | None
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What came of one subject in the runs of one recipe.
+
+    `accuracy`, `ema_accuracy` (of the moving average) and `agreement` with the teacher are shares of the test images in
+    0..1, `seconds` were spent in training. `unfinished` says how far it is, where no run has finished it: the figures
+    are then those of its last epoch so far, and its size is not known.
+    """
+
+    role: str
+    model: str
+    accuracy: Spread
+    agreement: Spread | None
+    ema_accuracy: Spread | None
+    parameters: int | None
+    macs: int | None
+    seconds: Spread | None
+    unfinished: str = ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One measure of one subject by epoch, over seeds: `points` are (epoch from 1, mean, least, greatest)."""
+
+    role: str
+    measure: str
+    points: tuple[tuple[int, float, float, float], ...]
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """One class: test images in all runs, and what share of them the student alone and the student answer rightly."""
+
+    name: str
+    images: int
+    alone: float
+    student: float
+
+    @property
+    def change(self) -> float:
+        return self.student - self.alone
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Linear CKA of layers of the student (rows) and of the teacher (columns), each in the order of its forward.
+
+    It is of one vector per image, the mean over positions, of so many test images; None where a layer gives the same
+    for every image. `pairs` are the (student, teacher) layers that the recipe pairs.
+    """
+
+    images: int
+    student: tuple[str, ...]
+    teacher: tuple[str, ...]
+    cka: tuple[tuple[float | None, ...], ...]
+    pairs: tuple[tuple[str, str], ...]
+
+    def of(self, pair: tuple[str, str]) -> float | None:
+        ours, theirs = pair
+        if ours not in self.student or theirs not in self.teacher:
+            return None
+        return self.cka[self.student.index(ours)][self.teacher.index(theirs)]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe but for the seed. `gain` is the student's accuracy less that of the student alone, by run."""
+
+    name: str
+    runs: tuple[str, ...]
+    seeds: tuple[int, ...]
+    standings: tuple[Standing, ...]
+    gain: Spread | None
+    curves: tuple[Curve, ...] = ()
+    classes: tuple[ClassChange, ...] = ()
+    likeness: Likeness | None = None
+    pairs: tuple[tuple[str, str], ...] = ()
+    recipe: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key of the recipes, as in `stages.0.epochs`, with its value in every group; empty where it has none."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Board:
+    """What `compare` found: groups of runs, what their recipes differ in, and what to know about it."""
+
+    groups: tuple[Group, ...]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Run:
+    """A folder as it was read. `rows` are the epochs, `results` the subjects that are done."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    text: str
+    results: dict[str, Result] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    likeness: Likeness | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def seed(self) -> int:
+        return int(self.recipe["seed"])
+
+    @property
+    def setting(self) -> str:
+        """All of its recipe but the seed."""
+        return json.dumps({key: value for key, value in self.recipe.items() if key != "seed"}, sort_keys=True)
+
+    def last(self, role: str) -> Row | None:
+        return next((row for row in reversed(self.rows) if row["subject"] == role), None)
+
+
+def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: Sequence[str] = ()) -> Board:
+    """Hold the runs in these folders, as `probe-kd train` wrote them, beside each other.
+
+    Runs whose resolved recipes are the same but for `seed` are one group. `layers` measures the likeness of the layers
+    of student and teacher where the run has not done so at its end; only that builds models, of which `allow_import`
+    names the packages that functions of one's own may come from. A run that has not ended is shown as far as it is.
+
+    Raises RunError for a folder that is no run, or holds files that are damaged, and where nothing is measured yet;
+    RecipeError for a recipe that this version does not read.
+    """
+    folders = list(dict.fromkeys(Path(os.path.normpath(run)) for run in runs))
+    if not folders:
+        raise RunError("no run to show; name the folder that `probe-kd train` wrote, as in runs/quickstart")
+    found = [_read(folder) for folder in folders]
+    notes = [note for run in found for note in run.notes]
+    groups: dict[str, list[_Run]] = {}
+    for run in found:
+        members = groups.setdefault(run.setting, [])
+        twin = next((other for other in members if other.seed == run.seed), None)
+        if twin is None:
+            members.append(run)
+        else:  # counted twice, it would make the spread look smaller than it is
+            notes.append(f"{run.folder} is left out: its recipe and seed ({run.seed}) are those of {twin.folder}")
+    if not any(run.results or run.rows for run in found):
+        raise RunError(f"nothing is measured yet in {', '.join(str(run.folder) for run in found)}: no epoch is done")
+    for run in found if layers else ():
+        run.likeness = run.likeness or _measured_now(run, allow_import, notes)
+    names = _names(list(groups.values()))
+    return Board(
+        tuple(_group(name, members) for name, members in zip(names, groups.values(), strict=True)),
+        tuple(_differences([members[0].recipe for members in groups.values()])),
+        tuple(notes),
+    )
+
+
+def measure_layers(planned: Plan, run: Path) -> Likeness:
+    """How alike the layers of the student and of the teacher of a finished run are, by at most IMAGES and SECONDS.
+
+    The layers are the blocks of each model, or its stage ends where it has many blocks, and those that are paired.
+    They are kept in the run's folder, for `compare`. Raises RunError for a run without a teacher, and whatever models
+    and images can raise.
+    """
+    if planned.teacher is None:
+        raise RunError(f"the run in {run} has no teacher")
+    ours = _layers(planned.trained, [pair.student for pair in planned.pairs])
+    theirs = _layers(planned.teacher, [pair.teacher for pair in planned.pairs])
+    student, teacher = vectors(planned, run, ours, theirs, images=IMAGES, seconds=SECONDS)
+    cells = cka_table(list(student.values()), list(teacher.values()))
+    found = Likeness(
+        images=len(next(iter(student.values()), ())),
+        student=tuple(map(_shown, student)),
+        teacher=tuple(map(_shown, teacher)),
+        cka=tuple(map(tuple, cells)),
+        pairs=tuple((_shown(pair.student), _shown(pair.teacher)) for pair in planned.pairs),
+    )
+    aside = run / f"{LAYERS}.partial"
+    aside.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    put(aside, run / LAYERS)
+    return found
+
+
+def _layers(trace: Trace, paired: Collection[Tap]) -> list[Tap]:
+    """In the order of the forward, one tap of each tensor. A model without stages has those that are paired by hand."""
+    found = blocks(trace)
+    if not 1 < len(found) <= MOST_LAYERS:
+        try:
+            found = stages(trace)
+        except MatchError:
+            found = []
+    chosen = {trace[tap].tensor: trace[tap] for tap in paired}
+    for spec in sorted(found, key=lambda spec: len(str(spec.tap))):  # `layer2` rather than its last block
+        chosen.setdefault(spec.tensor, spec)
+    return [spec.tap for spec in sorted(chosen.values(), key=lambda spec: spec.order)]
+
+
+def _shown(tap: Tap) -> str:
+    return str(tap) or "output"
+
+
+def _measured_now(run: _Run, allow_import: Sequence[str], notes: list[str]) -> Likeness | None:
+    if "student" not in run.results or "teacher" not in run.recipe:
+        why = "its student is not trained yet" if "teacher" in run.recipe else "it has no teacher"
+        notes.append(f"{run.folder}: layers are not compared, since {why}")
+        return None
+    return measure_layers(plan(load(run.folder / "recipe.yaml"), allow_import=allow_import), run.folder)
+
+
+def _read(folder: Path) -> _Run:
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        beside = folder.absolute().parent
+        others = [found.parent.name for found in beside.glob("*/recipe.yaml")] if beside.is_dir() else []
+        why = "it has no recipe.yaml" if folder.is_dir() else "a file" if folder.exists() else "there is none"
+        raise RunError(f"{folder} is not the folder of a run ({why}){nearest(folder.name, others)}")
+    source = load(recipe)
+    run = _Run(folder, source.recipe.model_dump(mode="json", exclude_none=True), recipe.read_text(encoding="utf-8"))
+    run.rows = read_metrics(folder / "metrics.csv")
+    summary = folder / "summary.json"
+    if summary.is_file():
+        found = _json(summary)
+        run.results = _results(found, summary)
+        classes = found.get("classes", [])
+        run.classes = [_printable(str(name)) for name in classes] if isinstance(classes, list) else []
+        run.notes += [f"{folder} has no metrics.csv, so no curves"] * (not run.rows)
+    else:
+        journals = [path for path in (folder / CHECKPOINTS).glob("*/journal.json") if path.parent.name.isdigit()]
+        newest = max(journals, default=None, key=lambda path: int(path.parent.name))
+        if newest is not None:
+            found = _json(newest)
+            run.results = _results({"results": list(dict(found.get("results", {})).values())}, newest)
+        run.notes.append(_progress(run))
+    if (folder / LAYERS).is_file():
+        run.likeness = _likeness(folder / LAYERS)
+    return run
+
+
+def _progress(run: _Run) -> str:
+    """What a run that has not ended has done."""
+    begun = {row["subject"]: row for row in run.rows if row["subject"] not in run.results}
+    parts = [f"{role} is done" for role in run.results]
+    parts += [f"{role} is at epoch {row['epoch']} of stage {row['stage']!r}" for role, row in begun.items()]
+    state = ", ".join(parts) or "no epoch is done"
+    return f"{run.folder} has not ended: {state}; go on with probe-kd train RECIPE --out {run.folder} --resume"
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The epochs in a metrics.csv; none where there is none. Raises RunError, with the line, for a damaged one."""
+    rows: list[Row] = []
+    if not path.exists():
+        return rows
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            lacking = {"subject", "stage", "epoch", "accuracy"} - set(reader.fieldnames or ())
+            if lacking:
+                raise ValueError(f"it has no column {sorted(lacking)[0]!r}")
+            rows.extend(_epoch(line) for line in reader)
+    except (OSError, ValueError, csv.Error) as refusal:  # UnicodeDecodeError is a ValueError
+        why = refusal.strerror if isinstance(refusal, OSError) else f"line {len(rows) + 2}: {short(refusal)}"
+        raise RunError(
+            f"{path} is damaged ({why}); the run writes it anew while it goes on, and a finished one has to be taken "
+            "from a copy, or left out"
+        ) from None
+    return rows
+
+
+def _epoch(line: Mapping[str | None, Any]) -> Row:
+    if None in line or None in line.values():
+        raise ValueError(f"expected {len([key for key in line if key is not None])} fields, as in the first line")
+    row: Row = {}
+    for key, text in line.items():
+        if key in ("subject", "stage"):
+            row[key] = _printable(text)
+        elif text:
+            try:
+                row[str(key)] = int(text) if key == "epoch" else float(text)
+            except ValueError:
+                raise ValueError(f"{key} is {text[:40]!r}, and no number") from None
+    if "epoch" not in row or not math.isfinite(row.get("accuracy", math.nan)):
+        raise ValueError("it has no epoch, or no accuracy")
+    return row
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError, RecursionError) as refusal:
+        raise _damaged(path, refusal) from None
+    return found
+
+
+def _damaged(path: Path, why: Exception) -> RunError:
+    return RunError(f"{path} is damaged ({short(why)}); take it from a copy, or leave this run out")
+
+
+def _results(found: Mapping[str, Any], path: Path) -> dict[str, Result]:
+    try:
+        results = TypeAdapter(list[Result]).validate_python(found.get("results"))
+    except ValidationError as refusal:
+        first = refusal.errors()[0]
+        place = ".".join(map(str, ("results", *first["loc"])))
+        raise _damaged(path, ValueError(f"{place}: {first['msg']}")) from None
+    for result in results:
+        if not all(math.isfinite(value or 0.0) for value in (result.accuracy, result.agreement, result.seconds)):
+            raise _damaged(path, ValueError(f"a figure of {result.role!r} is no number"))
+        result.role, result.model = _printable(result.role), _printable(result.model)
+    return {result.role: result for result in results}
+
+
+def _likeness(path: Path) -> Likeness:
+    try:
+        found: Likeness = TypeAdapter(Likeness).validate_python(_json(path))
+    except ValidationError as refusal:
+        raise _damaged(path, ValueError(refusal.errors()[0]["msg"])) from None
+    if {len(found.student)} != {len(found.cka)} or {len(row) for row in found.cka} - {len(found.teacher)}:
+        raise _damaged(path, ValueError("`cka` is not student layers by teacher layers"))
+    return found
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal obeys instead of showing."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _names(groups: Sequence[Sequence[_Run]]) -> list[str]:
+    """What the folders of a group have in common, and whole folders where that tells no two groups apart."""
+    names = []
+    for members in groups:
+        shared = _beginning([run.folder.name or str(run.folder.absolute()) for run in members])
+        plain = re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", shared) if len(members) > 1 else shared
+        names.append(_printable(plain or _first_of([run.folder.name for run in members])))
+    if len(set(names)) == len(names):
+        return names
+    return [_printable(_first_of([str(run.folder) for run in members])) for members in groups]
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """That all of them have, letter by letter."""
+    shared = next((place for place, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), None)
+    return min(names, key=len)[:shared]
+
+
+def _group(name: str, members: Sequence[_Run]) -> Group:
+    roles = [role for role in ROLES if any(role in run.results or run.last(role) for run in members)]
+    standings = [_standing(role, members) for role in roles]
+    both = [run.results for run in members if {"student", "student alone"} <= run.results.keys()]
+    gains = [results["student"].accuracy - results["student alone"].accuracy for results in both]
+    return Group(
+        name=name,
+        runs=tuple(_printable(str(run.folder)) for run in members),
+        seeds=tuple(run.seed for run in members),
+        standings=tuple(standings),
+        gain=_spread(gains),
+        curves=tuple(_curves(members)),
+        classes=tuple(_classes(members)),
+        likeness=_mean_likeness([run.likeness for run in members if run.likeness]),
+        pairs=tuple(_pairs(members[0].recipe.get("pairs"))),
+        recipe=members[0].text,
+    )
+
+
+def _pairs(found: Any) -> Iterator[tuple[str, str]]:
+    """As a run resolved them; a recipe that somebody put there instead may leave them to `auto`."""
+    for ours, theirs in found.items() if isinstance(found, Mapping) else ():
+        if isinstance(theirs, str):
+            yield _printable(ours) or "output", _printable(theirs) or "output"
+
+
+def _standing(role: str, members: Sequence[_Run]) -> Standing:
+    """Of the runs that have finished the subject; where none has, of the last epochs so far."""
+    done = [run.results[role] for run in members if role in run.results]
+    if not done:
+        rows = [row for row in (run.last(role) for run in members) if row]
+        where = f"epoch {min(row['epoch'] for row in rows)} of stage {rows[0]['stage']!r}"
+        side = members[0].recipe.get(role.split()[0], {})
+        accuracy, agreement = (_spread([row[key] for row in rows if key in row]) for key in ("accuracy", "agreement"))
+        assert accuracy is not None
+        return Standing(role, _printable(str(side.get("model"))), accuracy, agreement, None, None, None, None, where)
+    accuracy = _spread([result.accuracy for result in done])
+    assert accuracy is not None
+    return Standing(
+        role=role,
+        model=done[0].model,
+        accuracy=accuracy,
+        agreement=_spread([result.agreement for result in done]),
+        ema_accuracy=_spread([result.ema_accuracy for result in done]),
+        parameters=done[0].parameters,
+        macs=done[0].macs,
+        seconds=_spread([result.seconds or None for result in done]),
+    )
+
+
+def _spread(found: Iterable[float | None]) -> Spread | None:
+    values = tuple(value for value in found if value is not None)
+    if not values:
+        return None
+    deviation = stdev(values) if len(values) > 1 else None
+    return Spread(fmean(values), min(values), max(values), deviation, values)
+
+
+def _curves(members: Sequence[_Run]) -> Iterator[Curve]:
+    """By the epochs of a subject in all its stages, over the runs that have come so far."""
+    for role in ROLES:
+        series = [[row for row in run.rows if row["subject"] == role] for run in members]
+        for measure in dict.fromkeys(key for rows in series for row in rows for key in row if key not in UNCOMPARED):
+            points = []
+            for epoch in range(max(map(len, series))):
+                values = [rows[epoch][measure] for rows in series if epoch < len(rows) and measure in rows[epoch]]
+                values = [value for value in values if abs(value) < 1e100]  # no axis reaches to infinity
+                if values:
+                    points.append((epoch + 1, fmean(values), min(values), max(values)))
+            yield Curve(role, measure, tuple(points))
+
+
+def losses_of(group: Group) -> list[Curve]:
+    """The terms of the student's loss; their sum says nothing of its own."""
+    left = {*MEASURES, "loss"}
+    return [curve for curve in group.curves if curve.role == "student" and curve.measure not in left and curve.points]
+
+
+def _classes(members: Sequence[_Run]) -> Iterator[ClassChange]:
+    """The biggest changes first. Runs count together, class by class."""
+    told = [run for run in members if _tell_classes(run)]
+    if not told:
+        return
+    found = []
+    for index, name in enumerate(told[0].classes):
+        counts = {
+            role: [sum(getattr(run.results[role], which)[index] for run in told) for which in ("images", "right")]
+            for role in ("student alone", "student")
+        }
+        images = counts["student"][0]
+        if images and counts["student alone"][0]:
+            alone, student = (right / total for total, right in counts.values())
+            found.append(ClassChange(name, images, alone, student))
+    yield from sorted(found, key=lambda item: -abs(item.change))
+
+
+def _tell_classes(run: _Run) -> bool:
+    both = [run.results.get(role) for role in ("student alone", "student")]
+    count = len(run.classes)
+    return count > 0 and all(found and len(found.images) == len(found.right) == count for found in both)
+
+
+def _mean_likeness(found: Sequence[Likeness]) -> Likeness | None:
+    """Over seeds, cell by cell, of the runs that looked at the same layers."""
+    if not found:
+        return None
+    first = found[0]
+    same = [other for other in found if (other.student, other.teacher) == (first.student, first.teacher)]
+    cells = [
+        [_mean([other.cka[row][column] for other in same]) for column in range(len(first.teacher))]
+        for row in range(len(first.student))
+    ]
+    images = min(other.images for other in same)
+    return Likeness(images, first.student, first.teacher, tuple(map(tuple, cells)), first.pairs)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _differences(recipes: Sequence[Any], place: str = "") -> Iterator[Difference]:
+    """Key by key; what one of them lacks is one difference, however much there is in it."""
+    held = [
+        dict(enumerate(recipe)) if _has_parts(recipe) and isinstance(recipe, list) else recipe for recipe in recipes
+    ]
+    if all(isinstance(recipe, Mapping) for recipe in held):
+        for key in dict.fromkeys(key for recipe in held for key in recipe):
+            if place or key != "seed":
+                yield from _differences([recipe.get(key) for recipe in held], f"{place}.{key}" if place else str(key))
+    elif any(recipe != held[0] for recipe in held):
+        yield Difference(_printable(place), tuple(_printable(_brief(recipe)) for recipe in recipes))
+
+
+def _has_parts(value: Any) -> bool:
+    return isinstance(value, list | Mapping) and any(isinstance(item, Mapping) for item in value)
+
+
+def _brief(value: Any) -> str:
+    """A value in a cell of a table; a stage and a loss by their names."""
+    if isinstance(value, Mapping):
+        return str(value.get("name") or value.get("loss") or value.get("model") or "given")
+    return ", ".join(map(_brief, value)) if _has_parts(value) else "" if value is None else str(value)
+
+
+def percent(spread: Spread | None) -> str:
+    """A share over seeds: `95.09 ± 1.25%`, the two of two seeds as `93.89–95.00%`, one as `95.00%`."""
+    if spread is None:
+        return ""
+    if spread.deviation is None:
+        return f"{100 * spread.mean:.2f}%"
+    if len(spread.values) == 2:
+        return f"{100 * spread.low:.2f}–{100 * spread.high:.2f}%"
+    return f"{100 * spread.mean:.2f} ± {100 * spread.deviation:.2f}%"
+
+
+def points(spread: Spread) -> str:
+    """A difference of two shares, in points of a percent and with its sign."""
+    text = f"{100 * spread.mean:+.2f} points"
+    return text if spread.deviation is None else f"{text} ({100 * spread.low:+.2f} to {100 * spread.high:+.2f})"

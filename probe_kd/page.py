@@ -1,0 +1,381 @@
+"""A board of runs as people see it: tables for a terminal, and one HTML file that needs nothing else.
+
+The file loads nothing and runs nothing, and its own policy forbids both. All that comes out of a run's folder reaches
+it through a template that escapes. The drawings are SVG in the colours of the page, so that they are dark where the
+page is; here are their coordinates only, in units of the drawing.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from probe_kd import __version__
+from probe_kd.checkpoints import put
+from probe_kd.comparing import Board, ClassChange, Curve, Group, Likeness, Standing, losses_of, percent, points
+from probe_kd.errors import RunError
+from probe_kd.report import GENERATOR, amount
+
+MOST_CLASSES = 20  # that bars are drawn of
+HALF, DEEP = (
+    0.58,
+    0.825,
+)  # from which a cell of the heat map is closer to black than to white, on a dark page and a light
+WIDTH = 480.0  # of a drawing: on a narrow telephone it is as wide as this, so that its letters stay legible
+Place = tuple[float, float]
+
+
+def tables(board: Board) -> Iterator[Table | Text | str]:
+    """What a terminal shows: a table for every group, then lines of text."""
+    for group in board.groups:
+        about = f"{' <- '.join(models_of(group)) or 'nothing is measured yet'}; {seeds_of(group)}"
+        yield Text.assemble((group.name, "bold"), f": {about}")
+        if group.standings:
+            yield _table(group)
+        yield from (f"  {row.role}: {fewer_seeds(row, group)}" for row in group.standings if fewer_seeds(row, group))
+        if group.gain:
+            yield f"  the student over the student alone: {points(group.gain)}"
+        yield from (f"  {line}" for line in [_cost_of_sharing(group)] if line)
+    if board.differences:
+        yield f"The recipes of {' | '.join(group.name for group in board.groups)} differ in:"
+    for difference in board.differences[:12]:
+        yield f"  {difference.key}: {' | '.join(value or '-' for value in difference.values)}"
+    if len(board.differences) > 12:
+        yield f"  and {len(board.differences) - 12} more; -o FILE.html or --json has them all"
+    yield from (f"note: {note}" for note in board.notes)
+
+
+def _table(group: Group) -> Table:
+    """Its columns have the room that names and figures need at 80 columns; the models stand above it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True, min_width=13)
+    for column in ("accuracy", "agreement", "parameters", "MACs", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in group.standings:
+        size = [amount(value) if value is not None else "" for value in (row.parameters, row.macs)]
+        seconds = f"{row.seconds.mean:,.0f} s" if row.seconds else row.unfinished and "so far"
+        table.add_row(escape(row.role), percent(row.accuracy), percent(row.agreement), *size, seconds)
+        if row.ema_accuracy:
+            table.add_row("  its average", percent(row.ema_accuracy))
+    return table
+
+
+def models_of(group: Group) -> list[str]:
+    """The student's name, and the teacher's."""
+    names = {row.role.removesuffix(" alone"): row.model for row in group.standings}
+    return [names[side] for side in ("student", "teacher") if side in names]
+
+
+def seeds_of(group: Group) -> str:
+    """`seed 0`, or `3 seeds (0, 1, 2): mean ± standard deviation`."""
+    seeds = ", ".join(map(str, group.seeds))
+    spread = {1: "", 2: ": least–greatest"}.get(len(group.seeds), ": mean ± standard deviation")
+    return f"seed {seeds}" if len(group.seeds) == 1 else f"{len(group.seeds)} seeds ({seeds}){spread}"
+
+
+def fewer_seeds(row: Standing, group: Group) -> str:
+    """What to know of a subject that not every run of its group has finished."""
+    count, every = len(row.accuracy.values), len(group.seeds)
+    if row.unfinished:
+        return f"not finished, at {row.unfinished}"
+    return f"of {count} of {every} seeds" + ", least–greatest" * (count == 2) if count < every else ""
+
+
+def _cost_of_sharing(group: Group) -> str:
+    """What training with a student did to a teacher, where it did."""
+    by_role = {row.role: row.accuracy.mean for row in group.standings}
+    if not {"teacher", "teacher alone"} <= by_role.keys():
+        return ""
+    change = 100 * (by_role["teacher"] - by_role["teacher alone"])
+    if abs(change) < 0.005:
+        return "trained with the student, the teacher is as accurate as alone"
+    word = "gained" if change > 0 else "lost"
+    return f"training with the student, the teacher {word} {abs(change):.2f} points of accuracy"
+
+
+def as_json(board: Board) -> str:
+    """The whole board for other programs, without NaN, which JSON has not."""
+    return json.dumps(json.loads(json.dumps(asdict(board)), parse_constant=lambda _: None), indent=1)
+
+
+def write_page(board: Board, path: Path) -> None:
+    """Write the board as one HTML file. Raises RunError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f"{path.name}.partial")
+        aside.write_text(page(board), encoding="utf-8")
+        put(aside, path)
+    except OSError as refusal:
+        raise RunError(f"cannot write {path}: {refusal.strerror}") from None
+
+
+def page(board: Board) -> str:
+    """The board as HTML."""
+    environment = Environment(
+        loader=PackageLoader("probe_kd"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"amount": amount, "percent": percent, "points": points, "signed": _signed}
+    sections = [_section(group, number) for number, group in enumerate(board.groups)]
+    return environment.get_template("report.html").render(
+        board=board,
+        sections=sections,
+        title=", ".join(group.name for group in board.groups[:3]) + " ..." * (len(board.groups) > 3),
+        overview=_overview(board) if len(board.groups) > 1 else None,
+        generator=f"{GENERATOR}{__version__}",
+        most_classes=MOST_CLASSES,
+    )
+
+
+def _section(group: Group, number: int) -> dict[str, Any]:
+    """What the template shows of one group."""
+    accuracy = [curve for curve in group.curves if curve.measure == "accuracy"]
+    losses = losses_of(group)
+    charts = [
+        _chart(f"accuracy-{number}", "Accuracy on the test images", "%", accuracy, 100.0, lambda curve: curve.role),
+        _chart(f"losses-{number}", "Losses of the student, not weighted", "", losses, 1.0, lambda curve: curve.measure),
+    ]
+    likeness = group.likeness
+    pairs = likeness.pairs if likeness else group.pairs
+    return {
+        "group": group,
+        "number": number,
+        "models": models_of(group),
+        "seeds": seeds_of(group),
+        "cost": _cost_of_sharing(group),
+        "charts": [chart for chart in charts if chart],
+        "arcs": _arcs(group, likeness, pairs) if pairs and len(models_of(group)) > 1 else None,
+        "heat": _heat(likeness) if likeness else None,
+        "bars": _bars(group.classes[:MOST_CLASSES]) if group.classes else None,
+        "by_role": {row.role: row for row in group.standings},
+    }
+
+
+@dataclass(frozen=True)
+class _Series:
+    """One line of a chart: its way, the band between least and greatest, and the places of its points."""
+
+    name: str
+    style: int
+    line: str
+    band: str
+    dots: tuple[Place, ...]
+    last: str
+
+
+@dataclass(frozen=True)
+class _Chart:
+    id: str
+    title: str
+    unit: str
+    scale: str
+    width: float
+    height: float
+    frame: tuple[float, float, float, float]  # left, top, right, bottom
+    across: tuple[tuple[float, str], ...]
+    up: tuple[tuple[float, str], ...]
+    series: tuple[_Series, ...]
+
+
+ROLE_STYLES = {"student": 0, "student alone": 1, "teacher": 2, "teacher alone": 3}
+
+
+def _chart(
+    id_: str, title: str, unit: str, curves: Sequence[Curve], factor: float, name: Callable[[Curve], str]
+) -> _Chart | None:
+    """Curves by epoch. Losses are on a logarithmic scale, where all of them are above zero."""
+    curves = [curve for curve in curves if curve.points]
+    values = [factor * value for curve in curves for _, *three in curve.points for value in three]
+    if not values:
+        return None
+    frame, last = (48.0, 12.0, WIDTH - 12, 248.0), max(point[0] for curve in curves for point in curve.points)
+    logarithmic = unit == "" and min(values) > 0
+    up, height = _scale(min(values), max(values), frame[3], frame[1], logarithmic)
+    x = _linear(1, max(last, 2), frame[0] + 8, frame[2] - 8)
+    across = [(x(epoch), str(epoch)) for epoch in _epochs(last)]
+    series = []
+    for number, curve in enumerate(curves):
+        places = [(x(epoch), *(height(factor * value) for value in three)) for epoch, *three in curve.points]
+        edge = [(place[0], place[3]) for place in places] + [(place[0], place[2]) for place in reversed(places)]
+        spread = any(point[2] != point[3] for point in curve.points)
+        dots = tuple((place[0], place[1]) for place in places) if len(places) <= 30 else ()
+        style = ROLE_STYLES[curve.role] if factor != 1 else number % 8
+        shown = f"{factor * curve.points[-1][1]:.4g}{unit}"
+        line = _way((place[0], place[1]) for place in places)
+        series.append(_Series(name(curve), style, line, _way(edge) if spread else "", dots, shown))
+    scale = "logarithmic" if logarithmic else "linear"
+    return _Chart(id_, title, unit, scale, WIDTH, 290, frame, tuple(across), tuple(up), tuple(series))
+
+
+def _way(places: Iterable[Place]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+
+
+def _linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _epochs(last: int) -> list[int]:
+    step = max(1, math.ceil(last / 8))
+    step = next(nice for nice in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, step) if nice >= step)
+    return sorted({1, *range(step, last + 1, step)} - ({step} if step == 2 and last > 8 else set()))
+
+
+def _scale(
+    low: float, high: float, bottom: float, top: float, logarithmic: bool
+) -> tuple[list[tuple[float, str]], Callable[[float], float]]:
+    """Marks of a vertical axis, and the height of a value."""
+    if logarithmic:
+        marks = [part * 10.0**power for power in range(-12, 13) for part in (1, 2, 5)]
+        least = max((mark for mark in marks if mark <= low), default=low)
+        most = min((mark for mark in marks if mark >= high), default=high)
+        most = most if most > least else least * 10
+        kept = [mark for mark in marks if least <= mark <= most]
+        kept = kept if len(kept) <= 7 else [mark for mark in kept if f"{mark:e}".startswith("1.0")]
+        straight = _linear(math.log(least), math.log(most), bottom, top)
+        return [(straight(math.log(mark)), f"{mark:g}") for mark in kept], lambda value: straight(math.log(value))
+    step = _step(low, high)
+    least, most = math.floor(low / step) * step, math.ceil(high / step) * step
+    most = most if most > least else least + step
+    height = _linear(least, most, bottom, top)
+    count = round((most - least) / step)
+    return [(height(least + step * n), f"{least + step * n:g}") for n in range(count + 1)], height
+
+
+def _step(low: float, high: float) -> float:
+    """1, 2 or 5 times a power of ten, of which about five make the distance."""
+    rough = max(high - low, abs(high) * 1e-6, 1e-9) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(part * power for part in (1, 2, 5, 10) if part * power >= rough * 0.999)
+
+
+def _overview(board: Board) -> dict[str, Any]:
+    """The accuracy of every subject in every group on one scale, each seed as a dot."""
+    rows = [(group, standing) for group in board.groups for standing in group.standings]
+    values = [100 * value for _, standing in rows for value in standing.accuracy.values]
+    frame = (128.0, WIDTH - 24)
+    marks, x = _scale(min(values), max(values), frame[0], frame[1], False)
+    y, drawn = 8.0, []
+    for group in board.groups:
+        y += 20
+        heading, lines = (y, _cut(group.name, 56)), []
+        for standing in group.standings:
+            y += 21
+            spread = standing.accuracy
+            lines.append(
+                {
+                    "y": y,
+                    "role": standing.role,
+                    "style": ROLE_STYLES[standing.role],
+                    "mean": x(100 * spread.mean),
+                    "ends": (x(100 * spread.low), x(100 * spread.high)),
+                    "dots": [x(100 * value) for value in spread.values],
+                }
+            )
+        y += 12
+        drawn.append({"heading": heading, "lines": lines})
+    return {"groups": drawn, "marks": marks, "frame": frame, "bottom": y, "height": y + 40, "width": WIDTH}
+
+
+def _arcs(group: Group, likeness: Likeness | None, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Two columns of layers, the first at the top, and an arc for every pair; as thick as both are alike, if known."""
+    sides = (
+        [likeness.student, likeness.teacher]
+        if likeness
+        else [tuple(dict.fromkeys(side)) for side in zip(*pairs, strict=True)]
+    )
+    height = 26.0 * max(map(len, sides))
+    paired = [{pair[index] for pair in pairs} for index in (0, 1)]
+    places: list[dict[str, float]] = [
+        {layer: 44 + (number + 0.5) * height / len(layers) for number, layer in enumerate(layers)} for layers in sides
+    ]
+    columns = [
+        [{"name": _cut(layer, 20), "y": y, "paired": layer in paired[index]} for layer, y in places[index].items()]
+        for index in (0, 1)
+    ]
+    arcs = []
+    for pair in (pair for pair in pairs if pair[0] in sides[0] and pair[1] in sides[1]):
+        start, end = places[0][pair[0]], places[1][pair[1]]
+        alike = likeness.of(pair) if likeness else None
+        way = f"M166 {start:.1f} C240 {start:.1f} 240 {end:.1f} 314 {end:.1f}"
+        text = "" if alike is None else f"{alike:.2f}"
+        thick = 1.5 if alike is None else 1.5 + 10 * alike
+        arcs.append({"way": way, "thick": f"{thick:.1f}", "text": text, "at": (240, (start + end) / 2), "pair": pair})
+    models = [_cut(name, 27) for name in models_of(group)]
+    return {"columns": columns, "arcs": arcs, "models": models, "height": 52 + height, "width": WIDTH}
+
+
+def _heat(likeness: Likeness) -> dict[str, Any]:
+    """Student layers down, teacher layers across."""
+    names = [_cut(name, 19) for name in likeness.student]
+    left, top, wide, high = 20.0 + 6.8 * max(map(len, names), default=0), 96.0, 40.0, 26.0
+    pairs = set(likeness.pairs)
+    cells = [
+        {
+            "x": left + wide * column,
+            "y": top + high * row,
+            "value": value,
+            "text": "–" if value is None else f"{value:.2f}",
+            "deep": "" if value is None or value < HALF else "half" if value < DEEP else "deep",
+            "paired": (ours, theirs) in pairs,
+        }
+        for row, (ours, values) in enumerate(zip(likeness.student, likeness.cka, strict=True))
+        for column, (theirs, value) in enumerate(zip(likeness.teacher, values, strict=True))
+    ]
+    width = max(left + wide * len(likeness.teacher) + 40, 260)
+    return {
+        "cells": sorted(cells, key=lambda cell: bool(cell["paired"])),  # whose frames lie above the others
+        "rows": [(top + high * (row + 0.5), name) for row, name in enumerate(names)],
+        "columns": [(left + wide * (column + 0.5), _cut(name, 19)) for column, name in enumerate(likeness.teacher)],
+        "size": (wide, high),
+        "corner": (left, top),
+        "width": width,
+        "height": top + high * len(likeness.student) + 8,
+        "best": max((cell["value"] for cell in cells if cell["value"] is not None), default=None),
+    }
+
+
+def _bars(classes: Sequence[ClassChange]) -> dict[str, Any]:
+    """Right of the middle where the student is better than alone."""
+    most = max(abs(item.change) for item in classes) or 1.0
+    middle, reach = 304.0, 100.0
+    bars = []
+    for number, item in enumerate(classes):
+        long = reach * abs(item.change) / most
+        better = item.change >= 0
+        bars.append(
+            {
+                "y": 8 + 24.0 * number,
+                "name": _cut(item.name, 17),
+                "x": middle if better else middle - long,
+                "long": max(long, 0.5),
+                "better": better,
+                "text": _signed(item.change),
+                "text_x": middle + long + 6 if better else middle - long - 6,
+            }
+        )
+    return {"bars": bars, "middle": middle, "width": WIDTH, "height": 16 + 24.0 * len(classes)}
+
+
+def _signed(share: float) -> str:
+    """In points of a percent, with a minus as wide as the plus."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _cut(text: str, most: int) -> str:
+    """The ends of a name tell it from others better than its middle."""
+    if len(text) <= most:
+        return text
+    kept = most - 1
+    return f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
