@@ -1,0 +1,69 @@
+"""Pages that are read from top to bottom are run from top to bottom, in one folder."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from probe_kd.cli import main
+
+DOCS = Path(__file__).parents[1] / "docs"
+FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+def run_by_shell(text: str) -> None:
+    """A block with a loop, or with another command than ours, as it stands."""
+    found = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-euc", text], check=True, env=os.environ | {"PATH": found, "OMP_NUM_THREADS": "1"})
+
+
+def run_here(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`probe-kd ...`, without the seconds of a new process."""
+    command, _, file = line.partition(" > ")
+    monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code, line
+    assert not file or not Path(file.strip()).exists()
+
+
+@pytest.mark.parametrize("page", ["tutorial", "howto"])
+def test_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = FENCE.findall((DOCS / f"{page}.md").read_text(encoding="utf-8"))
+    assert len(blocks) > 8
+    for language, title, text in blocks:
+        if title:
+            (tmp_path / title).write_text(text, encoding="utf-8")
+        elif language == "python":
+            exec(compile(text, f"{page}.md", "exec"), {"__name__": "__main__"})
+        elif any(not line.startswith("probe-kd ") for line in text.splitlines()):
+            run_by_shell(text)
+        else:
+            for line in text.splitlines():
+                run_here(line, monkeypatch)
+        AcceleratorState._reset_state(reset_partial_state=True)  # what one run sets is set for the whole process
+    for file in tmp_path.glob("*.py"):
+        compile(file.read_text(), file.name, "exec")
+
+
+def test_the_search_of_the_page_finds_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the page gives to Optuna, with both commands in its place."""
+    source = {title: text for _, title, text in FENCE.findall((DOCS / "howto.md").read_text()) if title}
+    asked: list[list[str]] = []
+
+    def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append([str(part) for part in command])
+        return subprocess.CompletedProcess(command, 0, stdout='{"models": [{"model": "student", "top1": 0.5}]}')
+
+    names: dict[str, object] = {}
+    exec(compile(source["search.py"], "search.py", "exec"), names)
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert names["accuracy"](0.001, 3) == 0.5  # type: ignore[operator]
+    assert asked[0][-4:] == ["--set", "stages.0.optimizer.lr=1.000e-03", "--set", "data.holdout=0.25"]
