@@ -78,6 +78,14 @@ class LevelChoice(StrEnum):
     block = "block"
 
 
+Student = Annotated[str, typer.Option(help=MODEL_HELP)]
+Teacher = Annotated[str, typer.Option(help="As for the student.")]
+Level = Annotated[LevelChoice, typer.Option(help="Pair stage ends, or blocks.")]
+NumPairs = Annotated[int | None, typer.Option(min=1, help="So many pairs; the deepest is always kept.")]
+TeacherInputSize = Annotated[str | None, typer.Option(help="Where the teacher's differs.")]
+SideKwargs = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")]
+
+
 class SplitChoice(StrEnum):
     test = "test"
     train = "train"
@@ -141,14 +149,14 @@ def inspect(
 
 @app.command()
 def match(
-    student: Annotated[str, typer.Option(help=MODEL_HELP)],
-    teacher: Annotated[str, typer.Option(help="As for the student.")],
-    level: Annotated[LevelChoice, typer.Option(help="Pair stage ends, or blocks.")] = LevelChoice.stage,
-    num_pairs: Annotated[int | None, typer.Option(min=1, help="So many pairs; the deepest is always kept.")] = None,
+    student: Student,
+    teacher: Teacher,
+    level: Level = LevelChoice.stage,
+    num_pairs: NumPairs = None,
     input_size: InputSize = None,
-    teacher_input_size: Annotated[str | None, typer.Option(help="Where the teacher's differs.")] = None,
-    student_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")] = None,
-    teacher_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")] = None,
+    teacher_input_size: TeacherInputSize = None,
+    student_kwargs: SideKwargs = None,
+    teacher_kwargs: SideKwargs = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a complete recipe.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
     as_json: Json = False,
@@ -175,20 +183,20 @@ def match(
 
 @app.command()
 def init(
-    student: Annotated[str, typer.Option(help=MODEL_HELP)],
-    teacher: Annotated[str, typer.Option(help="As for the student.")],
+    student: Student,
+    teacher: Teacher,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")],
     method: Annotated[
         str, typer.Option(help="`fitnets_joint`, `soft_targets`, `fsp`, `rocket`, ...")
     ] = "fitnets_joint",
     data: Annotated[str, typer.Option(help="`torch/cifar100`, `hfds/...`, or a folder of folders.")] = "sklearn/digits",
     root: Annotated[str | None, typer.Option(help="Where that data lies, or is downloaded to.")] = None,
-    level: Annotated[LevelChoice, typer.Option(help="Pair stage ends, or blocks.")] = LevelChoice.stage,
-    num_pairs: Annotated[int | None, typer.Option(min=1, help="So many pairs; the deepest is always kept.")] = None,
+    level: Level = LevelChoice.stage,
+    num_pairs: NumPairs = None,
     input_size: InputSize = None,
-    teacher_input_size: Annotated[str | None, typer.Option(help="Where the teacher's differs.")] = None,
-    student_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")] = None,
-    teacher_kwargs: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")] = None,
+    teacher_input_size: TeacherInputSize = None,
+    student_kwargs: SideKwargs = None,
+    teacher_kwargs: SideKwargs = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
 ) -> None:
     """Write a commented recipe that runs, for two models, a method and a set of images. Nothing is downloaded."""
