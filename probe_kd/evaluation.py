@@ -24,6 +24,7 @@ from probe_kd.adapters import Adapter, ImageView, pooled
 from probe_kd.data import loader, readable
 from probe_kd.distiller import make_adapters
 from probe_kd.errors import DataError, RunError, nearest
+from probe_kd.loop import own_accelerator
 from probe_kd.models import build_model, load_weights, short
 from probe_kd.objectives import Comparison
 from probe_kd.planner import Plan, join, plan
@@ -76,20 +77,20 @@ def evaluate(
     recipe, student = _recipe_of(folder), _weights_of_student(folder, weights, ema=ema)
     planned = plan(load(recipe), allow_import=allow_import)
     images = _images(planned, split)
-    accelerator = Accelerator()
-    place = _place(accelerator, device)
-    compared = list(_compared(planned, folder, place))
-    subjects = [subject.to(place) for subject in _subjects(planned, folder, student, compared, ema=ema)]
-    meter = _Meter(subjects, compared, planned.datasets.num_classes, accelerator)
-    precision = planned.recipe.precision or accelerator.mixed_precision
-    for views, target in _batches(planned, images, subjects, accelerator, batch_size):
-        with torch.no_grad():
-            features = {}
-            for subject in subjects:
-                with _autocast(precision, place):
-                    features[subject.role] = subject.look(views[subject.images].to(place))
-            meter.update(features, target.to(place))
-    return meter.result(str(folder), split)
+    with own_accelerator() as accelerator:
+        place = _place(accelerator, device)
+        compared = list(_compared(planned, folder, place))
+        subjects = [subject.to(place) for subject in _subjects(planned, folder, student, compared, ema=ema)]
+        meter = _Meter(subjects, compared, planned.datasets.num_classes, accelerator)
+        precision = planned.recipe.precision or accelerator.mixed_precision
+        for views, target in _batches(planned, images, subjects, accelerator, batch_size):
+            with torch.no_grad():
+                features = {}
+                for subject in subjects:
+                    with _autocast(precision, place):
+                        features[subject.role] = subject.look(views[subject.images].to(place))
+                meter.update(features, target.to(place))
+        return meter.result(str(folder), split)
 
 
 def cka_sums(student: Float[Tensor, "batch m"], teacher: Float[Tensor, "batch n"]) -> Sums:

@@ -4,12 +4,13 @@ It is the loop that timm's training script has: the same order of operations, an
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -21,6 +22,21 @@ from probe_kd.objectives import Objective
 from probe_kd.recipe import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.spec import InputSpec
 from probe_kd.surgery import in_pattern
+
+
+@contextmanager
+def own_accelerator(**wishes: Any) -> Iterator[Accelerator]:
+    """accelerate for a while. What it settles is settled for the whole process, so it is taken back at the end.
+
+    Unless somebody outside has settled it before, who may still want it.
+    """
+    alone = not AcceleratorState._shared_state
+    try:
+        yield Accelerator(**wishes)
+    finally:
+        if alone:
+            GradientState._reset_state()
+            AcceleratorState._reset_state()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from probe_kd.cache import Stored, TeacherCache, key_of
 from probe_kd.data import loader, readable
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, RunError, Stopped
-from probe_kd.loop import Loop, Phase
+from probe_kd.loop import Loop, Phase, own_accelerator
 from probe_kd.models import build_model, check_state, checkpoint_gradients, load_weights, save_weights, short
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan, join
@@ -140,14 +139,13 @@ def train(plan: Plan, folder: Path, display: Display, *, resume: bool = False, o
 
 @contextmanager
 def accelerating(recipe: Recipe, folder: Path | None = None) -> Iterator[Accelerator]:
-    """The accelerator of one run. Its settings are those of the whole process, so they are taken back at the end."""
-    alone = not AcceleratorState._shared_state
+    """The accelerator of one run, as its recipe wishes. Raises RunError for what cannot be had."""
     wishes: dict[str, Any] = {"mixed_precision": recipe.precision}
     if folder is not None and recipe.trackers:
         wishes |= {"log_with": list(recipe.trackers), "project_dir": str(folder / TRACKERS)}
-    try:
+    with ExitStack() as stack:
         try:
-            accelerator = Accelerator(**wishes)
+            accelerator = stack.enter_context(own_accelerator(**wishes))
         except (ValueError, ImportError) as refusal:  # fp16 without a GPU, say
             raise RunError(f"accelerate cannot begin with precision {recipe.precision}: {short(refusal)}") from refusal
         kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
@@ -159,10 +157,6 @@ def accelerating(recipe: Recipe, folder: Path | None = None) -> Iterator[Acceler
                 "short"
             )
         yield accelerator
-    finally:
-        if alone:
-            GradientState._reset_state()
-            AcceleratorState._reset_state()
 
 
 @contextmanager

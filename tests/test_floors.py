@@ -23,7 +23,7 @@ FLOORS = (
     {"audit", "page"},
     {"cli"},
 )
-NEIGHBOURS = {("spec", "errors"), ("checkpoints", "errors"), ("report", "planner")}  # from, to
+NEIGHBOURS = {("spec", "errors"), ("checkpoints", "errors"), ("report", "planner"), ("evaluation", "loop")}  # from, to
 ROOMS = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem != "__init__")
 
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from probe_kd.cli import main
 
@@ -48,7 +47,6 @@ def test_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: 
         else:
             for line in text.splitlines():
                 run_here(line, monkeypatch)
-        AcceleratorState._reset_state(reset_partial_state=True)  # what one run sets is set for the whole process
     for file in tmp_path.glob("*.py"):
         compile(file.read_text(), file.name, "exec")
 

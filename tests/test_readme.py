@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 
 from probe_kd.cli import main
 from probe_kd.planner import plan
@@ -35,6 +35,7 @@ def test_every_python_block_runs(place: str, text: str) -> None:
     for file in re.findall(r"with (\w+\.py) above it", text.partition("\n")[0]):
         exec(next(other for _, other in blocks("python") if other.startswith(f"# {file}:")), names)
     exec(compile(text, place, "exec"), names)
+    GradientState._reset_state()
     AcceleratorState._reset_state(reset_partial_state=True)  # what a block sets is set for the whole process
 
 
