@@ -28,7 +28,7 @@ quickstart: $(READY)  ## train a CNN teacher and distil it into a vision transfo
 
 test: $(READY)  ## all tests, with every family of the zoo sampled
 	@echo "== running the tests"
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --durations=15
 
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

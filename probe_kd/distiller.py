@@ -57,7 +57,7 @@ class Distiller(nn.Module):
         self,
         student: nn.Module,
         teacher: nn.Module | None,
-        objectives: Iterable[Objective],
+        objectives: Objective | Iterable[Objective],
         *,
         student_input: InputSpec | None = None,
         teacher_input: InputSpec | None = None,
@@ -70,7 +70,7 @@ class Distiller(nn.Module):
         super().__init__()
         for side, model in (("student", student), ("teacher", teacher or nn.Identity())):
             demand(model, nn.Module, f"the {side}", LossError, "an nn.Module, as timm.create_model(name) gives")
-        self.objectives = tuple(objectives)
+        self.objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
         _check(self.objectives, teacher, block, sharing)
         self.block, self.sharing = block, sharing
         self.student = student

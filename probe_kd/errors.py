@@ -100,7 +100,8 @@ def _show(problem: Problem, text: str) -> str:
 def demand(value: object, kind: type, what: str, error: type[ProbeKDError], expected: str) -> None:
     """Raise `error` where an argument is of another kind, before it fails somewhere deep with an AttributeError."""
     if not isinstance(value, kind):
-        raise error(f"{what} is {repr(value)[:60]} ({type(value).__name__}); expected {expected}")
+        shown = repr(value).partition("\n")[0][:60]
+        raise error(f"{what} is {shown} ({type(value).__name__}); expected {expected}")
 
 
 def nearest(word: str, legal: Iterable[str], count: int = 3) -> str:

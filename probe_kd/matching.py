@@ -43,7 +43,8 @@ def stages(trace: Trace) -> list[FeatureSpec]:
     ends = plan.ends
     if not ends:
         raise MatchError(
-            f"{trace.model} yields no feature map or tokens that could be matched; name layers in `pairs` by hand"
+            f"{trace.model} at {'x'.join(map(str, trace.input_size))} yields no feature map or tokens of several "
+            "positions that could be matched; give larger images or smaller patches, or name layers in `pairs` by hand"
         )
     chain = plan.chain
     if plan.isotropic and len(chain) > 1:

@@ -1,6 +1,6 @@
 """One term of the loss: what is compared, what brings it together first, and how much it weighs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import isfinite, prod
@@ -63,7 +63,8 @@ class Objective:
 
     `loss` is a name in `LOSSES`, or a `Loss` of your own. `name` is the key in the Distiller's result, the loss's own
     name by default. `pairs` are needed by losses that read layers (`hint`, `fsp`, `gram`, `attention`); each
-    contributes its weight times its loss, and the sum is taken over the pairs. `options` are the loss function's
+    contributes its weight times its loss, and the sum is taken over the pairs; a (student, teacher) tuple or a mapping
+    of student to teacher layers does as well. `options` are the loss function's
     keyword arguments; `policy`, `tokens`, `normalize`, `projector`, `activation` are those of `adapt`. `weight` and any
     option may be a `Schedule`.
 
@@ -96,7 +97,7 @@ class Objective:
         own = self.loss if isinstance(self.loss, str) else self.loss.function.__name__
         object.__setattr__(self, "resolved", LOSSES[self.loss] if isinstance(self.loss, str) else self.loss)
         object.__setattr__(self, "name", self.name or own)
-        object.__setattr__(self, "pairs", tuple(pair if isinstance(pair, Pair) else Pair(*pair) for pair in self.pairs))
+        object.__setattr__(self, "pairs", tuple(_as_pairs(self.pairs)))
         object.__setattr__(self, "between", tuple(tuple(map(Tap.parse, ends)) for ends in self.between))
         self._check(own)
         object.__setattr__(self, "comparisons", tuple(self._comparisons()))
@@ -208,3 +209,15 @@ class Objective:
             case "grams" | "flows":
                 return adapt_matrices(ours, theirs, policy=how["policy"])
         return adapt(ours[0], theirs[0], **how)
+
+
+def _as_pairs(given: Any) -> Iterator[Pair]:
+    """Pairs, tuples of two names, or a mapping as in recipes. Raises LossError for anything else."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise LossError(
+            f"pairs {given!r}: expected what `match(trace(student), trace(teacher))` gives, or pairs of names"
+        )
+    for pair in given.items() if isinstance(given, Mapping) else given:
+        if not isinstance(pair, Pair) and (isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2):
+            raise LossError(f"pair {pair!r}: expected a Pair, or (student layer, teacher layer)")
+        yield pair if isinstance(pair, Pair) else Pair(*pair)

@@ -213,8 +213,8 @@ class _Planner:
         self, key: str, model: ModelOptions, size: tuple[int, int, int], classes: int | None, *, training: bool
     ) -> Trace | None:
         kwargs = dict(model.model_kwargs)
-        if classes is not None and not (key == "teacher" and model.pretrained):
-            kwargs.setdefault("num_classes", classes)  # a pretrained teacher keeps the head it was trained with
+        if classes is not None and not (key == "teacher" and model.pretrained and not getattr(model, "train", None)):
+            kwargs.setdefault("num_classes", classes)  # a pretrained teacher keeps its head, if it is not trained on
         if size[0] != 3:
             kwargs.setdefault("in_chans", size[0])
         with self.at(key, "model"):
@@ -256,7 +256,8 @@ class _Planner:
         if trace_.output.channels != classes and teacher.class_map is None:
             message = (
                 f"the teacher's classifier has {trace_.output.channels} classes and the data {classes}; give a "
-                "`class_map` with its index of each of the data's classes, fine-tune it on these data, or `train` it"
+                "`class_map` with its index of each of the data's classes, or `train: {epochs: ...}`, which gives "
+                "it a new classifier and trains it on these data"
             )
             self.problems.append(self.source.problem(("teacher", "model"), message))
 
@@ -630,7 +631,10 @@ def _place_of_mistake(options: LossOptions) -> list[str]:
 def _misfits(options: SchedulerOptions, epochs: int) -> Iterator[tuple[str, str]]:
     """(key, message) of what of a schedule would never be reached in so many epochs."""
     if options.warmup_epochs >= epochs:
-        yield "warmup_epochs", f"warmup_epochs {options.warmup_epochs:g} leave nothing of the {epochs} epochs"
+        yield (
+            "warmup_epochs",
+            f"{options.warmup_epochs:g} epochs of warm-up leave nothing of {epochs} epochs",
+        )
     if options.sched == "step" and options.decay_epochs >= epochs:
         yield (
             "decay_epochs",

@@ -14,10 +14,9 @@ from typing import Any
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from probe_kd.adapters import adapt
@@ -518,16 +517,17 @@ def print_student(plan: Plan, folder: Path, console: Console) -> None:
     line = f"  timm.create_model({student.model!r}, checkpoint_path={str(weights)!r}{arguments})"
     line = line if timms else f"  probe_kd.load_student({str(weights)!r}{_allowing(plan)})"
     first = f"Results in {folder}. " + ("The student is plain timm:" if timms else "The student:")
-    for text in (first, line, _next_commands(plan, folder)):
+    for text in (first, line, _next_commands(plan, folder, timms=timms)):
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def _next_commands(plan: Plan, folder: Path) -> str:
+def _next_commands(plan: Plan, folder: Path, *, timms: bool) -> str:
     """In one line, to be copied."""
     names = [found.model for found in (plan.student, plan.teacher) if found]
     allowed = "".join(f" --allow-import {package}" for package in packages(names))
     run = quote(str(folder))
-    return f"Next: probe-kd eval {run}{allowed} | probe-kd export {run} -o DIR{allowed} | probe-kd compare {run} ..."
+    export = f"probe-kd export {run} -o DIR{'' if timms else ' --onnx'}{allowed}"  # what timm cannot build goes to ONNX
+    return f"Next: probe-kd eval {run}{allowed} | {export} | probe-kd compare {run} ..."
 
 
 def _allowing(plan: Plan) -> str:
@@ -641,9 +641,7 @@ class _Table(Table):
     """A table that becomes a list of entries where the terminal is too narrow for its columns."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        needed = Measurement.get(console, options.update_width(10_000), self)
-        # Beyond that, the columns of text would be folded to towers of single words.
-        if needed.minimum <= options.max_width and needed.maximum <= 1.4 * options.max_width:
+        if sum(map(_least_width, self.columns)) <= options.max_width:
             yield from super().__rich_console__(console, options)
             return
         yield Text.from_markup(f"{self.title}\n", style="italic")
@@ -656,6 +654,16 @@ class _Table(Table):
 
 
 INDENT = 4
+FOLDED = 24  # a column of text that is narrower is a tower of single words
+
+
+def _least_width(column: Column) -> int:
+    """What a column needs, with the space beside it: all of its numbers and names, some of its texts."""
+    texts = [Text.from_markup(str(text)) for text in (column.header, *column.cells)]
+    whole = max(text.cell_len for text in texts)
+    if column.no_wrap:
+        return whole + 3
+    return max(min(whole, FOLDED), *(len(word) for text in texts for word in text.plain.split() or [""])) + 3
 
 
 def _filled(pieces: Iterable[str], width: int) -> list[str]:

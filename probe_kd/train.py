@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -193,7 +194,12 @@ def open_run(
     if resume and recipe.is_file():
         checkpoint = _reopen(folder, recipe, resolved, display)
         if checkpoint is not None:
-            return Journal.read(checkpoint / JOURNAL), checkpoint
+            journal = Journal.read(checkpoint / JOURNAL)
+            batch = f", batch {journal.step}" if journal.step else ""
+            display.say(
+                f"going on with {folder}: {journal.role or 'the next model'}, epochs done {journal.epoch}{batch}"
+            )
+            return journal, checkpoint
         overwrite = True  # it was stopped before its first checkpoint, so that there is nothing in it to lose
     if resume:
         display.say(f"there is no checkpoint in {folder} to resume; beginning anew")
@@ -232,9 +238,21 @@ _TABLES = ("recipe.yaml", "metrics.csv", "summary.csv", "curves.png", "summary.j
 _FILES = {*_TABLES, *(f"{role}.safetensors" for role in _ROLES)}
 
 
+def _first_difference(before: str, now: str) -> str:
+    """Of two recipes, the first lines that are not the same."""
+    for old, new in zip_longest(before.splitlines(), now.splitlines(), fillvalue="nothing"):
+        if old != new:
+            return f"`{old.strip()}` where there now is `{new.strip()}`"
+    return "the same lines, with other ends"
+
+
 def _reopen(folder: Path, recipe: Path, resolved: str, display: Display) -> Path | None:
     if recipe.read_text(encoding="utf-8") != resolved:
-        raise RunError(f"the recipe is not the one that {folder} was begun with ({recipe}); --overwrite begins anew")
+        raise RunError(
+            f"the recipe is not the one that {folder} was begun with ({recipe}); it then had "
+            f"{_first_difference(recipe.read_text(encoding='utf-8'), resolved)}. Give the same recipe and options "
+            "again, or another folder by --out; --overwrite deletes that run and begins anew"
+        )
     if (folder / "summary.json").exists():
         raise RunError(f"nothing to resume in {folder}: the run is finished")
     return checkpoints.newest(folder, display.say)

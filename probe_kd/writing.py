@@ -168,9 +168,9 @@ def write_recipe(
 
 
 _WEIGHTS = """\
-  # pretrained: true            # timm's weights, where they were trained on your classes; or
+  # pretrained: true            # timm's weights: as they are, without `train`; or with a new classifier, trained on
   # checkpoint: teacher.safetensors
-  train:                        # without weights, it is trained first, on the labels
+  train:                        # it is trained first, on the labels
     epochs: 5
     optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.05}"""
 
@@ -224,6 +224,8 @@ def _layer_lines(method: Method, student: Trace, teacher: Trace, pairs: Sequence
     if method.pairs == "several":  # attention over one position is no attention
         kept = [pair for pair in pairs if (1, 1) not in (student[pair.student].grid, teacher[pair.teacher].grid)]
     lines = [f"  {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {pair.reason}" for pair in kept]
+    left = "one position, and nothing to attend to" if method.pairs == "several" else "not in the middle"
+    lines += [f"  # {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {left}" for pair in pairs if pair not in kept]
     return ["pairs:                          # student layer: teacher layer", *lines]
 
 

@@ -122,7 +122,7 @@ def test_num_pairs_thins_evenly_and_keeps_the_deepest() -> None:
 def test_a_model_without_features_is_refused_by_name() -> None:
     traced = trace("resnet18")
     bare = dataclasses.replace(traced, specs=tuple(spec for spec in traced.specs if spec.grid is None))
-    with pytest.raises(MatchError, match="resnet18 yields no feature map"):
+    with pytest.raises(MatchError, match="resnet18 at 3x224x224 yields no feature map"):
         match(traced, bare)
     with pytest.raises(MatchError, match="expected 'stage' or 'block'"):
         match(traced, traced, level="layer")  # type: ignore[arg-type]

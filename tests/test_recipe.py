@@ -62,7 +62,12 @@ MEANING = [
     ("temperature: 2.0", "wieght: 2.0", 25, "no option 'wieght'; did you mean 'weight'"),
     ("{loss: cross_entropy}", "{loss: cross_entropy, label_smoothing: 7}", 24, "does not take label_smoothing=7"),
     ("epochs: 2", "epochs: 2\n    optimizer: {opt: adamww}", 23, "no optimizer 'adamww'; did you mean 'adamw"),
-    ("epochs: 2", "epochs: 2\n    scheduler: {warmup_epochs: 2}", 23, "warmup_epochs 2 leave nothing of the 2 epochs"),
+    (
+        "epochs: 2",
+        "epochs: 2\n    scheduler: {warmup_epochs: 2}",
+        23,
+        "2 epochs of warm-up leave nothing of 2",
+    ),
     ("epochs: 2", "epochs: 2\n    scheduler: {sched: step}", 23, "a step every 30 epochs is never taken in 2"),
     (
         "epochs: 2",
@@ -516,3 +521,12 @@ def test_every_key_has_something_said_of_it_and_nothing_is_said_of_no_key() -> N
     known = {key for keys in sections.values() for key in keys}
     assert {key.rpartition(".")[2] for key in SAYS} - known == set()
     assert {key.partition(".")[0] for key in SAYS if "." in key} <= {name.removesuffix("Options") for name in sections}
+
+
+def test_a_pretrained_teacher_keeps_its_classifier_unless_it_is_trained_on() -> None:
+    kept = TINY.replace("train: {epochs: 1}", "pretrained: true")
+    with pytest.raises(RecipeError, match=r"classifier has 1000 classes and the data 10"):
+        plan(parse(kept))
+    tuned = plan(parse(kept.replace("pretrained: true", "pretrained: true\n  train: {epochs: 1}")))
+    assert tuned.teacher is not None
+    assert tuned.teacher.output.channels == 10

@@ -111,6 +111,8 @@ def test_timm_exempts_and_slows_the_students_parameters_as_it_does_without_a_dis
         (lambda: Distiller("resnet18", None, []), LossError, "the student is 'resnet18' (str); expected an nn.Module"),  # type: ignore[arg-type]
         (lambda: Distiller(nn.Identity(), "a", []), LossError, "the teacher is 'a' (str); expected an nn.Module"),  # type: ignore[arg-type]
         (lambda: Distiller(nn.Identity(), None, ["hint"]), LossError, "an objective is 'hint' (str); expected an Obj"),  # type: ignore[list-item]
+        (lambda: Objective("hint", pairs="auto"), LossError, "pairs 'auto': expected what `match("),  # type: ignore[arg-type]
+        (lambda: Objective("hint", pairs=["layer1"]), LossError, "pair 'layer1': expected a Pair, or (student layer,"),  # type: ignore[list-item]
         (lambda: DistillationTask(nn.Identity()), LossError, "the distiller is Identity() (Identity); expected a Dist"),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
