@@ -167,7 +167,8 @@ def test_a_damaged_checkpoint_is_set_aside_aloud_and_the_one_before_it_taken(
     display = After(stop, epochs=1)
     with pytest.raises(KeyboardInterrupt):
         run(TINY, folder, display, resume=True)
-    assert len(display.said) == 1
+    assert len(display.said) == 2
+    assert "going on with" in display.said[1]
     assert str(newest) in display.said[0]
     assert name in display.said[0] or "manifest" in display.said[0]
     assert newest.with_suffix(".damaged").exists()
