@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from typer.main import get_command
 
-from probe_kd.cli import main
+from probe_kd.cli import app, main
 from probe_kd.planner import plan
 from probe_kd.recipe import parse
 
@@ -61,6 +62,17 @@ def test_every_command_that_only_reads_runs(
     if "-o" in shlex.split(line):
         assert plan(parse((tmp_path / "distil.yaml").read_text())).pairs
     assert "stages.3" in shown or "blocks.11" in shown
+
+
+@pytest.mark.parametrize("verb", ["check", "train", "eval", "export", "compare", "schema"])
+def test_every_other_command_has_these_options(verb: str) -> None:
+    """tests/test_pages.py runs each of them; here, that what other pages show of them is understood."""
+    command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    whole = [line for _, text in blocks("sh") for line in text.splitlines() if f"probe_kd.cli {verb} " in line]
+    lines = commands(verb) + [line[line.index("probe_kd.cli") :] for line in whole]
+    assert lines or verb == "compare"
+    for line in lines:
+        assert command.make_context(verb, shlex.split(line, comments=True)[2:]).params
 
 
 def test_something_was_found() -> None:
