@@ -167,7 +167,7 @@ def match(
     from probe_kd.report import pair_rows, pairs_table
     from probe_kd.writing import write_recipe
 
-    _check_free(output, overwrite)
+    _check_recipe_is_new(output, overwrite)
     ours, theirs = _both(student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs)
     pairs = match_layers(ours, theirs, level=level.value, num_pairs=num_pairs)
     rows = pair_rows(pairs, ours, theirs)
@@ -205,7 +205,7 @@ def init(
     from probe_kd.writing import chosen, write_recipe
 
     found = chosen(method)
-    _check_free(output, overwrite)
+    _check_recipe_is_new(output, overwrite)
     ours, theirs = _both(student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs)
     needed = found.pairs or found.shares
     pairs = match_layers(ours, theirs, level=level.value, num_pairs=num_pairs) if needed else ()
@@ -214,11 +214,10 @@ def init(
     print(f"wrote {output}\n  probe-kd check {output}{allowed}\n  probe-kd train {output}{allowed}")
 
 
-def _check_free(output: Path | None, overwrite: bool) -> None:
+def _check_recipe_is_new(output: Path | None, overwrite: bool) -> None:
     if output is not None and output.is_dir():
         raise RunError(f"{output} is a folder; name the recipe in it, as in {output / 'distil.yaml'}")
-    if output is not None and output.exists() and not overwrite:
-        raise RunError(f"{output} exists; --overwrite replaces it")
+    _check_free(output, overwrite)
 
 
 def _both(
@@ -371,8 +370,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure the models of a run: accuracy, calibration, and the student against its teacher, layer by layer."""
-    if output is not None and output.exists() and not overwrite:
-        raise RunError(f"{output} exists; --overwrite replaces it")
+    _check_free(output, overwrite)
     from probe_kd.evaluation import evaluate as measure
     from probe_kd.report import scores_table, similarity_table
 
@@ -419,8 +417,7 @@ def compare(
     """
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise RunError(f"{output}: a report is HTML; call it so, as in {output.with_suffix('.html')}, or take --json")
-    if output is not None and output.exists() and not overwrite:
-        raise RunError(f"{output} exists; --overwrite replaces it")
+    _check_free(output, overwrite)
     from probe_kd.comparing import compare as hold
     from probe_kd.page import as_json as board_as_json
     from probe_kd.page import tables, write_page
@@ -478,9 +475,13 @@ def export(
         print(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
 
 
+def _check_free(output: Path | None, overwrite: bool) -> None:
+    if output is not None and output.exists() and not overwrite:
+        raise RunError(f"{output} exists; --overwrite replaces it")
+
+
 def _write(text: str, path: Path, *, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise RunError(f"{path} exists; --overwrite replaces it")
+    _check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text}\n", encoding="utf-8")

@@ -247,10 +247,11 @@ def _first_difference(before: str, now: str) -> str:
 
 
 def _reopen(folder: Path, recipe: Path, resolved: str, display: Display) -> Path | None:
-    if recipe.read_text(encoding="utf-8") != resolved:
+    begun_with = recipe.read_text(encoding="utf-8")
+    if begun_with != resolved:
         raise RunError(
             f"the recipe is not the one that {folder} was begun with ({recipe}); it then had "
-            f"{_first_difference(recipe.read_text(encoding='utf-8'), resolved)}. Give the same recipe and options "
+            f"{_first_difference(begun_with, resolved)}. Give the same recipe and options "
             "again, or another folder by --out; --overwrite deletes that run and begins anew"
         )
     if (folder / "summary.json").exists():
