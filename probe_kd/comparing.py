@@ -167,7 +167,8 @@ class _Run:
         return json.dumps({key: value for key, value in self.recipe.items() if key != "seed"}, sort_keys=True)
 
     def last(self, role: str) -> Row | None:
-        return next((row for row in reversed(self.rows) if row["subject"] == role), None)
+        """The last epoch that was measured."""
+        return next((row for row in reversed(self.rows) if row["subject"] == role and "accuracy" in row), None)
 
 
 def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: Sequence[str] = ()) -> Board:
@@ -303,7 +304,7 @@ def read_metrics(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, strict=True)
-            lacking = {"subject", "stage", "epoch", "accuracy"} - set(reader.fieldnames or ())
+            lacking = {"subject", "stage", "epoch"} - set(reader.fieldnames or ())
             if lacking:
                 raise ValueError(f"it has no column {sorted(lacking)[0]!r}")
             rows.extend(_epoch(line) for line in reader)
@@ -328,8 +329,8 @@ def _epoch(line: Mapping[str | None, Any]) -> Row:
                 row[str(key)] = int(text) if key == "epoch" else float(text)
             except ValueError:
                 raise ValueError(f"{key} is {text[:40]!r}, and no number") from None
-    if "epoch" not in row or not math.isfinite(row.get("accuracy", math.nan)):
-        raise ValueError("it has no epoch, or no accuracy")
+    if "epoch" not in row or not math.isfinite(row.get("accuracy", 0.0)):  # not every epoch needs to be measured
+        raise ValueError("it has no epoch, or its accuracy is no number")
     return row
 
 

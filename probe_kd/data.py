@@ -27,7 +27,8 @@ class DataOptions(BaseModel):
     `dataset` is `sklearn/digits`, or what timm's `create_dataset` reads: `torch/cifar100`, `torch/fashion_mnist`,
     `hfds/...`, a folder of folders (empty name), a folder of tar shards (`wds/NAME`); not streams (`tfds/`, `hfids/`).
     `input_size` is (channels, height, width). `mean` and `std` are the student's, where they differ from timm's config.
-    `holdout` is the share of the training images that is kept from training, for choosing by (`keep: best`). `mixup`
+    `holdout` is the share of the training images that is kept from training, for choosing by (`keep: best`), and
+    `fraction` the share of the others that is trained on: the same images whatever the seed of a run. `mixup`
     and `cutmix` mix two images, and their labels, before either model sees them (timm's `Mixup`). With `views` every
     image is seen in so many augmented views, in turn, instead of in a new one every epoch; a cache of the teacher then
     holds no more than these.
@@ -58,6 +59,7 @@ class DataOptions(BaseModel):
     reprob: float = Field(default=0.0, ge=0, le=1)
     views: int | None = Field(default=None, ge=1)
     holdout: float = Field(default=0.0, ge=0, lt=1)
+    fraction: float = Field(default=1.0, gt=0, le=1)
     mixup: float = Field(default=0.0, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
     mixup_prob: float = Field(default=1.0, ge=0, le=1)
@@ -96,18 +98,22 @@ class Datasets:
 def open_datasets(options: DataOptions) -> Datasets:
     """Open what the recipe names. Raises DataError when it is not there, or does not say how many classes it has."""
     found = _open(options)
-    if not options.holdout:
+    if not options.holdout and options.fraction == 1:
         return found
     count = len(found.train)  # type: ignore[arg-type]
     kept = round(count * options.holdout)
-    if not 0 < kept < count:
+    if options.holdout and not 0 < kept < count:
         raise DataError(f"holdout {options.holdout} of {count} training images leaves none on one side")
+    used = round((count - kept) * options.fraction)
+    if not used:
+        raise DataError(f"fraction {options.fraction} of {count - kept} training images is less than one image")
     # One division for ever, whatever the seed of a run: runs are compared on the same images.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    parts = order[kept:], order[:kept]
+    parts = order[kept : kept + used], order[:kept]
     if isinstance(found.train, Shards):  # they are read from one end to the other
         parts = sorted(parts[0]), sorted(parts[1])
-    return replace(found, train=Subset(found.train, parts[0]), held_out=Subset(found.train, parts[1]))
+    held_out = Subset(found.train, parts[1]) if kept else None
+    return replace(found, train=Subset(found.train, parts[0]), held_out=held_out)
 
 
 def mixer(options: DataOptions, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

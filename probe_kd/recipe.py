@@ -344,6 +344,7 @@ class Recipe(_Section):
     teacher is trained alone first, to compare. `precision` is accelerate's, whose own configuration decides where it is
     not given. `model_ema` also keeps a moving average of the student, begun anew in every stage. A checkpoint is
     written after every epoch, and every `recovery_interval` batches in between; the newest `checkpoint_hist` are kept.
+    The test images are looked at every `val_interval` epochs, and after the last of a stage.
     `trackers` are those of accelerate: `tensorboard`, `wandb`.
     """
 
@@ -359,6 +360,7 @@ class Recipe(_Section):
     torchcompile: CompileOptions | None = None
     model_ema: AverageOptions | None = None
     recovery_interval: int = Field(default=0, ge=0)
+    val_interval: int = Field(default=1, ge=1)
     checkpoint_hist: int = Field(default=2, ge=1)
     trackers: list[str] = []
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -209,7 +209,7 @@ class Display:
     def epoch(self, row: Row) -> None:
         """An epoch is done and measured."""
         self.before, self.done = self.before + self.steps, 0
-        self.accuracy = f"[green]accuracy {row['accuracy']:.1%}[/]"
+        self.accuracy = f"[green]accuracy {row['accuracy']:.1%}[/]" if "accuracy" in row else self.accuracy
         self.losses({name: value for name, value in row.items() if name not in MEASURES})
         if self.progress is not None:
             self.progress.update(self.task, epoch=row["epoch"], losses=self._status())
@@ -565,11 +565,15 @@ def write_timm_summary(rows: Sequence[Row], path: Path) -> None:
     own = [row for row in rows if row["subject"] == "student"]
     losses = [{f"train_{key}": value for key, value in row.items() if key not in RESERVED} for row in own]
     told = [
-        {"epoch": epoch, **loss, "eval_top1": 100 * row["accuracy"], "lr": row["lr"]}
+        {"epoch": epoch, **loss, **_in_percent(row), "lr": row["lr"]}
         for epoch, (row, loss) in enumerate(zip(own, losses, strict=True))
     ]
     if told:
         write_metrics(told, path)
+
+
+def _in_percent(row: Row) -> Row:
+    return {"eval_top1": 100 * row["accuracy"]} if "accuracy" in row else {}
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> None:
@@ -579,8 +583,10 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for subject in dict.fromkeys(row["subject"] for row in rows):
-        accuracies = [100 * row["accuracy"] for row in rows if row["subject"] == subject]
-        left.plot(range(1, len(accuracies) + 1), accuracies, label=subject)
+        epochs = enumerate((row for row in rows if row["subject"] == subject), 1)
+        points = [(epoch, 100 * row["accuracy"]) for epoch, row in epochs if "accuracy" in row]
+        if points:
+            left.plot(*zip(*points, strict=True), label=subject)
     left.set(title="Test accuracy", xlabel="epoch", ylabel="%")
     own = [row for row in rows if row["subject"] == "student"]
     for term in dict.fromkeys(key for row in own for key in row if key not in {*MEASURES, "loss"}):

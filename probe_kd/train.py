@@ -561,15 +561,14 @@ class Run:
         """The end of an epoch: measure, write, save, show."""
         journal = self.journal
         journal.epoch += 1
-        for measured in filter(None, (subject.partner, subject)):
-            accuracy, agreement, _ = self._measure(measured)
-            row: Row = {"subject": measured.role, "stage": loop.phase.name, "epoch": journal.epoch}
-            row |= {"accuracy": accuracy, "agreement": agreement}
-            if measured is subject:
-                if loop.average is not None:
-                    row["ema_accuracy"] = self._measure(replace(subject, model=loop.average.module))[0]
-                row |= losses
-            journal.rows.append(row)
+        due = journal.epoch % self.plan.recipe.val_interval == 0 or journal.epoch == loop.phase.epochs
+        for shown in filter(None, (subject.partner if due else None, subject)):
+            row: Row = {"subject": shown.role, "stage": loop.phase.name, "epoch": journal.epoch}
+            if due:
+                row["accuracy"], row["agreement"], _ = self._measure(shown)
+            if due and shown is subject and loop.average is not None:
+                row["ema_accuracy"] = self._measure(replace(subject, model=loop.average.module))[0]
+            journal.rows.append(row | (losses if shown is subject else {}))
         self.save(loop)
         self.accelerator.log(
             {f"{subject.role}/{name}": value for name, value in journal.rows[-1].items() if isinstance(value, float)},

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 
 from probe_kd import Distiller, InputSpec, Objective, Schedule
+from probe_kd.comparing import compare
 from probe_kd.data import DataOptions, loader, mixer
 from probe_kd.errors import RecipeError, RunError
 from probe_kd.loop import Phase, make_optimizer, make_scheduler
@@ -377,3 +378,22 @@ def test_mixed_images_are_timms_and_both_models_see_the_same(tmp_path: Path) -> 
     assert run(tmp_path / "r.yaml", tmp_path / "run").results["student"].accuracy > 0
     with pytest.raises(RecipeError, match=r"batch_size 255 is odd, and mixup and cutmix mix images in pairs"):
         parse(TINY.replace("batch_size: 256", "batch_size: 255\n  mixup: 0.8"))
+
+
+def test_a_fraction_is_trained_on_and_only_some_epochs_are_measured(tiny: Path, tmp_path: Path) -> None:
+    """Of the images that are not held out; and a curve has the points that were measured."""
+    settings = ["data.fraction=0.5", "val_interval=2", "stages.1.epochs=3", "baseline=false"]
+    planned = plan(load(tiny, sets=settings))
+    every = plan(load(tiny, sets=["data.fraction=0.75", "data.holdout=0.2"])).datasets
+    assert len(planned.datasets.train) == round(0.5 * 1437)  # type: ignore[arg-type]
+    assert planned.datasets.held_out is None
+    assert not set(every.train.indices) & set(every.held_out.indices)  # type: ignore[attr-defined,union-attr]
+    train(planned, tmp_path / "run", Display(Console(quiet=True)))
+    rows = [row for row in record(tmp_path / "run") if row["subject"] == "student"]
+    assert [row["stage"] + row["epoch"] for row in rows if row["accuracy"]] == ["hint1", "task2", "task3"]
+    assert all(float(row["loss"]) > 0 for row in rows)
+    summary = (tmp_path / "run" / "summary.csv").read_text().splitlines()
+    assert len(summary) == 1 + 4
+    (group,) = compare([tmp_path / "run"]).groups
+    (curve,) = [curve for curve in group.curves if (curve.role, curve.measure) == ("student", "accuracy")]
+    assert [epoch for epoch, *_ in curve.points] == [1, 3, 4]
