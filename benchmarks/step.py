@@ -7,7 +7,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import measure
@@ -45,6 +45,11 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(self.batch, 3, self.size, self.size, generator=generator)
         return images.to(device), torch.randint(0, 100, (self.batch,), generator=generator).to(device)
+
+    def lower(self) -> "Case":
+        """Only the lower half of its pairs."""
+        names = list(self.pairs.items())
+        return replace(self, pairs=dict(names[: (len(names) + 1) // 2]))
 
     def __str__(self) -> str:
         return f"{self.student} <- {self.teacher}"
