@@ -38,8 +38,8 @@ check: $(READY)  ## format, lint and types
 test-zoo: $(READY)  ## trace every model of timm, about ten minutes; writes zoo.csv
 	$(BIN)/python -m pytest -n auto -m zoo
 
-bench: $(READY)  ## the benchmarks, as ratios against bare loops
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+bench: $(READY)  ## the benchmarks, as ratios against bare loops; writes benchmarks/results.md
+	$(BIN)/python benchmarks/all.py
 
 docs: $(READY)  ## the site, in site/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

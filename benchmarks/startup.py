@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import measure
+
 COMMANDS = {
     "probe-kd --help": ["-m", "probe_kd.cli", "--help"],
     "import timm": ["-c", "import timm"],
@@ -27,12 +29,24 @@ def seconds(arguments: list[str]) -> float:
 
 
 def main() -> None:
+    wishes = measure.options(__doc__).parse_args()
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for _ in range(RUNS):  # interleaved, so that a busy moment falls on all
+    for _ in range(wishes.rounds or (1 if wishes.quick else RUNS)):  # interleaved, so that a busy moment falls on all
         for name, arguments in COMMANDS.items():
             times[name].append(seconds(arguments))
-    for name, taken in times.items():
-        print(f"{name:38} median {statistics.median(taken):.2f} s, {min(taken):.2f} to {max(taken):.2f}")
+    rows = [
+        (f"`{name}`", f"{statistics.median(taken):.2f}", f"{min(taken):.2f} to {max(taken):.2f}")
+        for name, taken in times.items()
+    ]
+    print(
+        measure.section(
+            "Starting a command",
+            measure.command(),
+            "One row is one command as a whole process, in seconds; most cannot do without `import timm`.",
+            ("command", "median", "least to most"),
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

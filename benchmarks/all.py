@@ -1,0 +1,48 @@
+"""Every benchmark as a process of its own, into one dated page.
+
+python benchmarks/all.py [-o benchmarks/results.md]
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from measure import machine
+
+HERE = Path(__file__).parent
+# Measured on request only: these two ask about timm's whole zoo, and no step.
+APART = {"all", "measure", "match_zoo", "families"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run every benchmark and write one page of results.")
+    parser.add_argument("-o", "--output", type=Path, default=HERE / "results.md")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="*", help="names of scripts, such as `step`")
+    wishes = parser.parse_args()
+    names = wishes.only or sorted(path.stem for path in HERE.glob("*.py") if path.stem not in APART)
+    parts = [f"# Benchmarks\n\n`python benchmarks/all.py`. {machine()}\n"]
+    failed = []
+    for name in names:
+        print(f"== {name}", file=sys.stderr, flush=True)
+        run = _run(name, wishes.device)
+        if run.returncode:
+            failed.append(name)
+        parts.append(run.stdout if not run.returncode else f"## {name}\n\nIt failed with status {run.returncode}.\n")
+    wishes.output.write_text("\n".join(parts), encoding="utf-8")
+    print(f"== {wishes.output}", file=sys.stderr)
+    if failed:
+        raise SystemExit(f"these failed: {', '.join(failed)}")
+
+
+def _run(name: str, device: str) -> "subprocess.CompletedProcess[str]":
+    script = os.path.relpath(HERE / f"{name}.py")
+    arguments = [] if device == "cpu" else ["--device", device]
+    one = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # a busy core then costs less noise
+    return subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, env=one)
+
+
+if __name__ == "__main__":
+    main()
