@@ -259,6 +259,9 @@ def _reopen(folder: Path, recipe: Path, resolved: str, display: Display) -> Path
     return checkpoints.newest(folder, display.say)
 
 
+_Measured = tuple[float, float | None, dict[str, list[int]]]  # accuracy, agreement, images and right by class
+
+
 @dataclass
 class Run:
     """One run, subject after subject."""
@@ -273,6 +276,7 @@ class Run:
     teacher: Subject | None = None
     teacher_answers: Tensor | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
+    measured: dict[str, _Measured] = field(default_factory=dict)  # by role, while the weights are still those
 
     def subjects(self) -> Iterator[Subject]:
         """Each is built when its turn comes."""
@@ -371,6 +375,7 @@ class Run:
                 self._record(subject, loop, losses)
             if self.best:
                 distiller.load_state_dict(self.best)
+                self.measured.clear()
             if subject.role == "student" and self.accelerator.is_main_process and distiller.adapters.state_dict():
                 about = {"stage": phase.name, "probe_kd": __version__}
                 save_weights(distiller.adapters, self.folder / f"adapters-{self.journal.phase}.safetensors", about)
@@ -565,7 +570,8 @@ class Run:
         for shown in filter(None, (subject.partner if due else None, subject)):
             row: Row = {"subject": shown.role, "stage": loop.phase.name, "epoch": journal.epoch}
             if due:
-                row["accuracy"], row["agreement"], _ = self._measure(shown)
+                self.measured[shown.role] = self._measure(shown)
+                row["accuracy"], row["agreement"], _ = self.measured[shown.role]
             if due and shown is subject and loop.average is not None:
                 row["ema_accuracy"] = self._measure(replace(subject, model=loop.average.module))[0]
             journal.rows.append(row | (losses if shown is subject else {}))
@@ -576,7 +582,7 @@ class Run:
         )
         self.display.epoch(journal.rows[-1])
 
-    def _measure(self, subject: Subject) -> tuple[float, float | None, dict[str, list[int]]]:
+    def _measure(self, subject: Subject) -> _Measured:
         """(accuracy, agreement with the teacher, `images` and `right` of every class) on the test images.
 
         No agreement for the teacher itself.
@@ -619,7 +625,9 @@ class Run:
             self.teacher_answers = None  # `keep: best` may have gone back to other weights
         if subject.partner is not None:
             self._finish(replace(subject.partner, phases=subject.phases))
-        accuracy, agreement, classes = self._measure(subject)
+        # After the last epoch its weights were measured already, where that was in this process.
+        known = subject.role in self.measured
+        accuracy, agreement, classes = self.measured.pop(subject.role) if known else self._measure(subject)
         averaged = replace(subject, model=average) if average is not None else None
         trace_ = subject.trace
         self.journal.results[subject.role] = Result(

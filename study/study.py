@@ -73,7 +73,7 @@ class Settings:
     sets: tuple[str, ...] = ()  # of the data, where it is other data
 
 
-BUDGETS = {FEW: Budget(0.05, 10, 64, 1), ALL: Budget(1.0, 2, 128, 0.2)}
+BUDGETS = {FEW: Budget(0.05, 6, 64, 0.5), ALL: Budget(1.0, 2, 128, 0.2)}
 
 
 def known() -> dict[str, Any]:
@@ -111,6 +111,7 @@ def sets_of(cell: Cell, rate: float, settings: Settings) -> list[str]:
         "data.fraction": budget.fraction,
         "data.batch_size": budget.batch_size,
         "teacher.train": None,
+        "val_interval": max(1, budget.epochs // 2),
     }
     if about.get("layers", "all") != "all":
         changes["pairs"] = found["layers"][cell.pair][about["layers"]]
