@@ -1,0 +1,247 @@
+"""Is FSP easier to fit than hints? What of a teacher's features each of them makes a student predict, without labels.
+
+    python study/fit.py                   # `make study` runs it after study.py, whose teachers it takes
+
+A student that is new is trained by one loss at one stage of the teacher, for the same steps, on the same images in the
+same order; on images that neither has seen, what share of the variance of the loss's own target does it explain? Each
+loss has a learned map of the student's side, and FSP has the same parameters as hints at both ends of the stage.
+The learning rate is the best of three for the first seed. docs/study/fit.csv has the curves.
+
+Then the student is frozen, and only a new map is trained, for the other target: who has learned hints, does he know
+the flow too, and the other way round? docs/study/crossfit.csv has that too for a student that has learned nothing (what
+the map does alone), and for another teacher of the same kind.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from probe_kd import Distiller, InputSpec, Objective, Pair, Probe, Tap, load_student
+from probe_kd.data import loader
+from probe_kd.evaluation import explained_variance, variance_sums
+from probe_kd.models import build_model
+from probe_kd.planner import plan
+from probe_kd.recipe import load
+from study import ALLOWED, PAIRS, RECIPES, ROOT, Rows, bring_images
+
+STAGES = {
+    "resnet-resnet": ("layer2", "layer2"),
+    "vit-resnet": ("blocks.2", "layer3"),
+    "resnet-vit": ("layer3", "blocks.5"),
+    "mixer-convnext": ("blocks.2", "stages.2"),
+}
+RATES = (5e-4, 2e-3, 8e-3)
+LOOKS = (0, 5, 10, 20, 40, 80, 150, 300)  # steps after which the held-out images are looked at
+STEPS, BATCH, TRAIN, HELD_OUT = LOOKS[-1], 64, 5000, 1000
+HINTS, FLOW = "hints at both ends", "FSP"
+
+
+def arms(student: str, teacher: str) -> dict[str, Objective]:
+    out = Pair(Tap(student), Tap(teacher))
+    into = Pair(Tap(student, "input"), Tap(teacher, "input"))
+    relative = {"relative": True}
+    return {
+        "hint": Objective("hint", pairs=[out], policy="always"),
+        HINTS: Objective("hint", pairs=[into, out], policy="always"),
+        "hints, normalised": Objective("hint", pairs=[into, out], policy="always", normalize="layer"),
+        FLOW: Objective("fsp", pairs=[out], policy="always", options=relative),
+        "Gram": Objective("gram", pairs=[out], policy="always", options=relative),
+        "attention": Objective("attention", pairs=[out]),
+    }
+
+
+@dataclass
+class Bench:
+    """One pair of models with its images, and what the teacher gives for all of them."""
+
+    pair: str
+    teacher: nn.Module
+    train: Tensor
+    held_out: Tensor
+    student: tuple[str, Mapping[str, Any]]
+    input: InputSpec
+    answers: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pair: str, out: Path) -> "Bench":
+        found = plan(load(RECIPES / f"{pair}.yaml", sets=["data.fraction=1.0"]), allow_import=ALLOWED)
+        teacher = load_student(out / "teachers" / PAIRS[pair] / "student.safetensors", allow_import=ALLOWED).eval()
+        parts = [(found.datasets.train, TRAIN), (found.datasets.held_out, HELD_OUT)]
+        images = []
+        for dataset, count in parts:
+            assert dataset is not None
+            some = Subset(dataset, range(count))
+            batches = loader(some, found.recipe.data, found.student_input, training=False)
+            images.append(torch.cat([seen for seen, _ in batches]))
+        return cls(pair, teacher, *images, (found.student.model, found.student.model_kwargs), found.student_input)
+
+    def new_student(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return build_model(*self.student)
+
+    @torch.no_grad()
+    def told(self, distiller: Distiller, name: str) -> list[Tensor]:
+        """What the teacher gives at these taps for all training images, asked once."""
+        key = (name, id(self.teacher))
+        if key not in self.answers:
+            parts = [distiller.ask(batch) for batch in self.train.split(500)]
+            self.answers[key] = [torch.cat(tap) for tap in zip(*parts, strict=True)]
+        return self.answers[key]
+
+
+@torch.no_grad()
+def explained(bench: Bench, distiller: Distiller, objective: Objective) -> tuple[float, float]:
+    """On held-out images, the share of the target's variance that is predicted; and of its square, without centring."""
+    distiller.eval()
+    (adapters,) = distiller.adapters.children()
+    ours, theirs = objective.taps
+    with Probe(distiller.student, ours) as student, Probe(bench.teacher, theirs) as teacher:
+        seen, wanted = student(bench.held_out), teacher(bench.held_out)
+    shares, raw = [], []
+    for comparison, adapter in zip(objective.comparisons, adapters.children(), strict=True):  # type: ignore[arg-type]
+        mine: Any = tuple(seen[pair.student] for pair in comparison.pairs)
+        yours: Any = tuple(wanted[pair.teacher] for pair in comparison.pairs)
+        if objective.resolved.reads not in ("flows", "grams"):
+            (mine,), (yours,) = mine, yours
+        predicted, target = adapter(mine, yours)
+        if objective.resolved.reads == "maps":  # the attention maps, which are what is compared
+            predicted, target = (F.normalize(it.square().mean(1).flatten(1), dim=1) for it in (predicted, target))
+        shares.append(explained_variance(variance_sums(predicted, target)))
+        raw.append(float(1 - (predicted - target).square().sum() / target.square().sum()))
+    return sum(shares) / len(shares), sum(raw) / len(raw)
+
+
+def fit(
+    bench: Bench, student: nn.Module, arm: str, *, rate: float, seed: int, frozen: bool = False, steps: int = STEPS
+) -> Rows:
+    """Train the student and the map, or with `frozen` the map alone. Returns what is explained on the way."""
+    objective = arms(*STAGES[bench.pair])[arm]
+    torch.manual_seed(seed)
+    distiller = Distiller(student, bench.teacher, [objective], student_input=bench.input, teacher_input=bench.input)
+    trained = distiller.adapters if frozen else distiller
+    optimizer = (
+        torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.0)
+        if any(True for _ in trained.parameters())
+        else None
+    )
+    order = torch.Generator().manual_seed(seed)
+    told, rows = bench.told(distiller, arm), []
+    for step in range(steps + 1):
+        if step in LOOKS or step == steps:
+            share, raw = explained(bench, distiller, objective)
+            rows.append({"step": step, "explained": round(share, 5), "uncentred": round(raw, 5)})
+        if step == steps or optimizer is None:
+            break
+        distiller.train()
+        if frozen:
+            student.eval()
+        chosen = torch.randint(len(bench.train), (BATCH,), generator=order)
+        loss = distiller(bench.train[chosen], None, [feature[chosen] for feature in told])["loss"]
+        assert loss is not None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    distiller.close()
+    return rows
+
+
+def remembered(place: Path, make: Any) -> Any:
+    """What was made before, or is made now: so that the study goes on where it was stopped."""
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        value = make()
+        place.write_text(json.dumps(value), encoding="utf-8")
+    return json.loads(place.read_text(encoding="utf-8"))
+
+
+def run_pair(pair: str, out: Path, seeds: Sequence[int]) -> tuple[Rows, Rows]:
+    bench = Bench.of(pair, out)
+    home = out / "fit" / pair
+    curves: Rows = []
+    crossed: Rows = []
+    for arm in arms(*STAGES[pair]):
+        tried = {}
+        for rate in RATES:
+            place = home / f"{arm}-{rate:g}-{seeds[0]}.json"
+            tried[rate] = remembered(place, lambda r=rate, a=arm: _trained(bench, a, r, seeds[0], home))
+        best = max(tried, key=lambda rate: tried[rate][-1]["explained"])
+        for seed in seeds:
+            place = home / f"{arm}-{best:g}-{seed}.json"
+            rows = remembered(place, lambda a=arm, s=seed, b=best: _trained(bench, a, b, s, home))
+            curves += [{"pair": pair, "arm": arm, "lr": best, "seed": seed, **row} for row in rows]
+            if arm in (HINTS, FLOW):
+                crossed += _cross(bench, home, arm, best, seed)
+        print(f"{pair} {arm}: {tried[best][-1]['explained']:.3f} at {best:g}", flush=True)
+    for seed in seeds:
+        crossed += _cross(bench, home, "nothing", 0.0, seed)
+    if PAIRS[pair] == "resnet":
+        crossed += _cross(bench, home, "another teacher", 0.0, seeds[0], out / "teachers" / "resnet-other-seed")
+    return curves, crossed
+
+
+def _trained(bench: Bench, arm: str, rate: float, seed: int, home: Path) -> Rows:
+    student = bench.new_student(seed)
+    rows = fit(bench, student, arm, rate=rate, seed=seed)
+    torch.save(student.state_dict(), home / f"{arm}-{rate:g}-{seed}.pt")
+    return rows
+
+
+def _cross(bench: Bench, home: Path, backbone: str, rate: float, seed: int, other: Path | None = None) -> Rows:
+    """What a frozen student explains of hints and of flows, by a map that is trained for each."""
+    found = []
+    for target in (HINTS, FLOW):
+
+        def measure(target: str = target) -> float:
+            student = bench.new_student(seed)
+            if other is not None:
+                student = load_student(other / "student.safetensors", allow_import=ALLOWED)
+            elif rate:
+                student.load_state_dict(torch.load(home / f"{backbone}-{rate:g}-{seed}.pt"))
+            student.requires_grad_(False)
+            return max(
+                fit(bench, student, target, rate=lr, seed=seed, frozen=True, steps=150)[-1]["explained"]
+                for lr in RATES[1:]
+            )
+
+        share = remembered(home / f"cross-{backbone}-{seed}-{target}.json", measure)
+        found.append({"pair": bench.pair, "backbone": backbone, "target": target, "seed": seed, "explained": share})
+    return found
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", action="append", choices=PAIRS, help="only this pair of models; may be repeated")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--tables", type=Path, default=ROOT / "docs" / "study")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bring_images(options.out / "data")
+    curves: Rows = []
+    crossed: Rows = []
+    for pair in options.pair or PAIRS:
+        more = run_pair(pair, options.out, range(options.seeds))
+        curves, crossed = curves + more[0], crossed + more[1]
+        write(curves, options.tables / "fit.csv")
+        write(crossed, options.tables / "crossfit.csv")
+
+
+if __name__ == "__main__":
+    main()
