@@ -268,7 +268,7 @@ def _transform(options: DataOptions, wanted: InputSpec, training: bool) -> Calla
         ratio=options.ratio,
         hflip=options.hflip,
         vflip=options.vflip,
-        color_jitter=options.color_jitter,
+        color_jitter=options.color_jitter or None,  # one of 0 changes nothing, and takes longer than a crop
         auto_augment=options.aa,
         interpolation=options.interpolation if training or options.interpolation != "random" else "bicubic",
         mean=_per_channel(wanted.mean, channels),
@@ -283,6 +283,28 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return values if len(values) == channels else values * channels
 
 
+def _in_two(transform: Any) -> tuple[Callable[[Any], Any], Callable[[list[Any]], Sequence[Tensor]]]:
+    """A transform of timm as what is drawn anew for each image, and what does the same to all images of a batch.
+
+    The second gives the same bits for a batch at once as for one image after the other, and at 32 pixels a side that
+    halves what an image costs. What comes after it, random erasing, keeps all of it to single images.
+    """
+    from timm.data.transforms import MaybeToTensor
+    from torchvision.transforms import Compose, Normalize
+
+    *first, to_tensor, normalize = transform.transforms
+    if not (isinstance(to_tensor, MaybeToTensor) and isinstance(normalize, Normalize)):
+        return transform, lambda images: images
+
+    def finish(images: list[Image.Image]) -> Sequence[Tensor]:
+        pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in images]))
+        batch = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        done: Tensor = normalize(batch)
+        return done.unbind()
+
+    return Compose(first), finish
+
+
 class _Transformed(Dataset[Any]):
     """A dataset of images seen through a transform, in as many channels as the models take.
 
@@ -290,25 +312,31 @@ class _Transformed(Dataset[Any]):
     """
 
     def __init__(self, images: Dataset[Any], transform: Callable[[Image.Image], torch.Tensor], channels: int) -> None:
-        self.images, self.transform, self.mode = images, transform, "L" if channels == 1 else "RGB"
+        self.images, self.mode = images, "L" if channels == 1 else "RGB"
+        self.draw, self.finish = _in_two(transform)
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        image, target = self.images[index]
-        return self.transform(image.convert(self.mode) if image.mode != self.mode else image), int(target)
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, ...]:
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[tuple[Any, ...]]:
         with _random_numbers_aside():
-            return [self[index] if isinstance(index, int) else self._seen(*index) for index in indices]
+            found = [self._drawn(index) if isinstance(index, int) else self._seen(*index) for index in indices]
+        images = self.finish([image for image, *_ in found])
+        return [(image, *rest) for image, (_, *rest) in zip(images, found, strict=True)]
 
-    def _seen(self, index: int, view: int) -> tuple[torch.Tensor, int, int]:
+    def _drawn(self, index: int) -> tuple[Any, int]:
+        image, target = self.images[index]
+        return self.draw(image.convert(self.mode) if image.mode != self.mode else image), int(target)
+
+    def _seen(self, index: int, view: int) -> tuple[Any, int, int]:
         seed = _mixed(view, index)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
-        return *self[index], index
+        return *self._drawn(index), index
 
 
 @contextmanager

@@ -30,7 +30,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def as_timm_makes_them(folder: Path, size: tuple[int, int, int], wanted: InputSpec, training: bool) -> DataLoader[Any]:
+def as_timm_makes_them(
+    folder: Path, size: tuple[int, int, int], wanted: InputSpec, training: bool, **drawn: Any
+) -> DataLoader[Any]:
     dataset = create_dataset("", root=str(folder), split="train" if training else "validation", is_training=training)
     return create_loader(
         dataset,
@@ -44,9 +46,7 @@ def as_timm_makes_them(folder: Path, size: tuple[int, int, int], wanted: InputSp
         mean=wanted.mean,
         std=wanted.std,
         interpolation="bicubic",
-        re_prob=0.3,
-        auto_augment="rand-m3",
-        color_jitter=0.4,
+        **({"re_prob": 0.3, "auto_augment": "rand-m3", "color_jitter": 0.4} | drawn),
     )
 
 
@@ -67,14 +67,15 @@ def test_test_batches_are_those_of_timms_loader(folder: Path, size: tuple[int, i
 
 
 @SIZES
+@pytest.mark.parametrize("erased", [0.3, 0.0])  # without, a batch is made into tensors at once: the bits are the same
 def test_training_images_are_augmented_by_timms_transform_from_the_seed_of_their_view(
-    folder: Path, size: tuple[int, int, int]
+    folder: Path, size: tuple[int, int, int], erased: float
 ) -> None:
-    options = DataOptions(root=str(folder), input_size=size, batch_size=5, **AUGMENTED)
+    options = DataOptions(root=str(folder), input_size=size, batch_size=5, **AUGMENTED | {"reprob": erased})
     wanted = InputSpec(size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     ours = loader(open_datasets(options).train, options, wanted, training=True, seed=3)
     ours.sampler.begin(2)
-    theirs = as_timm_makes_them(folder, size, wanted, training=True)
+    theirs = as_timm_makes_them(folder, size, wanted, training=True, re_prob=erased)
     seeds = dict(iter(ours.sampler))
     seen = []
     for images, target, indices in ours:
@@ -85,10 +86,22 @@ def test_training_images_are_augmented_by_timms_transform_from_the_seed_of_their
             torch.manual_seed(seed)
             expected, wanted_label = theirs.dataset[index]
             assert label == wanted_label
-            torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
+            assert torch.equal(image, expected)
         seen += indices.tolist()
     assert len(seen) == len(set(seen)) == len(theirs) * 5  # what does not fill a batch is left out, as timm does
     assert seen != sorted(seen)
+
+
+def test_a_jitter_of_nothing_is_left_out_and_changes_nothing(folder: Path) -> None:
+    options = DataOptions(root=str(folder), input_size=(3, 16, 16), num_classes=10, color_jitter=0.0, hflip=0.5)
+    wanted = InputSpec((3, 16, 16), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    ours = loader(open_datasets(options).train, options, wanted, training=True)
+    theirs = as_timm_makes_them(folder, (3, 16, 16), wanted, True, re_prob=0.0, auto_augment=None, color_jitter=0.0)
+    for index, seed in list(iter(ours.sampler))[:4]:
+        mixed = _mixed(seed, index)
+        random.seed(mixed)
+        torch.manual_seed(mixed)
+        assert torch.equal(ours.dataset[index, seed][0], theirs.dataset[index][0])
 
 
 def epoch_of(dataset: Any, age: int, seed: int = 0, **options: Any) -> list[torch.Tensor]:
