@@ -1,0 +1,171 @@
+"""Epochs with a cached teacher, beside a live one and beside none.
+
+    python benchmarks/cache.py
+
+An epoch of `told` has what the teacher gives in memory already, so that it is the same step with nothing asked and
+nothing read: what a cache could be at best.
+"""
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from measure import Arm, command, interleaved, options, section
+from torch import Tensor
+
+from recipes import Ours, one_epoch
+
+RECIPE = """\
+student: {model: resnet18, model_kwargs: {channels: [16, 32, 64, 128]}}
+teacher: {model: resnet34, model_kwargs: {channels: [32, 64, 128, 256]}}
+data: {dataset: sklearn/digits, input_size: [3, 32, 32], batch_size: 64, views: 1, scale: [0.7, 1.0], color_jitter: 0.0}
+pairs: {layer1: layer1, layer2: layer2, layer3: layer3}
+stages:
+  - epochs: 100
+    losses: {}
+    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.05}
+"""
+LABELS = {"task": {"loss": "cross_entropy"}}
+LOSSES = {
+    "soft targets": LABELS | {"soft": {"loss": "soft_targets", "temperature": 4.0}},
+    "hints of three layers": LABELS | {"hint": {"loss": "hint"}},
+    "fsp of three blocks": LABELS | {"flow": {"loss": "fsp"}},
+}
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument(
+        "--profile", metavar="LOSSES", help="the functions that an epoch from the cache spends its time in"
+    )
+    wishes = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name, losses in LOSSES.items():
+        if wishes.profile in (None, name):
+            rows += measured(name, losses, wishes)
+    print(
+        section(
+            "A cached teacher",
+            command(),
+            "resnet18 from a resnet34 of twice its width, 32x32 images, one view of each. Time of an epoch, median "
+            "(quartiles) of the ratios of each round, to the student with labels alone and to the same losses with the "
+            "teacher's answers in memory; kB on disk for an image.",
+            ["", "epoch", "images/s", "to no teacher", "to answers in memory", "kB an image"],
+            rows,
+        )
+    )
+
+
+def measured(name: str, losses: dict[str, Any], wishes: Any) -> list[list[object]]:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        arms: dict[str, Arm] = {
+            "no teacher": _live(_made(LABELS, Path(folder, "alone"), stack, wishes)),
+            "live": _live(_made(losses, Path(folder, "live"), stack, wishes)),
+            "in memory": _told(_made(losses, Path(folder, "told"), stack, wishes)),
+            "cached, first epoch": _written(_made(losses, Path(folder, "first"), stack, wishes, cached=True)),
+        }
+        kept = _made(losses, Path(folder, "read"), stack, wishes, cached=True)
+        arms["cached, every other"] = _read(kept, stack)
+        _, _, loop = kept.stages[0]
+        agree(kept)
+        if wishes.profile:
+            profiled(arms["cached, every other"])
+        seen = interleaved(arms, 1 if wishes.quick else wishes.rounds or 7, 1, str(kept.run.accelerator.device))
+        assert loop.cache is not None
+        size = sum(tap.bytes for tap in loop.cache.taps) / 1000
+        images = loop.steps * loop.batches.total_batch_size
+    return [
+        [
+            name if arm == "no teacher" else "",
+            arm,
+            f"{images / seen.milliseconds(arm) * 1000:,.0f}",
+            "1" if arm == "no teacher" else seen.ratio(arm, to="no teacher"),
+            "1" if arm == "in memory" else seen.ratio(arm, to="in memory"),
+            f"{size:.2f}" if arm.startswith("cached") else "",
+        ]
+        for arm in arms
+    ]
+
+
+def _made(losses: dict[str, Any], folder: Path, stack: ExitStack, wishes: Any, *, cached: bool = False) -> Ours:
+    folder.mkdir()
+    tree = yaml.safe_load(RECIPE)
+    tree["stages"][0]["losses"] = losses
+    tree["data"]["fraction"] = 0.1 if wishes.quick else 0.5
+    if not any(loss["loss"] in ("hint", "fsp") for loss in losses.values()):
+        del tree["pairs"]
+    if losses is LABELS:
+        del tree["teacher"]
+    if cached:
+        tree["teacher"]["cache"] = "cache"
+    return Ours(tree, folder, stack)
+
+
+def _live(ours: Ours) -> Arm:
+    return lambda: one_epoch(ours.stages[0][2], 0)
+
+
+def _told(ours: Ours) -> Arm:
+    _, distiller, loop = ours.stages[0]
+    kept: dict[int, list[Tensor]] = {}
+
+    def told(images: Tensor, _: Tensor) -> list[Tensor]:
+        if len(images) not in kept:
+            kept[len(images)] = distiller.ask(images)
+        return kept[len(images)]
+
+    loop._told = told  # type: ignore[method-assign]
+    return lambda: one_epoch(loop, 0)
+
+
+def _written(ours: Ours) -> Callable[[], None]:
+    """The first epoch; the folder is new each time."""
+    subject, distiller, loop = ours.stages[0]
+
+    def epoch() -> None:
+        ours.times += 1
+        loop.cache = ours.cache(subject, distiller)
+        one_epoch(loop, 0)
+        assert loop.cache is not None
+        loop.cache.close()
+
+    return epoch
+
+
+def _read(ours: Ours, stack: ExitStack) -> Arm:
+    subject, distiller, loop = ours.stages[0]
+    loop.cache = ours.cache(subject, distiller)
+    assert loop.cache is not None
+    stack.callback(loop.cache.close)
+    while not loop.cache._there or not all(bool(there.all()) for there in loop.cache._there):
+        one_epoch(loop, 0)
+        loop.phase = loop.phase.__class__(**{**vars(loop.phase), "age": loop.phase.age + 1})  # another order
+    return lambda: one_epoch(loop, 0)
+
+
+def agree(ours: Ours) -> None:
+    """What is read is what the teacher gives, to the bit."""
+    _, distiller, loop = ours.stages[0]
+    assert loop.cache is not None
+    loop._begin(0)
+    images, _, indices = next(iter(loop.batches))
+    for kept, given in zip(loop.cache.read(indices.cpu()), distiller.ask(images), strict=True):
+        torch.testing.assert_close(kept.to(given.device), given, rtol=1e-5, atol=1e-5)
+
+
+def profiled(arm: Arm) -> None:
+    import cProfile
+    import pstats
+
+    profile = cProfile.Profile()
+    profile.runcall(arm)
+    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""What the training loop costs beside a loop written by hand: the same images, models, losses and updates.
+
+    python benchmarks/loop.py
+
+The models are small, so that what a step costs besides them shows. By hand: a DataLoader over the same transform, both
+models, two losses, backward, the optimizer. `train` is what `probe-kd train` does in an epoch: seeded views, wrappers
+of accelerate, hooks, the schedule, the sums of the losses, and a progress bar that is drawn.
+"""
+
+import copy
+import io
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from measure import command, interleaved, options, section
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from probe_kd.data import _transform
+from probe_kd.loop import Loop, make_optimizer
+from probe_kd.report import Display
+from probe_kd.train import Run
+from recipes import Ours
+
+RECIPE = """\
+student:
+  model: vit_tiny_patch16_224
+  model_kwargs: {img_size: 16, patch_size: 4, embed_dim: 64, depth: 4, num_heads: 2}
+teacher: {model: resnet10t, model_kwargs: {channels: [16, 32, 48, 64]}}
+data: {dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 64, scale: [0.7, 1.0], color_jitter: 0.0}
+stages:
+  - epochs: 100
+    losses:
+      task: {loss: cross_entropy}
+      soft: {loss: soft_targets, temperature: 4.0}
+    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.05}
+"""
+
+
+class Plain(Dataset[Any]):
+    """Images through timm's transform, one by one, as timm's own datasets do it."""
+
+    def __init__(self, run: Run) -> None:
+        self.images = run.plan.datasets.train
+        self.transform = _transform(run.plan.recipe.data, run.plan.student_input, True)
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.images[index]
+        return self.transform(image), target
+
+
+def by_hand(ours: Ours, device: str, loader: Any = None) -> Callable[[], None]:
+    """One epoch of plain PyTorch, over the images of a plain loader or of this one."""
+    _, distiller, loop = ours.stages[0]
+    assert ours.run.teacher is not None
+    student, teacher = copy.deepcopy(distiller.student).train(), copy.deepcopy(ours.run.teacher.model).eval()
+    view = copy.deepcopy(distiller.teacher_view)
+    batches = loader or plain_loader(ours)
+    optimizer = make_optimizer(_Bare(student), loop.phase.optimizer)  # type: ignore[arg-type]
+
+    def epoch() -> None:
+        for images, target, *_ in batches:
+            images, target = images.to(device), target.to(device)
+            with torch.no_grad():
+                told = teacher(view(images))
+            loss = by_hand_loss(student(images), told, target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return epoch
+
+
+def plain_loader(ours: Ours) -> DataLoader[Any]:
+    size = ours.plan.recipe.data.batch_size
+    return DataLoader(Plain(ours.run), batch_size=size, shuffle=True, drop_last=True)
+
+
+def by_hand_loss(output: Tensor, told: Tensor, target: Tensor) -> Tensor:
+    soft = F.kl_div((output / 4).log_softmax(1), (told / 4).softmax(1), reduction="batchmean")
+    return F.cross_entropy(output, target) + 16 * soft
+
+
+class _Bare(nn.Module):
+    """What `make_optimizer` asks a Distiller for."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student, self.teacher, self.adapters = student, None, nn.ModuleDict()
+
+
+def as_train(ours: Ours) -> Callable[[], None]:
+    """One epoch of `probe-kd train`, with the bar that a terminal would show."""
+    loop = ours.stages[0][2]
+    ours.run.display = Display(Console(file=io.StringIO(), force_terminal=True, width=120))
+    ours.run.display.begin("student: stage", loop.phase.epochs, loop.steps, 0)
+    return lambda: ours.run._train_epoch(loop, 0) and None
+
+
+def the_loop(loop: Loop) -> Callable[[], None]:
+    def epoch() -> None:
+        loop.sums = {}
+        for _ in loop.run(0):
+            pass
+
+    return epoch
+
+
+def loader_of(batches: Any) -> Callable[[], None]:
+    def epoch() -> None:
+        for _ in batches:
+            pass
+
+    return epoch
+
+
+def agree(ours: Ours) -> None:
+    """The loss by hand is the Distiller's, and so is its gradient."""
+    _, distiller, loop = ours.stages[0]
+    assert ours.run.teacher is not None
+    images, target, _ = next(iter(loop.batches))
+    weights = [parameter for parameter in distiller.student.parameters() if parameter.requires_grad]
+    result = distiller.train()(images, target)["loss"]
+    with torch.no_grad():
+        told = ours.run.teacher.model.eval()(distiller.teacher_view(images))
+    expected = by_hand_loss(distiller.student(distiller.student_view(images)), told, target)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(torch.autograd.grad(result, weights), torch.autograd.grad(expected, weights))
+
+
+def main() -> None:
+    wishes = options(__doc__).parse_args()
+    torch.set_num_threads(1)
+    tree = yaml.safe_load(RECIPE)
+    tree["data"]["fraction"] = 0.1 if wishes.quick else 1.0
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        parts = []
+        for name in ("first", "second", "third"):
+            place = Path(folder, name)
+            place.mkdir()
+            parts.append(Ours(tree, place, stack))
+        agree(parts[0])
+        device = str(parts[0].run.accelerator.device)
+        loop = parts[0].stages[0][2]
+        arms = {
+            "by hand": by_hand(parts[2], device),
+            "by hand, with probe-kd's loader": by_hand(parts[2], device, parts[2].stages[0][2].batches),
+            "`train` without its bar": the_loop(loop),
+            "`train` with its bar": as_train(parts[1]),
+            "timm's transform in a plain DataLoader": loader_of(plain_loader(parts[2])),
+            "probe-kd's loader": loader_of(parts[2].stages[0][2].batches),
+        }
+        seen = interleaved(arms, 1 if wishes.quick else wishes.rounds or 15, 1, device)
+        parts[1].run.display.end()
+    images = loop.steps * 64
+    bases = ["by hand"] * 4 + ["timm's transform in a plain DataLoader"] * 2
+    rows = [
+        [name, f"{images / seen.milliseconds(name) * 1000:,.0f}", "1" if name == base else seen.ratio(name, to=base)]
+        for name, base in zip(arms, bases, strict=True)
+    ]
+    print(
+        section(
+            "The training loop beside a loop by hand",
+            command(),
+            "A small vision transformer with a small ResNet for a teacher, 16x16 images, batches of 64: images per "
+            "second, and the time of an epoch beside the first of its kind: median (quartiles) of the ratios of each "
+            "round. Loss and gradients by hand and of `train` are the same. The last two rows read images and do no "
+            "more.",
+            ["", "images/s", "time, as a ratio"],
+            rows,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

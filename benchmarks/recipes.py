@@ -1,0 +1,412 @@
+"""Whole recipes beside torchdistill: the same models, losses, images and updates; and what each saving buys.
+
+    python benchmarks/recipes.py [--compile]
+
+Inside the clock are the training epochs of all stages: loader, augmentation, both models, losses, backward, optimizer,
+and with a cache its key, its writing and its reading. Outside are building the models and measuring accuracy.
+"""
+
+import copy
+import logging
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from measure import Arm, Samples, command, interleaved, options, section
+from rich.console import Console
+from torch import Tensor, nn
+
+from probe_kd.cache import TeacherCache
+from probe_kd.data import _transform
+from probe_kd.distiller import Distiller
+from probe_kd.loop import Loop, Phase
+from probe_kd.models import build_model, save_weights
+from probe_kd.planner import Plan, plan
+from probe_kd.recipe import parse
+from probe_kd.report import Display
+from probe_kd.train import Journal, Run, Subject, accelerating
+
+HERE = Path(__file__).parents[1] / "recipes"
+Tree = dict[str, Any]
+
+SOFT_TARGETS = """\
+student: {model: resnet18, model_kwargs: {channels: [16, 32, 64, 128]}}
+teacher: {model: resnet34, model_kwargs: {channels: [40, 80, 160, 320]}}  # 11.6 times the student's parameters
+data: {dataset: sklearn/digits, input_size: [3, 32, 32], batch_size: 64, scale: [0.7, 1.0], color_jitter: 0.0}
+stages:
+  - epochs: 10
+    losses:
+      task: {loss: cross_entropy}
+      soft: {loss: soft_targets, temperature: 4.0}
+    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.05}
+"""
+
+
+def shipped(name: str) -> Tree:
+    """A recipe of recipes/, whose teacher is taken as it was initialised: its answers cost the same."""
+    tree: Tree = yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8"))
+    tree["teacher"].pop("train", None)
+    tree["data"].pop("holdout", None)
+    for stage in tree["stages"]:
+        stage.pop("keep", None)
+        stage["optimizer"].pop("lr_scale", None)
+    return tree | {"baseline": False}
+
+
+class Ours:
+    """The stages of a recipe as `probe-kd train` runs them, each ready to be run again and again."""
+
+    def __init__(self, tree: Tree, folder: Path, stack: ExitStack, *, stops: bool = True) -> None:
+        self.plan = _plan(tree, folder)
+        self.folder, self.times = folder, 0
+        accelerator = stack.enter_context(accelerating(self.plan.recipe))
+        self.run = Run(self.plan, folder, Display(Console(), quiet=True), accelerator, Journal(), None)
+        self.stages: list[tuple[Subject, Distiller, Loop]] = []
+        for index in range(len(self.plan.recipe.stages)):
+            subjects = {subject.role: subject for subject in self.run.subjects()}
+            self.run.teacher = subjects.get("teacher")
+            subject = subjects["student"]
+            self.stages.append(self._stage(subject, subject.phases[index], stops))
+
+    def _stage(self, subject: Subject, phase: Phase, stops: bool) -> tuple[Subject, Distiller, Loop]:
+        distiller = self.run.distiller(subject, phase)
+        for probe in filter(None, (distiller._student_probe, distiller._teacher_probe)):
+            probe.stop_early = stops
+        self.run._leave_out_what_no_loss_reaches(distiller, subject)
+        return subject, distiller, self.run._loop(subject, phase, distiller, None)
+
+    def __call__(self) -> None:
+        """All epochs of all stages; a cache begins empty."""
+        self.times += 1
+        for subject, distiller, loop in self.stages:
+            with ExitStack() as stack:
+                loop.cache = self.cache(subject, distiller)
+                if loop.cache is not None:
+                    stack.callback(loop.cache.close)
+                for epoch in range(loop.phase.epochs):
+                    one_epoch(loop, epoch)
+
+    def cache(self, subject: Subject, distiller: Distiller) -> TeacherCache | None:
+        wish = self.plan.recipe.teacher
+        if wish is None or wish.cache is None:
+            return None
+        fresh = wish.model_copy(update={"cache": str(self.folder / f"cache-{self.times}")})
+        recipe = self.plan.recipe.model_copy(update={"teacher": fresh})
+        self.run.plan = replace(self.plan, recipe=recipe)
+        return self.run._cache(subject, distiller)
+
+
+def one_epoch(loop: Loop, epoch: int) -> None:
+    """As `Run._train_epoch` does, with what it leaves to the checkpoint: the cache is brought to the disk."""
+    loop.sums = {}
+    for _ in loop.run(epoch):
+        pass
+    if loop.cache is not None:
+        loop.cache.flush()
+
+
+def _plan(tree: Tree, folder: Path) -> Plan:
+    tree = copy.deepcopy(tree)
+    if "teacher" in tree and "checkpoint" not in tree["teacher"]:
+        teacher = tree["teacher"]
+        classes = {"num_classes": 10, **teacher.get("model_kwargs", {})}
+        torch.manual_seed(1)
+        weights = folder / "teacher.safetensors"
+        save_weights(build_model(teacher["model"], classes), weights, {})
+        teacher["checkpoint"] = str(weights)
+    return plan(parse(yaml.safe_dump(tree, sort_keys=False)))
+
+
+class Theirs:
+    """The same stages in torchdistill's boxes, driven as its examples do it.
+
+    With `cut`, the models end at the layers that are compared, by names that a person wrote for these models, and a
+    stage of labels alone has its empty teacher.
+    """
+
+    def __init__(self, ours: Ours, *, cut: bool) -> None:
+        import torchdistill.core.distillation as peer
+
+        self.boxes: list[tuple[Any, int]] = []
+        for subject, distiller, loop in ours.stages:
+            assert ours.run.teacher is not None
+            models = copy.deepcopy(distiller.student), copy.deepcopy(ours.run.teacher.model)
+            for model in models:  # copies carry hooks that do nothing
+                for part in model.modules():
+                    part._forward_hooks.clear()
+                    part._forward_pre_hooks.clear()
+                model.requires_grad_(True)
+            student, teacher = models
+            config = _config(distiller, loop, cut)
+            images = {"train": _Images(ours, subject)}
+            device = ours.run.accelerator.device
+            box = peer.get_distillation_box(teacher.eval(), student, images, config, device, None, False, 1.0)
+            self.boxes.append((box, loop.phase.epochs))
+
+    def __call__(self) -> None:
+        for box, epochs in self.boxes:
+            for epoch in range(epochs):
+                box.pre_epoch_process(epoch=epoch)
+                for images, target, supplement in box.train_data_loader:
+                    images, target = images.to(box.device), target.to(box.device)
+                    box.pre_forward_process()
+                    loss = box.forward_process(images, target, supplement)
+                    box.post_forward_process(loss=loss)
+                box.post_epoch_process()
+
+
+class _Images(torch.utils.data.Dataset[Any]):
+    """Through timm's transform, image by image."""
+
+    def __init__(self, ours: Ours, subject: Subject) -> None:
+        self.images = ours.plan.datasets.train
+        self.transform = _transform(ours.plan.recipe.data, ours.run.images_for(subject), True)
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.images[index]
+        return self.transform(image), target
+
+
+STEM = ["conv1", "bn1", "act1", "maxpool"]
+LAYERS = ["layer1", "layer2", "layer3", "layer4"]
+
+
+def _config(distiller: Distiller, loop: Loop, cut: bool) -> Tree:
+    """A stage as torchdistill's YAML would give it."""
+    names = [objective.loss for objective in distiller.objectives]
+    forward = {"forward_proc": "forward_batch_only"}
+    sides: Tree = {"student": {**forward}, "teacher": {**forward, "requires_grad": False}}
+    if "hint" in names:
+        terms = _hint(sides, distiller, cut)
+    elif "fsp" in names:
+        terms = _fsp(sides, cut)
+    elif "soft_targets" in names:
+        terms = _soft(distiller)
+    else:
+        terms = _labels()
+        if cut:  # its own sample of FSP lets the teacher run here for nothing
+            sides["teacher"] |= {"auxiliary_model_wrapper": {"key": "EmptyModule", "kwargs": {}}}
+    size, group = loop.batches.total_batch_size, loop.phase.optimizer
+    return sides | {
+        "num_epochs": loop.phase.epochs,
+        "train_data_loader": {
+            "dataset_id": "train",
+            "sampler": {"class_or_func": torch.utils.data.RandomSampler, "kwargs": {}},
+            "kwargs": {"batch_size": size, "drop_last": True},
+        },
+        "optimizer": {"key": "AdamW", "kwargs": {"lr": group.lr, "weight_decay": group.weight_decay}},
+        "criterion": {"key": "WeightedSumLoss", "kwargs": {"sub_terms": terms}},
+    }
+
+
+def _hint(sides: Tree, distiller: Distiller, cut: bool) -> Tree:
+    from torchdistill.models.registry import register_adaptation_module, register_auxiliary_model_wrapper
+    from torchdistill.models.wrapper import AuxiliaryModelWrapper
+
+    regressor = copy.deepcopy(next(iter(distiller.adapters["hint_"].children())).student_steps)
+
+    @register_adaptation_module(key="regressor")
+    def make(**_: Any) -> nn.Module:
+        return regressor
+
+    @register_auxiliary_model_wrapper(key="with_regressor")
+    class WithRegressor(AuxiliaryModelWrapper):
+        def __init__(self, student_model: nn.Module, **_: Any) -> None:
+            super().__init__()
+            self.student_model, self.regressor = student_model, regressor
+
+        def forward(self, *args: Any) -> Any:
+            return self.student_model(*args)
+
+        def secondary_forward(self, io_dict: Tree) -> None:
+            self.regressor(io_dict["student_model.layer2"]["output"])
+
+    sides["teacher"] |= {"forward_hook": {"output": ["layer2"]}}
+    if cut:
+        kept = [*STEM, "layer1", "layer2"]
+        sides["teacher"] |= {"sequential": kept}
+        sides["student"] |= {"sequential": [*kept, "+regressor"], "adaptations": {"regressor": {"key": "regressor"}}}
+        sides["student"]["adaptations"]["regressor"]["kwargs"] = {}
+        sides["student"]["forward_hook"] = {"output": ["+regressor"]}
+        place = "+regressor"
+    else:
+        sides["student"] |= {"auxiliary_model_wrapper": {"key": "with_regressor", "kwargs": {}}}
+        sides["student"]["forward_hook"] = {"output": ["student_model.layer2", "regressor"]}
+        place = "regressor"
+    student = {"is_from_teacher": False, "module_path": place, "io": "output"}
+    teacher = {"is_from_teacher": True, "module_path": "layer2", "io": "output"}
+    return {
+        "hint": {
+            "criterion": {"key": "MSELoss", "kwargs": {}},
+            "criterion_wrapper": {"key": "SimpleLossWrapper", "kwargs": {"input": student, "target": teacher}},
+            "weight": 1.0,
+        }
+    }
+
+
+def _fsp(sides: Tree, cut: bool) -> Tree:
+    from torchdistill.losses.mid_level import FSPLoss
+
+    class Squared(FSPLoss):  # type: ignore[misc]
+        """Eq. 2 of the paper, as ours: torchdistill's own adds up norms that are not squared."""
+
+        def forward(self, student: Tree, teacher: Tree, *_: Any) -> Tensor:
+            total: Tensor | float = 0.0
+            for layer in LAYERS:
+                ours, theirs = (self.compute_fsp_matrix(*side[layer].values()) for side in (student, teacher))
+                total = total + (ours - theirs).square().sum((1, 2)).mean()
+            assert isinstance(total, Tensor)
+            return total
+
+    for side in ("student", "teacher"):
+        sides[side] |= {"forward_hook": {"input": LAYERS, "output": LAYERS}}
+        if cut:
+            sides[side] |= {"sequential": [*STEM, *LAYERS]}
+    return {"flow": {"criterion": Squared({}), "weight": 1.0}}
+
+
+def _soft(distiller: Distiller) -> Tree:
+    places = {
+        f"{side}_module_{key}": "." if key == "path" else "output"
+        for side in ("student", "teacher")
+        for key in ("path", "io")
+    }
+    index = [objective.loss for objective in distiller.objectives].index("soft_targets")
+    weight, temperature = distiller._weights[index], distiller._options[index].get("temperature", 1.0)
+    return {
+        "soft": {
+            "criterion": {
+                "key": "KDLoss",
+                "kwargs": {**places, "temperature": temperature, "alpha": 1.0, "beta": weight},
+            },
+            "weight": 1.0,
+        }
+    }
+
+
+def _labels() -> Tree:
+    output = {"is_from_teacher": False, "module_path": ".", "io": "output"}
+    return {
+        "task": {
+            "criterion": {"key": "CrossEntropyLoss", "kwargs": {}},
+            "criterion_wrapper": {
+                "key": "SimpleLossWrapper",
+                "kwargs": {"input": output, "target": {"uses_label": True}},
+            },
+            "weight": 1.0,
+        }
+    }
+
+
+def agree(ours: Ours, theirs: Theirs) -> None:
+    """The first losses and gradients of every stage, on one batch, from the same weights."""
+    for (_, distiller, loop), (box, _) in zip(ours.stages, theirs.boxes, strict=True):
+        images, target, _ = next(iter(loop.batches))
+        distiller.train().set_epoch(0, loop.phase.epochs)
+        box.pre_epoch_process(epoch=0)
+        mine = distiller(images, target)["loss"]
+        other = box.forward_process(images, target, {})
+        torch.testing.assert_close(mine, other)
+        mine.backward()
+        other.backward()
+        gradients = [_gradients(distiller), _gradients(box.student_model)]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+        distiller.zero_grad()
+        box.optimizer.zero_grad()
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    """Sorted by norm, since the same parameter has two names."""
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return sorted(found, key=lambda gradient: (float(gradient.double().norm()), tuple(gradient.shape)))
+
+
+def savings(tree: Tree, compiled: bool) -> dict[str, tuple[Tree, bool]]:
+    """One after another: the recipe with each, and whether a forward ends at the last layer that is compared."""
+    viewed = tree | {"data": tree["data"] | {"views": 1}, "teacher": tree["teacher"] | {"cache": "cache"}}
+    last = viewed | {"channels_last": True}
+    found = {
+        "probe-kd, nothing saved": (tree, False),
+        "+ a forward ends at its last tap (the default)": (tree, True),
+        "+ `cache`, `views: 1`": (viewed, True),
+        "+ `channels_last`": (last, True),
+    }
+    if compiled:
+        found["+ `torchcompile`"] = (last | {"torchcompile": {"target": "student"}}, True)
+    return found
+
+
+def measure(tree: Tree, wishes: Any) -> tuple[Samples, int]:
+    """The seconds of every arm, and how many images were trained on in each."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        arms: dict[str, Arm] = {}
+        for number, (name, (changed, stops)) in enumerate(savings(tree, wishes.compile).items()):
+            place = Path(folder, str(number))
+            place.mkdir()
+            arms[name] = Ours(changed, place, stack, stops=stops)
+        ours = next(arm for arm in arms.values() if isinstance(arm, Ours))
+        peers: dict[str, Arm] = {
+            "torchdistill, whole models": Theirs(ours, cut=False),
+            "torchdistill, cut by hand": Theirs(ours, cut=True),
+        }
+        for peer in peers.values():
+            assert isinstance(peer, Theirs)
+            agree(ours, peer)
+        device = str(ours.run.accelerator.device)
+        images = sum(loop.phase.epochs * loop.steps * loop.batches.total_batch_size for _, _, loop in ours.stages)
+        seen = interleaved(peers | arms, 1 if wishes.quick else wishes.rounds or 3, 0 if wishes.quick else 1, device)
+    return seen, images
+
+
+def table(name: str, tree: Tree, seen: Samples, images: int) -> str:
+    whole, cut = "torchdistill, whole models", "torchdistill, cut by hand"
+    rows = [
+        [
+            arm,
+            f"{images / seen.milliseconds(arm) * 1000:,.0f}",
+            "1" if arm == whole else seen.ratio(arm, to=whole),
+            "1" if arm == cut else seen.ratio(arm, to=cut),
+        ]
+        for arm in seen.seconds
+    ]
+    stages = " and then ".join(f"{stage['epochs']} epochs of {', '.join(stage['losses'])}" for stage in tree["stages"])
+    return section(
+        f"A whole recipe beside torchdistill: {name}",
+        command(),
+        f"{tree['student']['model']} from {tree['teacher']['model']}, {stages}. Images per second of training, and "
+        "time as a ratio to torchdistill's, median (quartiles). Each saving comes on top of those above it. Losses and "
+        "gradients of both libraries were the same on one batch of every stage. `cut by hand`: torchdistill's "
+        "`sequential` names every layer that is to run, and a stage of labels alone has its `EmptyModule` for teacher.",
+        ["", "images/s", "to whole models", "to cut models"],
+        rows,
+    )
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes to warm up")
+    parser.add_argument("--only", help="one recipe: fitnets, fsp or soft_targets")
+    wishes = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.INFO)  # torchdistill tells its configuration
+    trees = {"fitnets": shipped("fitnets"), "fsp": shipped("fsp"), "soft_targets": yaml.safe_load(SOFT_TARGETS)}
+    for name, tree in trees.items():
+        if wishes.only not in (None, name):
+            continue
+        tree["data"] |= {"fraction": 0.1, "batch_size": 64}
+        if wishes.quick:
+            tree["data"] |= {"input_size": [3, 32, 32], "batch_size": 16, "fraction": 0.03}
+            for stage in tree["stages"]:
+                stage["epochs"] = 1
+        print(table(name, tree, *measure(tree, wishes)))
+
+
+if __name__ == "__main__":
+    main()
