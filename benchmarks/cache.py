@@ -17,7 +17,7 @@ import yaml
 from measure import Arm, command, interleaved, options, section
 from torch import Tensor
 
-from recipes import Ours, one_epoch
+from recipes import Ours, one_epoch, settle
 
 RECIPE = """\
 student: {model: resnet18, model_kwargs: {channels: [16, 32, 64, 128]}}
@@ -43,7 +43,7 @@ def main() -> None:
         "--profile", metavar="LOSSES", help="the functions that an epoch from the cache spends its time in"
     )
     wishes = parser.parse_args()
-    torch.set_num_threads(1)
+    settle(wishes.device)
     rows = []
     for name, losses in LOSSES.items():
         if wishes.profile in (None, name):

@@ -27,7 +27,7 @@ from probe_kd.data import _transform
 from probe_kd.loop import Loop, make_optimizer
 from probe_kd.report import Display
 from probe_kd.train import Run
-from recipes import Ours
+from recipes import Ours, settle
 
 RECIPE = """\
 student:
@@ -140,7 +140,7 @@ def agree(ours: Ours) -> None:
 
 def main() -> None:
     wishes = options(__doc__).parse_args()
-    torch.set_num_threads(1)
+    settle(wishes.device)
     tree = yaml.safe_load(RECIPE)
     tree["data"]["fraction"] = 0.1 if wishes.quick else 1.0
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

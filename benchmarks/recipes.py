@@ -8,6 +8,7 @@ and with a cache its key, its writing and its reading. Outside are building the 
 
 import copy
 import logging
+import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
@@ -55,6 +56,12 @@ def shipped(name: str) -> Tree:
         stage.pop("keep", None)
         stage["optimizer"].pop("lr_scale", None)
     return tree | {"baseline": False}
+
+
+def settle(device: str) -> None:
+    """One thread, and the device that was asked for: accelerate takes a GPU wherever there is one."""
+    torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = str(device == "cpu").lower()
 
 
 class Ours:
@@ -394,7 +401,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes to warm up")
     parser.add_argument("--only", help="one recipe: fitnets, fsp or soft_targets")
     wishes = parser.parse_args()
-    torch.set_num_threads(1)
+    settle(wishes.device)
     logging.disable(logging.INFO)  # torchdistill tells its configuration
     trees = {"fitnets": shipped("fitnets"), "fsp": shipped("fsp"), "soft_targets": yaml.safe_load(SOFT_TARGETS)}
     for name, tree in trees.items():

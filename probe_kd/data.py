@@ -286,8 +286,8 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 def _in_two(transform: Any) -> tuple[Callable[[Any], Any], Callable[[list[Any]], Sequence[Tensor]]]:
     """A transform of timm as what is drawn anew for each image, and what does the same to all images of a batch.
 
-    The second gives the same bits for a batch at once as for one image after the other, and at 32 pixels a side that
-    halves what an image costs. What comes after it, random erasing, keeps all of it to single images.
+    The second gives the same bits for a batch at once as for one image after the other, and of small images it is most
+    of what they cost. Where random erasing follows it, which draws too, all is done image by image.
     """
     from timm.data.transforms import MaybeToTensor
     from torchvision.transforms import Compose, Normalize

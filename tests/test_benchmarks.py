@@ -1,0 +1,40 @@
+"""The arms of a benchmark compute the same before they are timed. No time is asserted."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cache
+import loop
+import pytest
+import yaml
+
+import recipes
+
+
+@pytest.mark.parametrize("name", ["fitnets", "fsp"])
+def test_whole_recipes_are_those_of_torchdistill(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchdistill")
+    tree: dict[str, Any] = recipes.shipped(name)
+    tree["data"] |= {"batch_size": 16, "fraction": 0.03}
+    with ExitStack() as stack:
+        ours = recipes.Ours(tree, tmp_path, stack)
+        for cut in (False, True):
+            recipes.agree(ours, recipes.Theirs(ours, cut=cut))
+
+
+def test_the_loop_by_hand_is_that_of_a_stage(tmp_path: Path) -> None:
+    tree = yaml.safe_load(loop.RECIPE)
+    tree["data"]["fraction"] = 0.1
+    with ExitStack() as stack:
+        loop.agree(recipes.Ours(tree, tmp_path, stack))
+
+
+def test_an_epoch_is_read_from_the_cache(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        kept = cache._made(
+            cache.LOSSES["hints of three layers"], tmp_path / "kept", stack, SimpleNamespace(quick=True), cached=True
+        )
+        cache._read(kept, stack)
+        cache.agree(kept)
