@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check test-zoo bench docs clean
+.PHONY: help quickstart test check test-zoo bench study docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,11 @@ test-zoo: $(READY)  ## trace every model of timm, about ten minutes; writes zoo.
 
 bench: $(READY)  ## the benchmarks, as ratios against bare loops; writes benchmarks/results.md
 	$(BIN)/python benchmarks/all.py
+
+study: $(READY)  ## the methods against each other on Fashion-MNIST; hours, says how many, goes on where it was stopped
+	$(BIN)/python study/study.py
+	$(BIN)/python study/fit.py
+	$(BIN)/python study/report.py
 
 docs: $(READY)  ## the site, in site/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
