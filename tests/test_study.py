@@ -1,5 +1,6 @@
 """The study in small: its methods, one cell that is run and gone on with, and what is made of its tables."""
 
+import math
 from pathlib import Path
 
 import fit
@@ -45,6 +46,21 @@ def test_a_cell_chooses_by_held_out_images_and_goes_on_where_it_was(settings: st
     before = {folder: folder.stat().st_mtime_ns for folder in runs.values()}
     assert study.run_cell(cell, settings) == (rows, curves)
     assert {folder: folder.stat().st_mtime_ns for folder in runs.values()} == before
+
+
+def test_a_learning_rate_is_the_best_only_between_two_others() -> None:
+    for peak in study.RATES:
+        asked: list[float] = []
+
+        def accuracy(rate: float, peak: float = peak, asked: list[float] = asked) -> float:
+            asked.append(rate)
+            return -abs(math.log(rate / peak))
+
+        best, tried = study.choose(accuracy, study.RATES)
+        assert best == peak
+        assert sorted(asked) == tried
+        at = study.RATES.index(peak)
+        assert set(study.RATES[max(0, at - 1) : at + 2]) <= set(tried)
 
 
 def test_what_the_tables_say_follows_from_their_rows() -> None:
