@@ -496,7 +496,10 @@ def _weight(weight: float | Schedule) -> str:
 
 
 def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, folder: Path) -> None:
-    """The curves, and the summary for other programs, which marks the run as finished."""
+    """The tables, the curves, and the summary for other programs, which marks the run as finished."""
+    # The last checkpoint wrote the tables too, unless the run was killed between the two.
+    write_metrics(rows, folder / "metrics.csv")
+    write_timm_summary(rows, folder / "summary.csv")
     draw_curves(rows, folder / "curves.png")
     aside = folder / "summary.partial"
     found = {
