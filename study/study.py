@@ -44,6 +44,7 @@ RATES = (2e-4, 7e-4, 2e-3, 6e-3, 2e-2, 6e-2)
 FIRST = (2e-3, 6e-3)  # tried first; then what is beside the best, until both its neighbours are tried
 ALLOWED = ["timm"]  # the mixer is one of timm's classes, and none of its names
 FEW, ALL = "few", "all"  # images
+KNOWN = 15  # seconds in which a cell is only read, and says nothing of how long the others take
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,11 @@ def run_cell(cell: Cell, settings: Settings) -> tuple[Rows, Rows]:
     return rows, curves
 
 
+def timed_cell(cell: Cell, settings: Settings) -> tuple[tuple[Rows, Rows], float]:
+    started = time.perf_counter()
+    return run_cell(cell, settings), time.perf_counter() - started
+
+
 def _curve(cell: Cell, home: Path, rate: float, seed: int) -> Iterator[dict[str, Any]]:
     """The epochs of the student that were measured."""
     for row in read_metrics(home / f"lr{rate:g}-seed{seed}" / "metrics.csv"):
@@ -264,21 +270,22 @@ def write(rows: Rows, path: Path) -> None:
 
 def study(chosen: Sequence[Cell], settings: Settings, tables: Path, jobs: int, console: Console) -> None:
     """Everything, several runs at a time, saying how long the rest will take."""
-    started = time.perf_counter()
     rows: Rows = []
     curves: Rows = []
+    taken: list[float] = []
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         names = sorted({PAIRS[cell.pair] for cell in chosen})
         for name in pool.map(run_teacher, names, [settings] * len(names)):
             console.print(f"teacher {name} is there")
-        waiting = {pool.submit(run_cell, cell, settings): cell for cell in chosen}
+        waiting = {pool.submit(timed_cell, cell, settings): cell for cell in chosen}
         for count, future in enumerate(as_completed(waiting), 1):
-            done, run_by_run = future.result()
+            (done, run_by_run), seconds = future.result()
+            taken += [seconds] if seconds > KNOWN else []
             rows, curves = rows + done, curves + run_by_run
             write(rows, tables / "tests.csv")
             write(curves, tables / "curves.csv")
             tests = statistics.fmean(row["test"] for row in done)
-            left = (time.perf_counter() - started) / count * (len(chosen) - count) / 60
+            left = statistics.fmean(taken or [0]) * (len(chosen) - count) / jobs / 60
             cell = waiting[future]
             console.print(
                 f"{count}/{len(chosen)} {cell.images} {cell.pair} {cell.method}: {tests:.2f}; {left:.0f} minutes left",
