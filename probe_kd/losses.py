@@ -55,7 +55,7 @@ def _squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Te
     """The squared differences of one image's event, summed or averaged; then the mean over the batch.
 
     torch's own kernel, since a difference, a square and two means written out hold five tensors of a feature's size at
-    once on the way back, where it holds one, and take twice its time (benchmarks/losses.py).
+    once on the way back, where it holds one, and take twice its time.
     """
     if reduction not in ("sum", "mean"):
         raise LossError(
