@@ -227,11 +227,8 @@ class Distiller(nn.Module):
             options = {**options, "block_gradient": False}
         terms = []
         for comparison, adapter in zip(objective.comparisons, self._adapters_of(objective), strict=True):
-            student: Any = tuple(ours[pair.student] for pair in comparison.pairs)
-            teacher: Any = tuple(theirs[pair.teacher] for pair in comparison.pairs)
-            if objective.resolved.reads not in ("flows", "grams"):  # matrices are made of a tuple of maps
-                (student,), (teacher,) = student, teacher
-            terms.append(comparison.weight * objective.resolved.function(*adapter(student, teacher), **options))
+            features = comparison.features(ours, theirs, matrices=objective.resolved.reads_matrices)
+            terms.append(comparison.weight * objective.resolved.function(*adapter(*features), **options))
         return torch.stack(terms).sum()
 
     def audit(self, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:

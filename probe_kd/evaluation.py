@@ -337,7 +337,7 @@ class _Compared:
     stage: str = ""
     loss: str = ""
     comparison: Comparison | None = None
-    reads: str = ""
+    of_matrices: bool = False
     adapter: Adapter | None = None
     why: str = "no loss compares it"
     sums: Sums = field(default_factory=dict)
@@ -346,17 +346,10 @@ class _Compared:
     def pairs(self) -> tuple[Pair, ...]:
         return self.comparison.pairs if self.comparison else (self.pair,)
 
-    @property
-    def of_matrices(self) -> bool:
-        return self.reads in ("flows", "grams")
-
     def update(self, ours: Mapping[Tap, Tensor], theirs: Mapping[Tap, Tensor], kept: int) -> None:
-        if self.adapter is None:
+        if self.adapter is None or self.comparison is None:
             return
-        sides: Any = [[ours[pair.student] for pair in self.pairs], [theirs[pair.teacher] for pair in self.pairs]]
-        if not self.of_matrices:
-            sides = [side[0] for side in sides]
-        predicted, wanted = self.adapter(*sides)
+        predicted, wanted = self.adapter(*self.comparison.features(ours, theirs, matrices=self.of_matrices))
         self.sums = _add(self.sums, variance_sums(predicted[:kept], wanted[:kept]))
 
 
@@ -376,12 +369,12 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
             for comparison, adapter in zip(objective.comparisons, made.children(), strict=True):
                 assert isinstance(adapter, Adapter)
                 used |= set(comparison.pairs)
-                reads, why = objective.resolved.reads, ""
-                if reads == "maps":
+                why, matrices = "", objective.resolved.reads_matrices
+                if objective.resolved.reads == "maps":
                     why = "each side keeps its own channels"
                 elif adapter.parameter_count and not file.is_file():
                     why = f"the run has no {file.name}"
-                row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, reads, adapter, why)
+                row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, matrices, adapter, why)
                 yield replace(row, adapter=None) if why else row
     yield from (_Compared(pair) for pair in planned.pairs if pair not in used)
 

@@ -331,6 +331,11 @@ class Loss:
         return self.reads not in ("labels", "outputs")
 
     @property
+    def reads_matrices(self) -> bool:
+        """Whether it compares matrices, which are made of the maps at both ends of a flow."""
+        return self.reads in ("flows", "grams")
+
+    @property
     def options(self) -> tuple[str, ...]:
         """The names of its options."""
         parameters = signature(self.function).parameters.items()

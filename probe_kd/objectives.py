@@ -7,6 +7,7 @@ from math import isfinite, prod
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from probe_kd.adapters import (
     Activation,
@@ -55,6 +56,14 @@ class Comparison:
 
     def __str__(self) -> str:
         return self.label
+
+    def features(
+        self, student: Mapping[Tap, Tensor], teacher: Mapping[Tap, Tensor], *, matrices: bool
+    ) -> tuple[Any, Any]:
+        """What its adapter takes of each model's features: of `matrices` all of its taps as a tuple, else its one."""
+        ours = tuple(student[pair.student] for pair in self.pairs)
+        theirs = tuple(teacher[pair.teacher] for pair in self.pairs)
+        return (ours, theirs) if matrices else (ours[0], theirs[0])
 
 
 @dataclass(frozen=True)

@@ -108,11 +108,8 @@ def explained(bench: Bench, distiller: Distiller, objective: Objective) -> tuple
         seen, wanted = student(bench.held_out), teacher(bench.held_out)
     shares, raw = [], []
     for comparison, adapter in zip(objective.comparisons, adapters.children(), strict=True):  # type: ignore[arg-type]
-        mine: Any = tuple(seen[pair.student] for pair in comparison.pairs)
-        yours: Any = tuple(wanted[pair.teacher] for pair in comparison.pairs)
-        if objective.resolved.reads not in ("flows", "grams"):
-            (mine,), (yours,) = mine, yours
-        predicted, target = adapter(mine, yours)
+        features = comparison.features(seen, wanted, matrices=objective.resolved.reads_matrices)
+        predicted, target = adapter(*features)
         if objective.resolved.reads == "maps":  # the attention maps, which are what is compared
             predicted, target = (F.normalize(it.square().mean(1).flatten(1), dim=1) for it in (predicted, target))
         shares.append(explained_variance(variance_sums(predicted, target)))
