@@ -13,7 +13,6 @@ the map does alone), and for another teacher of the same kind.
 """
 
 import argparse
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,8 @@ from probe_kd.evaluation import explained_variance, variance_sums
 from probe_kd.models import build_model
 from probe_kd.planner import plan
 from probe_kd.recipe import load
-from study import ALLOWED, PAIRS, RECIPES, ROOT, Rows, bring_images
+from probe_kd.report import write_metrics
+from study import ALLOWED, BUDGETS, PAIRS, RECIPES, ROOT, Rows, Settings, bring_images, run_teacher, teacher_folder
 
 STAGES = {
     "resnet-resnet": ("layer2", "layer2"),
@@ -69,12 +69,12 @@ class Bench:
     held_out: Tensor
     student: tuple[str, Mapping[str, Any]]
     input: InputSpec
-    answers: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
+    answers: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, pair: str, out: Path) -> "Bench":
         found = plan(load(RECIPES / f"{pair}.yaml", sets=["data.fraction=1.0"]), allow_import=ALLOWED)
-        teacher = load_student(out / "teachers" / PAIRS[pair] / "student.safetensors", allow_import=ALLOWED).eval()
+        teacher = load_student(teacher_folder(PAIRS[pair], out) / "student.safetensors", allow_import=ALLOWED).eval()
         parts = [(found.datasets.train, TRAIN), (found.datasets.held_out, HELD_OUT)]
         images = []
         for dataset, count in parts:
@@ -91,11 +91,10 @@ class Bench:
     @torch.no_grad()
     def told(self, distiller: Distiller, name: str) -> list[Tensor]:
         """What the teacher gives at these taps for all training images, asked once."""
-        key = (name, id(self.teacher))
-        if key not in self.answers:
+        if name not in self.answers:
             parts = [distiller.ask(batch) for batch in self.train.split(500)]
-            self.answers[key] = [torch.cat(tap) for tap in zip(*parts, strict=True)]
-        return self.answers[key]
+            self.answers[name] = [torch.cat(tap) for tap in zip(*parts, strict=True)]
+        return self.answers[name]
 
 
 @torch.no_grad()
@@ -125,18 +124,14 @@ def fit(
     torch.manual_seed(seed)
     distiller = Distiller(student, bench.teacher, [objective], student_input=bench.input, teacher_input=bench.input)
     trained = distiller.adapters if frozen else distiller
-    optimizer = (
-        torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.0)
-        if any(True for _ in trained.parameters())
-        else None
-    )
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.0)
     order = torch.Generator().manual_seed(seed)
     told, rows = bench.told(distiller, arm), []
     for step in range(steps + 1):
         if step in LOOKS or step == steps:
             share, raw = explained(bench, distiller, objective)
             rows.append({"step": step, "explained": round(share, 5), "uncentred": round(raw, 5)})
-        if step == steps or optimizer is None:
+        if step == steps:
             break
         distiller.train()
         if frozen:
@@ -181,7 +176,8 @@ def run_pair(pair: str, out: Path, seeds: Sequence[int]) -> tuple[Rows, Rows]:
     for seed in seeds:
         crossed += _cross(bench, home, "nothing", 0.0, seed)
     if PAIRS[pair] == "resnet":
-        crossed += _cross(bench, home, "another teacher", 0.0, seeds[0], out / "teachers" / "resnet-other-seed")
+        run_teacher("resnet", Settings(out, BUDGETS), seed=1)
+        crossed += _cross(bench, home, "another teacher", 0.0, seeds[0], teacher_folder("resnet", out, seed=1))
     return curves, crossed
 
 
@@ -214,14 +210,6 @@ def _cross(bench: Bench, home: Path, backbone: str, rate: float, seed: int, othe
     return found
 
 
-def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", action="append", choices=PAIRS, help="only this pair of models; may be repeated")
@@ -231,13 +219,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     bring_images(options.out / "data")
+    options.tables.mkdir(parents=True, exist_ok=True)
     curves: Rows = []
     crossed: Rows = []
     for pair in options.pair or PAIRS:
         more = run_pair(pair, options.out, range(options.seeds))
         curves, crossed = curves + more[0], crossed + more[1]
-        write(curves, options.tables / "fit.csv")
-        write(crossed, options.tables / "crossfit.csv")
+        write_metrics(curves, options.tables / "fit.csv")
+        write_metrics(crossed, options.tables / "crossfit.csv")
 
 
 if __name__ == "__main__":

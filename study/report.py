@@ -101,7 +101,7 @@ def boosters(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def indicators(curves: Sequence[Row]) -> Iterator[str]:
-    """Whether a smaller loss goes with a better student: over the runs of a cell, and along each run."""
+    """Whether a smaller loss goes with a better student: over the runs of a cell."""
     lines = []
     for (images, pair, method), cell in groups(curves, "images", "pair", "method").items():
         runs = groups([row for row in cell if row["stage"] == "train"], "lr", "seed").values()
@@ -122,9 +122,9 @@ def fits(rows: Sequence[Row]) -> Iterator[str]:
     for (pair, arm), cell in groups(rows, "pair", "arm").items():
         runs = list(groups(cell, "seed").values())
         ends = [run[-1] for run in runs]
-        steps = [" / ".join(f"{fmean(_steps(run, share) for run in runs):.0f}" for share in (0.5, 0.9))]
+        steps = " / ".join(f"{fmean(_steps(run, share) for run in runs):.0f}" for share in (0.5, 0.9))
         shares = [spread([end[key] for end in ends], 3) for key in ("explained", "uncentred")]
-        lines.append((pair, arm, f"{ends[0]['lr']:g}", *shares, *steps))
+        lines.append((pair, arm, f"{ends[0]['lr']:g}", *shares, steps))
     if lines:
         head = ("pair", "loss", "lr", "variance explained", "the same, not centred", "steps to 50 / 90 % of it")
         yield table(*head, rows=lines) + "\n"
@@ -153,9 +153,8 @@ def crossfits(rows: Sequence[Row]) -> Iterator[str]:
 def draw_gains(rows: Sequence[Row]) -> None:
     gained = {key: value for key, value in gains(rows).items() if key[2] != "alone"}
     panels = list(dict.fromkeys(key[:2] for key in gained))
-    figure = Figure(figsize=(11, 3.2 * -(-len(panels) // 2)), layout="constrained")
-    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
-    for place, (images, pair) in zip(axes, panels, strict=False):
+    figure, axes = _panels(len(panels), 3.2)
+    for place, (images, pair) in zip(axes, panels, strict=True):
         own = {key[2]: value for key, value in gained.items() if key[:2] == (images, pair)}
         for line, values in enumerate(own.values()):
             place.plot(values, [line] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
@@ -166,16 +165,13 @@ def draw_gains(rows: Sequence[Row]) -> None:
         place.set_title(f"{pair.replace('-', ' <- ')}, {'5 %' if images == 'few' else 'all'} of the images", fontsize=9)
         place.set_xlabel("points over the student alone", fontsize=8)
         place.grid(alpha=0.3)
-    for place in axes[len(panels) :]:
-        place.remove()
     _save(figure, "gains")
 
 
 def draw_fits(rows: Sequence[Row]) -> None:
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
-    figure = Figure(figsize=(11, 3.4 * -(-len(pairs) // 2)), layout="constrained")
-    axes = figure.subplots(-(-len(pairs) // 2), 2, squeeze=False).flatten()
-    for place, pair in zip(axes, pairs, strict=False):
+    figure, axes = _panels(len(pairs), 3.4)
+    for place, pair in zip(axes, pairs, strict=True):
         for (arm,), cell in groups([row for row in rows if row["pair"] == pair], "arm").items():
             steps = groups(cell, "step")
             points = [(step + 1, max(-0.2, fmean(row["explained"] for row in at))) for (step,), at in steps.items()]
@@ -183,9 +179,17 @@ def draw_fits(rows: Sequence[Row]) -> None:
         place.set(xscale="log", title=pair.replace("-", " <- "), xlabel="step + 1", ylabel="variance explained")
         place.grid(alpha=0.3)
         place.legend(fontsize=7)
-    for place in axes[len(pairs) :]:
-        place.remove()
     _save(figure, "fit")
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Any]]:
+    """So many axes, two in a row, each so many inches high."""
+    rows = -(-count // 2)
+    figure = Figure(figsize=(11, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 2, squeeze=False).flatten())
+    for empty in axes[count:]:
+        empty.remove()
+    return figure, axes[:count]
 
 
 def _save(figure: Figure, name: str) -> None:

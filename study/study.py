@@ -10,7 +10,6 @@ curves.csv. The runs lie in runs/study, each a folder of `probe-kd train`; a run
 """
 
 import argparse
-import csv
 import gzip
 import json
 import multiprocessing
@@ -20,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from probe_kd.comparing import read_metrics
 from probe_kd.data import loader
 from probe_kd.planner import Plan, plan
 from probe_kd.recipe import load
-from probe_kd.report import Display
+from probe_kd.report import Display, write_metrics
 from probe_kd.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +78,7 @@ class Settings:
 BUDGETS = {FEW: Budget(0.05, 6, 64, 0.5), ALL: Budget(1.0, 2, 128, 0.2)}
 
 
+@cache
 def known() -> dict[str, Any]:
     """study/methods.yaml."""
     found: dict[str, Any] = YAML(typ="safe").load(Path(__file__).with_name("methods.yaml"))
@@ -126,7 +127,11 @@ def sets_of(cell: Cell, rate: float, settings: Settings) -> list[str]:
 
 
 def teacher_of(pair: str, settings: Settings) -> Path:
-    return settings.out / "teachers" / PAIRS[pair]
+    return teacher_folder(PAIRS[pair], settings.out)
+
+
+def teacher_folder(name: str, out: Path, seed: int = 0) -> Path:
+    return out / "teachers" / (f"{name}-seed{seed}" if seed else name)
 
 
 def planned(recipe: Path, seed: int, sets: Sequence[str]) -> Plan:
@@ -140,10 +145,7 @@ def run(recipe: Path, seed: int, sets: Sequence[str], folder: Path) -> dict[str,
     """Train, or go on, or find it done. Returns its summary by role, with accuracies on the held-out images."""
     summary = folder / "summary.json"
     if not summary.exists():
-        started = time.perf_counter()
-        resume = (folder / "recipe.yaml").exists()
-        train(planned(recipe, seed, sets), folder, Display(Console(quiet=True)), resume=resume)
-        (folder / "seconds.txt").write_text(f"{time.perf_counter() - started:.1f}", encoding="utf-8")
+        train(planned(recipe, seed, sets), folder, Display(Console(quiet=True)), resume=True)
     results: list[dict[str, Any]] = json.loads(summary.read_text(encoding="utf-8"))["results"]
     return {result["role"]: result for result in results}
 
@@ -168,23 +170,23 @@ def test(recipe: Path, seed: int, sets: Sequence[str], folder: Path, teacher: Pa
 @torch.no_grad()
 def _answers(found: Plan, weights: Path) -> tuple[Tensor, Tensor]:
     """What the model of these weights answers; kept beside a teacher, which many runs ask for."""
+    of_teacher = weights.parent.parent.name == "teachers"
     kept = weights.with_suffix(f".{len(found.datasets.test)}.pt")  # type: ignore[arg-type]
-    if weights.parent.parent.name == "teachers" and kept.exists():
+    if of_teacher and kept.exists():
         answers, target = torch.load(kept)
         return answers, target
     model = load_student(weights, allow_import=ALLOWED).eval()
     batches = list(loader(found.datasets.test, found.recipe.data, found.student_input, training=False))
     answers = torch.cat([model(images).argmax(1) for images, _ in batches])
     target = torch.cat([target for _, target in batches])
-    if weights.parent.parent.name == "teachers":
+    if of_teacher:
         torch.save((answers, target), kept)
     return answers, target
 
 
 def run_teacher(name: str, settings: Settings, seed: int = 0) -> str:
     torch.set_num_threads(1)
-    folder = settings.out / "teachers" / (name if seed == 0 else f"{name}-seed{seed}")
-    run(RECIPES / f"teacher-{name}.yaml", seed, settings.sets, folder)
+    run(RECIPES / f"teacher-{name}.yaml", seed, settings.sets, teacher_folder(name, settings.out, seed))
     return name
 
 
@@ -258,14 +260,11 @@ def _curve(cell: Cell, home: Path, rate: float, seed: int) -> Iterator[dict[str,
 
 def write(rows: Rows, path: Path) -> None:
     order = {cell: place for place, cell in enumerate(cells())}
-    path.parent.mkdir(parents=True, exist_ok=True)
     ranked = sorted(
         rows, key=lambda row: (order[Cell(row["images"], row["pair"], row["method"])], row["lr"], row["seed"])
     )
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(ranked[0]))
-        writer.writeheader()
-        writer.writerows(ranked)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_metrics(ranked, path)
 
 
 def study(chosen: Sequence[Cell], settings: Settings, tables: Path, jobs: int, console: Console) -> None:
