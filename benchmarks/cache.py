@@ -9,6 +9,7 @@ nothing read: what a cache could be at best.
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def _read(ours: Ours, stack: ExitStack) -> Arm:
     stack.callback(loop.cache.close)
     while not loop.cache._there or not all(bool(there.all()) for there in loop.cache._there):
         one_epoch(loop, 0)
-        loop.phase = loop.phase.__class__(**{**vars(loop.phase), "age": loop.phase.age + 1})  # another order
+        loop.phase = replace(loop.phase, age=loop.phase.age + 1)  # another order
     return lambda: one_epoch(loop, 0)
 
 

@@ -21,13 +21,11 @@ from measure import command, interleaved, options, section
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from probe_kd.data import _transform
-from probe_kd.loop import Loop, make_optimizer
+from probe_kd.loop import make_optimizer
 from probe_kd.report import Display
-from probe_kd.train import Run
-from recipes import Ours, settle
+from recipes import Ours, Plain, one_epoch, settle
 
 RECIPE = """\
 student:
@@ -42,21 +40,6 @@ stages:
       soft: {loss: soft_targets, temperature: 4.0}
     optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.05}
 """
-
-
-class Plain(Dataset[Any]):
-    """Images through timm's transform, one by one, as timm's own datasets do it."""
-
-    def __init__(self, run: Run) -> None:
-        self.images = run.plan.datasets.train
-        self.transform = _transform(run.plan.recipe.data, run.plan.student_input, True)
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, target = self.images[index]
-        return self.transform(image), target
 
 
 def by_hand(ours: Ours, device: str, loader: Any = None) -> Callable[[], None]:
@@ -83,7 +66,7 @@ def by_hand(ours: Ours, device: str, loader: Any = None) -> Callable[[], None]:
 
 def plain_loader(ours: Ours) -> DataLoader[Any]:
     size = ours.plan.recipe.data.batch_size
-    return DataLoader(Plain(ours.run), batch_size=size, shuffle=True, drop_last=True)
+    return DataLoader(Plain(ours, ours.stages[0][0]), batch_size=size, shuffle=True, drop_last=True)
 
 
 def by_hand_loss(output: Tensor, told: Tensor, target: Tensor) -> Tensor:
@@ -105,15 +88,6 @@ def as_train(ours: Ours) -> Callable[[], None]:
     ours.run.display = Display(Console(file=io.StringIO(), force_terminal=True, width=120))
     ours.run.display.begin("student: stage", loop.phase.epochs, loop.steps, 0)
     return lambda: ours.run._train_epoch(loop, 0) and None
-
-
-def the_loop(loop: Loop) -> Callable[[], None]:
-    def epoch() -> None:
-        loop.sums = {}
-        for _ in loop.run(0):
-            pass
-
-    return epoch
 
 
 def loader_of(batches: Any) -> Callable[[], None]:
@@ -155,7 +129,7 @@ def main() -> None:
         arms = {
             "by hand": by_hand(parts[2], device),
             "by hand, with probe-kd's loader": by_hand(parts[2], device, parts[2].stages[0][2].batches),
-            "`train` without its bar": the_loop(loop),
+            "`train` without its bar": lambda: one_epoch(loop, 0),
             "`train` with its bar": as_train(parts[1]),
             "timm's transform in a plain DataLoader": loader_of(plain_loader(parts[2])),
             "probe-kd's loader": loader_of(parts[2].stages[0][2].batches),

@@ -13,13 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
-from typing import Any
 
 import torch
 
 Arm = Callable[[], object]
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -49,26 +46,14 @@ class Samples:
     def milliseconds(self, arm: str) -> float:
         return 1000 * statistics.median(self.seconds[arm])
 
-    def more(self, arm: str, than: str) -> Spread:
-        """How many milliseconds the arm takes more than the other, over the differences of each round."""
-        pairs = zip(self.seconds[arm], self.seconds[than], strict=True)
-        return Spread.of([1000 * (ours - theirs) for ours, theirs in pairs])
-
     def ratio(self, arm: str, to: str) -> Spread:
         """How long the arm takes beside `to`: over the ratios of each round, so that a busy moment falls on both."""
         pairs = zip(self.seconds[arm], self.seconds[to], strict=True)
         return Spread.of([ours / theirs for ours, theirs in pairs])
 
 
-def interleaved(
-    arms: Mapping[str, Arm], rounds: int, warmup: int = 2, device: str = "cpu", clock: Clock = time.perf_counter
-) -> Samples:
-    """Every arm once a round, each round in another order, so that none always follows the same other.
-
-    `clock=time.process_time` counts only what this process computed, which another busy process disturbs less: right
-    for one thread on the CPU that waits for nothing. A GPU is measured by the wall whatever it says.
-    """
-    clock = time.perf_counter if device.startswith("cuda") else clock
+def interleaved(arms: Mapping[str, Arm], rounds: int, warmup: int = 2, device: str = "cpu") -> Samples:
+    """Every arm once a round, each round in another order, so that none always follows the same other."""
     names = list(arms)
     for _ in range(warmup):
         for name in names:
@@ -79,16 +64,16 @@ def interleaved(
         order = names[shift:] + names[:shift]
         # Backwards every other time round: a rotation alone would keep every arm's predecessor.
         for name in order if number // len(names) % 2 == 0 else order[::-1]:
-            seconds[name].append(_timed(arms[name], device, clock))
+            seconds[name].append(_timed(arms[name], device))
     return Samples(seconds)
 
 
-def _timed(arm: Arm, device: str, clock: Clock) -> float:
+def _timed(arm: Arm, device: str) -> float:
     _wait(device)
-    started = clock()
+    started = time.perf_counter()
     arm()
     _wait(device)
-    return clock() - started
+    return time.perf_counter() - started
 
 
 def _wait(device: str) -> None:
@@ -120,35 +105,15 @@ def peak_bytes(arm: Arm, device: str = "cpu") -> int:
     return peak
 
 
-def peak_rss(arm: Arm, how: str = "fork") -> int:
-    """How far the resident memory of a process rises when it runs the arm once, in a child made for it.
-
-    `spawn` begins with an empty process, for which the arm has to be a function of a module.
-    """
-    context = get_context(how)
-    receiving, sending = context.Pipe(duplex=False)
-    child = context.Process(target=_rss_of, args=(arm, sending))  # type: ignore[attr-defined]
-    child.start()
-    sending.close()
-    try:
-        grown: int = receiving.recv()
-    finally:
-        child.join()
-    return grown
+def time_cells(samples: Samples, arm: str, to: str) -> tuple[object, ...]:
+    """Two cells of a row: the milliseconds of `to`, and the time of the arm as a multiple of it."""
+    return f"{samples.milliseconds(to):.0f}", samples.ratio(arm, to=to)
 
 
-def _rss_of(arm: Arm, sending: Any) -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark falls to where the process stands now
-    before = _status("VmRSS")
-    arm()
-    sending.send(_status("VmHWM") - before)
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(key))
-    return 1024 * int(line.split()[1])
+def memory_cells(arms: Mapping[str, Arm], arm: str, to: str, device: str) -> tuple[object, ...]:
+    """Two cells of a row: MiB of tensors at the peak of `to`, and the peak of the arm as a multiple of it."""
+    base, peak = (peak_bytes(arms[name], device) for name in (to, arm))
+    return f"{base / 2**20:.0f}", f"{peak / base:.3f}"
 
 
 def section(title: str, command: str, meaning: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

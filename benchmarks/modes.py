@@ -52,14 +52,11 @@ def early(case: Case, loss: str, rounds: int, device: str) -> tuple[object, ...]
     same_weights(made, case, device)
     arms = dict(zip(("early", "whole"), (arm(distiller, case, device) for distiller in made), strict=True))
     samples = measure.interleaved(arms, rounds, device=device)
-    peaks = {name: measure.peak_bytes(step, device) for name, step in arms.items()}
     return (
         str(case),
         f"{loss} alone at {', '.join(case.pairs)}",
-        f"{samples.milliseconds('whole'):.0f}",
-        samples.ratio("early", to="whole"),
-        f"{peaks['whole'] / 2**20:.0f}",
-        f"{peaks['early'] / peaks['whole']:.3f}",
+        *measure.time_cells(samples, "early", to="whole"),
+        *measure.memory_cells(arms, "early", to="whole", device=device),
     )
 
 
@@ -74,13 +71,7 @@ def compiled(case: Case, losses: Sequence[str], rounds: int, device: str) -> tup
     step()
     took = time.perf_counter() - started
     samples = measure.interleaved({**arms, "compiled": step}, rounds, device=device)
-    return (
-        str(case),
-        " + ".join(losses),
-        f"{samples.milliseconds('eager'):.0f}",
-        samples.ratio("compiled", to="eager"),
-        f"{took:.0f}",
-    )
+    return (str(case), " + ".join(losses), *measure.time_cells(samples, "compiled", to="eager"), f"{took:.0f}")
 
 
 def last(case: Case, losses: Sequence[str], rounds: int, device: str) -> tuple[object, ...]:
@@ -98,14 +89,11 @@ def last(case: Case, losses: Sequence[str], rounds: int, device: str) -> tuple[o
         (made[1](moved, target)["loss"], list(made[1].parameters())),
     )
     samples = measure.interleaved(arms, rounds, device=device)
-    peaks = {name: measure.peak_bytes(step, device) for name, step in arms.items()}
     return (
         str(case),
         " + ".join(losses),
-        f"{samples.milliseconds('contiguous'):.0f}",
-        samples.ratio("last", to="contiguous"),
-        f"{peaks['contiguous'] / 2**20:.0f}",
-        f"{peaks['last'] / peaks['contiguous']:.3f}",
+        *measure.time_cells(samples, "last", to="contiguous"),
+        *measure.memory_cells(arms, "last", to="contiguous", device=device),
     )
 
 

@@ -5,19 +5,18 @@ python benchmarks/peers.py [--quick] [--device cuda]
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import measure
 import torch
-from step import CASES, QUICK, TEMPERATURE, WEIGHTS, Case, agree, step_of
+from step import CASES, QUICK, SOFT, TASK, TEMPERATURE, WEIGHTS, Case, agree, built, half, step_of
 from timm.task import FeatureDistillationTask, LogitDistillationTask
 from torch import Tensor, nn
 from torchdistill.core.distillation import DistillationBox
 
-from probe_kd import Distiller, InputSpec, Loss, Objective, Pair
+from probe_kd import Distiller, Loss, Objective, Pair
+from recipes import at, labels_term, soft_term, term
 
-SELF = {"path": ".", "io": "output"}  # the model itself
 # What the models' heads take: timm.task compares it, after the pooling.
 PRELOGITS = {"resnet": "fc@input", "convnext": "head.fc@input", "vit": "head@input"}
 
@@ -27,24 +26,18 @@ def column_norms(student: Tensor, teacher: Tensor, /) -> Tensor:
     return (student - teacher).norm(dim=1).sum() / len(student)
 
 
-def ours(case: Case, objectives: Sequence[Objective], device: str) -> Distiller:
-    same = InputSpec((3, case.size, case.size))
-    return Distiller(*case.models(), objectives, student_input=same, teacher_input=same).train().to(device)
-
-
 def torchdistill_terms(case: Case, loss: str) -> dict[str, Any]:
     """Its configuration of one loss, over pairs of one width."""
     pairs = case.pairs.items()
-    logits = {"module_path": ".", "io": "output", "is_from_teacher": False}
     if loss == "task":
-        return {"task": _term("CrossEntropyLoss", {}, 1.0, {"input": logits, "target": {"uses_label": True}})}
+        return labels_term()
     if loss == "soft":
-        where = {f"{side}_module_{key}": value for side in ("student", "teacher") for key, value in SELF.items()}
-        given = {**where, "temperature": TEMPERATURE, "alpha": WEIGHTS["task"], "beta": WEIGHTS["soft"]}
-        return {"soft": _term("KDLoss", given, 1.0)}  # it holds the labels' loss too
+        return soft_term(TEMPERATURE, WEIGHTS["soft"])
     if loss == "hint":
         return {
-            f"hint {mine}": _term("MSELoss", {}, WEIGHTS["hint"], {"input": _at(mine, False), "target": _at(his, True)})
+            f"hint {mine}": term(
+                "MSELoss", {}, WEIGHTS["hint"], wrapped={"input": at(mine), "target": at(his, from_teacher=True)}
+            )
             for mine, his in pairs
         }
     ends = {
@@ -55,18 +48,7 @@ def torchdistill_terms(case: Case, loss: str) -> dict[str, Any]:
         }
         for mine, his in pairs
     }
-    return {"fsp": _term("FSPLoss", {"fsp_pairs": ends}, WEIGHTS["fsp"])}
-
-
-def _at(name: str, from_teacher: bool) -> dict[str, Any]:
-    return {"module_path": name, "io": "output", "is_from_teacher": from_teacher}
-
-
-def _term(key: str, given: dict[str, Any], weight: float, wrapped: dict[str, Any] | None = None) -> dict[str, Any]:
-    term: dict[str, Any] = {"criterion": {"key": key, "kwargs": given}, "weight": weight}
-    if wrapped is not None:
-        term["criterion_wrapper"] = {"key": "SimpleLossWrapper", "kwargs": wrapped}
-    return term
+    return {"fsp": term("FSPLoss", {"fsp_pairs": ends}, WEIGHTS["fsp"])}
 
 
 def torchdistill_box(case: Case, losses: Sequence[str], like: Distiller, device: str) -> DistillationBox:
@@ -94,15 +76,14 @@ def torchdistill_box(case: Case, losses: Sequence[str], like: Distiller, device:
 
 def beside_torchdistill(case: Case, losses: Sequence[str], device: str) -> dict[str, measure.Arm]:
     pairs = [Pair(*names) for names in case.pairs.items()]
-    soft = Objective("soft_targets", "soft", weight=WEIGHTS["soft"], options={"temperature": TEMPERATURE})
     flows = Loss(column_norms, "flows")
     known = {
-        "task": Objective("cross_entropy", "task"),
-        "soft": soft,
+        "task": TASK,
+        "soft": SOFT,
         "hint": Objective("hint", pairs=pairs, weight=WEIGHTS["hint"], policy="never"),
         "fsp": Objective(flows, "fsp", pairs=pairs, weight=WEIGHTS["fsp"], policy="never"),
     }
-    distiller = ours(case, [known[loss] for loss in losses], device)
+    distiller = built(case, [known[loss] for loss in losses]).to(device)
     box = torchdistill_box(case, losses, distiller, device)
     images, target = case.data(device)
     reached = _reached(distiller(images, target)["loss"], distiller.student)
@@ -111,7 +92,7 @@ def beside_torchdistill(case: Case, losses: Sequence[str], device: str) -> dict[
     agree((distiller(images, target)["loss"], mine), (box.forward_process(images, target), theirs))
 
     def peer() -> None:
-        with _half(device):
+        with half(device):
             loss = box.forward_process(images, target)
         box.post_forward_process(loss)
 
@@ -124,15 +105,10 @@ def _reached(loss: Tensor, student: nn.Module) -> set[str]:
     return {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
 
 
-def _half(device: str) -> Any:
-    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
-
-
 def beside_timm(case: Case, kind: str, device: str) -> dict[str, measure.Arm]:
     """`soft`: its LogitDistillationTask; `hint`: its FeatureDistillationTask, one hint at what the heads take."""
-    task = Objective("cross_entropy", "task")
     if kind == "soft":
-        other = Objective("soft_targets", "soft", weight=WEIGHTS["soft"], options={"temperature": TEMPERATURE})
+        other = SOFT
     else:
         taps = [
             next(tap for family, tap in PRELOGITS.items() if family in name) for name in (case.student, case.teacher)
@@ -140,7 +116,7 @@ def beside_timm(case: Case, kind: str, device: str) -> dict[str, measure.Arm]:
         widths = [model.head_hidden_size for model in case.models()]
         policy = "never" if widths[0] == widths[1] else "auto"  # timm projects only where it must
         other = Objective("hint", pairs=[tuple(taps)], weight=WEIGHTS["hint"], policy=policy)
-    distiller = ours(case, [task, other], device)
+    distiller = built(case, [TASK, other]).to(device)
     student, teacher = case.models()
     student.load_state_dict(distiller.student.state_dict())
     given = {"criterion": nn.CrossEntropyLoss(), "task_loss_weight": 1.0, "verbose": False}
@@ -170,15 +146,12 @@ def _projector(distiller: Distiller) -> nn.Module:
 
 def row(case: Case, peer: str, what: str, arms: dict[str, measure.Arm], rounds: int, device: str) -> tuple[object, ...]:
     samples = measure.interleaved(arms, rounds, device=device)
-    peaks = {name: measure.peak_bytes(arm, device) for name, arm in arms.items()}
     return (
         peer,
         str(case),
         what,
-        f"{samples.milliseconds('ours'):.0f}",
-        samples.ratio("peer", to="ours"),
-        f"{peaks['ours'] / 2**20:.0f}",
-        f"{peaks['peer'] / peaks['ours']:.3f}",
+        *measure.time_cells(samples, "peer", to="ours"),
+        *measure.memory_cells(arms, "peer", to="ours", device=device),
     )
 
 

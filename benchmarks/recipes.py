@@ -149,7 +149,7 @@ class Theirs:
                 model.requires_grad_(True)
             student, teacher = models
             config = _config(distiller, loop, cut)
-            images = {"train": _Images(ours, subject)}
+            images = {"train": Plain(ours, subject)}
             device = ours.run.accelerator.device
             box = peer.get_distillation_box(teacher.eval(), student, images, config, device, None, False, 1.0)
             self.boxes.append((box, loop.phase.epochs))
@@ -166,8 +166,8 @@ class Theirs:
                 box.post_epoch_process()
 
 
-class _Images(torch.utils.data.Dataset[Any]):
-    """Through timm's transform, image by image."""
+class Plain(torch.utils.data.Dataset[Any]):
+    """Images through timm's transform, one by one, as timm's own datasets do it."""
 
     def __init__(self, ours: Ours, subject: Subject) -> None:
         self.images = ours.plan.datasets.train
@@ -195,9 +195,11 @@ def _config(distiller: Distiller, loop: Loop, cut: bool) -> Tree:
     elif "fsp" in names:
         terms = _fsp(sides, cut)
     elif "soft_targets" in names:
-        terms = _soft(distiller)
+        index = names.index("soft_targets")
+        weight, temperature = distiller._weights[index], distiller._options[index].get("temperature", 1.0)
+        terms = soft_term(temperature, weight)
     else:
-        terms = _labels()
+        terms = labels_term()
         if cut:  # its own sample of FSP lets the teacher run here for nothing
             sides["teacher"] |= {"auxiliary_model_wrapper": {"key": "EmptyModule", "kwargs": {}}}
     size, group = loop.batches.total_batch_size, loop.phase.optimizer
@@ -247,15 +249,8 @@ def _hint(sides: Tree, distiller: Distiller, cut: bool) -> Tree:
         sides["student"] |= {"auxiliary_model_wrapper": {"key": "with_regressor", "kwargs": {}}}
         sides["student"]["forward_hook"] = {"output": ["student_model.layer2", "regressor"]}
         place = "regressor"
-    student = {"is_from_teacher": False, "module_path": place, "io": "output"}
-    teacher = {"is_from_teacher": True, "module_path": "layer2", "io": "output"}
-    return {
-        "hint": {
-            "criterion": {"key": "MSELoss", "kwargs": {}},
-            "criterion_wrapper": {"key": "SimpleLossWrapper", "kwargs": {"input": student, "target": teacher}},
-            "weight": 1.0,
-        }
-    }
+    student, teacher = at(place), at("layer2", from_teacher=True)
+    return {"hint": term("MSELoss", wrapped={"input": student, "target": teacher})}
 
 
 def _fsp(sides: Tree, cut: bool) -> Tree:
@@ -279,37 +274,31 @@ def _fsp(sides: Tree, cut: bool) -> Tree:
     return {"flow": {"criterion": Squared({}), "weight": 1.0}}
 
 
-def _soft(distiller: Distiller) -> Tree:
-    places = {
-        f"{side}_module_{key}": "." if key == "path" else "output"
+def at(path: str, *, from_teacher: bool = False) -> Tree:
+    """The output of a module, as torchdistill names it; `.` is the model."""
+    return {"module_path": path, "io": "output", "is_from_teacher": from_teacher}
+
+
+def term(key: str, given: Tree | None = None, weight: float = 1.0, *, wrapped: Tree | None = None) -> Tree:
+    """One loss in torchdistill's form; `wrapped` are the tensors of one that is torch's own."""
+    found: Tree = {"criterion": {"key": key, "kwargs": given or {}}, "weight": weight}
+    if wrapped is not None:
+        found["criterion_wrapper"] = {"key": "SimpleLossWrapper", "kwargs": wrapped}
+    return found
+
+
+def soft_term(temperature: float, weight: float) -> Tree:
+    """Soft targets, and the labels' loss with a weight of 1, which torchdistill's holds too."""
+    outputs = {
+        f"{side}_module_{key}": value
         for side in ("student", "teacher")
-        for key in ("path", "io")
+        for key, value in (("path", "."), ("io", "output"))
     }
-    index = [objective.loss for objective in distiller.objectives].index("soft_targets")
-    weight, temperature = distiller._weights[index], distiller._options[index].get("temperature", 1.0)
-    return {
-        "soft": {
-            "criterion": {
-                "key": "KDLoss",
-                "kwargs": {**places, "temperature": temperature, "alpha": 1.0, "beta": weight},
-            },
-            "weight": 1.0,
-        }
-    }
+    return {"soft": term("KDLoss", {**outputs, "temperature": temperature, "alpha": 1.0, "beta": weight})}
 
 
-def _labels() -> Tree:
-    output = {"is_from_teacher": False, "module_path": ".", "io": "output"}
-    return {
-        "task": {
-            "criterion": {"key": "CrossEntropyLoss", "kwargs": {}},
-            "criterion_wrapper": {
-                "key": "SimpleLossWrapper",
-                "kwargs": {"input": output, "target": {"uses_label": True}},
-            },
-            "weight": 1.0,
-        }
-    }
+def labels_term() -> Tree:
+    return {"task": term("CrossEntropyLoss", wrapped={"input": at("."), "target": {"uses_label": True}})}
 
 
 def agree(ours: Ours, theirs: Theirs) -> None:

@@ -6,7 +6,7 @@ python benchmarks/step.py [--quick] [--device cuda]
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from probe_kd import Distiller, InputSpec, Objective, Pair
 
 TEMPERATURE = 4.0
-WEIGHTS = {"task": 1.0, "soft": 0.5, "hint": 1.0, "fsp": 1e-4}
+WEIGHTS = {"soft": 0.5, "hint": 1.0, "fsp": 1e-4}
 LOSSES = {"hint": ("hint",), "soft targets": ("soft",), "FSP": ("fsp",), "all": ("soft", "hint", "fsp")}
 
 
@@ -62,14 +62,21 @@ CASES = (RESNETS, FROM_CONVNEXT, FROM_VIT)
 QUICK = (Case("resnet10t", "resnet10t", {"layer1": "layer1", "layer4": "layer4"}, size=64, batch=2),)
 
 
+TASK = Objective("cross_entropy", "task")
+SOFT = Objective("soft_targets", "soft", weight=WEIGHTS["soft"], options={"temperature": TEMPERATURE})
+
+
 def distiller_of(case: Case, losses: Sequence[str], *, task: bool = True) -> Distiller:
     pairs = [Pair(*names) for names in case.pairs.items()]
     known = {
-        "soft": Objective("soft_targets", "soft", weight=WEIGHTS["soft"], options={"temperature": TEMPERATURE}),
+        "soft": SOFT,
         "hint": Objective("hint", pairs=pairs, weight=WEIGHTS["hint"]),
         "fsp": Objective("fsp", pairs=pairs, weight=WEIGHTS["fsp"]),
     }
-    objectives = [Objective("cross_entropy", "task")] * task + [known[loss] for loss in losses]
+    return built(case, [TASK] * task + [known[loss] for loss in losses])
+
+
+def built(case: Case, objectives: Sequence[Objective]) -> Distiller:
     given = InputSpec((3, case.size, case.size))
     return Distiller(*case.models(), objectives, student_input=given, teacher_input=given).train()
 
@@ -170,12 +177,17 @@ def _matrix(first: Tensor, second: Tensor) -> Tensor:
     return first.flatten(2) @ second.flatten(2).transpose(1, 2) / side**2
 
 
+def half(device: str) -> AbstractContextManager[Any]:
+    """bfloat16 on a GPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
+
+
 def step_of(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], device: str = "cpu") -> measure.Arm:
     """Forward, losses, backward and update as one call; on a GPU in bfloat16."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext():
+        with half(device):
             value = loss()
         value.backward()
         optimizer.step()
@@ -221,16 +233,13 @@ def synchronisations(arm: measure.Arm) -> int:
 def row(case: Case, name: str, rounds: int, device: str) -> tuple[object, ...]:
     arms = arms_of(case, LOSSES[name], device)
     samples = measure.interleaved(arms, rounds, device=device)
-    peaks = {arm: measure.peak_bytes(arms[arm], device) for arm in ("by hand", "Distiller")}
     waits = [f"{synchronisations(arms[arm])}" for arm in ("by hand", "Distiller")] if device != "cpu" else []
     return (
         str(case),
         name,
-        f"{samples.milliseconds('by hand'):.0f}",
-        samples.ratio("Distiller", to="by hand"),
+        *measure.time_cells(samples, "Distiller", to="by hand"),
         samples.ratio("by hand, again", to="by hand"),
-        f"{peaks['by hand'] / 2**20:.0f}",
-        f"{peaks['Distiller'] / peaks['by hand']:.3f}",
+        *measure.memory_cells(arms, "Distiller", to="by hand", device=device),
         *waits,
     )
 
