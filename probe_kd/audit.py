@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from probe_kd.data import loader, readable
 from probe_kd.distiller import Distiller
 from probe_kd.errors import RunError
-from probe_kd.loop import Phase, make_optimizer
+from probe_kd.loop import Phase, make_optimizer, memory_format
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan
 from probe_kd.report import Display, Reach, StepCost
@@ -63,6 +63,7 @@ def _audit_student(plan: Plan, run: Run, subject: Subject) -> Audit:
     missed: set[str] | None = None
     batches = loader(plan.datasets.train, plan.recipe.data, run.images_for(subject), training=True)
     images, target, _ = next(readable(run.accelerator.prepare_data_loader(batches)))
+    images = images.contiguous(memory_format=memory_format(plan.recipe, run.accelerator.device))
     for phase in subject.phases:
         distiller = run.distiller(subject, phase)
         norms = distiller.train().audit(images, target)

@@ -18,6 +18,7 @@ from probe_kd.cache import TeacherCache, lengthen, shorten
 from probe_kd.data import Views, loader, mixer, readable
 from probe_kd.distiller import Distiller
 from probe_kd.errors import RunError
+from probe_kd.models import module_of
 from probe_kd.objectives import Objective
 from probe_kd.recipe import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.spec import InputSpec
@@ -80,7 +81,7 @@ class Loop:
         assert isinstance(batches.sampler, Views)
         self.views = batches.sampler
         self.average = _average(distiller.student, recipe) if averaged else None
-        self.memory = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.memory = memory_format(recipe, accelerator.device)
         optimizer = make_optimizer(distiller, phase.optimizer)
         self.compiled = _compile(distiller, recipe.torchcompile)
         self.module, self.optimizer, self.batches = accelerator.prepare(distiller, optimizer, batches)
@@ -198,6 +199,18 @@ class Loop:
     def rate(self) -> float:
         """The learning rate of what is not scaled down."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+
+def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
+    """How models and images lie in memory: as the recipe says, or by its default, which was measured on the CPU only.
+
+    A model of one's own is left as it is there: `x.view(len(x), -1)` behind a convolution fails with channels last.
+    """
+    last = recipe.channels_last
+    if last is None:
+        models = [options.model for options in (recipe.student, recipe.teacher) if options is not None]
+        last = device.type == "cpu" and not any(map(module_of, models))
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _compile(distiller: Distiller, options: CompileOptions | None) -> list[nn.Module]:

@@ -342,7 +342,9 @@ class Recipe(_Section):
     `re:layer[12]`, if both sides of a pair find equally many. `baseline` also trains the student alone: the same
     weights to begin with, the same images, and only the losses that read labels. `share` trains both together; the
     teacher is trained alone first, to compare. `precision` is accelerate's, whose own configuration decides where it is
-    not given. `model_ema` also keeps a moving average of the student, begun anew in every stage. A checkpoint is
+    not given. `channels_last` is how models and images lie in memory: where it is not given, on the CPU they do if all
+    models are timm's, since convolutions are then faster there (benchmarks/modes.py); one of your own may not bear it.
+    `model_ema` also keeps a moving average of the student, begun anew in every stage. A checkpoint is
     written after every epoch, and every `recovery_interval` batches in between; the newest `checkpoint_hist` are kept.
     The test images are looked at every `val_interval` epochs, and after the last of a stage.
     `trackers` are those of accelerate: `tensorboard`, `wandb`.
@@ -356,7 +358,7 @@ class Recipe(_Section):
     stages: list[StageOptions] = Field(min_length=1)
     baseline: bool = False
     precision: Literal["no", "bf16", "fp16"] | None = None
-    channels_last: bool = False
+    channels_last: bool | None = None
     torchcompile: CompileOptions | None = None
     model_ema: AverageOptions | None = None
     recovery_interval: int = Field(default=0, ge=0)

@@ -26,7 +26,7 @@ SAYS = {
     "pairs": "Student layer: teacher layer, or `auto`. `glob:blocks.[0-3]` and `re:layer[12]` stand for several.",
     "share": "Rocket Launching: teacher and student train together, and have this in common.",
     "stages": "The phases of training, one after the other.",
-    "channels_last": "Whether models and images lie in memory with the channels last.",
+    "channels_last": "Whether models and images lie in memory with the channels last. Not given: timm's on a CPU.",
     "torchcompile": "torch.compile of the step, or of one model.",
     "seed": "What weights, order and views follow from; of two runs with one seed, one is the other.",
     # models

@@ -34,7 +34,7 @@ from probe_kd.cache import Stored, TeacherCache, key_of
 from probe_kd.data import loader, readable
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, RunError, Stopped
-from probe_kd.loop import Loop, Phase, own_accelerator
+from probe_kd.loop import Loop, Phase, memory_format, own_accelerator
 from probe_kd.models import build_model, check_state, checkpoint_gradients, load_weights, save_weights, short
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan, join
@@ -324,7 +324,7 @@ class Run:
 
     def _to_device(self, model: nn.Module) -> nn.Module:
         model = model.to(self.accelerator.device)
-        return model.to(memory_format=torch.channels_last) if self.plan.recipe.channels_last else model
+        return model.to(memory_format=memory_format(self.plan.recipe, self.accelerator.device))
 
     def _stages(self, alone: str = "") -> tuple[Phase, ...]:
         """The recipe's stages; for a model alone, what of them it can learn from labels."""
@@ -421,7 +421,9 @@ class Run:
         mean = torch.cat(losses).double().mean().item()
         if self.journal.best is None or not mean >= self.journal.best:  # also after one that is no number
             self.journal.best = mean
-            self.best = {name: tensor.detach().cpu().clone() for name, tensor in distiller.state_dict().items()}
+            # safetensors takes them in the usual order only, which is not that of channels last
+            order = {"memory_format": torch.contiguous_format}
+            self.best = {name: tensor.cpu().clone(**order) for name, tensor in distiller.state_dict().items()}
         return mean
 
     def distiller(self, subject: Subject, phase: Phase) -> Distiller:

@@ -13,6 +13,7 @@ from test_cli import Command, command  # noqa: F401
 from test_resume import planned, run
 
 from probe_kd.errors import RecipeError
+from probe_kd.loop import memory_format
 from probe_kd.planner import plan
 from probe_kd.recipe import parse
 
@@ -61,10 +62,20 @@ def test_gradient_checkpointing_changes_nothing_but_what_can_be_tapped(eager: Pa
 
 
 def test_channels_last_is_another_order_of_the_same_numbers(eager: Path, tmp_path: Path) -> None:
-    run(f"{SHORT}channels_last: true\n", tmp_path / "run")
+    run(f"{SHORT}channels_last: false\n", tmp_path / "run")
     alike(
         tmp_path / "run", eager, weights=False
     )  # Adam's first steps have the size of the rate, however small a gradient
+
+
+def test_channels_last_is_the_default_of_timms_models_on_the_cpu() -> None:
+    own = SHORT.replace("model: resnet10t", "model: torchvision.models:resnet18")
+    assert own != SHORT
+    last, first = torch.channels_last, torch.contiguous_format
+    for text, device, expected in ((SHORT, "cpu", last), (own, "cpu", first), (SHORT, "cuda", first)):
+        assert memory_format(parse(text).recipe, torch.device(device)) == expected
+    for wish, expected in (("true", last), ("false", first)):
+        assert memory_format(parse(f"{own}channels_last: {wish}\n").recipe, torch.device("cuda")) == expected
 
 
 def test_bf16_trains_weights_of_float32_and_leaves_the_next_run_its_own_precision(tmp_path: Path) -> None:

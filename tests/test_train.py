@@ -127,6 +127,7 @@ stages:
       soft: {{loss: soft_targets, temperature: 3.0, weight: 0.7}}
     optimizer: {{opt: sgd, lr: 0.05, momentum: 0.9, weight_decay: 0.0}}
     scheduler: {{sched: constant}}
+channels_last: false
 seed: 3
 """
     torch.manual_seed(1)
