@@ -86,6 +86,11 @@ class RecipeError(ProbeKDError):
         placed = [replace(problem, source=problem.source or source) for problem in problems]
         self.problems = tuple(sorted(placed, key=lambda it: (it.source != source, it.source, it.line, it.column)))
         super().__init__("\n".join(_show(problem, texts.get(problem.source, "")) for problem in self.problems))
+        self._given = source, tuple(problems), dict(texts)
+
+    def __reduce__(self) -> tuple[type["RecipeError"], tuple[str, tuple[Problem, ...], Mapping[str, str]]]:
+        """Made anew from what it was given: else a process that raises it to another breaks the pool they are in."""
+        return type(self), self._given
 
 
 def _show(problem: Problem, text: str) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -133,6 +134,8 @@ def test_all_mistakes_are_told_at_once_with_the_place_and_a_caret() -> None:
     assert [problem.line for problem in caught.value.problems] == [6, 13, 14, 25]
     assert "my.yaml:13:3: " in str(caught.value)
     assert "\n      blocks.7: layer2\n      ^" in str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))  # as from one process to another
+    assert (str(again), again.problems) == (str(caught.value), caught.value.problems)
 
 
 def test_every_stage_and_every_pair_has_its_mistakes_told_at_once() -> None:

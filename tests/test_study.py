@@ -9,6 +9,7 @@ import report
 import torch
 
 import study
+from probe_kd.models import build_model, save_weights
 from probe_kd.recipe import load
 
 DIGITS = ("data.dataset=sklearn/digits", "data.root=null", "data.train_split=train", "data.views=1")
@@ -28,6 +29,24 @@ def test_every_method_is_a_recipe_within_the_same_budget(cell: study.Cell) -> No
     assert {stage.optimizer.lr for stage in found.stages} == {1e-3}
     assert found.teacher is not None
     assert bool(found.teacher.checkpoint) != bool(found.share)
+
+
+def test_every_method_can_be_run_where_it_names_layers_and_with_the_first_pair_that_it_is_tried_with(
+    settings: study.Settings,
+) -> None:
+    for pair in study.PAIRS:
+        teacher = load(study.RECIPES / f"{pair}.yaml").recipe.teacher
+        assert teacher is not None
+        study.teacher_of(pair, settings).mkdir(parents=True, exist_ok=True)
+        made = build_model(teacher.model, {"num_classes": 10, **teacher.model_kwargs})
+        save_weights(made, study.teacher_of(pair, settings) / "student.safetensors", {})
+    tried: set[str] = set()
+    for cell in study.cells():
+        names_layers = study.known()["methods"][cell.method].get("layers", "all") != "all"
+        if cell.images == study.FEW and (names_layers or cell.method not in tried):
+            tried.add(cell.method)
+            sets = [*settings.sets, *study.sets_of(cell, 1e-3, settings)]
+            assert study.planned(study.RECIPES / f"{cell.pair}.yaml", 0, sets).objectives
 
 
 def test_a_cell_chooses_by_held_out_images_and_goes_on_where_it_was(settings: study.Settings) -> None:
