@@ -5,6 +5,8 @@ make the loss zero by mapping everything to zero. What is done to the teacher's 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Literal, get_args
 
 import torch
@@ -34,17 +36,32 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What is asked of a frozen teacher and can be kept for the next time, for every image its own.
+
+    `name` is that of a tap, or says what was made of some; `shape` is that of one image's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+
 class Adapter(nn.Module):
     """`adapter(student, teacher)` gives both in one form: maps, vectors, or matrices of their channels.
 
-    Only `student_steps` has parameters. `str(adapter)` is the plan.
+    Only `student_steps` has parameters. `str(adapter)` is the plan. `answer` is what `teacher_steps` give, where it is
+    smaller than what they take and can be kept instead.
     """
 
-    def __init__(self, student_steps: nn.Module, teacher_steps: nn.Module, plan: str) -> None:
+    def __init__(
+        self, student_steps: nn.Module, teacher_steps: nn.Module, plan: str, answer: Answer | None = None
+    ) -> None:
         super().__init__()
         self.student_steps = student_steps
         self.teacher_steps = teacher_steps
         self.plan = plan
+        self.answer = answer
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return self.student_steps(student), self.teacher_steps(teacher)
@@ -158,7 +175,8 @@ def adapt_matrices(
         sides[1].project(widths[1], widths[0], fixed=True)
     elif policy == "always" or widths[0] != widths[1]:
         sides[0].project(widths[0], widths[1], fixed=False)
-    return Adapter(nn.Sequential(*sides[0].steps), nn.Sequential(*sides[1].steps), f"{sides[0]} | teacher {sides[1]}")
+    steps = nn.Sequential(*sides[0].steps), nn.Sequential(*sides[1].steps)
+    return Adapter(*steps, f"{sides[0]} | teacher {sides[1]}", _answer(teacher, sides[1]))
 
 
 def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequence[int] | None = None) -> Adapter:
@@ -200,7 +218,21 @@ def check_class_map(class_map: Sequence[int], student: int, teacher: int) -> Non
 
 def _adapter(ours: "_Plan", theirs: "_Plan") -> Adapter:
     theirs_text = "" if len(theirs.steps) == 0 else f" | teacher {theirs}"
-    return Adapter(nn.Sequential(*ours.steps), nn.Sequential(*theirs.steps), f"{ours}{theirs_text}")
+    steps = nn.Sequential(*ours.steps), nn.Sequential(*theirs.steps)
+    return Adapter(*steps, f"{ours}{theirs_text}", _answer([theirs.spec], theirs))
+
+
+def _answer(teacher: Sequence[FeatureSpec], plan: "_Plan | _MatrixPlan") -> Answer | None:
+    """What these steps give of one image, if that is smaller than the teacher's features and depends on no other image.
+
+    Logits are never made smaller: which of them a cache keeps, it has a rule for.
+    """
+    of_batch = any(isinstance(step, Standardize) and step.kind == "channel" for step in plan.steps)
+    if of_batch or any(spec.tap.is_output for spec in teacher):
+        return None
+    if prod(plan.shape) >= sum(prod(spec.shape[1:]) for spec in {spec.tap: spec for spec in teacher}.values()):
+        return None
+    return Answer(f"{' . '.join(str(spec.tap) for spec in teacher)}: {plan}", plan.shape)
 
 
 def _check_choices(**choices: tuple[str, object]) -> None:
@@ -286,6 +318,7 @@ class _Plan:
         self.tokens = tokens
         self.steps: list[nn.Module] = []
         self.words = [spec.describe()]
+        self.shape = tuple(spec.shape[1:])  # of one image
 
     def add(self, step: nn.Module, words: str) -> None:
         self.steps.append(step)
@@ -299,6 +332,7 @@ class _Plan:
             self.add(ToMap(self.spec.layout, own, self.spec.prefix_tokens), "map")
         if own != grid:
             self.add(Resize(own, grid), f"{grid[0]}x{grid[1]}")
+        self.shape = (self.spec.channels, *grid)
 
     def to_vector(self) -> None:
         if self.spec.layout is Layout.NC:
@@ -308,6 +342,7 @@ class _Plan:
             self.add(ClassToken(self.spec.layout), "class token")
         else:
             self.add(Mean(self.spec.layout, self.spec.prefix_tokens), "mean")
+        self.shape = (self.spec.channels,)
 
     def project(self, width: int, target: int, kernel: tuple[int, int] | None) -> None:
         layer = nn.Linear(width, target) if kernel is None else nn.Conv2d(width, target, kernel)
@@ -316,6 +351,7 @@ class _Plan:
 
     def project_fixed(self, width: int, target: int) -> None:
         self.add(FixedProjection(width, target), f"fixed {width}->{target}")
+        self.shape = (target, *self.shape[1:])
 
     def activate(self, name: str) -> None:
         if name:
@@ -339,11 +375,13 @@ class _MatrixPlan:
             plan.to_map(spec.grid)
             to_map.append(nn.Sequential(*plan.steps))
         self.steps: list[nn.Module] = [FlowMatrix(*to_map)]
-        widths = "x".join(str(spec.channels) for spec in (ends[0], ends[-1]))
+        self.shape = ends[0].channels, ends[-1].channels
+        widths = "x".join(map(str, self.shape))
         self.words = [" . ".join(dict.fromkeys(spec.describe() for spec in ends)), f"matrix {widths}"]
 
     def project(self, widths: Sequence[int], targets: Sequence[int], *, fixed: bool) -> None:
         self.steps.append(MatrixProjection(widths, targets, fixed=fixed))
+        self.shape = targets[0], targets[-1]
         sides = ", ".join(f"{width}->{target}" for width, target in zip(widths, targets, strict=True))
         self.words.append(f"{'fixed' if fixed else 'project'} {sides}")
 

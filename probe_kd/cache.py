@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Subset
 from probe_kd.checkpoints import to_disk
 from probe_kd.errors import RunError
 
-FORMAT = 1
+FORMAT = 1  # another number where rows are written otherwise, or an adapter makes something else under the same name
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from probe_kd.adapters import Adapter, ImageView
+from probe_kd.adapters import Adapter, Answer, ImageView
 from probe_kd.errors import LossError, TraceError, demand
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.probe import Probe
@@ -82,11 +82,13 @@ class Distiller(nn.Module):
         self._student_probe = Probe(student, [seen[tap] for tap in taps])
         self._teacher_probe: Probe | None = None
         self.adapters = nn.ModuleDict()
+        self._answers: dict[str, Answer] = {}
         self.shared: list[nn.Parameter] = []  # that both models have
         if teacher is not None and (block or any(objective.needs_teacher for objective in self.objectives)):
             known = teacher_trace or _trace_teacher(teacher, teacher_input, given, training=bool(block))
             self._bring_teacher(teacher, teacher_input or InputSpec.of(teacher, known.input_size), given, known)
             self.adapters = make_adapters(self.objectives, seen, known, class_map)
+            self._answers = answers(self.objectives, self.adapters, known)
         self.set_epoch(0, 1)
         # Last, when nothing can be refused any more: a constructor that raises leaves no hook behind.
         for probe in filter(None, (self._student_probe, self._teacher_probe)):
@@ -127,7 +129,8 @@ class Distiller(nn.Module):
     def forward(
         self, images: Tensor, target: Tensor | None = None, told: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor | None]:
-        theirs, known = self._ask_teacher(images, told)
+        kept = self._recall(told) if told is not None else {}
+        theirs, known = self._ask_teacher(images) if told is None else (self._as_features(kept),) * 2
         with self._shared_as_it_is(theirs):
             ours = self._student_probe(self.student_view(images))
         result: dict[str, Tensor | None] = {}
@@ -137,7 +140,7 @@ class Distiller(nn.Module):
                 answer = ours if objective.of == "student" else theirs
                 term = self._labels(index, answer[Tap("")], target)
             else:
-                term = self._comparisons(index, ours, known)
+                term = self._comparisons(index, ours, known, kept)
             result[objective.name] = term
             loss = loss + self._weights[index] * term
         assert isinstance(loss, Tensor)
@@ -163,29 +166,37 @@ class Distiller(nn.Module):
         return self._teacher_probe.model if self._teacher_probe and self.block is None else None
 
     @property
-    def teacher_taps(self) -> tuple[Tap, ...]:
-        """What of the teacher is compared, in the order of `ask`."""
-        return self._teacher_probe.taps if self._teacher_probe else ()
+    def answers(self) -> tuple[str, ...]:
+        """What `ask` gives, in its order: a tap's name, or what is made of some, where that is smaller to keep."""
+        return tuple(self._answers)
 
     def ask(self, images: Tensor) -> list[Tensor]:
-        """What a frozen teacher gives for these images at `teacher_taps`, which `forward` takes as `told`.
+        """What a frozen teacher gives for these images, one tensor for each of `answers`; `forward` takes it as `told`.
 
-        A step that is told what the teacher gave before does not run the teacher.
+        A step that is told what the teacher gave before runs neither the teacher nor the teacher's side of adapters.
         """
-        found, _ = self._ask_teacher(images)
-        return [found[tap] for tap in self.teacher_taps]
+        features, _ = self._ask_teacher(images)
+        found = {str(tap): feature for tap, feature in features.items()}
+        for objective in self.objectives:
+            for comparison, adapter in zip(objective.comparisons, self._adapters_of(objective), strict=True):
+                if adapter.answer is not None and adapter.answer.name not in found:
+                    taken = comparison.features("teacher", features, matrices=objective.resolved.reads_matrices)
+                    found[adapter.answer.name] = adapter.teacher_steps(taken)
+        return [found[name] for name in self.answers]
 
-    def _ask_teacher(
-        self, images: Tensor, told: Sequence[Tensor] | None = None
-    ) -> tuple[dict[Tap, Tensor], dict[Tap, Tensor]]:
+    def _recall(self, told: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self.block is not None:
+            raise LossError("the teacher trains too, so what it gave before is not what it gives now")
+        return dict(zip(self.answers, told, strict=True))
+
+    def _as_features(self, kept: Mapping[str, Tensor]) -> dict[Tap, Tensor]:
+        taps = self._teacher_probe.taps if self._teacher_probe else ()
+        return {tap: kept[str(tap)] for tap in taps if str(tap) in kept}
+
+    def _ask_teacher(self, images: Tensor) -> tuple[dict[Tap, Tensor], dict[Tap, Tensor]]:
         """What the teacher gives, and what of it the student is compared with."""
         if self._teacher_probe is None:
             return {}, {}
-        if told is not None:
-            if self.block is not None:
-                raise LossError("the teacher trains too, so what it gave before is not what it gives now")
-            features = dict(zip(self.teacher_taps, told, strict=True))
-            return features, features
         view = self.teacher_view(images)
         if self.block is None:
             # no_grad and not inference_mode: its tensors could not be saved for the student's backward
@@ -221,14 +232,21 @@ class Distiller(nn.Module):
             raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
         return objective.resolved.function(output, target, **self._options[index])
 
-    def _comparisons(self, index: int, ours: Mapping[Tap, Tensor], theirs: Mapping[Tap, Tensor]) -> Tensor:
+    def _comparisons(
+        self, index: int, ours: Mapping[Tap, Tensor], theirs: Mapping[Tap, Tensor], kept: Mapping[str, Tensor]
+    ) -> Tensor:
         objective, options = self.objectives[index], self._options[index]
         if self.block in ("params", "off") and isinstance(objective.loss, str):  # one of our own detaches otherwise
             options = {**options, "block_gradient": False}
         terms = []
         for comparison, adapter in zip(objective.comparisons, self._adapters_of(objective), strict=True):
-            features = comparison.features(ours, theirs, matrices=objective.resolved.reads_matrices)
-            terms.append(comparison.weight * objective.resolved.function(*adapter(*features), **options))
+            matrices = objective.resolved.reads_matrices
+            mine = adapter.student_steps(comparison.features("student", ours, matrices=matrices))
+            if adapter.answer is not None and adapter.answer.name in kept:
+                target = kept[adapter.answer.name]
+            else:
+                target = adapter.teacher_steps(comparison.features("teacher", theirs, matrices=matrices))
+            terms.append(comparison.weight * objective.resolved.function(mine, target, **options))
         return torch.stack(terms).sum()
 
     def audit(self, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:
@@ -297,6 +315,18 @@ def make_adapters(
         for objective in objectives
     }
     return nn.ModuleDict(found)
+
+
+def answers(objectives: Iterable[Objective], adapters: nn.ModuleDict, teacher: Trace) -> dict[str, Answer]:
+    """By name, what a teacher that is frozen is asked for by these objectives, and what may be kept of it."""
+    found: dict[str, Answer] = {}
+    for objective in objectives:
+        made: Iterable[Adapter] = adapters[_key(objective.name)].children()  # type: ignore[assignment]
+        for comparison, adapter in zip(objective.comparisons, made, strict=True):
+            taps = [pair.teacher for pair in comparison.pairs]
+            raw = [Answer(str(tap), tuple(teacher[tap].shape[1:])) for tap in taps]
+            found |= {answer.name: answer for answer in ([adapter.answer] if adapter.answer else raw)}
+    return found
 
 
 class _AsTraced(nn.Module):

@@ -349,7 +349,8 @@ class _Compared:
     def update(self, ours: Mapping[Tap, Tensor], theirs: Mapping[Tap, Tensor], kept: int) -> None:
         if self.adapter is None or self.comparison is None:
             return
-        predicted, wanted = self.adapter(*self.comparison.features(ours, theirs, matrices=self.of_matrices))
+        mine = self.comparison.features("student", ours, matrices=self.of_matrices)
+        predicted, wanted = self.adapter(mine, self.comparison.features("teacher", theirs, matrices=self.of_matrices))
         self.sums = _add(self.sums, variance_sums(predicted[:kept], wanted[:kept]))
 
 

@@ -57,13 +57,10 @@ class Comparison:
     def __str__(self) -> str:
         return self.label
 
-    def features(
-        self, student: Mapping[Tap, Tensor], teacher: Mapping[Tap, Tensor], *, matrices: bool
-    ) -> tuple[Any, Any]:
-        """What its adapter takes of each model's features: of `matrices` all of its taps as a tuple, else its one."""
-        ours = tuple(student[pair.student] for pair in self.pairs)
-        theirs = tuple(teacher[pair.teacher] for pair in self.pairs)
-        return (ours, theirs) if matrices else (ours[0], theirs[0])
+    def features(self, side: Literal["student", "teacher"], found: Mapping[Tap, Tensor], *, matrices: bool) -> Any:
+        """What its adapter takes of one model's features: of `matrices` all of its taps as a tuple, else its one."""
+        taken = tuple(found[getattr(pair, side)] for pair in self.pairs)
+        return taken if matrices else taken[0]
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column, Table
 from rich.text import Text
 
-from probe_kd.adapters import adapt
+from probe_kd.adapters import Answer, adapt
 from probe_kd.checkpoints import put
 from probe_kd.data import class_names
+from probe_kd.distiller import answers, make_adapters
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.matching import blocks, stages
 from probe_kd.models import packages
@@ -423,22 +424,21 @@ def cache_lines(plan: Plan) -> list[str]:
     options, teacher = plan.recipe.teacher, plan.teacher
     if options is None or options.cache is None or teacher is None:
         return []
-    views: dict[Tap, set[int]] = {}
+    views: dict[Answer, set[int]] = {}
     age = 0
     for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
         shown = {epoch % (plan.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
-        for tap in (tap for objective in objectives for tap in objective.taps[1]):
-            views.setdefault(tap, set()).update(shown)
+        adapters = make_adapters(objectives, plan.trained, teacher, plan.class_map)
+        for answer in answers(objectives, adapters, teacher).values():
+            views.setdefault(answer, set()).update(shown)
         age += stage.epochs
     images, total, lines = len(plan.datasets.train), 0.0, []  # type: ignore[arg-type]
-    for tap, seen in views.items():
-        spec = teacher[tap]
-        numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and tap.is_output else prod(spec.shape[1:])
+    for answer, seen in views.items():
+        numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and not answer.name else prod(answer.shape)
         size = 4.0 * numbers * images * len(seen)
         total += size
-        lines.append(
-            f"  {tap or repr('')}: {images} images x {len(seen)} views x {numbers} numbers = {size / 1e9:.3g} GB"
-        )
+        times = f"{images} images x {len(seen)} views x {numbers} numbers"
+        lines.append(f"  {answer.name or repr('')}: {times} = {size / 1e9:.3g} GB")
     new = " (every epoch shows new views; `data.views` or `no_aug` bounds them)" * (plan.recipe.data.num_views is None)
     return [f"The teacher's cache in {options.cache} will hold up to {total / 1e9:.3g} GB{new}:", *lines]
 

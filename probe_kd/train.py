@@ -461,7 +461,7 @@ class Run:
     def _cache(self, subject: Subject, distiller: Distiller) -> TeacherCache | None:
         """Where the recipe wants one, and this phase asks a frozen teacher."""
         options, accelerator = self.plan.recipe.teacher, self.accelerator
-        if options is None or options.cache is None or not distiller.teacher_taps or self.teacher is None:
+        if options is None or options.cache is None or not distiller.answers or self.teacher is None:
             return None
         given = self.images_for(subject)
         with (
@@ -470,8 +470,8 @@ class Run:
         ):  # what it gives, of which shape and precision, is seen and not guessed
             features = distiller.ask(torch.zeros(2, *given.size, device=accelerator.device))
         taps = [
-            Stored(str(tap), tuple(feature.shape[1:]), feature.dtype, options.cache_top_k if str(tap) == "" else None)
-            for tap, feature in zip(distiller.teacher_taps, features, strict=True)
+            Stored(name, tuple(feature.shape[1:]), feature.dtype, None if name else options.cache_top_k)
+            for name, feature in zip(distiller.answers, features, strict=True)
         ]
         found: list[Any] = [None]
         cache = TeacherCache(Path(options.cache), taps, len(self.plan.datasets.train))  # type: ignore[arg-type]

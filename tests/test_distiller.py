@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import timm
@@ -259,3 +260,55 @@ def test_what_cannot_be_distilled_is_refused_before_the_first_step(make: Any, er
     assert issubclass(error, ProbeKDError)
     with pytest.raises(error, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    ("objective", "kept"),
+    [
+        (Objective("hint", pairs=[("blocks.1", "layer1")]), "layer1: map 16x16 64 -> 8x8"),
+        (Objective("hint", pairs=[("blocks.1", "layer2")]), "layer2"),  # of one size: nothing is smaller
+        (
+            Objective("hint", pairs=[("blocks.1", "layer1")], normalize="layer"),
+            "layer1: map 16x16 64 -> 8x8 -> layer norm",
+        ),
+        (Objective("hint", pairs=[("blocks.1", "layer1")], normalize="channel"), "layer1"),  # over the batch
+        (
+            Objective("hint", pairs=[("blocks.1", "layer1")], policy="fixed"),
+            "layer1: map 16x16 64 -> 8x8 -> fixed 64->48",
+        ),
+        (Objective("hint", pairs=[("blocks.1", "layer1")], tokens="pool"), "layer1: map 16x16 64 -> mean"),
+        (Objective("gram", pairs=[("blocks.1", "layer1")]), "layer1: map 16x16 64 -> matrix 64x64"),
+        (Objective("gram", pairs=[("blocks.3", "layer4")]), "layer4"),  # 512 x 512 numbers where the map has 512 x 4
+        (
+            Objective("fsp", pairs=[("blocks.1", "layer2")]),
+            "layer2@input . layer2: map 16x16 64 . map 8x8 128 -> matrix 64x128",
+        ),
+        (Objective("attention", pairs=[("blocks.1", "layer1")]), "layer1: map 16x16 64 -> 8x8"),
+        (Objective("soft_targets"), ""),
+    ],
+    ids=lambda it: it.loss if isinstance(it, Objective) else it,
+)
+def test_a_step_that_is_told_what_the_teacher_gave_is_the_step_that_asks(objective: Objective, kept: str) -> None:
+    distiller = distil([objective])
+    images, target = batch()
+    told = distiller.ask(images)
+    assert distiller.answers == (kept,)
+    assert [tuple(feature.shape[1:]) for feature in told] == [answer.shape for answer in distiller._answers.values()]
+    assert not any(feature.requires_grad for feature in told)
+    live = distiller(images, target)
+    with mock.patch.object(Distiller, "_ask_teacher", side_effect=AssertionError("the teacher ran")):
+        again = distiller(images, target, told)
+    assert torch.equal(live["loss"], again["loss"])
+    parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    gradients = (torch.autograd.grad(it["loss"], parameters, allow_unused=True) for it in (live, again))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+
+
+def test_what_two_losses_take_of_the_teacher_is_asked_for_once() -> None:
+    hint = [("blocks.1", "layer1")]
+    objectives = [Objective("hint", pairs=hint), Objective("hint", "again", pairs=hint), Objective("logits"), SOFT]
+    distiller = distil(objectives)
+    assert distiller.answers == ("layer1: map 16x16 64 -> 8x8", "")
+    assert len(distiller.ask(batch()[0])) == 2
