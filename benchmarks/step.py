@@ -32,12 +32,14 @@ class Case:
     pairs: Mapping[str, str]
     size: int = 96
     batch: int = 16
+    depth: int | None = None  # of vision transformers, both
 
     def models(self) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
         made = []
         for name in (self.student, self.teacher):
-            sized = {"img_size": self.size} if name.startswith("vit") else {}
+            sized: dict[str, Any] = {"img_size": self.size} if name.startswith("vit") else {}
+            sized |= {"depth": self.depth} if self.depth else {}
             made.append(timm.create_model(name, num_classes=100, drop_path_rate=0.0, **sized))
         return made[0].train(), made[1].eval().requires_grad_(False)
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import cache
+import growth
 import loop
 import pytest
 import yaml
@@ -38,3 +39,13 @@ def test_an_epoch_is_read_from_the_cache(tmp_path: Path) -> None:
         )
         cache._read(kept, stack)
         cache.agree(kept)
+
+
+def test_what_grows_is_the_same_by_hand_and_in_a_distiller() -> None:
+    name, *_, by_hand, ours = growth.row(growth.QUICK[0], 1, "cpu")  # which says by itself whether they agree
+    assert by_hand == ours, f"MiB that one more of {name} costs"
+    assert growth.line([1, 2, 4], [3.0, 5.0, 9.0]) == pytest.approx((2.0, 1.0))
+    assert [list(growth.paired(growth.VITS, count).pairs) for count in (1, 3)] == [
+        ["blocks.23"],
+        ["blocks.7", "blocks.15", "blocks.23"],
+    ]
