@@ -90,6 +90,7 @@ class Loop:
         self.schedule = make_scheduler(self.optimizer, phase, self.updates)
         self.mix = mixer(recipe.data, num_classes)
         self.sums: dict[str, Tensor] = {}
+        self.recalled = self.asked = 0  # images that the cache knew, and those that the teacher was asked about for it
         self.finished: int | None = (
             None  # batches done, where the weights are those of a finished update and of no half one
         )
@@ -125,7 +126,9 @@ class Loop:
             return None
         indices = indices.cpu()
         if self.cache.has(indices):
+            self.recalled += len(indices)
             return [feature.to(images.device) for feature in self.cache.read(indices)]
+        self.asked += len(indices)
         with self.accelerator.autocast():
             features = self.distiller.ask(images)
         return self.cache.keep(indices, features)

@@ -201,6 +201,11 @@ class Display:
         """Something that has to be read, also where the run is quiet."""
         Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
+    def tell(self, text: str) -> None:
+        """Something that is good to know, where the run is not quiet."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def losses(self, terms: Mapping[str, float]) -> None:
         """The mean losses of the epoch so far."""
         self.text = " ".join(f"{name} {value:.4g}" for name, value in terms.items())

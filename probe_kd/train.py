@@ -373,6 +373,9 @@ class Run:
                 if phase.keep == "best":
                     losses["held_out_loss"] = self._keep_if_best(loop, subject)
                 self._record(subject, loop, losses)
+            if cache is not None:
+                counts = f"{loop.asked} images asked of the teacher, {loop.recalled} known from its cache"
+                self.display.tell(f"{subject.role}: {phase.name}: {counts} in {cache.folder}")
             if self.best:
                 distiller.load_state_dict(self.best)
                 self.measured.clear()

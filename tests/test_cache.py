@@ -69,9 +69,10 @@ def test_a_run_with_a_cache_is_the_run_without_and_asks_about_every_view_once(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     live = run(recipe, tmp_path / "live", monkeypatch)
-    text = cached(recipe, tmp_path / "cache")
-    first = run(text, tmp_path / "first", monkeypatch)
+    text, said = cached(recipe, tmp_path / "cache"), Quiet()
+    first = run(text, tmp_path / "first", monkeypatch, display=said)
     again = run(text, tmp_path / "again", monkeypatch)
+    assert f"student: hint: {5 * 256} images asked of the teacher, 0 known from its cache" in said.said[0]
     images = 5 * 256  # of an epoch; the last batch is not full
     # The hint sees view 0, and the task views 1, 0, 1, each once from the teacher. Which images an epoch leaves out
     # changes, so that a batch of the last may hold one that was not seen.

@@ -50,6 +50,8 @@ class Quiet(Display):
     def say(self, text: str) -> None:
         self.said.append(text)
 
+    tell = say
+
 
 @cache
 def planned(text: str) -> Plan:
