@@ -77,13 +77,13 @@ class Ours:
             subjects = {subject.role: subject for subject in self.run.subjects()}
             self.run.teacher = subjects.get("teacher")
             subject = subjects["student"]
-            self.stages.append(self._stage(subject, subject.phases[index], stops))
+            self.stages.append(self._stage(subject, subject.phases[index], stops, stack))
 
-    def _stage(self, subject: Subject, phase: Phase, stops: bool) -> tuple[Subject, Distiller, Loop]:
+    def _stage(self, subject: Subject, phase: Phase, stops: bool, stack: ExitStack) -> tuple[Subject, Distiller, Loop]:
         distiller = self.run.distiller(subject, phase)
         for probe in filter(None, (distiller._student_probe, distiller._teacher_probe)):
             probe.stop_early = stops
-        self.run._leave_out_what_no_loss_reaches(distiller, subject)
+        stack.enter_context(distiller.training_only(self.run._reached(distiller, subject)))
         return subject, distiller, self.run._loop(subject, phase, distiller, None)
 
     def __call__(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,7 +85,7 @@ def _cost(
 ) -> StepCost:
     """Two real steps, of which the second is timed; the models are as they were after it."""
     before = copy.deepcopy(distiller.state_dict())
-    with _resting(distiller, reached) as moved:
+    with distiller.training_only(reached) as moved:
         optimizer = make_optimizer(distiller, phase.optimizer)
         saved: dict[int, int] = {}
         with FlopCounterMode(display=False) as counter, _counting(distiller, saved), run.accelerator.autocast():
@@ -125,20 +125,6 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor | None, run: Run) -> 
     optimizer.zero_grad()
     if run.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-@contextmanager
-def _resting(distiller: Distiller, reached: set[str]) -> Iterator[list[nn.Parameter]]:
-    """Inside, only what a loss reaches is trained, as in a run. Gives those parameters."""
-    named = [(name, parameter) for name, parameter in distiller.named_parameters() if parameter.requires_grad]
-    resting = [parameter for name, parameter in named if name not in reached]
-    for parameter in resting:
-        parameter.requires_grad_(False)
-    try:
-        yield [parameter for name, parameter in named if name in reached]
-    finally:
-        for parameter in resting:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

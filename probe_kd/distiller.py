@@ -1,6 +1,6 @@
 """One training step as one module: the student, its adapters and the objectives, with the teacher at their side."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Self, get_args
 
@@ -267,6 +267,19 @@ class Distiller(nn.Module):
                 pairs = zip(named, gradients, strict=True)
                 found[objective.name] = {name: float(g.norm()) for name, g in pairs if g is not None}
         return found
+
+    @contextmanager
+    def training_only(self, names: Collection[str]) -> Iterator[list[nn.Parameter]]:
+        """Inside, of what trains only these of `named_parameters()` do, those that `audit` names say. Gives them."""
+        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        resting = [parameter for name, parameter in named if name not in names]
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        try:
+            yield [parameter for name, parameter in named if name in names]
+        finally:
+            for parameter in resting:
+                parameter.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Self:
         """Sets the student's mode; a frozen teacher stays in eval, or its running statistics would drift."""

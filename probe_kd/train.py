@@ -358,15 +358,21 @@ class Run:
     def _train_phase(self, subject: Subject, phase: Phase) -> nn.Module | None:
         """Returns the moving average of the student, where there is one."""
         distiller = self.distiller(subject, phase)
-        resting: list[nn.Parameter] = []
-        cache: TeacherCache | None = None
-        loop: Loop | None = None
-        try:
-            resting = self._leave_out_what_no_loss_reaches(distiller, subject)
-            loop = self._loop(subject, phase, distiller, cache := self._cache(subject, distiller))
+        self.best = {}
+        with ExitStack() as after:
+            after.callback(self.accelerator.free_memory)
+            after.callback(distiller.close)
+            # What no loss reaches no optimizer moves, by weight decay say, and DDP does not wait for it.
+            after.enter_context(distiller.training_only(self._reached(distiller, subject)))
+            cache = self._cache(subject, distiller)
+            if cache is not None:
+                after.callback(cache.close)
+            loop = self._loop(subject, phase, distiller, cache)
+            after.callback(loop.close)
             if cache is not None:
                 loop.check_cache()
             self._restore(loop) if self.checkpoint else self.save(loop)
+            after.callback(self.display.end)
             self.display.begin(f"{subject.role}: {phase.name}", phase.epochs, loop.steps, self.journal.epoch)
             for epoch in range(self.journal.epoch, phase.epochs):
                 losses = self._train_epoch(loop, epoch)
@@ -378,34 +384,19 @@ class Run:
                 self.display.tell(f"{subject.role}: {phase.name}: {counts} in {cache.folder}")
             if self.best:
                 distiller.load_state_dict(self.best)
+                self.best = {}
                 self.measured.clear()
             if subject.role == "student" and self.accelerator.is_main_process and distiller.adapters.state_dict():
                 about = {"stage": phase.name, "probe_kd": __version__}
                 save_weights(distiller.adapters, self.folder / f"adapters-{self.journal.phase}.safetensors", about)
             return loop.average.module if loop.average else None
-        finally:
-            self.best = {}
-            self.display.end()
-            distiller.close()
-            if cache is not None:
-                cache.close()
-            if loop is not None:
-                loop.close()
-            self.accelerator.free_memory()
-            for parameter in resting:
-                parameter.requires_grad_(True)
 
-    def _leave_out_what_no_loss_reaches(self, distiller: Distiller, subject: Subject) -> list[nn.Parameter]:
-        """So that no optimizer moves it, by weight decay say, and DDP does not wait for it. Returns what rests."""
+    def _reached(self, distiller: Distiller, subject: Subject) -> set[str]:
+        """The parameters that any loss reaches, by name, seen on images of noise."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(2, *self.images_for(subject).size, generator=generator).to(self.accelerator.device)
         target = torch.zeros(2, dtype=torch.long, device=self.accelerator.device)
-        distiller.train()
-        reached = {name for found in distiller.audit(images, target).values() for name in found}
-        resting = [p for name, p in distiller.named_parameters() if p.requires_grad and name not in reached]
-        for parameter in resting:
-            parameter.requires_grad_(False)
-        return resting
+        return {name for found in distiller.train().audit(images, target).values() for name in found}
 
     @torch.no_grad()
     def _keep_if_best(self, loop: Loop, subject: Subject) -> float:
