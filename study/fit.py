@@ -24,13 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from probe_kd import Distiller, InputSpec, Objective, Pair, Probe, Tap, load_student
+from probe_kd import Distiller, InputSpec, Objective, Pair, Probe, Tap, load_student, trace
 from probe_kd.data import loader
 from probe_kd.evaluation import explained_variance, variance_sums
+from probe_kd.matching import stages
 from probe_kd.models import build_model
 from probe_kd.planner import plan
 from probe_kd.recipe import load
 from probe_kd.report import write_metrics
+from probe_kd.spec import Layout
 from study import ALLOWED, BUDGETS, PAIRS, RECIPES, ROOT, Rows, Settings, bring_images, run_teacher, teacher_folder
 
 STAGES = {
@@ -117,6 +119,34 @@ def explained(bench: Bench, distiller: Distiller, objective: Objective) -> tuple
     return sum(shares) / len(shares), sum(raw) / len(raw)
 
 
+@torch.no_grad()
+def channels(bench: Bench) -> Rows:
+    """Of every stage of the teacher, how the variance on held-out images is shared out among its channels.
+
+    `effective` is the participation ratio (sum v)^2 / sum v^2: as many channels of equal variance would have it.
+    """
+    known = trace(bench.teacher, bench.input.size)
+    rows: Rows = []
+    with Probe(bench.teacher, [spec.tap for spec in stages(known)]) as probe:
+        for tap, feature in probe(bench.held_out).items():
+            wide = (
+                feature.movedim(1, -1) if known[tap].layout is Layout.NCHW else feature[:, known[tap].prefix_tokens :]
+            )
+            variances = wide.flatten(0, -2).double().var(0).sort(descending=True).values
+            total, count = variances.sum(), len(variances)
+            rows.append(
+                {
+                    "teacher": PAIRS[bench.pair],
+                    "layer": str(tap),
+                    "channels": count,
+                    "largest": round(float(variances[0] / total), 4),
+                    "largest 5 %": round(float(variances[: max(1, count // 20)].sum() / total), 4),
+                    "effective": round(float(total**2 / variances.square().sum()), 1),
+                }
+            )
+    return rows
+
+
 def fit(
     bench: Bench, student: nn.Module, arm: str, *, rate: float, seed: int, frozen: bool = False, steps: int = STEPS
 ) -> Rows:
@@ -156,8 +186,8 @@ def remembered(place: Path, make: Any) -> Any:
     return json.loads(place.read_text(encoding="utf-8"))
 
 
-def run_pair(pair: str, out: Path, seeds: Sequence[int]) -> tuple[Rows, Rows]:
-    bench = Bench.of(pair, out)
+def run_pair(bench: Bench, out: Path, seeds: Sequence[int]) -> tuple[Rows, Rows]:
+    pair = bench.pair
     home = out / "fit" / pair
     curves: Rows = []
     crossed: Rows = []
@@ -223,8 +253,13 @@ def main() -> None:
     options.tables.mkdir(parents=True, exist_ok=True)
     curves: Rows = []
     crossed: Rows = []
+    spectra: Rows = []
     for pair in options.pair or PAIRS:
-        more = run_pair(pair, options.out, range(options.seeds))
+        bench = Bench.of(pair, options.out)
+        if PAIRS[pair] not in {row["teacher"] for row in spectra}:
+            spectra += channels(bench)
+            write_metrics(spectra, options.tables / "channels.csv")
+        more = run_pair(bench, options.out, range(options.seeds))
         curves, crossed = curves + more[0], crossed + more[1]
         write_metrics(curves, options.tables / "fit.csv")
         write_metrics(crossed, options.tables / "crossfit.csv")

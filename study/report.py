@@ -111,9 +111,20 @@ def indicators(curves: Sequence[Row]) -> Iterator[str]:
         between = spearmanr([row["loss"] for row in last], [row["held_out"] for row in last]).statistic
         best = min(last, key=lambda row: row["loss"])["held_out"]
         lost = max(row["held_out"] for row in last) - best
-        lines.append((images, pair, method, len(last), f"{between:+.2f}", f"{lost:.2f}"))
+        along = [run for run in runs if len(run) > 1]
+        agree = sum((run[-1]["loss"] < run[0]["loss"]) == (run[-1]["held_out"] > run[0]["held_out"]) for run in along)
+        said = f"{agree} of {len(along)}" if along else ""
+        lines.append((images, pair, method, len(last), f"{between:+.2f}", f"{lost:.2f}", said))
     if lines:
-        head = ("images", "pair", "method", "runs", "rank correlation", "points lost by choosing the least loss")
+        head = (
+            "images",
+            "pair",
+            "method",
+            "runs",
+            "rank correlation",
+            "points lost by choosing the least loss",
+            "runs whose loss and accuracy moved together",
+        )
         yield table(*head, rows=lines) + "\n"
 
 
@@ -148,6 +159,16 @@ def crossfits(rows: Sequence[Row]) -> Iterator[str]:
         lines.append((pair, backbone, *(spread(values, 3) for values in by_target.values())))
     if lines:
         yield table("pair", "the frozen student has learned", "hints explained", "FSP explained", rows=lines) + "\n"
+
+
+def channels(rows: Sequence[Row]) -> Iterator[str]:
+    lines = []
+    for row in rows:
+        shares = (f"{row[key]:.1%}" for key in ("largest", "largest 5 %"))
+        lines.append((row["teacher"], row["layer"], f"{row['channels']:.0f}", *shares, f"{row['effective']:.1f}"))
+    if lines:
+        head = ("teacher", "layer", "channels", "variance in the largest", "in the largest 5 %", "effective channels")
+        yield table(*head, rows=lines) + "\n"
 
 
 def draw_gains(rows: Sequence[Row]) -> None:
@@ -208,7 +229,8 @@ def main() -> None:
     import matplotlib as mpl
 
     mpl.rcParams["svg.hashsalt"] = "probe-kd"  # so that a drawing of the same figures is the same file
-    tests, curves, fit, crossed = map(read, ("tests.csv", "curves.csv", "fit.csv", "crossfit.csv"))
+    names = ("tests.csv", "curves.csv", "fit.csv", "crossfit.csv", "channels.csv")
+    tests, curves, fit, crossed, spectra = map(read, names)
     page = DOCS / "results.md"
     text = page.read_text(encoding="utf-8")
     parts = {
@@ -217,6 +239,7 @@ def main() -> None:
         "indicators": indicators(curves),
         "fits": fits(fit),
         "crossfits": crossfits(crossed),
+        "channels": channels(spectra),
     }
     for name, lines in parts.items():
         text = put(text, name, "\n".join(lines) or "Not measured yet.\n")
