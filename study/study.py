@@ -190,9 +190,11 @@ def run_teacher(name: str, settings: Settings, seed: int = 0) -> str:
     return name
 
 
-def choose(accuracy: Callable[[float], float], rates: Sequence[float]) -> tuple[float, list[float]]:
+def choose(
+    accuracy: Callable[[float], float], rates: Sequence[float], first: Sequence[float] = FIRST
+) -> tuple[float, list[float]]:
     """The best of these learning rates and all that were tried: none is the best whose neighbours were not tried."""
-    places = [place for place, rate in enumerate(rates) if rate in FIRST] or list(range(len(rates)))
+    places = [place for place, rate in enumerate(rates) if rate in first] or list(range(len(rates)))
     found = {place: accuracy(rates[place]) for place in places}
     while True:
         best = max(found, key=found.__getitem__)
