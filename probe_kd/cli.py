@@ -339,20 +339,22 @@ def train(
     console = _console()
     with console.status("tracing the models"):
         planned = plan(source, allow_import=_allowed(allow_import))
-    from probe_kd.report import Display, plan_table, print_student
+    from probe_kd.report import Display, doubts, plan_table, print_student
     from probe_kd.train import train as run
 
     quiet = quiet or not _speaks()
     if not quiet:
         console.print(plan_table(planned))
     try:
-        run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
+        journal = run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
     except (KeyboardInterrupt, Stopped) as stop:
         if _speaks():
             _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
         sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
     if _speaks():
         _report(planned, folder, console)
+        for doubt in doubts(journal.results):
+            console.print(doubt, style="yellow", highlight=False)
         print_student(planned, folder, console)
 
 
