@@ -3,7 +3,7 @@
 It is the loop that timm's training script has: the same order of operations, and the same parts of timm.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -251,15 +251,34 @@ def make_optimizer(distiller: Distiller, options: OptimizerOptions) -> torch.opt
             seen |= {id(parameter) for parameter in fresh}
             groups += _scaled({**group, "params": fresh}, distiller.student, options.lr_scale)
     groups += param_groups_weight_decay(distiller.adapters, decay)
+    groups = [group for group in groups if group["params"]]
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        [group for group in groups if group["params"]],
+        groups,
         opt=options.opt,
         lr=options.lr,
         weight_decay=decay,
         momentum=options.momentum,
+        **_fused(options, (parameter for group in groups for parameter in group["params"])),
         **options.opt_args,
     )
     return optimizer
+
+
+def _fused(options: OptimizerOptions, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:
+    """All parameters in one kernel, where torch has it: a loop over them takes as long as a small model's backward.
+
+    Unless `opt_args` say how they are gone through: `fused: false`, or `foreach: true`.
+    """
+    from timm.optim import get_optimizer_class
+
+    try:
+        kind = get_optimizer_class(options.opt, bind_defaults=False)
+    except Exception:  # timm has its own words for it, and makes what has two names, as `lookahead_adamw`
+        return {}
+    told = {"fused", "foreach", "differentiable"} & options.opt_args.keys()
+    places = {parameter.device.type for parameter in parameters}
+    known = kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) and places <= {"cpu", "cuda"}
+    return {"fused": True} if known and not told else {}
 
 
 def _groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]:

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import GRAFT, ROCKET, TINY, TRUNK, record
 from safetensors.torch import load_file
 from test_cli import Command, command  # noqa: F401
 from test_resume import planned, run
 
+from probe_kd import Distiller, InputSpec, Objective
 from probe_kd.errors import RecipeError
-from probe_kd.loop import memory_format
+from probe_kd.loop import make_optimizer, memory_format
 from probe_kd.planner import plan
 from probe_kd.recipe import parse
 
@@ -76,6 +78,37 @@ def test_channels_last_is_the_default_of_timms_models_on_the_cpu() -> None:
         assert memory_format(parse(text).recipe, torch.device(device)) == expected
     for wish, expected in (("true", last), ("false", first)):
         assert memory_format(parse(f"{own}channels_last: {wish}\n").recipe, torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(
+    ("opt", "fused"), [("adamw", True), ("sgd", True), ("adamw, opt_args: {foreach: true}", None), ("lamb", None)]
+)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_one_kernel_for_all_parameters_moves_them_as_a_loop_over_them_does(
+    opt: str, fused: bool | None, memory: torch.memory_format
+) -> None:
+    text = SHORT.replace("epochs: 1\n    losses", f"epochs: 1\n    optimizer: {{opt: {opt}}}\n    losses")
+    options = parse(text).recipe.stages[0].optimizer
+    ends = []
+    for arguments in (options.opt_args, {**options.opt_args, "foreach": False} if fused else options.opt_args):
+        torch.manual_seed(0)
+        model = timm.create_model("resnet10t", num_classes=10).to(memory_format=memory)
+        given = InputSpec((3, 64, 64))
+        distiller = Distiller(model, None, [Objective("cross_entropy")], student_input=given)
+        optimizer = make_optimizer(distiller, options.model_copy(update={"opt_args": arguments}))
+        assert optimizer.defaults.get("fused") == (fused if arguments is options.opt_args else None)
+        images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            loss = distiller(images, torch.tensor([0, 1, 2, 3]))["loss"]
+            gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) for p in model.parameters()]
+            loss.backward()
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                assert parameter.grad is not None
+                parameter.grad.copy_(gradient)  # which keeps the order that the gradient had in memory
+            optimizer.step()
+        ends.append([parameter.detach() for parameter in model.parameters()])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_bf16_trains_weights_of_float32_and_leaves_the_next_run_its_own_precision(tmp_path: Path) -> None:
