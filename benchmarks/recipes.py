@@ -326,17 +326,27 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 
 def savings(tree: Tree, compiled: bool) -> dict[str, tuple[Tree, bool]]:
     """One after another: the recipe with each, and whether a forward ends at the last layer that is compared."""
+    loops = _with_opt_args(tree, {"fused": False})
+    plain = loops | {"channels_last": False}
     viewed = tree | {"data": tree["data"] | {"views": 1}, "teacher": tree["teacher"] | {"cache": "cache"}}
-    last = viewed | {"channels_last": True}
     found = {
-        "probe-kd, nothing saved": (tree, False),
-        "+ a forward ends at its last tap (the default)": (tree, True),
+        "probe-kd, nothing saved": (plain, False),
+        "+ a forward ends at its last tap": (plain, True),
+        "+ channels last": (loops, True),
+        "+ a fused optimizer: the defaults": (tree, True),
         "+ `cache`, `views: 1`": (viewed, True),
-        "+ `channels_last`": (last, True),
     }
     if compiled:
-        found["+ `torchcompile`"] = (last | {"torchcompile": {"target": "student"}}, True)
+        found["+ `torchcompile`"] = (viewed | {"torchcompile": {"target": "student"}}, True)
     return found
+
+
+def _with_opt_args(tree: Tree, arguments: Tree) -> Tree:
+    stages = [
+        stage | {"optimizer": stage["optimizer"] | {"opt_args": stage["optimizer"].get("opt_args", {}) | arguments}}
+        for stage in tree["stages"]
+    ]
+    return tree | {"stages": stages}
 
 
 def measure(tree: Tree, wishes: Any) -> tuple[Samples, int]:
