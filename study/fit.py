@@ -221,7 +221,7 @@ def run_pair(bench: Bench, out: Path, seeds: Sequence[int]) -> tuple[Rows, Rows]
         print(f"{pair} {arm}: {reached(best):.3f} at {best:g}", flush=True)
     for seed in seeds:
         crossed += _cross(bench, home, "nothing", 0.0, seed)
-    if PAIRS[pair] == "resnet":
+    if pair == "resnet-resnet":  # whose teachers have the student's layers
         run_teacher("resnet", Settings(out, BUDGETS), seed=1)
         crossed += _cross(bench, home, "another teacher", 0.0, seeds[0], teacher_folder("resnet", out, seed=1))
     return curves, crossed
