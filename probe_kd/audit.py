@@ -100,7 +100,9 @@ def _cost(
     teacher = distiller.frozen_teacher
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     adapters = {
-        f"Distiller.adapters.{name}" for name, part in distiller.adapters.named_modules() if name.count(".") == 1
+        f"Distiller.adapters.{name}"
+        for name, _ in distiller.adapters.named_modules()
+        if name.endswith((".student_steps", ".teacher_steps"))
     }
     macs = sum(sum(count.values()) for name, count in counter.get_flop_counts().items() if name in adapters) // 2
     return StepCost(
