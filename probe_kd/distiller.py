@@ -129,8 +129,12 @@ class Distiller(nn.Module):
     def forward(
         self, images: Tensor, target: Tensor | None = None, told: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor | None]:
-        kept = self._recall(told) if told is not None else {}
-        theirs, known = self._ask_teacher(images) if told is None else (self._as_features(kept),) * 2
+        kept: dict[str, Tensor] = {}
+        if told is None:
+            theirs, known = self._ask_teacher(images)
+        else:
+            kept = self._recall(told)
+            theirs = known = self._as_features(kept)
         with self._shared_as_it_is(theirs):
             ours = self._student_probe(self.student_view(images))
         result: dict[str, Tensor | None] = {}
@@ -177,11 +181,9 @@ class Distiller(nn.Module):
         """
         features, _ = self._ask_teacher(images)
         found = {str(tap): feature for tap, feature in features.items()}
-        for objective in self.objectives:
-            for comparison, adapter in zip(objective.comparisons, self._adapters_of(objective), strict=True):
-                if adapter.answer is not None and adapter.answer.name not in found:
-                    taken = comparison.features("teacher", features, matrices=objective.resolved.reads_matrices)
-                    found[adapter.answer.name] = adapter.teacher_steps(taken)
+        for objective, comparison, adapter in compared(self.objectives, self.adapters):
+            if adapter.answer is not None:
+                found[adapter.answer.name] = _target(objective, comparison, adapter, features, found)
         return [found[name] for name in self.answers]
 
     def _recall(self, told: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -239,14 +241,10 @@ class Distiller(nn.Module):
         if self.block in ("params", "off") and isinstance(objective.loss, str):  # one of our own detaches otherwise
             options = {**options, "block_gradient": False}
         terms = []
-        for comparison, adapter in zip(objective.comparisons, self._adapters_of(objective), strict=True):
-            matrices = objective.resolved.reads_matrices
-            mine = adapter.student_steps(comparison.features("student", ours, matrices=matrices))
-            if adapter.answer is not None and adapter.answer.name in kept:
-                target = kept[adapter.answer.name]
-            else:
-                target = adapter.teacher_steps(comparison.features("teacher", theirs, matrices=matrices))
-            terms.append(comparison.weight * objective.resolved.function(mine, target, **options))
+        for _, comparison, adapter in compared([objective], self.adapters):
+            taken = comparison.features("student", ours, matrices=objective.resolved.reads_matrices)
+            sides = adapter.student_steps(taken), _target(objective, comparison, adapter, theirs, kept)
+            terms.append(comparison.weight * objective.resolved.function(*sides, **options))
         return torch.stack(terms).sum()
 
     def audit(self, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:
@@ -305,13 +303,8 @@ class Distiller(nn.Module):
         """(objective, comparison, adapter) for everything that is compared, ready to print."""
         return [
             (objective.name, comparison, str(adapter))
-            for objective in self.objectives
-            for comparison, adapter in zip(objective.comparisons, self._adapters_of(objective), strict=True)
+            for objective, comparison, adapter in compared(self.objectives, self.adapters)
         ]
-
-    def _adapters_of(self, objective: Objective) -> list[Adapter]:
-        key = _key(objective.name)
-        return list(self.adapters[key].children()) if key in self.adapters else []  # type: ignore[arg-type]
 
 
 def make_adapters(
@@ -330,16 +323,38 @@ def make_adapters(
     return nn.ModuleDict(found)
 
 
+def compared(objectives: Iterable[Objective], adapters: nn.ModuleDict) -> list[tuple[Objective, Comparison, Adapter]]:
+    """Every comparison with its objective and its adapter, of those that `make_adapters` made."""
+    found: list[tuple[Objective, Comparison, Adapter]] = []
+    for objective in objectives:
+        key = _key(objective.name)
+        made: Any = adapters[key].children() if key in adapters else ()
+        found += [(objective, *both) for both in zip(objective.comparisons, made, strict=True)]
+    return found
+
+
 def answers(objectives: Iterable[Objective], adapters: nn.ModuleDict, teacher: Trace) -> dict[str, Answer]:
     """By name, what a teacher that is frozen is asked for by these objectives, and what may be kept of it."""
     found: dict[str, Answer] = {}
-    for objective in objectives:
-        made: Iterable[Adapter] = adapters[_key(objective.name)].children()  # type: ignore[assignment]
-        for comparison, adapter in zip(objective.comparisons, made, strict=True):
-            taps = [pair.teacher for pair in comparison.pairs]
-            raw = [Answer(str(tap), tuple(teacher[tap].shape[1:])) for tap in taps]
-            found |= {answer.name: answer for answer in ([adapter.answer] if adapter.answer else raw)}
+    for _, comparison, adapter in compared(objectives, adapters):
+        raw = [Answer(str(pair.teacher), tuple(teacher[pair.teacher].shape[1:])) for pair in comparison.pairs]
+        found |= {answer.name: answer for answer in ([adapter.answer] if adapter.answer else raw)}
     return found
+
+
+def _target(
+    objective: Objective,
+    comparison: Comparison,
+    adapter: Adapter,
+    theirs: Mapping[Tap, Tensor],
+    kept: Mapping[str, Tensor],
+) -> Tensor:
+    """The teacher's side of a comparison: what was kept of it, or else made of the features now."""
+    if adapter.answer is not None and adapter.answer.name in kept:
+        return kept[adapter.answer.name]
+    taken = comparison.features("teacher", theirs, matrices=objective.resolved.reads_matrices)
+    target: Tensor = adapter.teacher_steps(taken)
+    return target
 
 
 class _AsTraced(nn.Module):

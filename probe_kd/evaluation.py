@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from probe_kd.adapters import Adapter, ImageView, pooled
 from probe_kd.data import loader, readable
-from probe_kd.distiller import make_adapters
+from probe_kd.distiller import compared, make_adapters
 from probe_kd.errors import DataError, RunError, nearest
 from probe_kd.loop import own_accelerator
 from probe_kd.models import build_model, load_weights, short
@@ -364,19 +364,17 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
         file = folder / f"adapters-{index}.safetensors"
         if adapters.state_dict() and file.is_file():
             load_weights(adapters, file)
-        for objective, made in zip(objectives, adapters.children(), strict=True):
+        for objective, comparison, adapter in compared(objectives, adapters):
             if not objective.resolved.reads_layers:
                 continue
-            for comparison, adapter in zip(objective.comparisons, made.children(), strict=True):
-                assert isinstance(adapter, Adapter)
-                used |= set(comparison.pairs)
-                why, matrices = "", objective.resolved.reads_matrices
-                if objective.resolved.reads == "maps":
-                    why = "each side keeps its own channels"
-                elif adapter.parameter_count and not file.is_file():
-                    why = f"the run has no {file.name}"
-                row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, matrices, adapter, why)
-                yield replace(row, adapter=None) if why else row
+            used |= set(comparison.pairs)
+            why, matrices = "", objective.resolved.reads_matrices
+            if objective.resolved.reads == "maps":
+                why = "each side keeps its own channels"
+            elif adapter.parameter_count and not file.is_file():
+                why = f"the run has no {file.name}"
+            row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, matrices, adapter, why)
+            yield replace(row, adapter=None) if why else row
     yield from (_Compared(pair) for pair in planned.pairs if pair not in used)
 
 

@@ -183,14 +183,23 @@ def _shape(weights: Mapping[str, Tensor], name: str) -> str:
     return "x".join(map(str, weights[name].shape)) or "a scalar" if name in weights else "absent"
 
 
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all that a model holds, on the CPU, as safetensors takes them.
+
+    It refuses memory that two names share, though timm asks for every name, and any order in memory but the usual one,
+    so also channels last.
+    """
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+
+
 def save_weights(model: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
     """Write safetensors that `timm.create_model(..., checkpoint_path=path)` loads, with `about` in its header."""
     from safetensors.torch import save_file
 
-    # Cloned, since safetensors refuses parameters that share memory, and timm asks for every name.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
     aside = path.with_suffix(".partial")
-    save_file(tensors, str(aside), {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}})
+    save_file(
+        own_tensors(model), str(aside), {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}}
+    )
     put(aside, path)
 
 

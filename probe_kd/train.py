@@ -35,7 +35,15 @@ from probe_kd.data import loader, readable
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, RunError, Stopped
 from probe_kd.loop import Loop, Phase, memory_format, own_accelerator
-from probe_kd.models import build_model, check_state, checkpoint_gradients, load_weights, save_weights, short
+from probe_kd.models import (
+    build_model,
+    check_state,
+    checkpoint_gradients,
+    load_weights,
+    own_tensors,
+    save_weights,
+    short,
+)
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan, join
 from probe_kd.recipe import ModelOptions, Recipe, dump
@@ -415,9 +423,7 @@ class Run:
         mean = torch.cat(losses).double().mean().item()
         if self.journal.best is None or not mean >= self.journal.best:  # also after one that is no number
             self.journal.best = mean
-            # safetensors takes them in the usual order only, which is not that of channels last
-            order = {"memory_format": torch.contiguous_format}
-            self.best = {name: tensor.cpu().clone(**order) for name, tensor in distiller.state_dict().items()}
+            self.best = own_tensors(distiller)
         return mean
 
     def distiller(self, subject: Subject, phase: Phase) -> Distiller:
