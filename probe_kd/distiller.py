@@ -138,7 +138,7 @@ class Distiller(nn.Module):
         with self._shared_as_it_is(theirs):
             ours = self._student_probe(self.student_view(images))
         result: dict[str, Tensor | None] = {}
-        loss: Tensor | float = 0.0
+        terms = []
         for index, objective in enumerate(self.objectives):
             if objective.resolved.reads == "labels":
                 answer = ours if objective.of == "student" else theirs
@@ -146,9 +146,8 @@ class Distiller(nn.Module):
             else:
                 term = self._comparisons(index, ours, known, kept)
             result[objective.name] = term
-            loss = loss + self._weights[index] * term
-        assert isinstance(loss, Tensor)
-        return {"loss": loss, "output": ours.get(Tap("")), **result}
+            terms.append(_weighted(self._weights[index], term))
+        return {"loss": _total(terms), "output": ours.get(Tap("")), **result}
 
     def no_weight_decay(self) -> set[str]:
         """The models' parameters that timm exempts from weight decay, as `create_optimizer_v2(distiller)` asks."""
@@ -244,8 +243,8 @@ class Distiller(nn.Module):
         for _, comparison, adapter in compared([objective], self.adapters):
             taken = comparison.features("student", ours, matrices=objective.resolved.reads_matrices)
             sides = adapter.student_steps(taken), _target(objective, comparison, adapter, theirs, kept)
-            terms.append(comparison.weight * objective.resolved.function(*sides, **options))
-        return torch.stack(terms).sum()
+            terms.append(_weighted(comparison.weight, objective.resolved.function(*sides, **options)))
+        return _total(terms)
 
     def audit(self, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:
         """The norm of the gradient that each objective, unweighted, gives to each parameter that it reaches.
@@ -355,6 +354,14 @@ def _target(
     taken = comparison.features("teacher", theirs, matrices=objective.resolved.reads_matrices)
     target: Tensor = adapter.teacher_steps(taken)
     return target
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    return term if weight == 1 else weight * term  # forth and back, a product by one is two kernels for nothing
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    return sum(terms[1:], start=terms[0])
 
 
 class _AsTraced(nn.Module):

@@ -48,7 +48,9 @@ def _in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def _promote(value: Any) -> Any:
-    return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+    if value.dtype == torch.float32 or not value.is_floating_point():
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:

@@ -1,11 +1,16 @@
 """Small things that the tests share."""
 
 import csv
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+# Not of this process: a fork of one whose autograd has made its threads cannot train. The server has none.
+apart = multiprocessing.get_context("forkserver")
+apart.set_forkserver_preload(["pytest", "probe_kd.train"])
 
 TINY = """\
 student:

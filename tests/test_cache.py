@@ -1,6 +1,5 @@
 """The teacher's cache: the same bits as a live teacher, no teacher where it serves, and never another teacher's."""
 
-import multiprocessing
 import resource
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY
+from conftest import TINY, apart
 from safetensors.torch import save_file
 from test_resume import After, Quiet, same, stop
 
@@ -19,8 +18,6 @@ from probe_kd.errors import RecipeError, RunError
 from probe_kd.planner import plan
 from probe_kd.recipe import parse
 from probe_kd.train import train
-
-fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -207,8 +204,8 @@ def _with_little_room(folder: Path, queue: Any) -> None:
 
 
 def test_a_disk_without_room_is_told_before_the_first_step(tmp_path: Path) -> None:
-    queue = fork.Queue()
-    process = fork.Process(target=_with_little_room, args=(tmp_path, queue))
+    queue = apart.Queue()
+    process = apart.Process(target=_with_little_room, args=(tmp_path, queue))
     process.start()
     assert "needs 0.0004 GB for `layer3` of one view" in queue.get(timeout=60)
     process.join()

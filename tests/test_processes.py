@@ -1,6 +1,5 @@
 """Several processes: what two of them train is what one does with the same batches, and nothing hangs or is lost."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -14,21 +13,19 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from conftest import GRAFT, ROCKET, TINY, TRUNK, record
+from conftest import GRAFT, ROCKET, TINY, TRUNK, apart, record
 from safetensors.torch import load_file
 from test_resume import STEADY, count, planned, run, same
 
 from probe_kd import checkpoints
 from probe_kd.errors import RunError, Stopped
 
-fork = multiprocessing.get_context("fork")
-
 
 def _one_of(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...], queue: Any) -> None:
     """What torchrun sets, and then the work."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    AcceleratorState._reset_state(reset_partial_state=True)  # what the process before the fork found out
+    AcceleratorState._reset_state(reset_partial_state=True)  # what the imports found out
     try:
         work(*arguments)
         queue.put("done")
@@ -43,8 +40,8 @@ def start(work: Callable[..., None], *arguments: Any) -> tuple[list[Any], Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    queue = fork.Queue()
-    processes = [fork.Process(target=_one_of, args=(rank, port, work, arguments, queue)) for rank in (0, 1)]
+    queue = apart.Queue()
+    processes = [apart.Process(target=_one_of, args=(rank, port, work, arguments, queue)) for rank in (0, 1)]
     for process in processes:
         process.start()
     return processes, queue

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROCKET, TINY, record
+from conftest import ROCKET, TINY, apart, record
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -25,8 +25,6 @@ from probe_kd.planner import Plan, plan
 from probe_kd.recipe import parse
 from probe_kd.report import Display
 from probe_kd.train import train
-
-fork = multiprocessing.get_context("fork")
 
 # Small batches, so that there are points inside an epoch; dropout, mixing and augmentation, so that every generator is
 # drawn from; accumulation that does not divide the epoch.
@@ -95,7 +93,7 @@ def count(folder: Path) -> int:
 
 def killed_after(text: str, folder: Path, saves: int, delay: float) -> bool:
     """Resume the run in a process of its own, and kill it after so many checkpoints more. False if it ended before."""
-    process = fork.Process(target=run, args=(text, folder), kwargs={"resume": True})
+    process = apart.Process(target=run, args=(text, folder), kwargs={"resume": True})
     before = count(folder)
     process.start()
     while process.is_alive() and count(folder) < before + saves:
@@ -229,8 +227,8 @@ def test_a_full_disk_ends_the_run_in_words_and_leaves_the_last_checkpoint(
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         run(TINY, folder, After(stop, epochs=2))
-    queue = fork.Queue()
-    process = fork.Process(target=_run_with_little_room, args=(TINY, folder, queue))
+    queue = apart.Queue()
+    process = apart.Process(target=_run_with_little_room, args=(TINY, folder, queue))
     process.start()
     message = queue.get(timeout=120)
     process.join()
