@@ -140,8 +140,8 @@ class ByHand:
         for (ours, theirs), adapter in zip(self.pairs, self.adapters["fsp_"].children(), strict=True):
             with torch.autocast(total.device.type, enabled=False):
                 mine, target = _matrix(*self.seen[0][ours]), _matrix(*self.seen[1][theirs])
-                if len(adapter.student_steps) > 1:
-                    first, second = adapter.student_steps[1].factors
+                if adapter.parameter_count:
+                    first, second = adapter.parameters()
                     mine = first @ mine @ second.T
                 total = total + F.mse_loss(mine, target, reduction="sum") / len(mine)
         return total

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probe_kd.errors import AdapterError
-from probe_kd.losses import flow_matrix
+from probe_kd.losses import flow_matrix, positions, to_one_grid
 from probe_kd.spec import FeatureSpec, InputSpec, Layout
 
 Policy = Literal["auto", "always", "never", "fixed"]
@@ -156,7 +156,7 @@ def adapt_matrices(
     The adapter takes each side as a tuple. One map stands for both ends (`gram`). The grids of student and teacher need
     not agree; the widths do: with `auto` only where they differ, and with `always`, the student's matrix G becomes
     A1 G A2^T, which is what a 1x1 convolution without bias on each map would give (for a block that downsamples: after
-    the pooling), at a small part of the cost. `fixed` maps the teacher's matrix to the student's widths by random
+    the pooling), in the order that multiplies less. `fixed` maps the teacher's matrix to the student's widths by random
     semi-orthogonal matrices that are never trained. `never` compares as it is, as in the paper.
 
     Raises AdapterError for features without positions, and for `never` with unequal widths.
@@ -374,54 +374,96 @@ class _MatrixPlan:
             plan = _Plan(spec, "drop")
             plan.to_map(spec.grid)
             to_map.append(nn.Sequential(*plan.steps))
-        self.steps: list[nn.Module] = [FlowMatrix(*to_map)]
+        self.steps: list[nn.Module] = [Ends(*to_map), FlowMatrix()]
+        self.positions = prod(min(sides) for sides in zip(*(spec.grid or () for spec in ends), strict=True))
         self.shape = ends[0].channels, ends[-1].channels
-        widths = "x".join(map(str, self.shape))
-        self.words = [" . ".join(dict.fromkeys(spec.describe() for spec in ends)), f"matrix {widths}"]
+        self.words = [" . ".join(dict.fromkeys(spec.describe() for spec in ends)), self._matrix()]
 
     def project(self, widths: Sequence[int], targets: Sequence[int], *, fixed: bool) -> None:
-        self.steps.append(MatrixProjection(widths, targets, fixed=fixed))
-        self.shape = targets[0], targets[-1]
+        """To other widths: as a matrix, or as two maps where these have few positions, whichever multiplies less."""
+        (m, n), (p, q), hw = self.shape, (targets[0], targets[-1]), self.positions
+        as_maps = hw * (p * m + q * n + p * q) < hw * m * n + p * m * n + p * n * q
+        self.shape = p, q
+        factors = _factors(widths, targets, fixed=fixed)
         sides = ", ".join(f"{width}->{target}" for width, target in zip(widths, targets, strict=True))
-        self.words.append(f"{'fixed' if fixed else 'project'} {sides}")
+        words = f"{'fixed' if fixed else 'project'} {sides}"
+        if as_maps:
+            self.steps.insert(1, EndsProjection(factors))
+            self.words[1:] = [words, self._matrix()]
+        else:
+            self.steps.append(MatrixProjection(factors))
+            self.words.append(words)
+
+    def _matrix(self) -> str:
+        return f"matrix {self.shape[0]}x{self.shape[1]}"
 
     def __str__(self) -> str:
         return " -> ".join(self.words)
 
 
-class FlowMatrix(nn.Module):
-    """The matrix of two maps, or of one map with itself; always in float32 at least."""
+class Ends(nn.Module):
+    """The two ends of a flow, or one that stands for both, as maps of one grid."""
 
     def __init__(self, *to_map: nn.Module) -> None:
         super().__init__()
         self.to_map = nn.ModuleList(to_map)
 
+    def forward(self, ends: Sequence[Tensor]) -> list[Tensor]:
+        return to_one_grid(*(to_map(end) for to_map, end in zip(self.to_map, ends, strict=True)))
+
+
+class FlowMatrix(nn.Module):
+    """The matrix of two maps, or of one map with itself; always in float32 at least."""
+
     def forward(self, ends: Sequence[Tensor]) -> Float[Tensor, "batch m n"]:
-        maps = [to_map(end) for to_map, end in zip(self.to_map, ends, strict=True)]
-        return flow_matrix(maps[0], maps[-1])
+        return flow_matrix(ends[0], ends[-1])
 
 
-class MatrixProjection(nn.Module):
-    """A1 G A2^T. With one width, both are the same A."""
+def _factors(widths: Sequence[int], targets: Sequence[int], *, fixed: bool) -> list[Tensor]:
+    if fixed:
+        return [semi_orthogonal(target, width) for width, target in zip(widths, targets, strict=True)]
+    return [nn.Linear(width, target, bias=False).weight for width, target in zip(widths, targets, strict=True)]
 
-    def __init__(self, widths: Sequence[int], targets: Sequence[int], *, fixed: bool) -> None:
+
+class _Factors(nn.Module):
+    """A1 and A2; with one width, both are the same A. Those that are fixed are buffers."""
+
+    def __init__(self, factors: Sequence[Tensor]) -> None:
         super().__init__()
-        self.factors = nn.ParameterList() if not fixed else None
-        for index, (width, target) in enumerate(zip(widths, targets, strict=True)):
-            if self.factors is None:
-                self.register_buffer(f"factor{index}", semi_orthogonal(target, width))
+        for index, factor in enumerate(factors):
+            if isinstance(factor, nn.Parameter):
+                self.register_parameter(f"factor{index}", factor)
             else:
-                self.factors.append(nn.Linear(width, target, bias=False).weight)
-        self.ends = len(widths)
+                self.register_buffer(f"factor{index}", factor)
+        self.ends = len(factors)
+
+    @property
+    def factors(self) -> list[Tensor]:
+        return [getattr(self, f"factor{index}") for index in range(self.ends)]
+
+
+class MatrixProjection(_Factors):
+    """A1 G A2^T."""
 
     def forward(self, matrix: Float[Tensor, "batch m n"]) -> Float[Tensor, "batch p q"]:
-        factors = (
-            [getattr(self, f"factor{index}") for index in range(self.ends)] if self.factors is None else self.factors
-        )
         with torch.autocast(matrix.device.type, enabled=False):
-            first, second = factors[0].to(matrix.dtype), factors[self.ends - 1].to(matrix.dtype)
+            first, second = (self.factors[end].to(matrix.dtype) for end in (0, -1))
             projected: Tensor = first @ matrix @ second.T
             return projected
+
+
+class EndsProjection(_Factors):
+    """A1 F1 and A2 F2, whose matrix is A1 G A2^T: with few positions that is less than the products with G."""
+
+    def forward(self, ends: Sequence[Float[Tensor, "batch _ height width"]]) -> list[Tensor]:
+        with torch.autocast(ends[0].device.type, enabled=False):
+            return [_projected(end, factor) for end, factor in zip(ends, self.factors, strict=True)]
+
+
+def _projected(map_: Tensor, factor: Tensor) -> Tensor:
+    wide = torch.promote_types(map_.dtype, torch.float32)
+    rows = F.linear(positions(map_.to(wide)), factor.to(wide))
+    return rearrange(rows, "b (h w) c -> b c h w", h=map_.shape[2])
 
 
 class FixedProjection(nn.Module):

@@ -275,13 +275,26 @@ def flow_matrix(
             "flow_matrix: expected two maps (batch, channels, height, width) of one batch, the input and the output of "
             f"a block, got {tuple(first.shape)} and {tuple(second.shape)}"
         )
-    height, width = (min(a, b) for a, b in zip(first.shape[2:], second.shape[2:], strict=True))
-    first, second = (_max_pool(map_, (height, width)).flatten(2) for map_ in (first, second))
-    return (first @ second.transpose(1, 2)).div_(height * width)  # in place: no second matrix
+    first, second = (positions(map_) for map_ in to_one_grid(first, second))
+    return (first.transpose(1, 2) @ second).div_(first.shape[1])  # in place: no second matrix
 
 
-def _max_pool(map_: Tensor, size: tuple[int, int]) -> Tensor:
-    return map_ if tuple(map_.shape[2:]) == size else F.adaptive_max_pool2d(map_, size)
+def to_one_grid(*maps: Float[Tensor, "batch _ _ _"]) -> list[Tensor]:
+    """Each map max-pooled to the least height and width among them."""
+    size = tuple(min(map_.shape[axis] for map_ in maps) for axis in (2, 3))
+    return [map_ if tuple(map_.shape[2:]) == size else F.adaptive_max_pool2d(map_, size) for map_ in maps]
+
+
+def positions(map_: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch positions channels"]:
+    """The map as rows of channels, which is a view of it.
+
+    Where channels come last in memory they do so in the gradient: a product of matrices would give the other order, and
+    each layer on the way back then pays for the conversion.
+    """
+    rows = map_.permute(0, 2, 3, 1).flatten(1, 2)
+    if not torch.compiler.is_compiling() and rows.requires_grad and rows.stride(-1) == 1:
+        rows.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
+    return rows
 
 
 @_loss

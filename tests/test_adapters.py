@@ -241,10 +241,14 @@ FLOWS = [((Layout.NCHW, 0), (8, 8)), ((Layout.NHWC, 0), (4, 4)), ((Layout.NLC, 1
 
 @pytest.mark.parametrize("theirs", FLOWS, ids=str)
 @pytest.mark.parametrize("ours", FLOWS, ids=str)
-def test_a_projected_matrix_is_the_matrix_of_projected_maps(ours: tuple[Kind, Grid], theirs: tuple[Kind, Grid]) -> None:
+@pytest.mark.parametrize("widths", [(3, 5), (30, 50)], ids=["matrix first", "maps first"])
+def test_a_projected_matrix_is_the_matrix_of_projected_maps(
+    ours: tuple[Kind, Grid], theirs: tuple[Kind, Grid], widths: tuple[int, int]
+) -> None:
     """A1 G A2^T against 1x1 convolutions on the maps, for a block that keeps its grid and for one that halves it."""
+    m, n = widths
     for first_grid in (ours[1], (8, 8)):
-        ends = [feature(ours[0], grid, width, seed) for grid, width, seed in ((first_grid, 3, 1), (ours[1], 5, 2))]
+        ends = [feature(ours[0], grid, width, seed) for grid, width, seed in ((first_grid, m, 1), (ours[1], n, 2))]
         targets = [feature(theirs[0], theirs[1], width, seed) for width, seed in ((6, 3), (7, 4))]
         adapter = adapt_matrices([end[0] for end in ends], [target[0] for target in targets])
         student, teacher = (tuple(side[1] for side in both) for both in (ends, targets))
@@ -253,7 +257,8 @@ def test_a_projected_matrix_is_the_matrix_of_projected_maps(ours: tuple[Kind, Gr
         maps = [torch.from_numpy(np.ascontiguousarray(end[2])).double() for end in ends]
         maps[0] = F.adaptive_max_pool2d(maps[0], ours[1])
         factors = [factor.detach().double() for factor in adapter.parameters()]
-        assert [tuple(factor.shape) for factor in factors] == [(6, 3), (7, 5)]
+        assert [tuple(factor.shape) for factor in factors] == [(6, m), (7, n)]
+        assert ("-> project" in str(adapter).split("matrix")[0]) == (m == 30)
         a, b = (F.conv2d(map_, factor[:, :, None, None]) for map_, factor in zip(maps, factors, strict=True))
         expected = torch.einsum("bihw,bjhw->bij", a, b) / (ours[1][0] * ours[1][1])
         torch.testing.assert_close(seen.double(), expected, rtol=1e-4, atol=1e-5)
@@ -269,7 +274,7 @@ def test_matrices_of_equal_widths_are_compared_as_they_are() -> None:
     assert adapt_matrices(narrow[:1], wide[:1]).parameter_count == 24  # one map with itself: one factor for both sides
     fixed = adapt_matrices(narrow, wide, policy="fixed")
     assert (fixed.parameter_count, len(list(fixed.buffers()))) == (0, 2)
-    assert str(fixed) == "map 4x4 3 -> matrix 3x3 | teacher map 4x4 8 -> matrix 8x8 -> fixed 8->3, 8->3"
+    assert str(fixed) == "map 4x4 3 -> matrix 3x3 | teacher map 4x4 8 -> fixed 8->3, 8->3 -> matrix 3x3"
     matrix = fixed(*([draw(BATCH, width, 4, 4)] * 2 for width in (3, 8)))[1]
     assert matrix.shape == (BATCH, 3, 3)
     with pytest.raises(AdapterError, match=r"'never'.*\[3, 3\] and \[8, 8\] differ.*'fixed'"):

@@ -301,6 +301,12 @@ def test_a_flow_matrix_takes_no_memory_besides_its_inputs_and_itself(layout: str
     assert seen.made == matrix.untyped_storage().nbytes()
 
 
+def test_gradients_of_a_flow_matrix_keep_channels_last() -> None:
+    ends = [draw(4, c, 8, 8).to(memory_format=torch.channels_last).requires_grad_() for c in (5, 7)]
+    gradients = torch.autograd.grad(flow_matrix(*ends).square().sum(), ends)
+    assert all(gradient.is_contiguous(memory_format=torch.channels_last) for gradient in gradients)
+
+
 @pytest.mark.parametrize(("shape", "kind"), [((5, 8), "probabilities"), ((4,), "class indices")])
 def test_targets_that_do_not_fit_the_logits_are_refused(shape: tuple[int, ...], kind: str) -> None:
     target = torch.zeros(shape) if kind == "probabilities" else torch.zeros(shape, dtype=torch.long)
