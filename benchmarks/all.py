@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from measure import machine
 
 HERE = Path(__file__).parent
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="*", help="names of scripts, such as `step`")
     wishes = parser.parse_args()
+    # In every process, so that a busy core costs less noise.
+    torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
     names = wishes.only or sorted(path.stem for path in HERE.glob("*.py") if path.stem not in APART)
     parts = [f"# Benchmarks\n\n`python benchmarks/all.py`. {machine()}\n"]
     failed = []
@@ -40,8 +43,7 @@ def main() -> None:
 def _run(name: str, device: str) -> "subprocess.CompletedProcess[str]":
     script = os.path.relpath(HERE / f"{name}.py")
     arguments = [] if device == "cpu" else ["--device", device]
-    one = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # a busy core then costs less noise
-    return subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True, env=one)
+    return subprocess.run([sys.executable, script, *arguments], stdout=subprocess.PIPE, text=True)
 
 
 if __name__ == "__main__":
