@@ -51,6 +51,11 @@ class Samples:
         pairs = zip(self.seconds[arm], self.seconds[to], strict=True)
         return Spread.of([ours / theirs for ours, theirs in pairs])
 
+    def surplus(self, arm: str, to: str) -> Spread:
+        """How many milliseconds the arm takes beyond `to`, over the differences of each round."""
+        pairs = zip(self.seconds[arm], self.seconds[to], strict=True)
+        return Spread.of([1000 * (ours - theirs) for ours, theirs in pairs])
+
 
 def interleaved(arms: Mapping[str, Arm], rounds: int, warmup: int = 2, device: str = "cpu") -> Samples:
     """Every arm once a round, each round in another order, so that none always follows the same other."""

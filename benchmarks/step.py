@@ -184,7 +184,9 @@ def half(device: str) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", torch.bfloat16) if device.startswith("cuda") else nullcontext()
 
 
-def step_of(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], device: str = "cpu") -> measure.Arm:
+def step_of(
+    loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], device: str = "cpu", *, update: bool = True
+) -> measure.Arm:
     """Forward, losses, backward and update as one call; on a GPU in bfloat16."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
 
@@ -192,7 +194,8 @@ def step_of(loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], devi
         with half(device):
             value = loss()
         value.backward()
-        optimizer.step()
+        if update:
+            optimizer.step()
         optimizer.zero_grad()
 
     return step
@@ -207,17 +210,17 @@ def agree(first: tuple[Tensor, Sequence[nn.Parameter]], second: tuple[Tensor, Se
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-5, (ours.shape, float((ours - theirs).norm()))
 
 
-def arms_of(case: Case, losses: Sequence[str], device: str) -> dict[str, measure.Arm]:
+def arms_of(case: Case, losses: Sequence[str], device: str, *, update: bool = True) -> dict[str, measure.Arm]:
     distiller = distiller_of(case, losses).to(device)
     hands = [ByHand(case, losses, distiller) for _ in range(2)]
     images, target = case.data(device)
     ours = list(distiller.parameters())
     agree((distiller(images, target)["loss"], ours), (hands[0].loss(images, target), hands[0].parameters()))
     arms = {
-        name: step_of(lambda hand=hand: hand.loss(images, target), hand.parameters(), device)  # type: ignore[misc]
+        name: step_of(lambda hand=hand: hand.loss(images, target), hand.parameters(), device, update=update)  # type: ignore[misc]
         for name, hand in zip(("by hand", "by hand, again"), hands, strict=True)
     }
-    return {**arms, "Distiller": step_of(lambda: distiller(images, target)["loss"], ours, device)}
+    return {**arms, "Distiller": step_of(lambda: distiller(images, target)["loss"], ours, device, update=update)}
 
 
 def synchronisations(arm: measure.Arm) -> int:
@@ -246,6 +249,14 @@ def row(case: Case, name: str, rounds: int, device: str) -> tuple[object, ...]:
     )
 
 
+def overhead(case: Case, rounds: int, device: str) -> tuple[object, ...]:
+    """At a size where the models take little, what a Distiller adds stands out of the noise."""
+    small = replace(case, size=32, batch=2)
+    samples = measure.interleaved(arms_of(small, ("soft", "hint"), device, update=False), rounds, device=device)
+    more = (samples.surplus(arm, to="by hand") for arm in ("Distiller", "by hand, again"))
+    return str(small), f"{samples.milliseconds('by hand'):.0f}", *more
+
+
 def main() -> None:
     wishes = measure.options(__doc__).parse_args()
     cases = QUICK if wishes.quick else CASES
@@ -262,6 +273,18 @@ def main() -> None:
             "by hand, which is the noise, MiB of tensors at the peak by hand, and the Distiller's as a multiple. Both "
             "were shown to give the same loss and the same gradients first.",
             ("student <- teacher", "losses", "ms", "Distiller", "noise", "MiB", "peak memory", *waits),
+            rows,
+        )
+    )
+    rows = [overhead(case, 1 if wishes.quick else 15 * rounds, wishes.device) for case in cases]
+    print(
+        measure.section(
+            "What a Distiller adds to a step, whatever the models are",
+            measure.command(),
+            "Forward, labels, soft targets, four hints and backward, of 2 images at 32 pixels: milliseconds by "
+            "hand, and how many more a Distiller and a second copy of the loop by hand take, median (quartiles) of "
+            f"{15 * rounds} rounds. Around models that take longer it has no more to do.",
+            ("student <- teacher", "ms", "Distiller, ms more", "noise, ms more"),
             rows,
         )
     )
