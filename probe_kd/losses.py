@@ -64,7 +64,7 @@ def _squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Te
             f"reduction {reduction!r}: expected 'sum' or 'mean' (over one image's event; the batch is averaged)"
         )
     if reduction == "mean":  # events of one batch are of one size, so the mean of their means is that of all
-        return F.mse_loss(student, teacher)
+        return F.mse_loss(student, teacher).clone()  # the number that torch gives still holds the squares' memory
     return F.mse_loss(student, teacher, reduction="sum") / len(student)
 
 

@@ -275,6 +275,13 @@ def test_what_a_loss_cannot_compare_is_refused() -> None:
         attention(draw(5, 3, 4, 4), draw(5, 3, 4, 4), form="papers")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_loss_gives_holds_the_memory_of_one_number(name: str) -> None:
+    """A step keeps every term, and torch's own squared error holds a tensor of the feature's size behind its number."""
+    value = LOSSES[name].function(CASES[name](0), CASES[name](1))
+    assert value.untyped_storage().nbytes() == value.element_size()
+
+
 class Allocations(TorchDispatchMode):
     """The bytes of all tensors that operations make and do not merely look at."""
 
