@@ -53,16 +53,20 @@ def _promote(value: Any) -> Any:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
+def _check_reduction(reduction: Reduction) -> None:
+    if reduction not in ("sum", "mean"):
+        raise LossError(
+            f"reduction {reduction!r}: expected 'sum' or 'mean' (over one image's event; the batch is averaged)"
+        )
+
+
 def _squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
     """The squared differences of one image's event, summed or averaged; then the mean over the batch.
 
     torch's own kernel, since a difference, a square and two means written out hold five tensors of a feature's size at
     once on the way back, where it holds one, and take twice its time.
     """
-    if reduction not in ("sum", "mean"):
-        raise LossError(
-            f"reduction {reduction!r}: expected 'sum' or 'mean' (over one image's event; the batch is averaged)"
-        )
+    _check_reduction(reduction)
     if reduction == "mean":  # events of one batch are of one size, so the mean of their means is that of all
         return F.mse_loss(student, teacher).clone()  # the number that torch gives still holds the squares' memory
     return F.mse_loss(student, teacher, reduction="sum") / len(student)
@@ -256,6 +260,9 @@ def _matrices(loss: str, student: Tensor, teacher: Tensor, relative: bool, reduc
     _same_shape(student, teacher, loss)
     if not relative:
         return _squared_error(student, teacher, reduction)
+    _check_reduction(reduction)  # a share of the variance is the same in either
+    if relative is not True:
+        raise LossError(f"{loss}: relative {relative!r}: expected true or false")
     if len(teacher) < 2:
         raise LossError(f"{loss}: `relative` divides by the variance over a batch, and this one has a single image")
     error = _squared_error(student, teacher, "sum")

@@ -194,12 +194,11 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(model: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
     """Write safetensors that `timm.create_model(..., checkpoint_path=path)` loads, with `about` in its header."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    header = {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}}
     aside = path.with_suffix(".partial")
-    save_file(
-        own_tensors(model), str(aside), {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}}
-    )
+    aside.write_bytes(save(own_tensors(model), header))  # its own `save_file` lets nobody else read the file
     put(aside, path)
 
 

@@ -82,7 +82,7 @@ METHODS = {
             10,
             _TASK,
             "soft: {loss: soft_targets, temperature: 4.0, weight: 1.0}",
-            "hint: {loss: hint, normalize: layer, weight: 1.0}   # the teacher's outlier channels would rule it",
+            "hint: {loss: hint, normalize: layer, weight: 1.0}   # or channels of large variance rule it",
         ),
         pairs="all",
     ),

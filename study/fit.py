@@ -41,6 +41,7 @@ from study import (
     ROOT,
     Rows,
     Settings,
+    beside,
     bring_images,
     choose,
     run_teacher,
@@ -273,11 +274,15 @@ def main() -> None:
         bench = Bench.of(pair, options.out)
         if PAIRS[pair] not in {row["teacher"] for row in spectra}:
             spectra += channels(bench)
-            write_metrics(spectra, options.tables / "channels.csv")
+            _write(spectra, options.tables / "channels.csv", "teacher", list(PAIRS.values()))
         more = run_pair(bench, options.out, range(options.seeds))
         curves, crossed = curves + more[0], crossed + more[1]
-        write_metrics(curves, options.tables / "fit.csv")
-        write_metrics(crossed, options.tables / "crossfit.csv")
+        _write(curves, options.tables / "fit.csv", "pair", list(PAIRS))
+        _write(crossed, options.tables / "crossfit.csv", "pair", list(PAIRS))
+
+
+def _write(rows: Rows, path: Path, key: str, order: Sequence[str]) -> None:
+    write_metrics(sorted(beside(rows, path, key), key=lambda row: order.index(row[key])), path)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python study/report.py                # `make study` runs it last
 What the figures mean is written around the marks by hand, and has to be read again where they have changed.
 """
 
+import argparse
 import csv
 import itertools
 import re
@@ -226,6 +227,7 @@ def put(text: str, name: str, body: str) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import matplotlib as mpl
 
     mpl.rcParams["svg.hashsalt"] = "probe-kd"  # so that a drawing of the same figures is the same file

@@ -6,10 +6,12 @@
 For every cell (a pair of models, a method, how many images) the learning rate is chosen on held-out training images
 with the first seed; then the other seeds are trained with it. The test images are looked at once a run, at its end:
 tests.csv. What the runs measured on held-out images on their way, the ones of other learning rates too, is in
-curves.csv. The runs lie in runs/study, each a folder of `probe-kd train`; a run that is finished is not run again.
+curves.csv. The runs lie in runs/study, each a folder of `probe-kd train`; a run that is finished is not run again, so
+keep that folder until all is done. What the tables say of cells that are not run here is kept.
 """
 
 import argparse
+import csv
 import gzip
 import json
 import multiprocessing
@@ -44,6 +46,7 @@ RATES = (2e-4, 7e-4, 2e-3, 6e-3, 2e-2, 6e-2, 2e-1)
 FIRST = (6e-3,)  # tried first; then what is beside the best, until both its neighbours are tried
 ALLOWED = ["timm"]  # the mixer is one of timm's classes, and none of its names
 FEW, ALL = "few", "all"  # images
+CELL = ("images", "pair", "method")  # of a row: what it is about
 KNOWN = 15  # seconds in which a cell is only read, and says nothing of how long the others take
 
 
@@ -261,12 +264,24 @@ def _curve(cell: Cell, home: Path, rate: float, seed: int) -> Iterator[dict[str,
 
 
 def write(rows: Rows, path: Path) -> None:
-    order = {cell: place for place, cell in enumerate(cells())}
-    ranked = sorted(
-        rows, key=lambda row: (order[Cell(row["images"], row["pair"], row["method"])], row["lr"], row["seed"])
-    )
+    order = {(cell.images, cell.pair, cell.method): place for place, cell in enumerate(cells())}
+    every = [row for row in beside(rows, path, *CELL) if _keys(row, *CELL) in order]
+    ranked = sorted(every, key=lambda row: (order[_keys(row, *CELL)], float(row["lr"]), int(row["seed"])))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_metrics(ranked, path)
+
+
+def beside(rows: Rows, path: Path, *keys: str) -> Rows:
+    """The rows, and those of the table that is there which are about something else: nothing measured is lost."""
+    done = {_keys(row, *keys) for row in rows}
+    if not path.exists():
+        return rows
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if _keys(row, *keys) not in done] + rows
+
+
+def _keys(row: Mapping[str, Any], *keys: str) -> tuple[Any, ...]:
+    return tuple(row[key] for key in keys)
 
 
 def study(chosen: Sequence[Cell], settings: Settings, tables: Path, jobs: int, console: Console) -> None:
@@ -328,7 +343,8 @@ def main() -> None:
     ]
     console = Console()
     console.print(
-        f"{len(chosen)} cells of 5 or 6 runs each, {options.jobs} runs at a time; a run takes 20 to 120 s of one core"
+        f"{len(chosen)} cells of 5 to 7 runs, {options.jobs} at a time; a run takes 20 to 120 s of one core, all of "
+        f"them about {len(chosen) * 6 * 70 / options.jobs / 3600:.0f} hours; what is finished in {options.out} is read"
     )
     if options.list:
         for cell in chosen:

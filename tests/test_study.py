@@ -1,6 +1,8 @@
 """The study in small: its methods, one cell that is run and gone on with, and what is made of its tables."""
 
+import csv
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import fit
@@ -65,6 +67,16 @@ def test_a_cell_chooses_by_held_out_images_and_goes_on_where_it_was(settings: st
     before = {folder: folder.stat().st_mtime_ns for folder in runs.values()}
     assert study.run_cell(cell, settings) == (rows, curves)
     assert {folder: folder.stat().st_mtime_ns for folder in runs.values()} == before
+
+
+def test_a_table_keeps_what_was_measured_of_other_cells(tmp_path: Path) -> None:
+    first, second, third = (asdict(cell) for cell in list(study.cells())[:3])
+    table = tmp_path / "tests.csv"
+    study.write([{**row, "lr": 0.1, "seed": 0, "test": 1.0} for row in (first, third)], table)
+    study.write([{**row, "lr": 0.2, "seed": 0, "test": 2.0} for row in (second, third)], table)
+    with table.open(encoding="utf-8") as file:
+        rows = [(row["method"], row["lr"], row["test"]) for row in csv.DictReader(file)]
+    assert rows == [(first["method"], "0.1", "1.0"), (second["method"], "0.2", "2.0"), (third["method"], "0.2", "2.0")]
 
 
 def test_a_learning_rate_is_the_best_only_between_two_others() -> None:
