@@ -248,7 +248,8 @@ def check(
     """Say what a recipe is about to do, and whether it can. Nothing is trained or written; status 2 on any problem.
 
     Models, pairs and adapters are found without weights or compute. Then every stage takes one real batch, with models
-    as they are before training: what each loss gives and moves, and the time and the memory of a step.
+    as they are before training: what each loss gives and moves, and the time and the memory of a step. Images that are
+    not there yet are fetched where the recipe says `download: true`.
     """
     from probe_kd.planner import plan
     from probe_kd.recipe import load
@@ -256,7 +257,7 @@ def check(
     from probe_kd.report import reach_table as reach
 
     planned = plan(load(recipe, sets=sets or ()), allow_import=_allowed(allow_import))
-    console, idle = _console(), idle_rows(planned)
+    console, idle, teacher = _console(), idle_rows(planned), planned.recipe.teacher
     if not as_json:
         console.print(models_table(planned))
         console.print(plan_table(planned))
@@ -273,7 +274,7 @@ def check(
         print(json.dumps(_checked(planned, idle, found), indent=1))
     elif found is not None:
         for table in (
-            losses_table(found.costs),
+            losses_table(found.costs, trains_teacher=teacher is not None and teacher.train is not None),
             costs_table(found.costs),
             *([reach(found.reach)] if gradients else []),
         ):

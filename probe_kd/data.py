@@ -430,11 +430,12 @@ def _why_unreadable(options: DataOptions, split: str, refusal: Exception) -> str
     text = " ".join(str(refusal).split()) or type(refusal).__name__
     kind, _, name = options.dataset.partition("/")
     if kind == "torch":
-        text += (
-            nearest(name, _TORCHVISION)
-            if name not in _TORCHVISION
-            else " (`download: true` fetches it)" * (not options.download)
-        )
+        if name not in _TORCHVISION:
+            text += nearest(name, _TORCHVISION)
+        elif options.download:
+            text += " (without a network, put the files there as torchvision would)"
+        else:
+            text += " (`download: true` fetches it)"
     return f"cannot read the {split!r} split of dataset {options.dataset!r} in {options.root!r}: {text}"
 
 

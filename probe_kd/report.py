@@ -456,9 +456,11 @@ def reach_table(rows: Iterable[Reach]) -> Table:
     return table
 
 
-def losses_table(rows: Iterable[StepCost]) -> Table:
+def losses_table(rows: Iterable[StepCost], *, trains_teacher: bool) -> Table:
     """What every loss gives on one batch, before training, and what its stage weighs them to."""
     table = _table("Losses on one batch, before training", "stage", "loss", "value>")
+    if trains_teacher:
+        table.caption = "The teacher is not trained yet: what its answers decide will have other values."
     for row in rows:
         for name, value in sorted(row.losses.items(), key=lambda item: item[0] == "loss"):
             table.add_row(row.stage, "weighted sum" if name == "loss" else name, f"{value:.4g}")
