@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -43,10 +44,20 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
         model = factory(**arguments)
     except Exception as refusal:
         given = ", ".join(f"{key}={value!r}" for key, value in model_kwargs.items())
-        raise TraceError(f"cannot build {name}({given}): {short(refusal)}") from refusal
+        near = _nearest_argument(name, factory, refusal)
+        raise TraceError(f"cannot build {name}({given}): {short(refusal)}{near}") from refusal
     if not isinstance(model, nn.Module):
         raise TraceError(f"{name} returned a {type(model).__name__}; expected an nn.Module")
     return model
+
+
+def _nearest_argument(name: str, factory: Callable[..., Any], refusal: Exception) -> str:
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(refusal))
+    if unknown is None:
+        return ""
+    # timm's functions take anything and hand it on to the class of the model.
+    takes = factory if module_of(name) else type(build_on_meta(name, {}))
+    return nearest(unknown[1], signature(takes).parameters)
 
 
 def module_of(name: str) -> str:

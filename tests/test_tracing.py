@@ -197,6 +197,15 @@ def test_what_cannot_be_traced_is_told(name: str, size: Any, says: str) -> None:
         trace(name, size)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "near"),
+    [("swin_tiny_patch4_window7_224", "windw_size", "window_size"), ("torch.nn:Flatten", "start_dimm", "start_dim")],
+)
+def test_an_argument_that_a_model_does_not_take_gets_the_nearest(name: str, wrong: str, near: str) -> None:
+    with pytest.raises(TraceError, match=f"'{wrong}'; did you mean '{near}'"):
+        trace(name, model_kwargs={wrong: 4})
+
+
 def test_a_local_folder_of_the_hub_is_a_model(tmp_path: Path) -> None:
     """The files of `timm.models.push_to_hf_hub`, as a user would have downloaded them."""
     from timm.models._hub import save_for_hf
