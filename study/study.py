@@ -44,7 +44,7 @@ PAIRS = {"resnet-resnet": "resnet", "vit-resnet": "resnet", "resnet-vit": "vit",
 FULL = ("resnet-resnet", "vit-resnet")  # the pairs that are also tried with all images
 RATES = (2e-4, 7e-4, 2e-3, 6e-3, 2e-2, 6e-2, 2e-1)
 FIRST = (6e-3,)  # tried first; then what is beside the best, until both its neighbours are tried
-ALLOWED = ["timm"]  # the mixer is one of timm's classes, and none of its names
+ALLOWED = ["timm", "outliers"]  # the mixer is one of timm's classes and none of its names; outliers.py
 FEW, ALL = "few", "all"  # images
 CELL = ("images", "pair", "method")  # of a row: what it is about
 KNOWN = 15  # seconds in which a cell is only read, and says nothing of how long the others take
@@ -121,6 +121,8 @@ def sets_of(cell: Cell, rate: float, settings: Settings) -> list[str]:
     }
     if about.get("layers", "all") != "all":
         changes["pairs"] = found["layers"][cell.pair][about["layers"]]
+    if "teacher" in about:
+        changes["teacher.model"] = about["teacher"]
     if "share" in about:
         changes["share"] = about["share"]
     else:
