@@ -38,7 +38,7 @@ check: $(READY)  ## format, lint and types
 test-zoo: $(READY)  ## trace every model of timm, about ten minutes; writes zoo.csv
 	$(BIN)/python -m pytest -n auto -m zoo
 
-bench: $(READY)  ## the benchmarks, as ratios against bare loops; writes benchmarks/results.md
+bench: $(READY)  ## the benchmarks, as ratios against bare loops, 40 minutes; writes benchmarks/results.md
 	$(BIN)/python benchmarks/all.py
 
 study: $(READY)  ## the methods against each other on Fashion-MNIST; hours, says how many, goes on where it was stopped

@@ -34,7 +34,7 @@ def main() -> None:
         if run.returncode:
             failed.append(name)
         parts.append(run.stdout if not run.returncode else f"## {name}\n\nIt failed with status {run.returncode}.\n")
-        wishes.output.write_text("\n".join(parts), encoding="utf-8")  # after each: all of them take half an hour
+        wishes.output.write_text("\n".join(parts), encoding="utf-8")  # after each: all of them take 40 minutes
     print(f"== {wishes.output}", file=sys.stderr)
     if failed:
         raise SystemExit(f"these failed: {', '.join(failed)}")
