@@ -402,14 +402,14 @@ class _MatrixPlan:
 
 
 class Ends(nn.Module):
-    """The two ends of a flow, or one that stands for both, as maps of one grid."""
+    """The two ends of a flow, or one that stands for both, as maps."""
 
     def __init__(self, *to_map: nn.Module) -> None:
         super().__init__()
         self.to_map = nn.ModuleList(to_map)
 
     def forward(self, ends: Sequence[Tensor]) -> list[Tensor]:
-        return to_one_grid(*(to_map(end) for to_map, end in zip(self.to_map, ends, strict=True)))
+        return [to_map(end) for to_map, end in zip(self.to_map, ends, strict=True)]
 
 
 class FlowMatrix(nn.Module):
@@ -455,9 +455,9 @@ class MatrixProjection(_Factors):
 class EndsProjection(_Factors):
     """A1 F1 and A2 F2, whose matrix is A1 G A2^T: with few positions that is less than the products with G."""
 
-    def forward(self, ends: Sequence[Float[Tensor, "batch _ height width"]]) -> list[Tensor]:
+    def forward(self, ends: Sequence[Float[Tensor, "batch _ _ _"]]) -> list[Tensor]:
         with torch.autocast(ends[0].device.type, enabled=False):
-            return [_projected(end, factor) for end, factor in zip(ends, self.factors, strict=True)]
+            return [_projected(end, factor) for end, factor in zip(to_one_grid(*ends), self.factors, strict=True)]
 
 
 def _projected(map_: Tensor, factor: Tensor) -> Tensor:

@@ -299,9 +299,10 @@ def positions(map_: Float[Tensor, "batch channels height width"]) -> Float[Tenso
     each layer on the way back then pays for the conversion.
     """
     rows = map_.permute(0, 2, 3, 1).flatten(1, 2)
-    if not torch.compiler.is_compiling() and rows.requires_grad and rows.stride(-1) == 1:
-        rows.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
-    return rows
+    if not rows.is_contiguous():
+        return rows
+    # To one matrix and back: two views, but a gradient in another order has to be copied to be viewed so.
+    return rows.flatten(0, 1).view(rows.shape)
 
 
 @_loss

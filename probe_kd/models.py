@@ -200,7 +200,8 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     It refuses memory that two names share, though timm asks for every name, and any order in memory but the usual one,
     so also channels last.
     """
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+    order = {"memory_format": torch.contiguous_format}
+    return {name: tensor.detach().cpu().clone(**order) for name, tensor in model.state_dict().items()}
 
 
 def save_weights(model: nn.Module, path: Path, about: Mapping[str, Any]) -> None:
