@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +48,14 @@ class Samples:
 
     def ratio(self, arm: str, to: str) -> Spread:
         """How long the arm takes beside `to`: over the ratios of each round, so that a busy moment falls on both."""
-        pairs = zip(self.seconds[arm], self.seconds[to], strict=True)
-        return Spread.of([ours / theirs for ours, theirs in pairs])
+        return Spread.of([ours / theirs for ours, theirs in self._by_round(arm, to)])
 
     def surplus(self, arm: str, to: str) -> Spread:
         """How many milliseconds the arm takes beyond `to`, over the differences of each round."""
-        pairs = zip(self.seconds[arm], self.seconds[to], strict=True)
-        return Spread.of([1000 * (ours - theirs) for ours, theirs in pairs])
+        return Spread.of([1000 * (ours - theirs) for ours, theirs in self._by_round(arm, to)])
+
+    def _by_round(self, arm: str, to: str) -> Iterator[tuple[float, float]]:
+        return zip(self.seconds[arm], self.seconds[to], strict=True)
 
 
 def interleaved(arms: Mapping[str, Arm], rounds: int, warmup: int = 2, device: str = "cpu") -> Samples:

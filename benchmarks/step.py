@@ -276,14 +276,15 @@ def main() -> None:
             rows,
         )
     )
-    rows = [overhead(case, 1 if wishes.quick else 15 * rounds, wishes.device) for case in cases]
+    many = 1 if wishes.quick else 15 * rounds
+    rows = [overhead(case, many, wishes.device) for case in cases]
     print(
         measure.section(
             "What a Distiller adds to a step, whatever the models are",
             measure.command(),
             "Forward, labels, soft targets, four hints and backward, of 2 images at 32 pixels: milliseconds by "
             "hand, and how many more a Distiller and a second copy of the loop by hand take, median (quartiles) of "
-            f"{15 * rounds} rounds. Around models that take longer it has no more to do.",
+            f"{many} rounds. Around models that take longer it has no more to do.",
             ("student <- teacher", "ms", "Distiller, ms more", "noise, ms more"),
             rows,
         )

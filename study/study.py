@@ -20,7 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,6 @@ RATES = (2e-4, 7e-4, 2e-3, 6e-3, 2e-2, 6e-2, 2e-1)
 FIRST = (6e-3,)  # tried first; then what is beside the best, until both its neighbours are tried
 ALLOWED = ["timm", "outliers"]  # the mixer is one of timm's classes and none of its names; outliers.py
 FEW, ALL = "few", "all"  # images
-CELL = ("images", "pair", "method")  # of a row: what it is about
 KNOWN = 15  # seconds in which a cell is only read, and says nothing of how long the others take
 
 
@@ -57,6 +56,9 @@ class Cell:
     images: str
     pair: str
     method: str
+
+
+ABOUT = tuple(field.name for field in fields(Cell))  # of a row, its cell
 
 
 @dataclass(frozen=True)
@@ -266,9 +268,9 @@ def _curve(cell: Cell, home: Path, rate: float, seed: int) -> Iterator[dict[str,
 
 
 def write(rows: Rows, path: Path) -> None:
-    order = {(cell.images, cell.pair, cell.method): place for place, cell in enumerate(cells())}
-    every = [row for row in beside(rows, path, *CELL) if _keys(row, *CELL) in order]
-    ranked = sorted(every, key=lambda row: (order[_keys(row, *CELL)], float(row["lr"]), int(row["seed"])))
+    order = {astuple(cell): place for place, cell in enumerate(cells())}
+    every = [row for row in beside(rows, path, *ABOUT) if _keys(row, *ABOUT) in order]
+    ranked = sorted(every, key=lambda row: (order[_keys(row, *ABOUT)], float(row["lr"]), int(row["seed"])))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_metrics(ranked, path)
 
