@@ -152,7 +152,7 @@ def run(recipe: Path, seed: int, sets: Sequence[str], folder: Path) -> dict[str,
     """Train, or go on, or find it done. Returns its summary by role, with accuracies on the held-out images."""
     summary = folder / "summary.json"
     if not summary.exists():
-        train(planned(recipe, seed, sets), folder, Display(Console(quiet=True)), resume=True)
+        train(planned(recipe, seed, sets), folder, Display(Console(quiet=True)), resume=folder.exists())
     results: list[dict[str, Any]] = json.loads(summary.read_text(encoding="utf-8"))["results"]
     return {result["role"]: result for result in results}
 
