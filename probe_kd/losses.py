@@ -16,8 +16,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, signature
+from math import isfinite
 from types import MappingProxyType
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -261,8 +262,6 @@ def _matrices(loss: str, student: Tensor, teacher: Tensor, relative: bool, reduc
     if not relative:
         return _squared_error(student, teacher, reduction)
     _check_reduction(reduction)  # a share of the variance is the same in either
-    if relative is not True:
-        raise LossError(f"{loss}: relative {relative!r}: expected true or false")
     if len(teacher) < 2:
         raise LossError(f"{loss}: `relative` divides by the variance over a batch, and this one has a single image")
     error = _squared_error(student, teacher, "sum")
@@ -371,6 +370,31 @@ class Loss:
         if wrong:
             hints = [f"{option!r}{nearest(option, (*self.options, *beside))}" for option in wrong]
             raise LossError(f"loss {name!r} has no option {'; and none '.join(hints)}{known}")
+
+    def check_values(self, name: str, options: Mapping[str, Any]) -> None:
+        """LossError for a value that is not of the option's type: a truth, a number, one of a few words.
+
+        Other types are the function's own matter. A word where a truth is expected would do as a truth, and silently.
+        """
+        for option, value in options.items():
+            expected = _refusal(value, signature(self.function).parameters[option].annotation)
+            if expected:
+                raise LossError(f"{name!r}: {option} is {value!r}; expected {expected}")
+
+
+def _refusal(value: Any, annotation: Any) -> str:
+    """What was expected instead of the value; empty where it will do."""
+    if get_origin(annotation) is Literal:
+        words = get_args(annotation)
+        near = nearest(value, words) if isinstance(value, str) else ""
+        return "" if value in words else f"{' or '.join(map(repr, words))}{near}"
+    if annotation is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    if annotation in (int, float):
+        kinds = (int,) if annotation is int else (int, float)
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and isfinite(value)
+        return "" if fits else "a whole number" if annotation is int else "a finite number"
+    return ""
 
 
 LOSSES: Mapping[str, Loss] = MappingProxyType(

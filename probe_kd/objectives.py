@@ -144,6 +144,7 @@ class Objective:
             )
             if not isinstance(weight, int | float) or not isfinite(weight):
                 raise LossError(f"weight {weight!r} of {own!r}: expected a finite number")
+            self.resolved.check_values(own, options)
             if not isinstance(self.loss, str):
                 continue
             shape = _SHAPES[self.resolved.reads]

@@ -12,7 +12,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probe_kd import LOSSES, Distiller, InputSpec, Objective, Pair, match, trace
+from probe_kd import LOSSES, Distiller, InputSpec, Objective, Pair, Schedule, match, trace
 from probe_kd.errors import LossError, ProbeKDError, TapError
 from probe_kd.losses import flow_matrix, fsp
 
@@ -190,6 +190,23 @@ def pick(features: list[Tensor]) -> list[Tensor]:
 def test_what_means_nothing_for_a_loss_is_refused(loss: str, options: Any, says: str) -> None:
     with pytest.raises(LossError, match=says):
         Objective(loss, pairs=[Pair("layer1", "layer1")], **options)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "says"),
+    [
+        ("fsp", {"relative": "no"}, "relative is 'no'; expected true or false"),
+        ("soft_targets", {"standardize": 1}, "standardize is 1; expected true or false"),
+        ("dist", {"inter": True}, "inter is True; expected a finite number"),
+        ("soft_targets", {"temperature": float("inf")}, "temperature is inf; expected a finite number"),
+        ("soft_targets", {"temperature": Schedule(4.0, float("nan"))}, "temperature is nan; expected a finite number"),
+        ("hint", {"reduction": "means"}, "reduction is 'means'; expected 'sum' or 'mean'; did you mean 'mean'"),
+        ("attention", {"form": ["code"]}, r"form is \['code'\]; expected 'paper' or 'code'"),
+    ],
+)
+def test_a_value_of_another_type_than_its_option_is_refused(loss: str, options: Any, says: str) -> None:
+    with pytest.raises(LossError, match=says):
+        Objective(loss, pairs=[Pair("layer1", "layer1")], options=options)
 
 
 def test_copies_and_compiled_distillers_do_the_same() -> None:
