@@ -354,7 +354,7 @@ def train(
         sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
     if _speaks():
         _report(planned, folder, console)
-        for doubt in doubts(journal.results):
+        for doubt in doubts({role: result.accuracy for role, result in journal.results.items()}):
             console.print(doubt, style="yellow", highlight=False)
         print_student(planned, folder, console)
 

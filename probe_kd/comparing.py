@@ -26,7 +26,7 @@ from probe_kd.matching import blocks, stages
 from probe_kd.models import short
 from probe_kd.planner import Plan, plan
 from probe_kd.recipe import load
-from probe_kd.report import MEASURES, Result, Row
+from probe_kd.report import MEASURES, Result, Row, doubts
 from probe_kd.spec import Tap, Trace
 
 LAYERS = "layers.json"
@@ -199,8 +199,12 @@ def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: S
     for run in found if layers else ():
         run.likeness = run.likeness or _measured_now(run, allow_import, notes)
     names = _names(list(groups.values()))
+    shown = tuple(_group(name, members) for name, members in zip(names, groups.values(), strict=True))
+    for group in shown:
+        means = {standing.role: standing.accuracy.mean for standing in group.standings if not standing.unfinished}
+        notes += [f"{group.name}: {doubt}" for doubt in doubts(means)]
     return Board(
-        tuple(_group(name, members) for name, members in zip(names, groups.values(), strict=True)),
+        shown,
         tuple(_differences([members[0].recipe for members in groups.values()])),
         tuple(notes),
     )

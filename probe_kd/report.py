@@ -531,13 +531,13 @@ def print_student(plan: Plan, folder: Path, console: Console) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def doubts(results: Mapping[str, Result]) -> list[str]:
+def doubts(accuracies: Mapping[str, float]) -> list[str]:
     """What in the accuracies of a run's subjects says that it cannot have taught what was hoped for."""
-    teacher, alone = (results.get(role) for role in ("teacher", "student alone"))
-    if teacher is None or alone is None or teacher.accuracy >= alone.accuracy:
+    teacher, alone = (accuracies.get(role) for role in ("teacher", "student alone"))
+    if teacher is None or alone is None or teacher >= alone:
         return []
     return [
-        f"The teacher ({teacher.accuracy:.2%}) is worse than the student alone ({alone.accuracy:.2%}), so there is "
+        f"The teacher ({teacher:.2%}) is worse than the student alone ({alone:.2%}), so there is "
         "little to learn from it: train it longer, or give it other weights, another learning rate or the right mean "
         "and std."
     ]

@@ -54,8 +54,17 @@ def trace(
         return _trace_on_meta(built, size, training, model, kwargs)
     except Exception as refusal:
         if size == _resolve_size(None, built) or "img_size" in kwargs:
-            raise TraceError(f"{model} does not run on an input of {_times(size)}: {short(refusal)}") from refusal
+            why = short(refusal).rstrip(".") + _built_for(kwargs, size)
+            raise TraceError(f"{model} does not run on an input of {_times(size)}: {why}") from refusal
         return _trace_resized(model, kwargs, size, training, refusal)
+
+
+def _built_for(kwargs: Mapping[str, Any], size: Size) -> str:
+    """The tail of a sentence where the arguments say for what images a model is built."""
+    if "img_size" not in kwargs:
+        return ""
+    fits = size[1] if size[1] == size[2] else list(size[1:])
+    return f". It is built with img_size={kwargs['img_size']}: build it with {fits}, or ask for images of its size"
 
 
 def _trace_resized(model: str, kwargs: dict[str, Any], size: Size, training: bool, refusal: Exception) -> Trace:

@@ -370,7 +370,9 @@ def test_a_terminal_of_80_columns_folds_no_name_and_shows_no_colour(hostile: Boa
     rows = [line for line in bare.splitlines() if line.lstrip().startswith(ROLES)]
     for role in ROLES:
         assert len([line for line in rows if line.strip().startswith(f"{role} ")]) >= 2
-    table = [line for line in bare.splitlines() if "%" in line and "points" not in line]
+    table = [
+        line for line in bare.splitlines() if "%" in line and "points" not in line and not line.startswith("note:")
+    ]
     assert max(map(len, table)) <= 80
     assert "…" not in bare
     assert "stages.1.losses.soft.temperature: 2.0 | 4.0" in bare
@@ -381,7 +383,21 @@ def test_runs_of_one_seed_count_once(seeds: Callable[[int], list[Path]]) -> None
     shutil.copytree(second, second.parent / "twin")
     board = compare([first, second, second.parent / "twin", f"{first}/"])
     assert board.groups[0].seeds == (0, 1)
-    assert [note for note in board.notes if "twin is left out" in note and "run-1" in note] == list(board.notes)
+    assert [note for note in board.notes if "twin is left out" in note and "run-1" in note] == [board.notes[0]]
+
+
+def test_a_teacher_that_knew_less_than_the_student_alone_is_remarked(seeds: Callable[[int], list[Path]]) -> None:
+    (folder,) = seeds(1)
+    summary = json.loads((folder / "summary.json").read_text())
+    for result in summary["results"]:
+        result["accuracy"] = {"teacher": 0.6, "student alone": 0.5}.get(result["role"], 0.4)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert compare([folder]).notes == ()
+    for result in summary["results"]:
+        result["accuracy"] -= 0.5 * (result["role"] == "teacher")
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (note,) = compare([folder]).notes
+    assert "The teacher (10.00%) is worse than the student alone (50.00%)" in note
 
 
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path: Path) -> None:

@@ -197,6 +197,11 @@ def test_what_cannot_be_traced_is_told(name: str, size: Any, says: str) -> None:
         trace(name, size)
 
 
+def test_a_size_that_the_arguments_rule_out_is_told_with_both_mends() -> None:
+    with pytest.raises(TraceError, match=r"built with img_size=32: build it with \[64, 48\]"):
+        trace("vit_tiny_patch16_224", (64, 48), model_kwargs={"img_size": 32})
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "near"),
     [("swin_tiny_patch4_window7_224", "windw_size", "window_size"), ("torch.nn:Flatten", "start_dimm", "start_dim")],

@@ -28,7 +28,7 @@ from probe_kd.loop import Phase, make_optimizer, make_scheduler
 from probe_kd.losses import soft_targets
 from probe_kd.planner import plan
 from probe_kd.recipe import load, parse
-from probe_kd.report import Display, Result, doubts
+from probe_kd.report import Display, doubts
 from probe_kd.train import Journal, train
 
 
@@ -401,12 +401,9 @@ def test_a_fraction_is_trained_on_and_only_some_epochs_are_measured(tiny: Path, 
 
 
 def test_a_teacher_that_is_worse_than_the_student_alone_is_remarked() -> None:
-    def result(role: str, accuracy: float) -> Result:
-        return Result(role, "resnet18", {}, 1, 1, accuracy, None, 1.0, "")
-
     def said(teacher: float, alone: float) -> list[str]:
-        return doubts({"teacher": result("teacher", teacher), "student alone": result("student alone", alone)})
+        return doubts({"teacher": teacher, "student alone": alone})
 
-    assert said(0.9, 0.8) == said(0.8, 0.8) == doubts({"teacher": result("teacher", 0.1)}) == []
+    assert said(0.9, 0.8) == said(0.8, 0.8) == doubts({"teacher": 0.1}) == []
     (line,) = said(0.801, 0.92)
     assert "teacher (80.10%) is worse than the student alone (92.00%)" in line
