@@ -115,3 +115,10 @@ def nearest(word: str, legal: Iterable[str], count: int = 3) -> str:
     if not close:
         return ""
     return f"; did you mean {' or '.join(repr(name) for name in close)}?"
+
+
+def nearest_truth(value: object) -> str:
+    """The same tail for what is no true or false: words that were truths in YAML before 1.2, and are text now."""
+    truths = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
+    word = truths.get(str(value).lower())
+    return f"; did you mean {word}?" if word else ""

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probe_kd.errors import LossError, nearest
+from probe_kd.errors import LossError, nearest, nearest_truth
 
 Reduction = Literal["sum", "mean"]
 P = ParamSpec("P")
@@ -372,24 +372,28 @@ class Loss:
             raise LossError(f"loss {name!r} has no option {'; and none '.join(hints)}{known}")
 
     def check_values(self, name: str, options: Mapping[str, Any]) -> None:
-        """LossError for a value that is not of the option's type: a truth, a number, one of a few words.
-
-        Other types are the function's own matter. A word where a truth is expected would do as a truth, and silently.
-        """
+        """LossError for a value that is not of the option's type."""
         for option, value in options.items():
-            expected = _refusal(value, signature(self.function).parameters[option].annotation)
+            expected = self.refusal(option, value)
             if expected:
                 raise LossError(f"{name!r}: {option} is {value!r}; expected {expected}")
 
+    def refusal(self, option: str, value: Any) -> str:
+        """What is expected instead of the value: a truth, a number, one of a few words; empty where it will do.
+
+        Other types are the function's own matter. A word where a truth is expected would do as a truth, and silently.
+        """
+        known = signature(self.function).parameters
+        return _refusal(value, known[option].annotation) if option in known else ""
+
 
 def _refusal(value: Any, annotation: Any) -> str:
-    """What was expected instead of the value; empty where it will do."""
     if get_origin(annotation) is Literal:
         words = get_args(annotation)
         near = nearest(value, words) if isinstance(value, str) else ""
         return "" if value in words else f"{' or '.join(map(repr, words))}{near}"
     if annotation is bool:
-        return "" if isinstance(value, bool) else "true or false"
+        return "" if isinstance(value, bool) else f"true or false{nearest_truth(value)}"
     if annotation in (int, float):
         kinds = (int,) if annotation is int else (int, float)
         fits = isinstance(value, kinds) and not isinstance(value, bool) and isfinite(value)

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -625,7 +625,10 @@ def _place_of_mistake(options: LossOptions) -> list[str]:
     """Of a loss that will be refused: the key where that is seen."""
     if options.loss not in LOSSES:
         return ["loss"]
-    return [key for key in options.model_extra or {} if key not in LOSSES[options.loss].options][:1]
+    known = LOSSES[options.loss]
+    given = (options.model_extra or {}).items()
+    unfit = (key for key, value in given if not isinstance(value, Mapping) and known.refusal(key, value))
+    return [*(key for key, _ in given if key not in known.options), *unfit][:1]
 
 
 def _misfits(options: SchedulerOptions, epochs: int) -> Iterator[tuple[str, str]]:

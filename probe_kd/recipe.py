@@ -31,7 +31,7 @@ from ruamel.yaml import YAML
 from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens
 from probe_kd.data import DataOptions
 from probe_kd.distiller import Block
-from probe_kd.errors import LossError, Problem, RecipeError, nearest
+from probe_kd.errors import LossError, Problem, RecipeError, nearest, nearest_truth
 from probe_kd.plain import Node, Path_, flaws, locate, merged, node_of, read_text, read_yaml, reason, replaced
 from probe_kd.sharing import Pattern
 from probe_kd.spec import Schedule, Tap
@@ -547,7 +547,8 @@ def _complaint(error: Any) -> str:
     word = json.dumps(given) if isinstance(given, bool | None) else repr(given)
     got = "" if isinstance(given, dict | list) else f", got {word}"
     if kind in _WANTED:
-        return f"expected {_WANTED[kind]}{got or (', got a mapping' if isinstance(given, dict) else ', got a list')}"
+        got = got or (", got a mapping" if isinstance(given, dict) else ", got a list")
+        return f"expected {_WANTED[kind]}{got}{nearest_truth(given) if kind.startswith('bool') else ''}"
     if kind == "literal_error":
         legal = context["expected"]
         near = nearest(str(given), legal.split("'")[1::2])

@@ -59,6 +59,7 @@ MEANING = [
     ("hint: {loss: hint", "lr: {loss: hint", 20, "a column of that name"),
     ("temperature: 2.0", "temperature: 0", 25, "has to be positive"),
     ("temperature: 2.0", "temperature: hot", 25, "temperature is 'hot'; expected a finite number"),
+    ("temperature: 2.0", "standardize: no", 25, "standardize is 'no'; expected true or false; did you mean false?"),
     ("weight: 0.5", "weight: .nan", 25, "expected a finite number"),
     ("temperature: 2.0", "wieght: 2.0", 25, "no option 'wieght'; did you mean 'weight'"),
     ("{loss: cross_entropy}", "{loss: cross_entropy, label_smoothing: 7}", 24, "does not take label_smoothing=7"),
