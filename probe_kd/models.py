@@ -97,6 +97,8 @@ def _check_name(name: str, timm: Any) -> None:
         if tag and (not near or not tag.islower()):  # timm's names are in lower case
             module, _, function = name.rpartition(".")
             near += f"; a function or class of your own is written `{module}:{function}`"
+        if Path(name).is_dir():
+            near = f"; a folder that timm or `probe-kd export` wrote is called `local-dir:{name}`"
         raise TraceError(f"timm has no model {name!r}{near}")
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:

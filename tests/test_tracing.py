@@ -190,6 +190,7 @@ def test_outputs_of_several_tensors() -> None:
         ("resnet18", (3, 4, 5, 6), "expected"),
         ("vgg11", (3, 8, 8), "does not run on an input of 3x8x8"),
         ("local-dir:/nowhere", None, "nowhere"),
+        (str(Path(__file__).parent), None, "is called `local-dir:/"),
     ],
 )
 def test_what_cannot_be_traced_is_told(name: str, size: Any, says: str) -> None:
