@@ -336,6 +336,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="only say what there is to do")
     parser.add_argument("--pair", action="append", choices=PAIRS, help="only this pair of models; may be repeated")
     parser.add_argument("--images", action="append", choices=(FEW, ALL), help="only with so many images")
+    parser.add_argument(
+        "--method", action="append", choices=known()["methods"], help="only this method", metavar="NAME"
+    )
     parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--tables", type=Path, default=ROOT / "docs" / "study", help="the folder of the tables")
@@ -343,12 +346,14 @@ def main() -> None:
     chosen = [
         cell
         for cell in cells()
-        if cell.pair in (options.pair or PAIRS) and cell.images in (options.images or (FEW, ALL))
+        if cell.pair in (options.pair or PAIRS)
+        and cell.images in (options.images or (FEW, ALL))
+        and cell.method in (options.method or known()["methods"])
     ]
     console = Console()
     console.print(
         f"{len(chosen)} cells of 5 to 7 runs, {options.jobs} at a time; a run takes 20 to 120 s of one core, all of "
-        f"them about {len(chosen) * 6 * 70 / options.jobs / 3600:.0f} hours; what is finished in {options.out} is read"
+        f"them about {len(chosen) * 6 * 70 / options.jobs / 3600:.1f} hours; what is finished in {options.out} is read"
     )
     if options.list:
         for cell in chosen:
