@@ -596,8 +596,8 @@ def _key_value(text: str) -> tuple[str, Any]:
         raise RunError(f"model argument {text!r}; expected KEY=VALUE, as in `depth=6`")
     try:
         return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    except (ValueError, SyntaxError):  # text, or a truth as YAML writes it
+        return key, {"true": True, "false": False, "null": None}.get(value, value)
 
 
 def _console() -> "Console":

@@ -436,7 +436,10 @@ def _why_unreadable(options: DataOptions, split: str, refusal: Exception) -> str
             text += " (without a network, put the files there as torchvision would)"
         else:
             text += " (`download: true` fetches it)"
-    return f"cannot read the {split!r} split of dataset {options.dataset!r} in {options.root!r}: {text}"
+    if options.root is None and kind not in ("hfds", "hfids", "tfds"):  # these know where they keep things
+        text += "; it has no `root`, the folder where it lies"
+    where = f" in {options.root!r}" if options.root else ""
+    return f"cannot read the {split!r} split of dataset {options.dataset!r}{where}: {text}"
 
 
 class _InMode(Dataset[Any]):

@@ -118,6 +118,10 @@ class Objective:
             raise LossError(
                 f"{own!r} compares layers, and there are no pairs; name them, or let match find them (`pairs: auto`)"
             )
+        if self.of not in ("student", "teacher"):
+            raise LossError(
+                f"of {self.of!r}: expected 'student' or 'teacher'{nearest(self.of, ('student', 'teacher'))}"
+            )
         if self.of == "teacher" and loss.reads != "labels":
             raise LossError(f"{own!r} compares both models, so it is not `of` one of them; leave `of` out")
         if self.between and loss.reads != "flows":

@@ -37,9 +37,15 @@ class Probe:
     that is called several times without an index, and a value that is not a tensor.
     """
 
-    def __init__(self, model: nn.Module, taps: Iterable[str | Tap | FeatureSpec], *, stop_early: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: str | Tap | FeatureSpec | Iterable[str | Tap | FeatureSpec],
+        *,
+        stop_early: bool = True,
+    ) -> None:
         demand(model, nn.Module, "the model of a Probe", TapError, "an nn.Module, as timm.create_model(name) gives")
-        wanted = list(taps)
+        wanted = [taps] if isinstance(taps, str | Tap | FeatureSpec) else list(taps)
         specs = [item for item in wanted if isinstance(item, FeatureSpec)]
         self.model = model
         self.taps = tuple(

@@ -107,8 +107,10 @@ def test_inspect_lists_what_can_be_matched(command: Command, tmp_path: Path) -> 
 
 def test_inspect_can_show_every_module_and_why_one_is_silent(command: Command, tmp_path: Path) -> None:
     arguments = ("inspect", "vit_tiny_patch16_224", "--all", "--json", "--model-kwargs", "depth=2")
+    arguments += ("--model-kwargs", "qkv_bias=false")  # as in YAML
     rows = {row["tap"]: row for row in json.loads(command(*arguments).stdout)}
     assert rows["blocks.1"]["shape"] == [197, 192]
+    assert rows["blocks.1.attn.qkv"]["parameters"] == 3 * 192 * 192
     assert "fused" in rows["blocks.0.attn.attn_drop"]["note"]
     assert "blocks.2" not in rows
     text = command("inspect", "vit_tiny_patch16_224", "--glob", "blocks.?.mlp").stdout

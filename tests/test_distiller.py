@@ -184,6 +184,7 @@ def pick(features: list[Tensor]) -> list[Tensor]:
     [
         ("fsp", {"normalize": "layer"}, "`normalize` means nothing for 'fsp'.*`relative: true`"),
         ("attention", {"policy": "always"}, "`policy` means nothing for 'attention'"),
+        ("cross_entropy", {"of": "techer"}, "of 'techer': expected 'student' or 'teacher'; did you mean 'teacher'"),
         ("soft_targets", {"tokens": "cls"}, "`tokens` means nothing for 'soft_targets'"),
     ],
 )

@@ -141,6 +141,11 @@ def test_a_capture_overwritten_only_after_the_rehearsal_is_refused_with_or_witho
     assert hooks_on(net) == 0
 
 
+def test_one_tap_needs_no_list() -> None:
+    for tap in ("layer2", Tap("layer2")):
+        assert Probe(timm.create_model("resnet10t"), tap).taps == (Tap("layer2"),)
+
+
 def test_each_mode_has_its_own_rehearsal() -> None:
     net, x = Moody().train(), images()
     probe = Probe(net, ["a", "b"])
