@@ -21,7 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run every benchmark and write one page of results.")
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results.md")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="*", help="names of scripts, such as `step`")
+    known = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"all", "measure"})
+    parser.add_argument("--only", nargs="*", choices=known, metavar="NAME", help="names of scripts, such as `step`")
     wishes = parser.parse_args()
     # In every process, so that a busy core costs less noise.
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
