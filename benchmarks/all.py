@@ -13,20 +13,20 @@ import torch
 from measure import machine
 
 HERE = Path(__file__).parent
+SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"all", "measure"})
 # Measured on request only: these two ask about timm's whole zoo, and no step.
-APART = {"all", "measure", "match_zoo", "families"}
+APART = {"match_zoo", "families"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run every benchmark and write one page of results.")
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results.md")
     parser.add_argument("--device", default="cpu")
-    known = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"all", "measure"})
-    parser.add_argument("--only", nargs="*", choices=known, metavar="NAME", help="names of scripts, such as `step`")
+    parser.add_argument("--only", nargs="*", choices=SCRIPTS, metavar="NAME", help="names of scripts, such as `step`")
     wishes = parser.parse_args()
     # In every process, so that a busy core costs less noise.
     torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
-    names = wishes.only or sorted(path.stem for path in HERE.glob("*.py") if path.stem not in APART)
+    names = wishes.only or [name for name in SCRIPTS if name not in APART]
     parts = [f"# Benchmarks\n\n`python benchmarks/all.py`. {machine()}\n"]
     failed = []
     for name in names:

@@ -262,6 +262,8 @@ def _matrices(loss: str, student: Tensor, teacher: Tensor, relative: bool, reduc
     if not relative:
         return _squared_error(student, teacher, reduction)
     _check_reduction(reduction)  # a share of the variance is the same in either
+    if relative is not True:
+        raise LossError(f"{loss}: relative {relative!r}: expected true or false")
     if len(teacher) < 2:
         raise LossError(f"{loss}: `relative` divides by the variance over a batch, and this one has a single image")
     error = _squared_error(student, teacher, "sum")

@@ -326,6 +326,8 @@ def test_values_of_options_that_mean_nothing_are_refused() -> None:
         hint(draw(5, 7), draw(5, 7), reduction="batchmean")  # type: ignore[arg-type]
     with pytest.raises(LossError, match="reduction 'median': expected 'sum' or 'mean'"):
         fsp(draw(5, 3, 2), draw(5, 3, 2), relative=True, reduction="median")  # type: ignore[arg-type]
+    with pytest.raises(LossError, match="relative 7: expected true or false"):
+        fsp(draw(5, 3, 2), draw(5, 3, 2), relative=7)  # type: ignore[arg-type]
     with pytest.raises(LossError, match=r"temperature 0.*positive"):
         soft_targets(draw(5, 7), draw(5, 7), temperature=0)
 

@@ -1,15 +1,18 @@
 """Pages that are read from top to bottom are run from top to bottom, in one folder."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from probe_kd.cli import main
+from probe_kd.report import Evaluation, Scores
 
 DOCS = Path(__file__).parents[1] / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -55,10 +58,12 @@ def test_the_search_of_the_page_finds_a_number(tmp_path: Path, monkeypatch: pyte
     """What the page gives to Optuna, with both commands in its place."""
     source = {title: text for _, title, text in FENCE.findall((DOCS / "howto.md").read_text()) if title}
     asked: list[list[str]] = []
+    score = Scores("student", "resnet18", "student.safetensors", top1=0.5, nll=1.0, calibration_error=0.1)
+    found = json.dumps(asdict(Evaluation("run", "held_out", 1, (score,), ())))  # as `eval --json` prints it
 
     def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         asked.append([str(part) for part in command])
-        return subprocess.CompletedProcess(command, 0, stdout='{"models": [{"model": "student", "top1": 0.5}]}')
+        return subprocess.CompletedProcess(command, 0, stdout=found)
 
     names: dict[str, object] = {}
     exec(compile(source["search.py"], "search.py", "exec"), names)
