@@ -109,9 +109,13 @@ def demand(value: object, kind: type, what: str, error: type[ProbeKDError], expe
         raise error(f"{what} is {shown} ({type(value).__name__}); expected {expected}")
 
 
+MAX_WORD = 200
+
+
 def nearest(word: str, legal: Iterable[str], count: int = 3) -> str:
     """The tail of a sentence, `; did you mean 'a' or 'b'?`, or an empty string when nothing legal is near."""
-    close = get_close_matches(word, list(legal), n=count, cutoff=0.5)
+    short = [name for name in legal if len(name) <= MAX_WORD]  # comparing takes as long as both are, multiplied
+    close = get_close_matches(word[:MAX_WORD], short, n=count, cutoff=0.5)
     if not close:
         return ""
     return f"; did you mean {' or '.join(repr(name) for name in close)}?"

@@ -7,15 +7,15 @@ its blocks are counted instead.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import pairwise
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
 
 from probe_kd.errors import MatchError, TapError, demand, nearest
+from probe_kd.patterns import expression, glob
 from probe_kd.spec import FeatureSpec, Layout, Pair, Tap, Trace
 
 T = TypeVar("T")
@@ -56,8 +56,8 @@ def expand(trace: Trace, text: str, inside: str = "") -> tuple[Tap, ...]:
     """The taps of one model that a name in a recipe means: one, or all that a pattern finds, in the order they come.
 
     `glob:blocks.[0-3]` is a shell's pattern over the names of modules, in which `*` also passes dots, and
-    `re:layer[12]` a regular expression for a whole name; `@input` or `#1` after either goes to each. `inside` is the
-    prefix of the modules in question, which the text leaves out.
+    `re:layer[12]` a regular expression of RE2 for a whole name; `@input` or `#1` after either goes to each. `inside` is
+    the prefix of the modules in question, which the text leaves out.
 
     Raises TapError for what is no tap or pattern, and where it finds no module, or none that yields a tensor there.
     """
@@ -67,7 +67,7 @@ def expand(trace: Trace, text: str, inside: str = "") -> tuple[Tap, ...]:
         tap = replace(tap, module=(inside + tap.module).removesuffix("."))
         trace[tap]
         return (tap,)
-    fits = _fits(found["kind"], found["pattern"])
+    fits = (glob if found["kind"] == "glob" else expression)(found["pattern"])
     names = [name.removeprefix(inside) for name in trace.modules if name.startswith(inside) and name != inside]
     named = [name for name in names if fits(name)]
     if not named:
@@ -89,19 +89,6 @@ _PATTERN = re.compile(r"(?P<kind>glob|re):(?P<pattern>.*?)(?P<rest>(?:#[0-9]{1,9
 
 def is_pattern(text: str) -> bool:
     return _PATTERN.fullmatch(text.strip()) is not None
-
-
-def _fits(kind: str, pattern: str) -> Callable[[str], bool]:
-    if kind == "glob":
-        return lambda name: fnmatchcase(name, pattern)
-    # Python's expressions can search for years; a recipe may come from anybody.
-    if len(pattern) > 200 or re.search(r"\)[*+{]|\\[1-9]|\(\?P=", pattern) or len(re.findall("[*+{]", pattern)) > 3:
-        raise TapError(f"'re:{pattern}': expected at most three of `*`, `+`, `{{}}`, none of them after a group")
-    try:
-        expression = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as refusal:
-        raise TapError(f"'re:{pattern}' is no regular expression: {refusal}") from None
-    return lambda name: expression.fullmatch(name) is not None
 
 
 def listed(names: Sequence[object], most: int = 12) -> str:

@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,9 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from probe_kd.arguments import check_arguments, check_truths
 from probe_kd.checkpoints import put
 from probe_kd.errors import TraceError, WeightsError, nearest
+from probe_kd.plain import read_text, reason
+
+MAX_CALLS = 100_000  # of torch while a model of timm is built; its largest takes 11 thousand
 
 
 def build_on_meta(name: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
@@ -26,22 +32,19 @@ def build_on_meta(name: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
 def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
     """The named model: `timm.create_model`, or the function that `package.module:function` names.
 
-    Raises TraceError for a name nobody knows, with the nearest ones, and for arguments that the model refuses.
+    Raises TraceError for a name nobody knows, with the nearest ones, for arguments that the model refuses, and for
+    those that are not of its architecture: what timm's loader takes could fetch anything into any folder.
     """
     import timm  # 3.5 s: only where a model is built
 
+    check_kwargs(name, model_kwargs)
     if module_of(name):
-        factory: Callable[..., Any] = _import_factory(name)
-        arguments = dict(model_kwargs)
+        factory, arguments = _import_factory(name), dict(model_kwargs)
     else:
-        _check_name(name, timm)
-        for key in ("model_name", "pretrained", "checkpoint_path"):  # timm would fetch or load in the middle of a trace
-            if key in model_kwargs:
-                raise TraceError(f"`{key}` among the arguments of {name}: weights are named beside the model's name")
-        factory = timm.create_model
-        arguments = {"model_name": name, "pretrained": pretrained, **model_kwargs}
+        factory, arguments = timm.create_model, {"model_name": name, "pretrained": pretrained, **model_kwargs}
     try:
-        model = factory(**arguments)
+        with nullcontext() if module_of(name) else _Bounded():
+            model = factory(**arguments)
     except Exception as refusal:
         given = ", ".join(f"{key}={value!r}" for key, value in model_kwargs.items())
         near = _nearest_argument(name, factory, refusal)
@@ -51,13 +54,85 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
     return model
 
 
+def check_kwargs(name: str, model_kwargs: Mapping[str, Any]) -> None:
+    """Whether the named model takes these arguments from anybody. Raises TraceError for the first that it does not."""
+    import timm
+
+    if module_of(name):
+        with suppress(ValueError, TypeError):  # a function that does not tell its arguments
+            check_truths(name, signature(_import_factory(name)).parameters, model_kwargs)
+    else:
+        _check_name(name, timm)
+        architecture, saved = _saved_arguments(name)
+        check_arguments(name, architecture, {**saved, **model_kwargs})
+
+
 def _nearest_argument(name: str, factory: Callable[..., Any], refusal: Exception) -> str:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(refusal))
     if unknown is None:
         return ""
-    # timm's functions take anything and hand it on to the class of the model.
-    takes = factory if module_of(name) else type(build_on_meta(name, {}))
-    return nearest(unknown[1], signature(takes).parameters)
+    return nearest(unknown[1], signature(factory).parameters)
+
+
+class _Bounded(TorchFunctionMode):
+    """Ends what would be built for hours: a model of a million layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        if self.calls > MAX_CALLS:
+            raise TraceError(f"the model has more parts than any other (it takes over {MAX_CALLS} calls of torch)")
+        return func(*args, **(kwargs or {}))
+
+
+def _saved_arguments(name: str) -> tuple[str, dict[str, Any]]:
+    """The architecture that a name stands for, and the arguments that the config of a folder or of the hub adds.
+
+    Raises TraceError for a config that cannot be read.
+    """
+    source, _, place = name.partition(":")
+    if not place:
+        return name.partition(".")[0], {}
+    config = _local_config(Path(place)) if source == "local-dir" else _hub_config(name, place)
+    saved = config.get("model_args") or {}
+    if not isinstance(config.get("architecture"), str) or not isinstance(saved, dict):
+        raise TraceError(f"the config.json of {name} names no architecture, or its `model_args` are no mapping")
+    return config["architecture"].partition(".")[0], saved
+
+
+def _hub_config(name: str, place: str) -> dict[str, Any]:
+    from timm.models import load_model_config_from_hf
+
+    try:
+        _, architecture, saved = load_model_config_from_hf(place)
+    except Exception as refusal:  # the hub, its files and the network fail in every way
+        raise TraceError(f"cannot build {name}: {short(refusal)}") from refusal
+    return {"architecture": architecture, "model_args": saved}
+
+
+def _local_config(folder: Path) -> dict[str, Any]:
+    """What timm reads of a folder's config.json, if it can be what an export wrote. Raises TraceError."""
+    try:
+        config = json.loads(read_text(folder / "config.json"))
+        irregular = [file.name for file in folder.iterdir() if not (file.is_file() or file.is_dir())]
+    except (OSError, ValueError, RecursionError) as refusal:
+        raise TraceError(f"cannot build local-dir:{folder}: its config.json: {reason(refusal)}") from None
+    if irregular:  # nobody waits for a FIFO
+        raise TraceError(f"cannot build local-dir:{folder}: {irregular[0]!r} in it is no regular file")
+    inner = config.get("pretrained_cfg", config) if isinstance(config, dict) else None
+    if not isinstance(inner, dict):
+        raise TraceError(f"cannot build local-dir:{folder}: its config.json is no mapping with a `pretrained_cfg`")
+    for key in ("input_size", "test_input_size", "mean", "std"):
+        values = inner.get(key)
+        kinds = int if key.endswith("size") else int | float
+        if values is not None and not (
+            isinstance(values, list) and len(values) in (1, 3) and all(isinstance(value, kinds) for value in values)
+        ):
+            raise TraceError(f"cannot build local-dir:{folder}: `{key}` in its config.json is {str(values)[:80]!r}")
+    return dict(config)
 
 
 def module_of(name: str) -> str:

@@ -29,7 +29,7 @@ from probe_kd.errors import (
 )
 from probe_kd.losses import LOSSES
 from probe_kd.matching import expand, is_pattern, listed, match
-from probe_kd.models import build_on_meta, check_import, checkpoint_gradients, load_weights, short
+from probe_kd.models import build_on_meta, check_import, check_kwargs, checkpoint_gradients, load_weights, short
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.plain import Path_, read_text, reason
 from probe_kd.recipe import (
@@ -219,12 +219,23 @@ class _Planner:
             kwargs.setdefault("in_chans", size[0])
         with self.at(key, "model"):
             check_import(model.model, self.allow_import)
+            if not self._takes(key, model):
+                return None
             found = trace(model.model, size, training=training, model_kwargs=kwargs)
             if model.grad_checkpointing:
                 found = _trace_checkpointing(found)
             _check_output(found, key)
             return found
         return None
+
+    def _takes(self, key: str, model: ModelOptions) -> bool:
+        """Whether the model takes its arguments; each that it does not is a problem of its own line."""
+        before = len(self.problems)
+        check_kwargs(model.model, {})
+        for name, value in model.model_kwargs.items():
+            with self.at(key, "model_kwargs", name):
+                check_kwargs(model.model, {name: value})
+        return len(self.problems) == before
 
     def _trace_teacher(self, classes: int | None) -> Trace | None:
         teacher = self.recipe.teacher
@@ -379,11 +390,10 @@ class _Planner:
             self._check_weights(index, stage)
             names = _parameter_names(student) if student and stage.optimizer.lr_scale else []
             for pattern in stage.optimizer.lr_scale if names else ():
-                if not any(in_pattern(name, pattern) for name in names):
-                    message = f"no parameter of the student matches {pattern!r}{nearest(pattern, _modules_of(names))}"
-                    self.problems.append(
-                        self.source.problem(("stages", index, "optimizer", "lr_scale", pattern), message)
-                    )
+                with self.at("stages", index, "optimizer", "lr_scale", pattern):
+                    if not any(in_pattern(name, pattern) for name in names):
+                        near = nearest(pattern, _modules_of(names))
+                        raise TapError(f"no parameter of the student matches {pattern!r}{near}")
 
     def _check_weights(self, index: int, stage: StageOptions) -> None:
         where: Path_ = ("stages", index, "losses")

@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
-from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from shlex import quote
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column, Table
 from rich.text import Text
 
+from probe_kd import patterns
 from probe_kd.adapters import Answer, adapt
 from probe_kd.checkpoints import put
 from probe_kd.data import class_names
@@ -256,10 +256,11 @@ def layer_rows(
     Raises TapError for a glob that no module matches.
     """
     marks = _marks(trace)
+    named = patterns.glob(glob) if glob is not None else None
     narrowed = glob is not None or depth is not None
     found: list[tuple[int, LayerRow]] = []
     for name, module in trace.modules.items():
-        if (glob is not None and not fnmatchcase(name, glob)) or (depth is not None and module.depth > depth):
+        if (named is not None and not named(name)) or (depth is not None and module.depth > depth):
             continue
         specs = [spec for spec in trace.specs if spec.tap.module == name and spec.tap.port == "output"]
         shown = [spec for spec in specs if every or narrowed or spec.tap in marks]

@@ -7,13 +7,13 @@ already, and `detached` lets parameters pass no gradient.
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, nn
 
 from probe_kd.errors import TapError, nearest
+from probe_kd.patterns import glob
 
 
 def get(model: nn.Module, name: str) -> nn.Module:
@@ -174,7 +174,7 @@ def detached(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator
 
 def in_pattern(name: str, pattern: str) -> bool:
     """Whether a parameter's name matches a glob, or lies in the module of that name."""
-    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+    return glob(pattern)(name) or name.startswith(f"{pattern}.")
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:

@@ -11,7 +11,7 @@ import probe_kd
 
 HOUSE = Path(probe_kd.__file__).parent
 FLOORS = (
-    {"errors", "spec", "checkpoints"},
+    {"errors", "spec", "checkpoints", "arguments", "patterns"},
     {"probe", "surgery", "losses", "models", "plain", "shards"},
     {"tracing", "adapters", "matching"},
     {"objectives", "sharing", "data", "cache"},
@@ -23,7 +23,12 @@ FLOORS = (
     {"audit", "page"},
     {"cli"},
 )
-NEIGHBOURS = {("spec", "errors"), ("checkpoints", "errors"), ("report", "planner"), ("evaluation", "loop")}  # from, to
+NEIGHBOURS = {  # from, to
+    *((room, "errors") for room in ("spec", "checkpoints", "arguments", "patterns")),
+    ("models", "plain"),
+    ("report", "planner"),
+    ("evaluation", "loop"),
+}
 ROOMS = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem != "__init__")
 
 

@@ -292,7 +292,7 @@ def test_a_saved_student_imports_only_what_the_call_allows(own: Path, monkeypatc
             load_student(own / "foreign.safetensors")
     for key in ("pretrained", "checkpoint_path", "model_name"):
         save_weights(model, own / "fetches.safetensors", {"model": "resnet10t", "model_kwargs": {key: "x"}})
-        with pytest.raises(TraceError, match=f"`{key}` among the arguments of resnet10t"):
+        with pytest.raises(TraceError, match=f"`{key}` is no argument of the architecture of resnet10t"):
             load_student(own / "fetches.safetensors")
 
 
@@ -484,14 +484,12 @@ def test_no_option_makes_the_loader_fail(path: str, value: str) -> None:
             str(refusal).encode()
 
 
-@pytest.mark.parametrize(
-    "pattern", ["(.+)+x", "(?:a|a)*b", r"(.)\1{99}", ".*" * 9 + "x", "a{9}{9}{9}{9}", "(" * 150, "x" * 999]
-)
-def test_a_pattern_that_could_search_for_ever_is_refused_at_once(pattern: str) -> None:
+@pytest.mark.parametrize("pattern", ["(.+)+x", "(?:a|a)*b", r"(.)\1{99}", ".?" * 99 + "Z", "a{9}{9}{9}{9}", "(" * 150])
+def test_no_pattern_searches_for_ever(pattern: str) -> None:
     named = "  blocks.0: layer2\n  blocks.1: layer3\n"
     assert TINY.count(named) == 1
     start = time.process_time()
-    with pytest.raises(RecipeError, match=r"r.yaml:13:3: .re:.* (at most three|is no regular expression)"):
+    with pytest.raises(RecipeError, match=r"r.yaml:13:3: .*(no module of vit|is no regular expression of RE2)"):
         plan(parse(TINY.replace(named, f"  're:{pattern}': layer2\n"), "r.yaml"))
     assert time.process_time() - start < 15
 

@@ -1,0 +1,140 @@
+"""Which arguments build a model, by an allow-list, and whether their values are read as they are meant.
+
+timm's `create_model` takes the arguments of the architecture together with those of its loader, among them addresses to
+fetch weights from and folders to write them to. A recipe, a weights file or a folder from somebody else may give the
+first and never the second.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from inspect import Parameter, getmodule, isclass, signature
+from typing import Any, get_args
+
+from probe_kd.errors import TraceError, nearest, nearest_truth
+
+# What timm's models have in common. Some are in no signature, since helpers take them before the class is reached.
+COMMON = frozenset(
+    [
+        "num_classes",
+        "in_chans",
+        "img_size",
+        "global_pool",
+        "output_stride",
+        "drop_rate",
+        "drop_path_rate",
+        "act_layer",
+        "norm_layer",
+        "norm_eps",
+        "bn_momentum",
+        "bn_eps",
+        "bn_tf",
+        "features_only",
+        "out_indices",
+        "feature_cls",
+        "use_naflex",
+        "distilled",
+        "pad_type",
+    ]
+)
+PLACES = frozenset(("device", "dtype"))  # where a model lies is the run's to say
+MAX_NUMBER = 10_000_000  # no model has more classes, channels or layers; a billion layers would be built until it ends
+
+
+def check_arguments(name: str, architecture: str, given: Mapping[str, Any]) -> None:
+    """Whether arguments are of the architecture, and plain values. Raises TraceError for the first that is not."""
+    parameters: Mapping[str, Parameter] = {}
+    if given.keys() - COMMON:
+        parameters = architecture_parameters(architecture)
+    for key, value in given.items():
+        if key not in COMMON and key not in parameters:
+            near = nearest(key, sorted({*parameters, *COMMON}))
+            raise TraceError(
+                f"`{key}` is no argument of the architecture of {name}{near}"
+                + ("" if near else "; weights are named beside the model's name, by `pretrained` or `checkpoint`")
+            )
+        largest = max((abs(number) for number in _numbers(value)), default=0)
+        if largest > MAX_NUMBER:
+            raise TraceError(f"`{key}` of {name} is {largest}; expected no number above {MAX_NUMBER}")
+    check_truths(name, parameters, given)
+
+
+def check_truths(name: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> None:
+    """Text or a list is true in Python, whatever it says: `"false"` too. Raises TraceError."""
+    for key, value in given.items():
+        if key in parameters and is_truth(parameters[key]) and value not in (True, False, None):
+            raise TraceError(f"`{key}` of {name} is {value!r}; expected true or false{nearest_truth(value)}")
+
+
+def is_truth(parameter: Parameter) -> bool:
+    """Whether a parameter is true or false, by its annotation, or by its default where it has none."""
+    kind = parameter.annotation
+    if kind is Parameter.empty:
+        return isinstance(parameter.default, bool)
+    if isinstance(kind, str):
+        return kind.replace(" ", "") in ("bool", "Optional[bool]", "bool|None")
+    return kind is bool or {*get_args(kind)} == {bool, type(None)}
+
+
+@lru_cache(maxsize=256)
+def architecture_parameters(architecture: str) -> Mapping[str, Parameter]:
+    """The arguments that timm hands on to the class of a model, and to what this class is made of."""
+    import timm
+    import torch
+    from timm.models import build_model_with_cfg
+
+    with torch.device("meta"):
+        model = timm.create_model(architecture)
+    found = _of_class(type(model), architecture)
+    loader = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
+    several = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    return {key: it for key, it in found.items() if key not in loader | PLACES and it.kind not in several}
+
+
+def _of_class(kind: type, architecture: str) -> dict[str, Parameter]:
+    """Of its constructor; where that hands on what it does not know, also of those that it may be handed on to."""
+    found: dict[str, Parameter] = {}
+    open_ended = True
+    for base in kind.__mro__:
+        if not open_ended or base.__module__.startswith("torch."):
+            break
+        if "__init__" in vars(base):
+            own = signature(base.__init__).parameters  # type: ignore[misc]
+            found = {**own, **found}
+            open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in own.values())
+    found.pop("self", None)
+    configs = [value.annotation for value in found.values() if is_dataclass(value.annotation)]
+    for config in configs:  # which is replaced in part
+        found |= dict(_of_config(config))
+    if open_ended and not configs:
+        found = {**dict(_of_module(kind, architecture)), **found}
+    return found
+
+
+def _of_config(config: Any, prefix: str = "") -> Iterable[tuple[str, Parameter]]:
+    """The fields of a dataclass; of one inside it, as `transformer_cfg` of MaxxViT, with the name as a prefix."""
+    for field in fields(config):
+        name = prefix + field.name
+        if is_dataclass(field.type) and field.name.endswith("_cfg"):
+            yield from _of_config(field.type, name.removesuffix("cfg"))
+        yield name, Parameter(name, Parameter.KEYWORD_ONLY, annotation=field.type)
+
+
+def _of_module(kind: type, architecture: str) -> Iterable[tuple[str, Parameter]]:
+    """Of the parts that a model's file defines, and the keys of the table in it that describes this architecture."""
+    for value in vars(getmodule(kind)).values():
+        if isclass(value) and value.__module__ == kind.__module__ and "__init__" in vars(value):
+            yield from list(signature(value.__init__).parameters.items())[1:]
+        table = value.get(architecture) if isinstance(value, dict) else None
+        for key in table if isinstance(table, dict) else ():
+            yield key, Parameter(key, Parameter.KEYWORD_ONLY)
+
+
+def _numbers(value: Any) -> Iterable[float]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float):
+        yield value
