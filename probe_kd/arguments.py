@@ -11,7 +11,7 @@ from functools import lru_cache
 from inspect import Parameter, getmodule, isclass, signature
 from typing import Any, get_args
 
-from probe_kd.errors import TraceError, nearest, nearest_truth
+from probe_kd.errors import ProbeKDError, TraceError, nearest, nearest_truth
 
 # What timm's models have in common. Some are in no signature, since helpers take them before the class is reached.
 COMMON = frozenset(
@@ -59,11 +59,16 @@ def check_arguments(name: str, architecture: str, given: Mapping[str, Any]) -> N
     check_truths(name, parameters, given)
 
 
-def check_truths(name: str, parameters: Mapping[str, Parameter], given: Mapping[str, Any]) -> None:
-    """Text or a list is true in Python, whatever it says: `"false"` too. Raises TraceError."""
+def check_truths(
+    name: str,
+    parameters: Mapping[str, Parameter],
+    given: Mapping[str, Any],
+    error: type[ProbeKDError] = TraceError,
+) -> None:
+    """Text or a list is true in Python, whatever it says: `"false"` too. Raises `error`."""
     for key, value in given.items():
         if key in parameters and is_truth(parameters[key]) and value not in (True, False, None):
-            raise TraceError(f"`{key}` of {name} is {value!r}; expected true or false{nearest_truth(value)}")
+            raise error(f"`{key}` of {name} is {value!r}; expected true or false{nearest_truth(value)}")
 
 
 def is_truth(parameter: Parameter) -> bool:
@@ -74,6 +79,17 @@ def is_truth(parameter: Parameter) -> bool:
     if isinstance(kind, str):
         return kind.replace(" ", "") in ("bool", "Optional[bool]", "bool|None")
     return kind is bool or {*get_args(kind)} == {bool, type(None)}
+
+
+def optimizer_parameters(name: str) -> Mapping[str, Parameter]:
+    """The arguments of timm's optimizer of this name, and of the function that makes it."""
+    from timm.optim import create_optimizer_v2, get_optimizer_class
+
+    try:
+        kind = get_optimizer_class(name.lower().rpartition("lookahead_")[2], bind_defaults=False)
+        return {**signature(create_optimizer_v2).parameters, **signature(kind).parameters}
+    except Exception:  # one that only a GPU has, or of a library that is not there: told where it is made
+        return {}
 
 
 @lru_cache(maxsize=256)

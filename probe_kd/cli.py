@@ -1,6 +1,5 @@
 """The command line: parse, call, print. What takes seconds to import is imported by the command that needs it."""
 
-import ast
 import json
 import logging
 import os
@@ -13,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from probe_kd import __version__
-from probe_kd.errors import ProbeKDError, RecipeError, RunError, Stopped
+from probe_kd.errors import ProbeKDError, RecipeError, RunError, Stopped, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -100,7 +99,7 @@ def main() -> None:
         # A recipe is wrong in every process alike; anything else may have happened in this one alone.
         if _speaks() or not isinstance(refusal, RecipeError):
             if logging.getLogger().isEnabledFor(logging.INFO):  # --verbose
-                traceback.print_exc()
+                _say(traceback.format_exc(), sys.stderr)
             _complain(str(refusal))
         sys.exit(2)
     except BrokenPipeError:  # `probe-kd inspect ... | head`
@@ -178,7 +177,7 @@ def match(
     if output is not None:
         write_recipe(ours, theirs, pairs, output)
         command = f"probe-kd train {output}{_options(allow_import=packages([student, teacher]))}"
-        typer.echo(f"wrote {output}; run it with: {command}", err=as_json)
+        _say(f"wrote {output}; run it with: {command}", sys.stderr if as_json else None)
 
 
 @app.command()
@@ -211,7 +210,7 @@ def init(
     pairs = match_layers(ours, theirs, level=level.value, num_pairs=num_pairs) if needed else ()
     write_recipe(ours, theirs, pairs, output, method=method, data=data, root=root)
     allowed = _options(allow_import=packages([student, teacher]))
-    print(f"wrote {output}\n  probe-kd check {output}{allowed}\n  probe-kd train {output}{allowed}")
+    _say(f"wrote {output}\n  probe-kd check {output}{allowed}\n  probe-kd train {output}{allowed}")
 
 
 def _check_recipe_is_new(output: Path | None, overwrite: bool) -> None:
@@ -434,7 +433,7 @@ def compare(
         _show(console, tables(board))
     if output is not None:
         write_page(board, output)
-        typer.echo(f"wrote {output}", err=as_json)
+        _say(f"wrote {output}", sys.stderr if as_json else None)
 
 
 class SubjectChoice(StrEnum):
@@ -469,13 +468,13 @@ def export(
     if as_json:
         print(json.dumps(asdict(done), indent=1))
         return
-    print(f"{done.weights} ({done.model}) -> {done.folder}: {', '.join(done.files)}")
+    _say(f"{done.weights} ({done.model}) -> {done.folder}: {', '.join(done.files)}")
     for who, apart in (("timm", done.difference), ("onnxruntime", done.onnx_difference)):
         if apart is not None:
-            print(f"{who} answers as the run did: logits up to {done.largest_logit:.3g} differ by at most {apart:.2g}")
-    print("\n".join([f"compared on {done.images}", *(f"note: {note}" for note in done.notes)]))
+            _say(f"{who} answers as the run did: logits up to {done.largest_logit:.3g} differ by at most {apart:.2g}")
+    _say("\n".join([f"compared on {done.images}", *(f"note: {note}" for note in done.notes)]))
     if done.difference is not None:
-        print(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
+        _say(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
 
 
 def _check_free(output: Path | None, overwrite: bool) -> None:
@@ -591,26 +590,30 @@ def _sides(text: str | None) -> list[int] | None:
 
 
 def _key_value(text: str) -> tuple[str, Any]:
+    """An argument of a model, whose value is YAML as after `--set`."""
+    from probe_kd.plain import read_value
+
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise RunError(f"model argument {text!r}; expected KEY=VALUE, as in `depth=6`")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # text, or a truth as YAML writes it
-        return key, {"true": True, "false": False, "null": None}.get(value, value)
+    return key, read_value(value, f"--model-kwargs {key}")
 
 
 def _console() -> "Console":
-    from rich.console import Console
+    from probe_kd.console import PlainConsole
 
-    console = Console()
+    console = PlainConsole()
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
-    return Console(width=160)  # a pipe has no width; 80 would fold every name
+    return PlainConsole(width=160)  # a pipe has no width; 80 would fold every name
 
 
 def _complain(message: str, start: str = "error: ") -> None:
-    print(f"{start}{message}", file=sys.stderr)
+    _say(f"{start}{message}", sys.stderr)
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    print(visible(text), file=file)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,39 @@ The message is written for the person who has to mend the cause: what is wrong, 
 legal thing. The command line prints it and exits with status 2; a traceback is always a defect of ours.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
+# What a terminal obeys instead of showing it, and halves of characters, which cannot be printed at all.
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]"
+)
+
+
+def visible(text: str) -> str:
+    """The text with a picture for each control character, so that it can be shown whoever wrote it: `\x1b` is `␛`.
+
+    Line ends and tabs are left. Names of files and layers, values of a recipe, and what other libraries say of them may
+    come from anybody: a terminal could be made to hide lines, to rename its window, or to run what it was told.
+    """
+    return CONTROL.sub(_picture, text.replace("\r\n", "\n").replace("\r", "\u240d"))
+
+
+def _picture(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
 
 class ProbeKDError(Exception):
-    """The root: `except ProbeKDError` catches all that this package raises on purpose."""
+    """The root: `except ProbeKDError` catches all that this package raises on purpose.
+
+    Its text is free of control characters.
+    """
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class TapError(ProbeKDError):
@@ -95,11 +121,18 @@ class RecipeError(ProbeKDError):
 
 def _show(problem: Problem, text: str) -> str:
     lines = text.split("\n")
-    if not problem.line or problem.line > len(lines):
-        return f"{problem.source}: {problem.message}"
-    place = "" if problem.source.startswith("--") else f":{problem.line}:{problem.column}"
-    caret = f"{' ' * (problem.column - 1)}^"
-    return f"{problem.source}{place}: {problem.message}\n    {lines[problem.line - 1].rstrip()}\n    {caret}"
+    source = problem.source.replace("\n", "\u240a")
+    place = "" if problem.source.startswith("--") or not problem.line else f":{problem.line}:{problem.column}"
+    if not problem.line or problem.line > len(lines) or not text:
+        return f"{source}{place}: {problem.message}"
+    line, column = _around(lines[problem.line - 1].rstrip(), problem.column)
+    return f"{source}{place}: {problem.message}\n    {line}\n    {' ' * (column - 1)}^"
+
+
+def _around(line: str, column: int, most: int = 200) -> tuple[str, int]:
+    """Of a long line, the part around a column, and the column in it."""
+    start = max(0, min(column - most // 2, len(line) - most))
+    return line[start : start + most], column - start
 
 
 def demand(value: object, kind: type, what: str, error: type[ProbeKDError], expected: str) -> None:

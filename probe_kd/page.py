@@ -21,7 +21,7 @@ from rich.text import Text
 from probe_kd import __version__
 from probe_kd.checkpoints import put
 from probe_kd.comparing import Board, ClassChange, Curve, Group, Likeness, Standing, losses_of, percent, points
-from probe_kd.errors import RunError
+from probe_kd.errors import RunError, visible
 from probe_kd.report import GENERATOR, amount
 
 MOST_CLASSES = 20  # that bars are drawn of
@@ -122,6 +122,7 @@ def page(board: Board) -> str:
     environment = Environment(
         loader=PackageLoader("probe_kd"),
         autoescape=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
 
-from probe_kd.errors import Problem, RecipeError
+from probe_kd.errors import CONTROL, Problem, RecipeError
 
 Path_ = tuple[str | int, ...]
 
@@ -21,9 +21,6 @@ MAX_BYTES = 250_000
 MAX_NODES = 10_000
 MAX_LEVELS = 32
 MAX_INT = 2**53  # up to it a float knows every whole number, and timm's schedules compute in floats
-
-# What a terminal obeys instead of showing it, and halves of characters, which cannot be printed at all.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 
 
 def read_text(path: Path) -> str:
@@ -61,7 +58,7 @@ def read_yaml(text: str, name: str, shown: str | None = None) -> Any:
 
 
 def _bad_character(text: str) -> Problem | None:
-    found = _CONTROL.search(text)
+    found = CONTROL.search(text)
     if found is None:
         return None
     before = text[: found.start()].split("\n")
@@ -143,7 +140,7 @@ def node_of(tree: Any, source: str, line: int = 1, column: int = 1) -> Node:
     marks, value = getattr(tree, "lc", None), tree
 
     def inner(item: Any, key: Any, place: Callable[[Any], tuple[int, int]]) -> Node:
-        own = marks is not None and key in marks.data  # what `<<` merges in has no line here
+        own = marks is not None and key in (marks.data or ())  # what `<<` merges in has no line here
         return node_of(item, source, *(_from_one(place(key)) if own else (line, column)))
 
     if isinstance(tree, Mapping):
@@ -153,6 +150,20 @@ def node_of(tree: Any, source: str, line: int = 1, column: int = 1) -> Node:
     elif tree is not None:
         value = next((kind(tree) for kind in (bool, int, float, str) if isinstance(tree, kind)), str(tree))
     return Node(value, source, line, column)
+
+
+def read_value(text: str, name: str) -> Any:
+    """A value of an option, in dicts, lists and scalars. Raises RecipeError."""
+    tree = read_yaml(text, name)
+    node = node_of(tree, name)
+    problems = [node.problem(message.replace("``: ", "")) for _, message in flaws(tree)]
+    if isinstance(tree, str) and (tree == "None" or re.fullmatch(r"\(.*\)", tree)):
+        problems.append(
+            node.problem(f"{tree!r} is text here: the value is YAML, `null` for none and `[7, 7]` for several")
+        )
+    if problems:
+        raise RecipeError(name, problems, text)
+    return node.plain
 
 
 def merged(under: Node, over: Node) -> Node:
@@ -198,7 +209,7 @@ def flaws(node: Any, where: Path_ = ()) -> Iterator[tuple[Path_, str]]:
         for key, value in node.items():
             yield from list(flaws(str(key), (*where, "a key"))) or flaws(value, (*where, str(key)))
     elif isinstance(node, str):
-        if _CONTROL.search(node) or len(node.splitlines()) > 1:
+        if CONTROL.search(node) or len(node.splitlines()) > 1:
             yield where, f"`{name}`: expected one line of text, got {ascii(node)[:80]}"
     elif isinstance(node, Sequence):
         for index, item in enumerate(node):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from probe_kd.adapters import check_class_map
+from probe_kd.arguments import check_truths, optimizer_parameters
 from probe_kd.data import DataOptions, Datasets, loader, open_datasets
 from probe_kd.errors import (
     DataError,
@@ -707,11 +708,13 @@ def _try_optimizer(options: OptimizerOptions) -> None:
     """One update of a few numbers, so that what an optimizer does not take is told before training."""
     from timm.optim import create_optimizer_v2
 
-    weights = nn.Parameter(torch.ones(2, 2, device="cpu"))
-    weights.grad = torch.ones_like(weights)
+    weights = [nn.Parameter(torch.ones(shape, device="cpu")) for shape in ((2,), (2, 2), (2, 2, 3, 3))]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
     rates = {"lr": options.lr, "weight_decay": options.weight_decay, "momentum": options.momentum}
+    check_truths(f"optimizer `{options.opt}`", optimizer_parameters(options.opt), options.opt_args, RunError)
     try:
-        create_optimizer_v2([weights], opt=options.opt, **rates, **options.opt_args).step()
+        create_optimizer_v2([{"params": weights}], opt=options.opt, **rates, **options.opt_args).step()
     except Exception as refusal:  # timm's, torch's and other libraries' optimizers have their own words
         given = ", ".join(f"{key}={value!r}" for key, value in options.opt_args.items())
         raise RunError(f"optimizer `{options.opt}` does not take {given or 'these values'}: {short(refusal)}") from None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from shlex import quote
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Self, Union, get_args, get_origin
 
@@ -31,8 +32,20 @@ from ruamel.yaml import YAML
 from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens
 from probe_kd.data import DataOptions
 from probe_kd.distiller import Block
-from probe_kd.errors import LossError, Problem, RecipeError, nearest, nearest_truth
-from probe_kd.plain import Node, Path_, flaws, locate, merged, node_of, read_text, read_yaml, reason, replaced
+from probe_kd.errors import CONTROL, LossError, Problem, RecipeError, nearest, nearest_truth
+from probe_kd.plain import (
+    MAX_LEVELS,
+    Node,
+    Path_,
+    flaws,
+    locate,
+    merged,
+    node_of,
+    read_text,
+    read_yaml,
+    reason,
+    replaced,
+)
 from probe_kd.sharing import Pattern
 from probe_kd.spec import Schedule, Tap
 
@@ -458,7 +471,20 @@ class _Reading:
             text = read_text(path)
         except (OSError, ValueError) as refusal:
             self.stop(base.problem(f"cannot read {str(path)!r}: {reason(refusal)}{_beside(path)}"))
+        self._check_is_recipe(base, text, str(path))
         return self.file(text, str(path), chain)
+
+    def _check_is_recipe(self, base: Node, text: str, name: str) -> None:
+        """Of a file that is none, nothing is shown: a recipe from somebody could name any that its reader may read."""
+        try:
+            keys = list(map(str, read_yaml(text, name)))
+        except (RecipeError, TypeError):  # TypeError: it holds a number, or nothing
+            keys = []
+        legal = ["extends", *Recipe.model_fields]
+        meant = [key for key in keys if key in legal or nearest(key, legal)]
+        if not keys or meant != keys or not {*keys} & {*legal}:
+            where = quote(name)
+            self.stop(base.problem(f"`extends`: {name!r} is no recipe; `probe-kd check {where}` says more of one"))
 
     def option(self, node: Node, option: str) -> Node:
         """The recipe with one value set, as `stages.0.epochs=5` says."""
@@ -468,6 +494,9 @@ class _Reading:
         path, name = found[1], f"--set {found[1]}"
         before = " " * (len(path) + 1)  # so that columns are those of the whole option
         steps = [step.strip('"') for step in re.findall(_STEP, path)]
+        if len(steps) > MAX_LEVELS or CONTROL.search(path):
+            expected = f"a path of at most {MAX_LEVELS} keys, in one line of text"
+            self.stop(Problem(f"expected {expected}, got {ascii(path)[:80]}", source="--set"))
         value = self.noted(read_yaml(before + found[2], name, option), name, option, tuple(steps))
         if steps[0] == "extends":
             self.stop(value.problem("a file says itself what it extends, before anything is set"))
@@ -485,7 +514,8 @@ class _Reading:
             flawed = {(problem.source, problem.line, problem.column) for problem in self.problems}
             errors = [error for error in refusal.errors() if error["type"] != "json_invalid"]  # half characters: flaws
             found = [_form_problem(node, error) for error in errors if not _is_echo(error, errors)]
-            self.stop(*[it for it in found if (it.source, it.line, it.column) not in flawed])
+            told = [it for it in found if (it.source, it.line, it.column) not in flawed]
+            self.stop(*told or [Problem("this is no recipe")] * (not self.problems))
         if self.problems:
             self.stop()
         return recipe
@@ -527,7 +557,8 @@ def _form_problem(node: Node, error: Any) -> Problem:
     if error["type"] == "missing" and isinstance(last, str):
         field = _fields_at(error["loc"][:-1]).get(last)
         wanted = f"; expected {_wanted(field.annotation)}" if field else ""
-        meant = nearest(str(steps[-1]), set(locate(node, steps[:-1])[1].value) - {steps[-1]}) if by_option else ""
+        beside = locate(node, steps[:-1])[1].value
+        meant = nearest(str(steps[-1]), {*beside} - {steps[-1]}) if by_option and isinstance(beside, dict) else ""
         return here.problem(f"`{'.'.join(map(str, (*steps, last)))}` is missing{meant or wanted}")
     return here.problem(f"`{where}`: {_complaint(error)}")
 

@@ -21,9 +21,10 @@ from rich.text import Text
 from probe_kd import patterns
 from probe_kd.adapters import Answer, adapt
 from probe_kd.checkpoints import put
+from probe_kd.console import PlainConsole
 from probe_kd.data import class_names
 from probe_kd.distiller import answers, make_adapters
-from probe_kd.errors import MatchError, TapError, nearest
+from probe_kd.errors import MatchError, TapError, nearest, visible
 from probe_kd.matching import blocks, stages
 from probe_kd.models import packages
 from probe_kd.planner import Plan
@@ -199,7 +200,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Something that has to be read, also where the run is quiet."""
-        Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+        PlainConsole(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
     def tell(self, text: str) -> None:
         """Something that is good to know, where the run is not quiet."""
@@ -577,10 +578,18 @@ def write_metrics(rows: Sequence[Row], path: Path) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     aside = path.with_suffix(".partial")
     with aside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(file)
+        writer.writerow(map(_cell, columns))
+        writer.writerows([_cell(row.get(key)) for key in columns] for row in rows)
     put(aside, path)
+
+
+def _cell(value: Any) -> Any:
+    """What a spreadsheet shows, and does not compute: text that begins as a formula is marked as text."""
+    if not isinstance(value, str):
+        return value
+    text = visible(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) else text
 
 
 def write_timm_summary(rows: Sequence[Row], path: Path) -> None:

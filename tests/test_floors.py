@@ -11,7 +11,7 @@ import probe_kd
 
 HOUSE = Path(probe_kd.__file__).parent
 FLOORS = (
-    {"errors", "spec", "checkpoints", "arguments", "patterns"},
+    {"errors", "spec", "checkpoints", "arguments", "patterns", "console"},
     {"probe", "surgery", "losses", "models", "plain", "shards"},
     {"tracing", "adapters", "matching"},
     {"objectives", "sharing", "data", "cache"},
@@ -24,7 +24,7 @@ FLOORS = (
     {"cli"},
 )
 NEIGHBOURS = {  # from, to
-    *((room, "errors") for room in ("spec", "checkpoints", "arguments", "patterns")),
+    *((room, "errors") for room in ("spec", "checkpoints", "arguments", "patterns", "console")),
     ("models", "plain"),
     ("report", "planner"),
     ("evaluation", "loop"),

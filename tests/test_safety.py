@@ -1,6 +1,7 @@
 """What a recipe, a checkpoint or a name from somebody else can do: be refused, at once, with one message."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -13,24 +14,24 @@ import pytest
 import timm
 import torch
 from conftest import TINY
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from ruamel.yaml import YAML
+from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save_file
 
 from probe_kd.cli import main
-from probe_kd.errors import RecipeError, TapError, TraceError, WeightsError
+from probe_kd.console import PlainConsole
+from probe_kd.errors import Problem, RecipeError, TapError, TraceError, WeightsError
 from probe_kd.models import check_state, read_weights, save_weights
 from probe_kd.plain import MAX_BYTES, MAX_LEVELS, MAX_NODES
 from probe_kd.planner import plan
 from probe_kd.recipe import load, parse
-from probe_kd.report import Display
+from probe_kd.report import Display, write_metrics
 from probe_kd.sharing import load_student
 from probe_kd.spec import Tap
 from probe_kd.train import train
-
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 class Canary:
@@ -101,6 +102,8 @@ CHAIN = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1,
         ("a: 2001-13-45", "not YAML"),
         ("{1: a, '1': b}", "written alike"),
         ("<<: 3", "not YAML"),
+        ("x: {<<: {a: 1}}", "unknown key `x`"),
+        ("stages: [{<<: {epochs: 0}}]", "r.yaml:1:10: `stages.0.epochs`: expected a number greater"),
     ],
     ids=lambda value: value[:20],
 )  # fmt: skip
@@ -449,19 +452,6 @@ def test_hints_of_the_command_line(
     assert f"is a folder; name the recipe in it, as in {tmp_path}/distil.yaml" in capsys.readouterr().err
 
 
-scalars = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=8),
-    st.sampled_from(["auto", "hint", "2001-01-01", "<<", "~", "layer1", "word", "mapping", "-1", "=x", "[red]"]),
-)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | scalars, inner, max_size=3),
-    max_leaves=6,
-)
 pieces = st.lists(
     st.sampled_from([*"[]{}:,-#&*!|>'\"%@`?\n \t", "a", "0", ": ", "- ", "&a ", "*a", "<<: ", "\\x", "!!"])
 )
@@ -494,57 +484,78 @@ def test_no_pattern_searches_for_ever(pattern: str) -> None:
     assert time.process_time() - start < 15
 
 
-def places(node: Any, where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [where, *(place for key, value in inner for place in places(value, (*where, key)))]
+SPELLS = "\x1b]0;TITLE\x07\x1b[31m\r\u202e\u2066\x9b31m\x7f\ud800"
 
 
-@st.composite
-def mutated(draw: st.DrawFn, texts: list[str]) -> str:
-    """A recipe of which a few nodes are deleted, doubled under another key, or something else."""
-    tree = YAML(typ="safe").load(draw(st.sampled_from(texts)))
-    for _ in range(draw(st.integers(1, 3))):
-        *way, last = draw(st.sampled_from(places(tree)[1:]))
-        node = tree
-        for step in way:
-            node = node[step]
-        match draw(st.sampled_from(["delete", "double", "replace"])):
-            case "delete":
-                del node[last]
-            case "double" if isinstance(node, list):
-                node.append(node[last])
-            case "double":
-                node[draw(st.text(max_size=4))] = node[last]
-            case _:
-                node[last] = draw(values)
-        if not places(tree)[1:]:
-            break
-    return json.dumps(tree)  # JSON is YAML, but for NaN and Infinity, which are text there
+def shown_safely(text: str) -> None:
+    text.encode()
+    assert not {*"\x1b\x07\r\u202e\u2066\x9b\x7f\ud800"} & {*text}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(mutated([path.read_text() for path in RECIPES]))
-def test_no_changed_recipe_makes_the_loader_fail(text: str) -> None:
-    try:
-        source = parse(text)
-    except RecipeError as refusal:
-        str(refusal).encode()
-    else:
-        assert source.recipe.stages
+def test_what_is_shown_has_no_control_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"student: {model: resnet10t} # \x1b]0;TITLE\x07\n")
+    name = os.fsencode(tmp_path) + b"/x\x1b]0;T\x07\xff\n.yaml"
+    Path(os.fsdecode(name)).write_text("a: 1")
+    for arguments in (["check", "r.yaml"], ["check", os.fsdecode(name)], ["inspect", f"resnet{SPELLS}"]):
+        assert command(tmp_path, monkeypatch, *arguments) == 2
+        shown_safely(capsys.readouterr().err)
+    for kind in (TapError, RecipeError):
+        shown_safely(
+            str(kind(SPELLS, [Problem(SPELLS, 1, 300, SPELLS)], SPELLS * 99) if kind is RecipeError else kind(SPELLS))
+        )
+    assert str(TapError("a\x1b[1mb")) == "a␛[1mb"
+    stream = io.StringIO()
+    table = Table(SPELLS)
+    table.add_row(SPELLS)
+    for part in (SPELLS, Text(SPELLS), table):
+        PlainConsole(file=stream, width=200).print(part, markup=False)
+    shown_safely(stream.getvalue())
+    PlainConsole(file=stream, force_terminal=True, color_system="standard").print("[red]x", end="")
+    assert stream.getvalue().endswith("\x1b[31mx\x1b[0m")  # what rich itself says is left
 
 
-SMALL = TINY.replace("resnet10t", "resnet10t\n  model_kwargs: {channels: [8, 8, 8, 8]}").replace(
-    "patch_size: 4", "patch_size: 8"
+def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
+    write_metrics([{"subject": "=1+1", "@x": "+1", "a": -1.5, "b": "-1", "c": "a\x1b"}], tmp_path / "m.csv")
+    assert (tmp_path / "m.csv").read_text() == "subject,'@x,a,b,c\n'=1+1,'+1,-1.5,'-1,a␛\n"
+
+
+SECRET = "s3cret"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "root:x:0:0:s3cret:/root\n",
+        "password: s3cret\n",
+        "data: {password: s3cret}\nkind: Secret\n",
+        "[s3cret]",
+        "s3cret",
+        "",
+        "a: *s3cret\n",
+        "stages: [\n s3cret",
+        "\0s3cret",
+        "3",
+    ],
 )
+def test_of_a_file_that_is_no_recipe_nothing_is_shown(content: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(content)
+    (tmp_path / "r.yaml").write_text(f"extends: secret\n{TINY}")
+    with pytest.raises(RecipeError, match=r"r.yaml:1:1: `extends`: '.*secret' is no recipe; `probe-kd check") as caught:
+        load(tmp_path / "r.yaml")
+    assert SECRET not in str(caught.value)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(mutated([SMALL]))
-def test_no_changed_recipe_makes_the_plan_fail(text: str) -> None:
-    try:
-        plan(parse(text))
-    except RecipeError as refusal:
-        str(refusal).encode()
+@pytest.mark.parametrize(
+    "place", ["/dev/zero", "/dev/stdin", "fifo", ".", "nowhere", "loop", "/proc/self/environ", "x" * 999]
+)
+def test_what_is_no_small_file_extends_nothing(place: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "r.yaml").write_text(f"extends: {place}\n{TINY}")
+    with pytest.raises(RecipeError, match=r"r.yaml:1:1: (cannot read|`extends`: .* is no recipe)"):
+        load(tmp_path / "r.yaml")
 
 
 @settings(max_examples=500, deadline=None)
