@@ -202,7 +202,7 @@ def _config(distiller: Distiller, loop: Loop, cut: bool) -> Tree:
         terms = labels_term()
         if cut:  # its own sample of FSP lets the teacher run here for nothing
             sides["teacher"] |= {"auxiliary_model_wrapper": {"key": "EmptyModule", "kwargs": {}}}
-    size, group = loop.batches.total_batch_size, loop.phase.optimizer
+    size, group = loop.batches.loader.total_batch_size, loop.phase.optimizer
     return sides | {
         "num_epochs": loop.phase.epochs,
         "train_data_loader": {
@@ -366,7 +366,9 @@ def measure(tree: Tree, wishes: Any) -> tuple[Samples, int]:
             assert isinstance(peer, Theirs)
             agree(ours, peer)
         device = str(ours.run.accelerator.device)
-        images = sum(loop.phase.epochs * loop.steps * loop.batches.total_batch_size for _, _, loop in ours.stages)
+        images = sum(
+            loop.phase.epochs * loop.steps * loop.batches.loader.total_batch_size for _, _, loop in ours.stages
+        )
         seen = interleaved(peers | arms, 1 if wishes.quick else wishes.rounds or 3, 0 if wishes.quick else 1, device)
     return seen, images
 

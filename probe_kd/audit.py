@@ -62,8 +62,8 @@ def _audit_student(plan: Plan, run: Run, subject: Subject) -> Audit:
     costs: list[StepCost] = []
     missed: set[str] | None = None
     batches = loader(plan.datasets.train, plan.recipe.data, run.images_for(subject), training=True)
-    images, target, _ = next(readable(run.accelerator.prepare_data_loader(batches)))
-    images = images.contiguous(memory_format=memory_format(plan.recipe, run.accelerator.device))
+    prepared = batches.prepare(run.accelerator, memory_format(plan.recipe, run.accelerator.device))
+    images, target, _ = next(readable(prepared))
     for phase in subject.phases:
         distiller = run.distiller(subject, phase)
         norms = distiller.train().audit(images, target)

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
+from jaxtyping import Bool, UInt8
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from probe_kd.batches import Batches, Pixels, collate, worker_count
 from probe_kd.errors import DataError, nearest
 from probe_kd.shards import Shards, open_shards
 from probe_kd.spec import InputSpec
@@ -44,7 +46,7 @@ class DataOptions(BaseModel):
     num_classes: int | None = Field(default=None, ge=1)
     input_size: tuple[int, int, int]
     batch_size: int = Field(default=128, ge=1)
-    workers: int = Field(default=0, ge=0)
+    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
@@ -149,7 +151,6 @@ def _open(options: DataOptions) -> Datasets:
     return Datasets(train, test, options.num_classes or _count_classes(train, options.dataset))
 
 
-Batch = tuple[Tensor, Tensor, Tensor]  # images, class indices, indices in the dataset
 WINDOW = 8192  # images of shards that are mixed with each other, as many as timm's reader mixes
 
 
@@ -198,24 +199,27 @@ def _mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def loader(
-    dataset: Dataset[Any], options: DataOptions, wanted: InputSpec, *, training: bool, seed: int = 0
-) -> DataLoader[Any]:
+def loader(dataset: Dataset[Any], options: DataOptions, wanted: InputSpec, *, training: bool, seed: int = 0) -> Batches:
     """Batches of images normalised as `wanted` says, with their class indices.
 
-    Training batches are augmented and shuffled, as the `Views` that is their `sampler` says, and carry the indices of
-    the images in the dataset as a third tensor.
+    Training batches are augmented and shuffled, as the `Views` that is their sampler says, and carry the indices of
+    the images in the dataset as a third tensor. Workers live as long as the loader, from one epoch to the next.
     """
-    count = len(dataset)  # type: ignore[arg-type]
-    return DataLoader(
-        _Transformed(dataset, _transform(options, wanted, training), wanted.size[0]),
+    count, channels = len(dataset), wanted.size[0]  # type: ignore[arg-type]
+    workers = worker_count(options.workers, -(-count // options.batch_size))
+    batches = DataLoader(
+        _Transformed(dataset, _transform(options, wanted, training), channels),
         batch_size=options.batch_size,
         sampler=Views(count, seed, options.num_views, shards=_shards_of(dataset)) if training else None,
         drop_last=training and count > options.batch_size,
-        num_workers=options.workers,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or an iterator would draw its seed from the numbers that dropout uses
     )
+    mean, std = (_per_channel(numbers, channels) for numbers in (wanted.mean, wanted.std))
+    return Batches(batches, mean, std, ahead=training)
 
 
 def _shards_of(dataset: Dataset[Any]) -> list[int] | None:
@@ -283,60 +287,57 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return values if len(values) == channels else values * channels
 
 
-def _in_two(transform: Any) -> tuple[Callable[[Any], Any], Callable[[list[Any]], Sequence[Tensor]]]:
-    """A transform of timm as what is drawn anew for each image, and what does the same to all images of a batch.
+def _drawing(transform: Any) -> tuple[Callable[[Image.Image], Image.Image], Callable[[Tensor], Tensor] | None]:
+    """What a transform of timm does to an image before it becomes numbers, and its random erasing, if it has one.
 
-    The second gives the same bits for a batch at once as for one image after the other, and of small images it is most
-    of what they cost. Where random erasing follows it, which draws too, all is done image by image.
+    The rest, division and normalisation, is the same for all images, and `Batches` does it.
     """
-    from timm.data.transforms import MaybeToTensor
-    from torchvision.transforms import Compose, Normalize
+    from timm.data.random_erasing import RandomErasing
+    from torchvision.transforms import Compose
 
-    *first, to_tensor, normalize = transform.transforms
-    if not (isinstance(to_tensor, MaybeToTensor) and isinstance(normalize, Normalize)):
-        return transform, lambda images: images
-
-    def finish(images: list[Image.Image]) -> Sequence[Tensor]:
-        pixels = torch.from_numpy(np.stack([np.atleast_3d(np.asarray(image)) for image in images]))
-        batch = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        done: Tensor = normalize(batch)
-        return done.unbind()
-
-    return Compose(first), finish
+    steps = transform.transforms
+    erasing = steps.pop() if isinstance(steps[-1], RandomErasing) else None
+    *first, _to_tensor, _normalize = steps
+    return Compose(first), erasing
 
 
 class _Transformed(Dataset[Any]):
     """A dataset of images seen through a transform, in as many channels as the models take.
 
-    An index with a seed gives (image, class, index), and the transform draws its random numbers from that seed alone.
+    An index with a seed is that of a training image: the transform draws its random numbers from that seed alone.
     """
 
     def __init__(self, images: Dataset[Any], transform: Callable[[Image.Image], torch.Tensor], channels: int) -> None:
         self.images, self.mode = images, "L" if channels == 1 else "RGB"
-        self.draw, self.finish = _in_two(transform)
+        self.draw, self.erase = _drawing(transform)
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, ...]:
+    def __getitem__(self, index: int | tuple[int, int]) -> Pixels:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[tuple[Any, ...]]:
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Pixels]:
         with _random_numbers_aside():
-            found = [self._drawn(index) if isinstance(index, int) else self._seen(*index) for index in indices]
-        images = self.finish([image for image, *_ in found])
-        return [(image, *rest) for image, (_, *rest) in zip(images, found, strict=True)]
+            return [self._drawn(index) if isinstance(index, int) else self._seen(*index) for index in indices]
 
-    def _drawn(self, index: int) -> tuple[Any, int]:
+    def _drawn(self, index: int) -> Pixels:
         image, target = self.images[index]
-        return self.draw(image.convert(self.mode) if image.mode != self.mode else image), int(target)
+        drawn = self.draw(image.convert(self.mode) if image.mode != self.mode else image)
+        return Pixels(np.atleast_3d(np.asarray(drawn)), int(target))
 
-    def _seen(self, index: int, view: int) -> tuple[Any, int, int]:
+    def _seen(self, index: int, view: int) -> Pixels:
         seed = _mixed(view, index)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
-        return *self._drawn(index), index
+        drawn = self._drawn(index)
+        return drawn._replace(position=index, erased=self._erased(drawn.pixels) if self.erase else None)
+
+    def _erased(self, pixels: UInt8[np.ndarray, "height width channels"]) -> Bool[Tensor, "1 height width"]:
+        """Where timm's random erasing, which writes zeros, would write."""
+        assert self.erase is not None
+        return self.erase(torch.ones(1, *pixels.shape[:2])) == 0
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from probe_kd.adapters import Adapter, ImageView, pooled
 from probe_kd.data import loader, readable
 from probe_kd.distiller import compared, make_adapters
 from probe_kd.errors import DataError, RunError, nearest
-from probe_kd.loop import own_accelerator
+from probe_kd.loop import mixed_precision, own_accelerator
 from probe_kd.models import build_model, load_weights, short
 from probe_kd.objectives import Comparison
 from probe_kd.planner import Plan, join, plan
@@ -82,7 +82,7 @@ def evaluate(
         compared = list(_compared(planned, folder, place))
         subjects = [subject.to(place) for subject in _subjects(planned, folder, student, compared, ema=ema)]
         meter = _Meter(subjects, compared, planned.datasets.num_classes, accelerator)
-        precision = planned.recipe.precision or accelerator.mixed_precision
+        precision = mixed_precision(planned.recipe, place.type) or accelerator.mixed_precision
         for views, target in _batches(planned, images, subjects, accelerator, batch_size):
             with torch.no_grad():
                 features = {}
@@ -191,7 +191,7 @@ def vectors(
     for batches in zip(*loaders, strict=True):
         seen = dict(zip(forms, (views for views, _ in batches), strict=True))
         for side, kept in zip(sides, found, strict=True):
-            with _autocast(planned.recipe.precision or "no", place):
+            with _autocast(mixed_precision(planned.recipe, place.type) or "no", place):
                 features = side.look(seen[side.images].to(place))
             for tap, pool in side.pools.items():
                 kept[tap].append(pool(features[tap]).float().cpu())
@@ -458,7 +458,7 @@ def _batches(
     data = planned.recipe.data
     options = data.model_copy(update={"batch_size": size or data.batch_size})
     forms = list(dict.fromkeys(subject.images for subject in subjects))
-    prepared = (accelerator.prepare_data_loader(loader(images, options, form, training=False)) for form in forms)
+    prepared = (loader(images, options, form, training=False).prepare(accelerator) for form in forms)
     loaders = [readable(batches, "evaluation") for batches in prepared]
     for batches in zip(*loaders, strict=True):
         yield dict(zip(forms, (seen for seen, _ in batches), strict=True)), batches[0][1]

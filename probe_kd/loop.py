@@ -3,13 +3,14 @@
 It is the loop that timm's training script has: the same order of operations, and the same parts of timm.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -81,10 +82,10 @@ class Loop:
         assert isinstance(batches.sampler, Views)
         self.views = batches.sampler
         self.average = _average(distiller.student, recipe) if averaged else None
-        self.memory = memory_format(recipe, accelerator.device)
         optimizer = make_optimizer(distiller, phase.optimizer)
         self.compiled = _compile(distiller, recipe.torchcompile)
-        self.module, self.optimizer, self.batches = accelerator.prepare(distiller, optimizer, batches)
+        self.module, self.optimizer = accelerator.prepare(distiller, optimizer)
+        self.batches = batches.prepare(accelerator, memory_format(recipe, accelerator.device))
         self.steps: int = len(self.batches)
         self.updates = -(-self.steps // phase.grad_accum_steps)  # of an epoch
         self.schedule = make_scheduler(self.optimizer, phase, self.updates)
@@ -103,11 +104,9 @@ class Loop:
         self._begin(self.phase.age + epoch)
         self.module.train()
         self.finished = first
-        batches = skip_first_batches(self.batches, first) if first else self.batches
-        for step, (images, target, indices) in enumerate(readable(batches), first):
+        for step, (images, target, indices) in enumerate(readable(self.batches.skip(first)), first):
             if self.mix is not None:
                 images, target = self.mix(images, target)
-            images = images.contiguous(memory_format=self.memory)
             if self._step(epoch, step, images, target, self._told(images, indices)):
                 yield step + 1
 
@@ -124,7 +123,6 @@ class Loop:
         """What the teacher gives for these images: from the cache, or for the cache."""
         if self.cache is None:
             return None
-        indices = indices.cpu()
         if self.cache.has(indices):
             self.recalled += len(indices)
             return [feature.to(images.device) for feature in self.cache.read(indices)]
@@ -141,8 +139,7 @@ class Loop:
         indices = self.cache.some(self.views.view, 8)
         if not len(indices):
             return
-        seen = self.batches.dataset.__getitems__(self.views.of(indices.tolist()))
-        images = torch.stack([image for image, *_ in seen]).to(self.accelerator.device)
+        images, *_ = self.batches.take(self.views.of(indices.tolist()))
         with self.accelerator.autocast():
             features = self.distiller.ask(images)
         for tap, kept, feature in zip(self.cache.taps, self.cache.read(indices), features, strict=True):
@@ -204,15 +201,65 @@ class Loop:
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
 
-def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
-    """How models and images lie in memory: as the recipe says, or by its default, which was measured on the CPU only.
+def mixed_precision(recipe: Recipe, device_type: str) -> str | None:
+    """What accelerate is asked for: what the recipe says; else bf16 on a GPU whose cores compute in it.
 
-    A model of one's own is left as it is there: `x.view(len(x), -1)` behind a convolution fails with channels last.
+    None leaves the choice to accelerate, whose own setting (`accelerate launch --mixed_precision`) goes before bf16.
+    """
+    if recipe.precision or device_type != "cuda" or os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        return recipe.precision
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def _in_half(recipe: Recipe, device_type: str) -> bool:
+    chosen = mixed_precision(recipe, device_type) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return chosen in ("bf16", "fp16")
+
+
+@contextmanager
+def cuda_settings(recipe: Recipe) -> Iterator[None]:
+    """Inside, what cuDNN and cuBLAS are set to for a run; they are settings of the process, and are given back.
+
+    Convolutions are timed once for every shape (`cudnn.benchmark`). Under autocast, what is left in float32 is
+    multiplied in TensorFloat32: the losses' matrices, whose products are exact where features were captured in bf16.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision(recipe.matmul_precision or ("high" if _in_half(recipe, "cuda") else before[1]))
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+def describe_device(recipe: Recipe, accelerator: Accelerator) -> str:
+    """What a run on a GPU is set to, in one line; empty on a CPU."""
+    if accelerator.device.type != "cuda":
+        return ""
+    layout = "channels last" if memory_format(recipe, accelerator.device) is torch.channels_last else "channels first"
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    products = torch.get_float32_matmul_precision()
+    return (
+        f"{torch.cuda.get_device_name(accelerator.device)}: {precision}, {layout}, float32 matrix products in "
+        f"{products!r} precision, cuDNN benchmark on; `precision`, `channels_last` and `matmul_precision` change it"
+    )
+
+
+def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
+    """How models and images lie in memory: as the recipe says, or channels last where convolutions are faster so.
+
+    That was measured on the CPU (benchmarks/modes.py) and on a GPU in half precision (benchmarks/gpu.py). A model of
+    your own is left as it is: `x.view(len(x), -1)` behind a convolution fails with channels last.
     """
     last = recipe.channels_last
     if last is None:
         models = [options.model for options in (recipe.student, recipe.teacher) if options is not None]
-        last = device.type == "cpu" and not any(map(module_of, models))
+        faster = device.type == "cpu" or (device.type == "cuda" and _in_half(recipe, "cuda"))
+        last = faster and not any(map(module_of, models))
     return torch.channels_last if last else torch.contiguous_format
 
 

@@ -370,6 +370,14 @@ class _Planner:
                 f"torch.compile has no mode {options.mode!r}{nearest(options.mode, modes)}; it has {', '.join(modes)}"
             )
             self.problems.append(self.source.problem(("torchcompile", "mode"), message))
+        accumulates = any(stage.grad_accum_steps > 1 for stage in self.recipe.stages)
+        graphs = torch._inductor.list_mode_options().get(options.mode or "", {}).get("triton.cudagraphs")
+        if accumulates and graphs:
+            message = (
+                f"mode {options.mode!r} replays CUDA graphs, which write every batch's gradients into the same memory, "
+                "so `grad_accum_steps` would add up the wrong ones; take another mode, or a larger `batch_size`"
+            )
+            self.problems.append(self.source.problem(("torchcompile", "mode"), message))
         share = self.recipe.share
         if share is not None and (share.form in ("trunk", "graft") or share.block in ("params", "trunk")):
             message = (

@@ -354,9 +354,11 @@ class Recipe(_Section):
     `pairs` maps student taps to teacher taps, or is `auto`. A tap may be a pattern, `glob:blocks.[0-3]` or
     `re:layer[12]`, if both sides of a pair find equally many. `baseline` also trains the student alone: the same
     weights to begin with, the same images, and only the losses that read labels. `share` trains both together; the
-    teacher is trained alone first, to compare. `precision` is accelerate's, whose own configuration decides where it is
-    not given. `channels_last` is how models and images lie in memory: where it is not given, on the CPU they do if all
-    models are timm's, since convolutions are then faster there (benchmarks/modes.py); one of your own may not bear it.
+    teacher is trained alone first, to compare. `precision` is accelerate's; where neither it nor accelerate's own
+    configuration is given, it is `bf16` on a GPU that computes in it, and `no` elsewhere. `matmul_precision` is that of
+    `torch.set_float32_matmul_precision`; where it is not given, `high` on a GPU in bf16 or fp16. `channels_last` is how
+    models and images lie in memory: where it is not given, they do if all models are timm's, on the CPU and on a GPU
+    in bf16 or fp16, since convolutions are then faster (benchmarks/modes.py, gpu.py); one of your own may not bear it.
     `model_ema` also keeps a moving average of the student, begun anew in every stage. A checkpoint is
     written after every epoch, and every `recovery_interval` batches in between; the newest `checkpoint_hist` are kept.
     The test images are looked at every `val_interval` epochs, and after the last of a stage.
@@ -371,6 +373,7 @@ class Recipe(_Section):
     stages: list[StageOptions] = Field(min_length=1)
     baseline: bool = False
     precision: Literal["no", "bf16", "fp16"] | None = None
+    matmul_precision: Literal["highest", "high", "medium"] | None = None
     channels_last: bool | None = None
     torchcompile: CompileOptions | None = None
     model_ema: AverageOptions | None = None

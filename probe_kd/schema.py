@@ -26,7 +26,8 @@ SAYS = {
     "pairs": "Student layer: teacher layer, or `auto`. `glob:blocks.[0-3]` and `re:layer[12]` stand for several.",
     "share": "Rocket Launching: teacher and student train together, and have this in common.",
     "stages": "The phases of training, one after the other.",
-    "channels_last": "Whether models and images lie in memory with the channels last. Not given: timm's on a CPU.",
+    "channels_last": "Whether tensors lie channels last in memory. Not given: timm's, but in float32 on a GPU.",
+    "matmul_precision": "torch.set_float32_matmul_precision: `highest` is float32, `high` TensorFloat32 on a GPU.",
     "torchcompile": "torch.compile of the step, or of one model.",
     "seed": "What weights, order and views follow from; of two runs with one seed, one is the other.",
     # models
@@ -92,7 +93,7 @@ SAYS = {
     "download": "Whether what is not there may be downloaded.",
     "num_classes": "How many classes there are, where the dataset does not say it.",
     "batch_size": "Images in one step, of each process.",
-    "workers": "Processes that read images; none for this one.",
+    "workers": "Processes that read images; none for this one. `auto`: the cores beside a GPU, none without.",
     "interpolation": "How images are resized.",
     "crop_pct": "The share of a test image's side that is kept by the central crop.",
     "no_aug": "Whether training images are only resized and cropped, as test images are.",

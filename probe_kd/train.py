@@ -30,11 +30,20 @@ from torch import Tensor, nn
 
 from probe_kd import __version__, checkpoints
 from probe_kd.adapters import ImageView
+from probe_kd.batches import Batches
 from probe_kd.cache import Stored, TeacherCache, key_of
 from probe_kd.data import loader, readable
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, RunError, Stopped
-from probe_kd.loop import Loop, Phase, memory_format, own_accelerator
+from probe_kd.loop import (
+    Loop,
+    Phase,
+    cuda_settings,
+    describe_device,
+    memory_format,
+    mixed_precision,
+    own_accelerator,
+)
 from probe_kd.models import (
     build_model,
     check_state,
@@ -58,7 +67,7 @@ UNSEEN = {"batch_size", "workers", "views", "download", "root", "val_split", "nu
 ASK_EVERY = 20  # updates between which several processes do not ask each other whether to stop
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A model to be trained, and how. `partner` is the teacher that trains with it, and `sharing` what they share."""
 
@@ -129,6 +138,8 @@ def train(plan: Plan, folder: Path, display: Display, *, resume: bool = False, o
         journal, checkpoint = broadcast_object_list(opened)[0]
         if plan.recipe.trackers:
             accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
+        if settings := describe_device(plan.recipe, accelerator):
+            display.tell(settings)
         run = Run(plan, folder, display, accelerator, journal, checkpoint, signals)
         for subject in run.subjects():
             result = journal.results.get(subject.role)
@@ -149,10 +160,12 @@ def train(plan: Plan, folder: Path, display: Display, *, resume: bool = False, o
 @contextmanager
 def accelerating(recipe: Recipe, folder: Path | None = None) -> Iterator[Accelerator]:
     """The accelerator of one run, as its recipe wishes. Raises RunError for what cannot be had."""
-    wishes: dict[str, Any] = {"mixed_precision": recipe.precision}
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    wishes: dict[str, Any] = {"mixed_precision": mixed_precision(recipe, device_type)}
     if folder is not None and recipe.trackers:
         wishes |= {"log_with": list(recipe.trackers), "project_dir": str(folder / TRACKERS)}
     with ExitStack() as stack:
+        stack.enter_context(cuda_settings(recipe))
         try:
             accelerator = stack.enter_context(own_accelerator(**wishes))
         except (ValueError, ImportError) as refusal:  # fp16 without a GPU, say
@@ -285,6 +298,7 @@ class Run:
     teacher_answers: Tensor | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
     measured: dict[str, _Measured] = field(default_factory=dict)  # by role, while the weights are still those
+    test_batches: dict[InputSpec, Batches] = field(default_factory=dict)  # with the workers that read them
 
     def subjects(self) -> Iterator[Subject]:
         """Each is built when its turn comes."""
@@ -415,7 +429,7 @@ class Run:
         losses: list[Tensor] = []
         distiller = loop.distiller.eval()
         distiller.set_epoch(loop.phase.epochs, loop.phase.epochs)  # one measure for all epochs, whatever is scheduled
-        for images, target in readable(accelerator.prepare_data_loader(images_held_out), "held-out"):
+        for images, target in readable(images_held_out.prepare(accelerator), "held-out"):
             if len(target) > 1 or not losses:  # one image has no variance, which some losses divide by
                 with accelerator.autocast():
                     loss = distiller(images, target)["loss"]
@@ -569,13 +583,16 @@ class Run:
         journal = self.journal
         journal.epoch += 1
         due = journal.epoch % self.plan.recipe.val_interval == 0 or journal.epoch == loop.phase.epochs
+        average = replace(subject, model=loop.average.module) if loop.average is not None else None
+        models = [model for model in (subject.partner, subject, average) if model is not None]
+        measured = iter(self._measure(models) if due else ())
         for shown in filter(None, (subject.partner if due else None, subject)):
             row: Row = {"subject": shown.role, "stage": loop.phase.name, "epoch": journal.epoch}
             if due:
-                self.measured[shown.role] = self._measure(shown)
+                self.measured[shown.role] = next(measured)
                 row["accuracy"], row["agreement"], _ = self.measured[shown.role]
-            if due and shown is subject and loop.average is not None:
-                row["ema_accuracy"] = self._measure(replace(subject, model=loop.average.module))[0]
+            if due and shown is subject and average is not None:
+                row["ema_accuracy"] = next(measured)[0]
             journal.rows.append(row | (losses if shown is subject else {}))
         self.save(loop)
         self.accelerator.log(
@@ -584,43 +601,66 @@ class Run:
         )
         self.display.epoch(journal.rows[-1])
 
-    def _measure(self, subject: Subject) -> _Measured:
-        """(accuracy, agreement with the teacher, `images` and `right` of every class) on the test images.
+    def _measure(self, models: Sequence[Subject]) -> list[_Measured]:
+        """(accuracy, agreement with the teacher, `images` and `right` of every class) on the test images, of each.
 
-        No agreement for the teacher itself.
+        No agreement for the teacher itself. Images are read once for all models that see them alike.
         """
-        answers, targets = self._answers(subject)
+        asked = list(models)
+        teacher = self.teacher if self.teacher_answers is None else None
+        if teacher is not None and any(it is not teacher and it.role != "teacher" for it in models):
+            asked += [teacher] * (teacher not in asked)
+        predicted = self._predict(asked)
+        if teacher in asked:
+            self.teacher_answers = predicted[asked.index(teacher)][0]
+        return [self._score(model, *found) for model, found in zip(models, predicted, strict=False)]
+
+    def _score(self, subject: Subject, answers: Tensor, targets: Tensor) -> _Measured:
         accuracy = (answers == targets).double().mean().item()
         counted = {"images": targets, "right": targets[answers == targets]}
         classes = {name: _per_class(kept, self.plan.datasets.num_classes) for name, kept in counted.items()}
         if subject is self.teacher or subject.role == TEACHER_ALONE:  # while it trains, its answers change
             self.teacher_answers = answers
             return accuracy, None, classes
-        if self.teacher is None or subject.role == "teacher":
+        if self.teacher is None or self.teacher_answers is None or subject.role == "teacher":
             return accuracy, None, classes
-        if self.teacher_answers is None:
-            self.teacher_answers, _ = self._answers(self.teacher)
         return accuracy, (answers == self.teacher_answers).double().mean().item(), classes
 
+    def _predict(self, models: Sequence[Subject]) -> list[tuple[Tensor, Tensor]]:
+        """Of each model (predicted classes, true classes) of all test images, in their order."""
+        by_input: dict[InputSpec, list[int]] = {}
+        for index, model in enumerate(models):
+            by_input.setdefault(self.images_for(model), []).append(index)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for given, indices in by_input.items():
+            predicted, targets = self._predict_alike([models[index] for index in indices], given)
+            found |= {index: (answers, targets) for index, answers in zip(indices, predicted, strict=True)}
+        return [found[index] for index in range(len(models))]
+
     @torch.no_grad()
-    def _answers(self, subject: Subject) -> tuple[Tensor, Tensor]:
-        """(predicted classes, true classes) of all test images, in their order."""
+    def _predict_alike(self, models: Sequence[Subject], given: InputSpec) -> tuple[list[Tensor], Tensor]:
+        """The predicted classes of models that see the test images in one form, and the true classes."""
         accelerator = self.accelerator
-        given = self.images_for(subject)
-        images_of_test = loader(self.plan.datasets.test, self.plan.recipe.data, given, training=False)
-        model, view = subject.model.eval(), ImageView(subject.input, subject.input).to(accelerator.device)
-        answers, targets = [], []
-        for images, target in readable(accelerator.prepare_data_loader(images_of_test), "test"):
+        if given not in self.test_batches:
+            batches = loader(self.plan.datasets.test, self.plan.recipe.data, given, training=False)
+            self.test_batches[given] = batches.prepare(accelerator, memory_format(self.plan.recipe, accelerator.device))
+        views = [ImageView(model.input, model.input).to(accelerator.device) for model in models]
+        for model in models:
+            model.model.eval()
+        rows: list[tuple[Tensor, ...]] = []
+        for images, target in readable(self.test_batches[given], "test"):
             with accelerator.autocast():
-                output = model(view(images))
-            logits = _logits(output)
-            if self.plan.class_map is not None and subject.role == "teacher":
-                logits = logits[:, list(self.plan.class_map)]
-            answer = logits.argmax(1)
-            gathered = accelerator.gather_for_metrics((answer, target))
-            answers.append(gathered[0].cpu())
-            targets.append(gathered[1].cpu())
-        return torch.cat(answers), torch.cat(targets)
+                outputs = [model.model(view(images)) for model, view in zip(models, views, strict=True)]
+            answers = (self._classes(model, output) for model, output in zip(models, outputs, strict=True))
+            rows.append(accelerator.gather_for_metrics((*answers, target)))
+        *predicted, targets = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
+        return predicted, targets
+
+    def _classes(self, subject: Subject, output: Any) -> Tensor:
+        logits = _logits(output)
+        if self.plan.class_map is not None and subject.role == "teacher":
+            logits = logits[:, list(self.plan.class_map)]
+        return logits.argmax(1)
 
     def _finish(self, subject: Subject, average: nn.Module | None = None) -> None:
         if subject.partner is not None or subject is self.teacher:
@@ -629,7 +669,7 @@ class Run:
             self._finish(replace(subject.partner, phases=subject.phases))
         # After the last epoch its weights were measured already, where that was in this process.
         known = subject.role in self.measured
-        accuracy, agreement, classes = self.measured.pop(subject.role) if known else self._measure(subject)
+        accuracy, agreement, classes = self.measured.pop(subject.role) if known else self._measure([subject])[0]
         averaged = replace(subject, model=average) if average is not None else None
         trace_ = subject.trace
         self.journal.results[subject.role] = Result(
@@ -642,7 +682,7 @@ class Run:
             agreement=agreement,
             seconds=round(self.journal.seconds, 2),
             weights=self._write_weights(subject) if subject.phases else "",
-            ema_accuracy=self._measure(averaged)[0] if averaged else None,
+            ema_accuracy=self._measure([averaged])[0][0] if averaged else None,
             ema_weights=self._write_weights(averaged, "-ema") if averaged else "",
             **classes,
         )

@@ -101,7 +101,7 @@ def test_a_jitter_of_nothing_is_left_out_and_changes_nothing(folder: Path) -> No
         mixed = _mixed(seed, index)
         random.seed(mixed)
         torch.manual_seed(mixed)
-        assert torch.equal(ours.dataset[index, seed][0], theirs.dataset[index][0])
+        assert torch.equal(ours.take([(index, seed)])[0][0], theirs.dataset[index][0])
 
 
 def epoch_of(dataset: Any, age: int, seed: int = 0, **options: Any) -> list[torch.Tensor]:

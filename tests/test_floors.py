@@ -12,7 +12,7 @@ import probe_kd
 HOUSE = Path(probe_kd.__file__).parent
 FLOORS = (
     {"errors", "spec", "checkpoints", "arguments", "patterns", "console"},
-    {"probe", "surgery", "losses", "models", "plain", "shards"},
+    {"probe", "surgery", "losses", "models", "plain", "shards", "batches"},
     {"tracing", "adapters", "matching"},
     {"objectives", "sharing", "data", "cache"},
     {"distiller"},
