@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check test-zoo bench study docs clean
+.PHONY: help quickstart test check test-zoo bench gpu study docs clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,18 @@ test-zoo: $(READY)  ## trace every model of timm, about ten minutes; writes zoo.
 
 bench: $(READY)  ## the benchmarks, as ratios against bare loops, 40 minutes; writes benchmarks/results.md
 	$(BIN)/python benchmarks/all.py
+
+gpu: $(READY)  ## what only a GPU shows, 8 minutes with one; tests and benchmarks at toy size without
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then set -e; \
+		$(BIN)/python -m pytest -m cuda tests/test_cuda.py; \
+		$(BIN)/python benchmarks/step.py --device cuda; \
+		$(BIN)/python benchmarks/input.py --device cuda --workers 1 8 16 --images 2048 --rounds 3; \
+		$(BIN)/python benchmarks/gpu.py --device cuda; \
+	else set -e; echo "== there is no GPU here; everything at toy size on the CPU"; \
+		$(BIN)/python benchmarks/step.py --quick; \
+		$(BIN)/python benchmarks/input.py --quick; \
+		$(BIN)/python benchmarks/gpu.py --quick; \
+	fi
 
 study: $(READY)  ## the methods against each other on Fashion-MNIST; hours, says how many, goes on where it was stopped
 	$(BIN)/python study/study.py

@@ -14,8 +14,8 @@ from measure import machine
 
 HERE = Path(__file__).parent
 SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"all", "measure"})
-# Measured on request only: these two ask about timm's whole zoo, and no step.
-APART = {"match_zoo", "families"}
+# Measured on request only: two ask about timm's whole zoo, and one about a GPU (`make gpu`).
+APART = {"match_zoo", "families", "gpu"}
 
 
 def main() -> None:
