@@ -74,20 +74,32 @@ class Batches:
         self.loader, self.device, self.memory_format, self.ahead = loader, torch.device(device), memory_format, ahead
         self.mean, self.std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (mean, std))
         self.mean, self.std = self.mean.to(self.device), self.std.to(self.device)
+        # A tensor, since a GPU multiplies by the reciprocal of a number, and that is not the same to the bit.
+        self._largest = torch.tensor(255.0, device=self.device)
         self._stream: torch.cuda.Stream | None = None  # one for all epochs: the allocator keeps memory by stream
 
     def prepare(self, accelerator: Accelerator, memory_format: torch.memory_format = torch.contiguous_format) -> Self:
         """The same on the accelerator's device, with its share of each batch where there are several processes."""
         prepared = accelerator.prepare_data_loader(self.loader, device_placement=False)
-        return self._with(prepared, device=accelerator.device, memory_format=memory_format)
+        return self.on(accelerator.device, memory_format=memory_format, loader=prepared)
 
     def skip(self, count: int) -> Self:
         """The same without the first `count` batches, which are not read."""
-        return self._with(skip_first_batches(self.loader, count)) if count else self
+        if not count:
+            return self
+        rest = skip_first_batches(self.loader, count)
+        return self.on(self.device, memory_format=self.memory_format, loader=rest)
 
-    def _with(self, loader: Any, **changes: Any) -> Self:
-        kept = {"device": self.device, "memory_format": self.memory_format, "ahead": self.ahead}
-        return type(self)(loader, self.mean.flatten().tolist(), self.std.flatten().tolist(), **{**kept, **changes})
+    def on(
+        self,
+        device: torch.device | str,
+        *,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        loader: Any = None,
+    ) -> Self:
+        """The same batches on another device."""
+        numbers = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return type(self)(loader or self.loader, *numbers, device=device, memory_format=memory_format, ahead=self.ahead)
 
     @property
     def sampler(self) -> Iterable[Any]:
@@ -125,7 +137,12 @@ class Batches:
         """Move a batch to the device and normalise it there."""
         pixels = raw.pixels.to(self.device, non_blocking=True)
         images: Float[Tensor, "batch channels height width"]
-        images = pixels.to(torch.float32, memory_format=self.memory_format).div_(255).sub_(self.mean).div_(self.std)
+        images = (
+            pixels.to(torch.float32, memory_format=self.memory_format)
+            .div_(self._largest)
+            .sub_(self.mean)
+            .div_(self.std)
+        )
         if raw.erased is not None:
             images.masked_fill_(raw.erased.to(self.device, non_blocking=True), 0.0)
         target = raw.target.to(self.device, non_blocking=True)
