@@ -1,15 +1,16 @@
 """What a frozen teacher gave for every view of every image, kept on disk and replayed to the bit.
 
 A cache is a folder per teacher, images and augmentation (its key), in it a folder per tap, and in that two files per
-view: the features of all images, row by row, which are mapped into memory, and one byte per row that says whether it is
-there. The byte is written only after the row has reached the disk, so a run that is killed leaves no row that is half
-written. What a cache depends on is in its key: where any of it changes, so does the folder.
+view: the features of all images, row by row, which are mapped into memory, and one checksum per row, 0 where the row is
+not there. The checksum is written only after the row has reached the disk, so a run that is killed leaves no row that
+is half written; and it is compared whenever a row is read, so that a disk that gives back something else is noticed.
+What a cache depends on is in its key: where any of it changes, so does the folder.
 """
 
-import fcntl
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,8 +24,10 @@ from torch.utils.data import Dataset, Subset
 
 from probe_kd.checkpoints import to_disk
 from probe_kd.errors import RunError
+from probe_kd.run_folder import lock_file, unlock_file
 
-FORMAT = 1  # another number where rows are written otherwise, or an adapter makes something else under the same name
+SUM = torch.int64  # of checksums, which need 33 bits as signed numbers
+FORMAT = 2  # another number where rows are written otherwise, or an adapter makes something else under the same name
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ def lengthen(rows: Tensor, classes: int) -> Tensor:
 
 @dataclass
 class TeacherCache:
-    """The cache of one phase: `read` what is there, `keep` what is not, `flush` at every checkpoint.
+    """The cache of one phase: `find` what is there, `keep` what is not, `flush` at every checkpoint.
 
+    `damaged` counts the rows that were not as they were written; they count as absent.
     `count` is the number of training images. Of several runs that use one folder at a time the first writes, and the
     others read what is there (`writes` is false) and ask their own teacher for the rest.
     """
@@ -87,30 +91,30 @@ class TeacherCache:
     taps: Sequence[Stored]
     count: int
     writes: bool = True
+    damaged: int = 0
     _view: int = -1
     _rows: list[Tensor] = field(default_factory=list)
-    _there: list[Tensor] = field(default_factory=list)
-    _fresh: list[Tensor] = field(default_factory=list)  # indices written since the last flush
+    _sums: list[Tensor] = field(default_factory=list)
+    _fresh: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)  # indices and sums since the last flush
     _lock: IO[str] | None = None
 
     def lock(self) -> bool:
         """Whether this run is the one that writes; to be asked by one of its processes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._lock = lock_file(self.folder / "lock")
+        except OSError:  # of a file system without locks, where two runs might write
             return False
-        return True
+        return self._lock is not None
 
     def prepare(self, view: int) -> None:
         """Make room for a view, by one process. Raises RunError where the disk has none: never later, in a step."""
         for tap in self.taps:
-            rows, there = self._files(tap, view)
+            rows, sums = self._files(tap, view)
             rows.parent.mkdir(parents=True, exist_ok=True)
             try:
                 _reserve(rows, tap.bytes * self.count)
-                _reserve(there, self.count)
+                _reserve(sums, SUM.itemsize * self.count)
             except OSError as refusal:
                 size = tap.bytes * self.count / 1e9
                 raise RunError(
@@ -125,7 +129,7 @@ class TeacherCache:
             return
         files = [self._files(tap, view) for tap in self.taps]
         if not all(file.exists() for pair in files for file in pair):  # of a cache that another run writes
-            self._view, self._rows, self._there = -1, [], []
+            self._view, self._rows, self._sums = -1, [], []
             return
         self._view = view
         self._rows = [
@@ -134,17 +138,22 @@ class TeacherCache:
             )
             for tap, (rows, _) in zip(self.taps, files, strict=True)
         ]
-        self._there = [
-            torch.from_file(str(there), shared=True, size=self.count, dtype=torch.uint8) for _, there in files
-        ]
+        self._sums = [torch.from_file(str(sums), shared=True, size=self.count, dtype=SUM) for _, sums in files]
 
-    def has(self, indices: Tensor) -> bool:
-        """Whether all of these images are there, at every tap."""
-        return bool(self._there) and all(bool(there[indices].all()) for there in self._there)
-
-    def read(self, indices: Tensor) -> list[Tensor]:
-        """The features of these images at every tap, on the CPU, as they were written."""
-        return [self._as_feature(tap, rows[indices]) for tap, rows in zip(self.taps, self._rows, strict=True)]
+    def find(self, indices: Tensor) -> list[Tensor] | None:
+        """The features of these images at every tap, on the CPU, as they were written; None unless all are there."""
+        if not self._sums or not all(bool(sums[indices].all()) for sums in self._sums):
+            return None
+        found, whole = [], True
+        for tap, rows, sums in zip(self.taps, self._rows, self._sums, strict=True):
+            read = rows[indices]
+            wrong = checksums(read) != sums[indices]
+            if wrong.any():
+                whole = False
+                self.damaged += int(wrong.sum())
+                sums[indices[wrong]] = 0
+            found.append(self._as_feature(tap, read))
+        return found if whole else None
 
     def keep(self, indices: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
         """Write the features of these images, one tensor per tap. Returns what `read` will give for them."""
@@ -153,9 +162,10 @@ class TeacherCache:
             for tap, feature in zip(self.taps, features, strict=True)
         ]
         if self.writes and self._rows:
-            for place, row in zip(self._rows, rows, strict=True):
-                place[indices] = row.cpu()
-            self._fresh.append(indices)
+            rows_here = [row.cpu() for row in rows]
+            for place, row in zip(self._rows, rows_here, strict=True):
+                place[indices] = row
+            self._fresh.append((indices, [checksums(row) for row in rows_here]))
         return [self._as_feature(tap, row) for tap, row in zip(self.taps, rows, strict=True)]
 
     @staticmethod
@@ -166,30 +176,41 @@ class TeacherCache:
         """Bring what was written to the disk, and only then say that it is there."""
         if not self._fresh:
             return
-        indices, self._fresh = torch.cat(self._fresh), []
         files = [self._files(tap, self._view) for tap in self.taps]
         for rows, _ in files:
             to_disk(rows)
-        for there in self._there:
-            there[indices] = 1
+        for indices, sums_of_taps in self._fresh:
+            for place, sums in zip(self._sums, sums_of_taps, strict=True):
+                place[indices] = sums
+        self._fresh = []
 
-    def some(self, view: int, most: int) -> Tensor:
-        """The indices of a few images that are there."""
+    def some(self, view: int, most: int) -> tuple[Tensor, list[Tensor]]:
+        """(indices, features at every tap) of a few images that are there."""
         self.begin(view)
-        if not self._there:
-            return torch.zeros(0, dtype=torch.long)
-        return torch.stack(self._there).all(0).nonzero().flatten()[:most]
+        while self._sums:
+            indices = torch.stack(self._sums).bool().all(0).nonzero().flatten()[:most]
+            found = self.find(indices)
+            if found is not None:  # else some were damaged, and count as absent now
+                return indices, found
+        return torch.zeros(0, dtype=torch.long), []
 
     def close(self) -> None:
         self.flush()
-        self._rows, self._there = [], []
+        self._rows, self._sums = [], []
         if self._lock is not None:
-            self._lock.close()
+            unlock_file(self._lock)
+            self._lock = None
 
     def _files(self, tap: Stored, view: int) -> tuple[Path, Path]:
         name = tap.tap.replace("/", "_") or "output"
         folder = self.folder / (f"{name} top {tap.top_k}" if tap.top_k else name)
-        return folder / f"{view:06d}.rows", folder / f"{view:06d}.there"
+        return folder / f"{view:06d}.rows", folder / f"{view:06d}.sums"
+
+
+def checksums(rows: Tensor) -> Tensor:
+    """(images, ...) to (images,): the CRC-32 of each row, and never 0, which says that there is none."""
+    parts = rows.contiguous().flatten(1).view(torch.uint8).numpy() if rows.numel() else rows.numpy()
+    return torch.tensor([zlib.crc32(part) or 1 for part in parts], dtype=SUM)
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -31,7 +31,7 @@ def begin(run: Path) -> Path:
 def commit(aside: Path, keep: int) -> Path:
     """Give a filled folder its name, and delete all but the newest `keep`."""
     files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
-    manifest = {str(file.relative_to(aside)): [file.stat().st_size, _digest(file)] for file in files}
+    manifest = {str(file.relative_to(aside)): [file.stat().st_size, digest_of(file)] for file in files}
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*files, aside / MANIFEST, aside):
         to_disk(path)
@@ -105,13 +105,14 @@ def _damage(path: Path) -> str:
                 return f"{name} is missing"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes instead of {size}"
-            if _digest(file) != digest:
+            if digest_of(file) != digest:
                 return f"{name} is not what was written"
     except (OSError, ValueError, TypeError, AttributeError) as refusal:
         return f"its manifest cannot be read: {refusal}"
     return ""
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256 of all that is in a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from probe_kd import __version__
-from probe_kd.errors import ProbeKDError, RecipeError, RunError, Stopped, visible
+from probe_kd.errors import ProbeKDError, RunError, Stopped, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from probe_kd.audit import Audit
     from probe_kd.planner import Plan
-    from probe_kd.report import Idle
+    from probe_kd.report import Display, Idle
+    from probe_kd.run_folder import Claim
     from probe_kd.spec import Trace
 
 app = typer.Typer(
@@ -96,8 +97,7 @@ def main() -> None:
     try:
         app()
     except ProbeKDError as refusal:
-        # A recipe is wrong in every process alike; anything else may have happened in this one alone.
-        if _speaks() or not isinstance(refusal, RecipeError):
+        if _speaks() or not refusal.in_all_processes:
             if logging.getLogger().isEnabledFor(logging.INFO):  # --verbose
                 _say(traceback.format_exc(), sys.stderr)
             _complain(str(refusal))
@@ -252,7 +252,16 @@ def check(
     """
     from probe_kd.planner import plan
     from probe_kd.recipe import load
-    from probe_kd.report import cache_lines, costs_table, idle_rows, idle_table, losses_table, models_table, plan_table
+    from probe_kd.report import (
+        cache_lines,
+        costs_table,
+        idle_rows,
+        idle_table,
+        losses_table,
+        models_table,
+        plan_table,
+        teacher_lines,
+    )
     from probe_kd.report import reach_table as reach
 
     planned = plan(load(recipe, sets=sets or ()), allow_import=_allowed(allow_import))
@@ -262,7 +271,7 @@ def check(
         console.print(plan_table(planned))
         if idle:
             console.print(idle_table(idle))
-        for line in [*_pair_lines(planned), *cache_lines(planned)]:
+        for line in [*_pair_lines(planned), *cache_lines(planned), *teacher_lines(planned)]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     found = None
     if gradients or not no_batch:
@@ -337,25 +346,49 @@ def train(
     folder = out or Path("runs") / _name_of_run(recipe)
     source = load(recipe, seed=seed, sets=sets or ())
     console = _console()
-    with console.status("tracing the models"):
-        planned = plan(source, allow_import=_allowed(allow_import))
-    from probe_kd.report import Display, doubts, plan_table, print_student
-    from probe_kd.train import train as run
+    from probe_kd.report import Display, doubts, plan_table, print_student, teacher_lines
 
     quiet = quiet or not _speaks()
-    if not quiet:
-        console.print(plan_table(planned))
-    try:
-        journal = run(planned, folder, Display(console, quiet=quiet), resume=resume, overwrite=overwrite)
-    except (KeyboardInterrupt, Stopped) as stop:
+    display = Display(console, quiet=quiet)
+    with _claimed(folder, display, resume=resume, overwrite=overwrite) as claimed:
+        with console.status("tracing the models"):
+            planned = plan(source, allow_import=_allowed(allow_import))
+        from probe_kd.train import train as run
+
+        if not quiet:
+            console.print(plan_table(planned))
+            for line in teacher_lines(planned):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+        try:
+            journal = run(planned, folder, display, resume=resume, overwrite=overwrite, claimed=claimed)
+        except (KeyboardInterrupt, Stopped) as stop:
+            if _speaks():
+                _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
+            sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
         if _speaks():
-            _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
-        sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
-    if _speaks():
-        _report(planned, folder, console)
-        for doubt in doubts({role: result.accuracy for role, result in journal.results.items()}):
-            console.print(doubt, style="yellow", highlight=False)
-        print_student(planned, folder, console)
+            _report(planned, folder, console)
+            if claimed is not None:
+                claimed.check()  # else it would be said where the results are, and they are not there
+            for doubt in doubts({role: result.accuracy for role, result in journal.results.items()}):
+                console.print(doubt, style="yellow", highlight=False)
+            print_student(planned, folder, console)
+
+
+@contextmanager
+def _claimed(folder: Path, display: "Display", *, resume: bool, overwrite: bool) -> "Iterator[Claim | None]":
+    """The folder of results, looked at and locked before anything that takes time, by the first process of a run."""
+    from probe_kd.run_folder import claim
+    from probe_kd.train import check_folder
+
+    if not _speaks():
+        yield None
+        return
+    claimed = claim(folder, display.say)
+    try:
+        check_folder(folder, resume=resume, overwrite=overwrite)
+        yield claimed
+    finally:
+        claimed.release()
 
 
 @app.command(name="eval")
@@ -543,7 +576,8 @@ def _options(**given: Any) -> str:
 
 def _speaks() -> bool:
     """Of several processes (torchrun, accelerate launch), whether this is the first."""
-    return os.environ.get("RANK", "0") == "0"
+    ranks = (os.environ[name] for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK") if name in os.environ)
+    return next(ranks, "0") == "0"
 
 
 def _name_of_run(recipe: Path) -> str:

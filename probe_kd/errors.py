@@ -10,7 +10,8 @@
     ├── DataError       images or labels that cannot be read, or do not fit the models
     ├── RecipeError     a recipe that cannot be run; carries every problem found, with its line
     └── RunError        a run that cannot start, or cannot go on
-        └── Stopped     a run that was asked to stop, and has written a checkpoint
+        ├── Stopped     a run that was asked to stop, and has written a checkpoint
+        └── PeerLost    a run of several processes of which another one has ended
 
 The message is written for the person who has to mend the cause: what is wrong, where, what was expected, the nearest
 legal thing. The command line prints it and exits with status 2; a traceback is always a defect of ours.
@@ -20,6 +21,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import TypeVar
 
 # What a terminal obeys instead of showing it, and halves of characters, which cannot be printed at all.
 CONTROL = re.compile(
@@ -44,11 +46,23 @@ def _picture(found: re.Match[str]) -> str:
 class ProbeKDError(Exception):
     """The root: `except ProbeKDError` catches all that this package raises on purpose.
 
-    Its text is free of control characters.
+    Its text is free of control characters. `in_all_processes` is true where every process of a run raises the same, so
+    that only the first has to show it.
     """
+
+    in_all_processes = False
 
     def __str__(self) -> str:
         return visible(super().__str__())
+
+
+Error = TypeVar("Error", bound=ProbeKDError)
+
+
+def for_all(error: Error) -> Error:
+    """The error, marked as one that every process of a run raises."""
+    error.in_all_processes = True
+    return error
 
 
 class TapError(ProbeKDError):
@@ -87,6 +101,10 @@ class Stopped(RunError):
     pass
 
 
+class PeerLost(RunError):
+    pass
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong with a recipe. `line` and `column` count from 1; 0 when the problem has no single place.
@@ -105,6 +123,8 @@ class RecipeError(ProbeKDError):
 
     `text` is that of the file `source`, or maps the name of each source to its text.
     """
+
+    in_all_processes = True
 
     def __init__(self, source: str, problems: Sequence[Problem], text: str | Mapping[str, str] = "") -> None:
         self.source = source

@@ -12,33 +12,66 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import get_cpu_distributed_information
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from probe_kd.cache import TeacherCache, lengthen, shorten
 from probe_kd.data import Views, loader, mixer, readable
 from probe_kd.distiller import Distiller
-from probe_kd.errors import RunError
-from probe_kd.models import module_of
+from probe_kd.errors import RunError, for_all
+from probe_kd.models import module_of, short
 from probe_kd.objectives import Objective
 from probe_kd.recipe import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.spec import InputSpec
 from probe_kd.surgery import in_pattern
+
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
 
 
 @contextmanager
 def own_accelerator(**wishes: Any) -> Iterator[Accelerator]:
     """accelerate for a while. What it settles is settled for the whole process, so it is taken back at the end.
 
-    Unless somebody outside has settled it before, who may still want it.
+    Unless somebody outside has settled it before, who may still want it. Several processes on a machine without GPUs
+    talk by gloo. Raises RunError where a launcher started several processes that accelerate cannot bring together.
     """
     alone = not AcceleratorState._shared_state
+    launched = launched_processes()
+    if launched > 1 and not torch.accelerator.is_available():
+        wishes["cpu"] = True  # without it, or ACCELERATE_USE_CPU, accelerate overlooks what torchrun has set
     try:
-        yield Accelerator(**wishes)
+        try:
+            accelerator = Accelerator(**wishes)
+        except RuntimeError as refusal:  # of torch.distributed
+            raise RunError(f"cannot bring {launched} processes together: {short(refusal)}") from refusal
+        if launched not in (1, accelerator.num_processes):
+            raise for_all(
+                RunError(
+                    f"{launched} processes were started (WORLD_SIZE), but accelerate counts "
+                    f"{accelerator.num_processes}, so that each would train by itself; start them by torchrun or "
+                    "`accelerate launch`, one for each device, or unset WORLD_SIZE"
+                )
+            )
+        yield accelerator
     finally:
         if alone:
             GradientState._reset_state()
             AcceleratorState._reset_state()
+
+
+def launched_processes() -> int:
+    """How many processes a launcher says that it started: torchrun, accelerate launch, or mpirun. Raises RunError."""
+    try:
+        found = get_cpu_distributed_information()
+    except ValueError:
+        raise RunError("RANK and WORLD_SIZE have to be whole numbers; unset them, or start by torchrun") from None
+    if found.world_size > 1 and not any(name in os.environ for name in RANKS):
+        raise RunError(
+            f"WORLD_SIZE says that this is one of {found.world_size} processes, and RANK is not there to say which; "
+            "start them by torchrun or `accelerate launch`, or unset WORLD_SIZE"
+        )
+    return max(int(found.world_size), 1)
 
 
 @dataclass(frozen=True)
@@ -123,9 +156,10 @@ class Loop:
         """What the teacher gives for these images: from the cache, or for the cache."""
         if self.cache is None:
             return None
-        if self.cache.has(indices):
+        found = self.cache.find(indices)
+        if found is not None:
             self.recalled += len(indices)
-            return [feature.to(images.device) for feature in self.cache.read(indices)]
+            return [feature.to(images.device) for feature in found]
         self.asked += len(indices)
         with self.accelerator.autocast():
             features = self.distiller.ask(images)
@@ -136,13 +170,13 @@ class Loop:
         """Compare a few of what the cache holds with the teacher. Raises RunError where they differ."""
         assert self.cache is not None
         self.views.begin(self.phase.age)
-        indices = self.cache.some(self.views.view, 8)
+        indices, found = self.cache.some(self.views.view, 8)
         if not len(indices):
             return
         images, *_ = self.batches.take(self.views.of(indices.tolist()))
         with self.accelerator.autocast():
             features = self.distiller.ask(images)
-        for tap, kept, feature in zip(self.cache.taps, self.cache.read(indices), features, strict=True):
+        for tap, kept, feature in zip(self.cache.taps, found, features, strict=True):
             given = lengthen(shorten(feature, tap.top_k), tap.shape[-1]) if tap.top_k else feature
             apart = (kept.float() - given.float().cpu()).norm() / given.float().norm().cpu().clamp_min(1e-12)
             if not apart < (1e-3 if tap.dtype == torch.float32 else 3e-2):

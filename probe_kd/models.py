@@ -19,6 +19,7 @@ from probe_kd.arguments import check_arguments, check_truths
 from probe_kd.checkpoints import put
 from probe_kd.errors import TraceError, WeightsError, nearest
 from probe_kd.plain import read_text, reason
+from probe_kd.run_folder import changed, damaged
 
 MAX_CALLS = 100_000  # of torch while a model of timm is built; its largest takes 11 thousand
 
@@ -197,10 +198,12 @@ def _import_factory(name: str) -> Callable[..., Any]:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint: safetensors, or what `torch.save` wrote, of timm or of a bare state dict.
 
-    Nothing in it is run (`weights_only`). Raises WeightsError when it cannot be read.
+    Nothing in it is run (`weights_only`). Raises WeightsError when it cannot be read, and where it lies in the folder
+    of a run and is not what the run wrote.
     """
     from timm.models import load_state_dict
 
+    _check_unchanged(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch remarks on pickles that it then refuses
             found = dict(load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True))
@@ -211,6 +214,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         kind = type(found[wrong]).__name__
         raise WeightsError(f"the checkpoint {str(path)!r} is no state dict: {wrong!r} in it is a {kind}, and no tensor")
     return found
+
+
+def _check_unchanged(path: str | Path) -> None:
+    """Raises WeightsError where a file in the folder of a run is not what the run wrote."""
+    if changed(Path(path)):
+        raise WeightsError(damaged(Path(path)))
 
 
 def check_state(folder: Path) -> None:
@@ -295,6 +304,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """What `save_weights` wrote about the model. Raises WeightsError where the file is none of that kind."""
     from safetensors import safe_open
 
+    _check_unchanged(path)
     try:
         with safe_open(str(path), "pt") as file:
             return {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}

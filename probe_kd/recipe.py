@@ -203,8 +203,14 @@ class StageOptions(_Section):
     keep: Literal["last", "best"] = "last"
 
 
+FINE_TUNING_LR = 1e-4  # a tenth of the default of one that is trained from scratch
+
+
 class TeacherTraining(_Section):
-    """How to train a teacher that has no weights yet, on the labels alone."""
+    """How to train a teacher first, on the labels alone.
+
+    One that has weights already is fine-tuned, by default at a learning rate of 1e-4 and not of 1e-3.
+    """
 
     epochs: int = Field(ge=1)
     optimizer: OptimizerOptions = OptimizerOptions()
@@ -233,6 +239,8 @@ class TeacherOptions(ModelOptions):
 
     `input_size`, `mean` and `std` are for a teacher that does not expect what timm's config says and the data gives.
     `class_map` is its index of each of the student's classes, where they are not the same: a list, or a JSON file.
+    `same_init` lets its first weights follow from the recipe's seed as the student's do, so that two models of one
+    architecture begin with the same ones.
     `cache` is a folder for what it gives: an image that it has seen in the same view, in this run or another, it is not
     asked about again. `cache_top_k` keeps so many of its logits, and spreads what probability is left evenly.
     """
@@ -244,8 +252,20 @@ class TeacherOptions(ModelOptions):
         Annotated[Annotated[list[int], Tag("list")] | Annotated[str, Tag("word")], Discriminator(_list_or_word)] | None
     ) = None
     train: TeacherTraining | None = None
+    same_init: bool = False
     cache: str | None = None
     cache_top_k: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _fine_tunes_gently(self) -> Self:
+        """A teacher that has weights already is trained on at a smaller rate, unless the recipe gives one."""
+        if self.train is None or not (self.pretrained or self.checkpoint):
+            return self
+        optimizer = self.train.optimizer
+        if "lr" not in optimizer.model_fields_set:
+            train = self.train.model_copy(update={"optimizer": optimizer.model_copy(update={"lr": FINE_TUNING_LR})})
+            object.__setattr__(self, "train", train)  # the model is frozen for everybody else
+        return self
 
 
 class ShareOptions(_Section):
@@ -530,10 +550,19 @@ _STEP = r'(?:"[^"]*"|[^=".]+)'  # of a path: a key, in quotes where it has dots
 
 def dump(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML."""
+    return _as_yaml(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def rewritten(text: str) -> str:
+    """A recipe's YAML in the form that `dump` writes, without comments, and with the defaults as they were."""
+    return _as_yaml(YAML(typ="safe").load(text))
+
+
+def _as_yaml(values: Any) -> str:
     stream = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False
-    yaml.dump(recipe.model_dump(mode="json", exclude_none=True), stream)
+    yaml.dump(values, stream)
     return stream.getvalue()
 
 

@@ -382,6 +382,15 @@ def models_table(plan: Plan) -> Table:
     return table
 
 
+def teacher_lines(plan: Plan) -> list[str]:
+    """That a teacher which has weights is trained on, and at which learning rate."""
+    teacher = plan.recipe.teacher
+    if teacher is None or teacher.train is None or not (teacher.pretrained or teacher.checkpoint):
+        return []
+    train = teacher.train
+    return [f"the teacher has weights, and is first fine-tuned: {train.epochs} epochs, lr {train.optimizer.lr:g}"]
+
+
 def _numbers(values: Iterable[float]) -> str:
     return " ".join(f"{value:.3g}" for value in values)
 

@@ -35,7 +35,8 @@ SAYS = {
     "pretrained": "Whether timm's weights are loaded.",
     "checkpoint": "A file with its weights: safetensors, or what torch.save wrote of tensors.",
     "model_kwargs": "Arguments for timm's create_model, or for your own function.",
-    "Teacher.train": "How it is trained first, on the labels alone, where it has no weights.",
+    "Teacher.train": "How it is trained first, on the labels alone; with weights of its own, fine-tuned at lr 1e-4.",
+    "same_init": "Whether its random weights are those of the student's seed: equal, for one architecture.",
     "mean": "The mean that images are normalised with, one value or one a channel; else that of timm's config.",
     "std": "The standard deviation that images are normalised with; else that of timm's config.",
     # stages

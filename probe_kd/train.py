@@ -7,10 +7,11 @@ Where a recipe shares (Rocket Launching), the first is the teacher alone, and th
 that began as the first did.
 """
 
+import hashlib
 import json
 import math
+import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -32,9 +33,10 @@ from probe_kd import __version__, checkpoints
 from probe_kd.adapters import ImageView
 from probe_kd.batches import Batches
 from probe_kd.cache import Stored, TeacherCache, key_of
+from probe_kd.checkpoints import MANIFEST
 from probe_kd.data import loader, readable
 from probe_kd.distiller import Distiller
-from probe_kd.errors import DataError, RunError, Stopped
+from probe_kd.errors import DataError, PeerLost, ProbeKDError, RunError, Stopped, WeightsError, for_all
 from probe_kd.loop import (
     Loop,
     Phase,
@@ -55,12 +57,27 @@ from probe_kd.models import (
 )
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan, join
-from probe_kd.recipe import ModelOptions, Recipe, dump
+from probe_kd.recipe import ModelOptions, Recipe, dump, load, rewritten
 from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
+from probe_kd.run_folder import (
+    LOCK,
+    RECIPE,
+    Claim,
+    Manifest,
+    changed,
+    claim,
+    clear,
+    damaged,
+    digests_of,
+    first_changed,
+    is_abandoned,
+    recording,
+)
 from probe_kd.sharing import Sharing
 from probe_kd.spec import InputSpec, Trace
 
-JOURNAL, BEST, AVERAGE = "journal.json", "best.safetensors", "average.safetensors"
+JOURNAL, AVERAGE = "journal.json", "average.safetensors"
+BEST, BEST_AVERAGE = "best.safetensors", "best-average.safetensors"
 TRACKERS = "trackers"
 TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
 UNSEEN = {"batch_size", "workers", "views", "download", "root", "val_split", "num_classes"}  # change no training image
@@ -121,40 +138,98 @@ class Journal:
             raise RunError(f"{path} is not the journal of a run: {refusal}; start anew with --overwrite") from None
 
 
-def train(plan: Plan, folder: Path, display: Display, *, resume: bool = False, overwrite: bool = False) -> Journal:
+def train(
+    plan: Plan,
+    folder: Path,
+    display: Display,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    claimed: Claim | None = None,
+) -> Journal:
     """Run the plan and write `folder`: recipe.yaml, metrics.csv, and the weights of every subject that was trained.
 
     `resume` goes on after the last checkpoint, as if the run had not stopped, and begins where there is none;
     `overwrite` deletes what a former run left. SIGTERM and the first SIGINT end the update that the run is at, write a
-    checkpoint and raise Stopped. Raises RunError where a run is in the folder and neither was asked for, where the
-    recipe to resume is another, where a checkpoint cannot be written, and where a loss stops being a number; DataError
-    where images cannot be read. All of them leave the last checkpoint as it was.
+    checkpoint and raise Stopped. `claimed` is the folder's lock, where the caller holds it already. Raises RunError
+    where a run is in the folder and neither was asked for, where another process writes it, where the recipe to resume
+    is another, where the folder vanishes or takes no checkpoint, and where a loss stops being a number; PeerLost where
+    another process of the run ended; DataError where images cannot be read; WeightsError where a file that the run
+    goes on from is not as it was written. All of them leave the last checkpoint as it was.
     """
-    with accelerating(plan.recipe, folder) as accelerator, _listening(display) as signals:
+    with accelerating(plan.recipe, folder) as accelerator, _listening(display) as signals, ExitStack() as after:
+        after.enter_context(_with_peers(accelerator, folder))
         opened: list[Any] = [None]
         if accelerator.is_main_process:
-            opened = [open_run(plan, folder, display, resume=resume, overwrite=overwrite)]
+            try:
+                if claimed is None:
+                    claimed = claim(folder, display.say)
+                    after.callback(claimed.release)
+                opened = [open_run(plan, folder, display, resume=resume, overwrite=overwrite)]
+            except RunError as refusal:
+                opened = [refusal]
+        opened = broadcast_object_list(opened)
+        if isinstance(opened[0], RunError):
+            raise for_all(opened[0])
         journal: Journal
-        journal, checkpoint = broadcast_object_list(opened)[0]
+        journal, checkpoint = opened[0]
         if plan.recipe.trackers:
             accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
         if settings := describe_device(plan.recipe, accelerator):
             display.tell(settings)
-        run = Run(plan, folder, display, accelerator, journal, checkpoint, signals)
+        run = Run(plan, folder, display, accelerator, journal, checkpoint, signals, claimed=claimed)
         for subject in run.subjects():
             result = journal.results.get(subject.role)
             if result is None:
                 run.train_subject(subject)
             elif result.weights and not subject.learns_from_teacher:
-                load_weights(subject.model, folder / result.weights)
+                _load_again(subject.model, folder / result.weights)
             if subject.role in ("teacher", TEACHER_ALONE):
                 run.teacher = subject
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            write_report(list(journal.results.values()), journal.rows, plan, folder)
-            checkpoints.remove(folder)
+            with run.writing():
+                write_report(list(journal.results.values()), journal.rows, plan, folder)
+                checkpoints.remove(folder)
         accelerator.end_training()
     return journal
+
+
+def _load_again(model: nn.Module, path: Path) -> None:
+    """The weights of a model that this run trained before it was stopped. Raises WeightsError."""
+    if not path.is_file():
+        raise WeightsError(
+            f"{path} is gone, which the run wrote and goes on from: put it back from a copy, or begin anew by "
+            "--overwrite"
+        )
+    load_weights(model, path)
+
+
+@contextmanager
+def _with_peers(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Turn what torch raises where another process of the run has ended into PeerLost.
+
+    The first process says it, or, where that was killed, one of those that are left.
+    """
+    try:
+        yield
+    except Exception as refusal:
+        if accelerator.num_processes == 1 or not _is_peer_lost(refusal):
+            raise
+        lost = PeerLost(
+            f"another of the {accelerator.num_processes} processes of this run has ended, and so this one ends too "
+            f"({short(refusal)}). The last checkpoint in {folder} is whole; go on by --resume"
+        )
+        lost.in_all_processes = not accelerator.is_main_process and not is_abandoned(folder)
+        raise lost from refusal
+
+
+def _is_peer_lost(error: BaseException) -> bool:
+    """Gloo has no error of its own for it."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "Gloo", "Connection closed"))
 
 
 @contextmanager
@@ -206,14 +281,15 @@ def _listening(display: Display) -> Iterator[list[int]]:
 def open_run(
     plan: Plan, folder: Path, display: Display, *, resume: bool, overwrite: bool
 ) -> tuple[Journal, Path | None]:
-    """Make the folder, or find what to resume: the journal, and the checkpoint that it was in.
+    """Prepare a claimed folder, or find what to resume: the journal, and the checkpoint that it was in.
 
-    Nothing of another run is touched unless it was asked for.
+    Nothing is touched that no run wrote, and nothing of another run unless it was asked for.
     """
-    resolved = dump(plan.resolved)
-    recipe = folder / "recipe.yaml"
-    if resume and recipe.is_file():
-        checkpoint = _reopen(folder, recipe, resolved, display)
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    _check_inputs_outside(plan, folder, resume=resume)
+    resolved, inputs = dump(plan.resolved), digests_of(_inputs(plan.recipe))
+    if resume and (folder / RECIPE).is_file():
+        checkpoint = _reopen(folder, resolved, inputs, display)
         if checkpoint is not None:
             journal = Journal.read(checkpoint / JOURNAL)
             batch = f", batch {journal.step}" if journal.step else ""
@@ -221,42 +297,117 @@ def open_run(
                 f"going on with {folder}: {journal.role or 'the next model'}, epochs done {journal.epoch}{batch}"
             )
             return journal, checkpoint
-        overwrite = True  # it was stopped before its first checkpoint, so that there is nothing in it to lose
     if resume:
+        weights = [name for name in _contents(folder) if name.endswith(".safetensors")]
+        if weights:
+            raise RunError(
+                f"there is no checkpoint in {folder} to resume, but {weights[0]} is there; --overwrite deletes it and "
+                "begins anew"
+            )
         display.say(f"there is no checkpoint in {folder} to resume; beginning anew")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise RunError(
-                f"{folder} is not empty; go on with it by --resume, replace it by --overwrite, or choose another --out"
-            )
-        if not recipe.is_file():
-            raise RunError(f"{folder} is not the folder of a run (it has no recipe.yaml), and will not be overwritten")
-        foreign = [file.name for file in folder.iterdir() if not _is_ours(file)]
-        if foreign:
-            raise RunError(
-                f"{folder} holds more than a run writes ({', '.join(sorted(foreign)[:3])}), and will not be "
-                "overwritten; choose another --out"
-            )
-        shutil.rmtree(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(resolved, encoding="utf-8")
+        clear(folder, _contents(folder))
+        Manifest({RECIPE: hashlib.sha256(resolved.encode()).hexdigest()}, inputs).write(folder)
+        (folder / RECIPE).write_text(resolved, encoding="utf-8")
     except OSError as refusal:
         raise RunError(f"cannot write to {folder}: {refusal.strerror}") from None
     return Journal(), None
 
 
-def _is_ours(file: Path) -> bool:
-    """Whether a run writes a file or folder of this name, or `eval -o` and `compare -o` wrote this one about it."""
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run may begin in this folder, or go on in it. Raises RunError. Nothing is written."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; choose another --out")
+    contents = _contents(folder)
+    if not contents or (contents == [MANIFEST] and Manifest.read(folder)):  # one that was killed as it began
+        return
+    foreign = foreign_files(folder, contents)
+    if foreign:
+        raise RunError(foreign)
+    if not (resume or overwrite):
+        raise RunError(
+            f"{folder} is not empty; go on with it by --resume, replace it by --overwrite, or choose another --out"
+        )
+    if resume and (folder / "summary.json").exists():
+        raise RunError(f"nothing to resume in {folder}: the run is finished")
+
+
+def _contents(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK) if folder.is_dir() else []
+
+
+def foreign_files(folder: Path, contents: Sequence[str]) -> str:
+    """What in a folder no run wrote, in words; empty where all of it is a run's."""
+    manifest = Manifest.read(folder)
+    kept = "and will be neither resumed nor overwritten; choose another --out"
+    if manifest is None and MANIFEST in contents:
+        return f"{folder / MANIFEST} is damaged, or not of a run: what else is there cannot be known, {kept}"
+    if manifest is None and RECIPE in contents and not _is_old_run(folder):
+        return f"{folder / RECIPE} was written by no run, {kept}"
+    if manifest is None and RECIPE not in contents:
+        return f"{folder} is not the folder of a run (it has no recipe.yaml), {kept}"
+    foreign = [name for name in contents if not _is_of_run(folder / name, manifest)]
+    if foreign:
+        return f"{folder} holds more than a run writes ({', '.join(foreign[:3])}), {kept}"
+    other = next((name for name in contents if name != MANIFEST and changed(folder / name)), "")
+    if other == RECIPE:
+        return f"{folder / RECIPE} was changed since a run wrote it, {kept}, or put it back"
+    return damaged(folder / other) if other else ""
+
+
+def _is_of_run(file: Path, manifest: Manifest | None) -> bool:
+    """Whether a run wrote a file or folder, or `eval -o` and `compare -o` did about it.
+
+    Weights are its own where the manifest names them; the tables and folders have names that nothing else has there.
+    """
+    if file.is_symlink():
+        return False
     if file.is_dir():
         return file.name in (checkpoints.FOLDER, TRACKERS)
-    named = file.name in _FILES or file.suffix == ".partial"
-    return named or bool(re.fullmatch(r"adapters-\d+\.safetensors", file.name)) or is_measured(file)
+    if file.suffix == ".safetensors":
+        named = re.fullmatch(_WEIGHTS, file.stem)
+        return bool(named) and (manifest is None or file.name in manifest.files)
+    return bool(re.fullmatch(_TABLE_OR_PARTIAL, file.name)) or is_measured(file)
 
 
-_ROLES = ("teacher", "student", "teacher-alone", "student-alone", "student-ema", "student-alone-ema")
-_TABLES = ("recipe.yaml", "metrics.csv", "summary.csv", "curves.png", "summary.json", "layers.json", "report.html")
-_FILES = {*_TABLES, *(f"{role}.safetensors" for role in _ROLES)}
+_WEIGHTS = r"(student|teacher)(-alone)?(-ema)?|adapters-\d+"
+_TABLE_OR_PARTIAL = (
+    r"(manifest|summary|layers)\.json|recipe\.yaml|(metrics|summary)\.csv|curves\.png|report\.html"
+    rf"|({_WEIGHTS}|metrics|summary)\.partial|(manifest\.json|layers\.json|report\.html)\.partial"
+)
+
+
+def _is_old_run(folder: Path) -> bool:
+    """Whether a run from before there were manifests wrote the recipe: no line of it is as a person writes it.
+
+    It has every default written out, in the form that ruamel.yaml gives it, and beside it are metrics or a checkpoint.
+    """
+    beside = (folder / "metrics.csv").is_file() or any(folder.glob(f"{checkpoints.FOLDER}/*/{checkpoints.MANIFEST}"))
+    try:
+        text = (folder / RECIPE).read_text(encoding="utf-8")
+        source = load(folder / RECIPE)
+    except (OSError, ValueError, ProbeKDError):
+        return False
+    written = source.recipe.model_fields_set >= {"student", "data", "pairs", "stages", "baseline", "seed"}
+    return beside and written and rewritten(text) == text
+
+
+def _inputs(recipe: Recipe) -> list[str]:
+    """The files that a recipe names and a run reads."""
+    teacher = recipe.teacher
+    named = [recipe.student.checkpoint, teacher and teacher.checkpoint, teacher and teacher.class_map]
+    return [name for name in named if isinstance(name, str)]
+
+
+def _check_inputs_outside(plan: Plan, folder: Path, *, resume: bool) -> None:
+    """Raises RunError where --overwrite would delete what the recipe reads."""
+    place = Path(os.path.realpath(folder))
+    for name in _inputs(plan.recipe):
+        if not resume and Path(os.path.realpath(name)).is_relative_to(place):
+            raise RunError(
+                f"the recipe reads {name}, which lies in the folder of results, {folder}, and would be overwritten; "
+                "choose another --out"
+            )
 
 
 def _first_difference(before: str, now: str) -> str:
@@ -267,7 +418,8 @@ def _first_difference(before: str, now: str) -> str:
     return "the same lines, with other ends"
 
 
-def _reopen(folder: Path, recipe: Path, resolved: str, display: Display) -> Path | None:
+def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], display: Display) -> Path | None:
+    recipe, manifest = folder / RECIPE, Manifest.read(folder)
     begun_with = recipe.read_text(encoding="utf-8")
     if begun_with != resolved:
         raise RunError(
@@ -275,9 +427,22 @@ def _reopen(folder: Path, recipe: Path, resolved: str, display: Display) -> Path
             f"{_first_difference(begun_with, resolved)}. Give the same recipe and options "
             "again, or another folder by --out; --overwrite deletes that run and begins anew"
         )
-    if (folder / "summary.json").exists():
-        raise RunError(f"nothing to resume in {folder}: the run is finished")
+    other = first_changed(manifest.inputs, inputs) if manifest is not None else ""
+    if other:
+        raise RunError(
+            f"{other} is not the file that {folder} was begun with: its contents have changed since. Put the former "
+            "file back, or choose another --out; --overwrite deletes that run and begins anew"
+        )
     return checkpoints.newest(folder, display.say)
+
+
+def teacher_seed(seed: int) -> int:
+    """What a teacher's first weights follow from: far from the seed of any student, which are small numbers.
+
+    Of one seed, a teacher and a student of one architecture would begin with the same weights, so that their agreement
+    would be no evidence.
+    """
+    return (seed + 2**31) % 2**32
 
 
 _Measured = tuple[float, float | None, dict[str, list[int]]]  # accuracy, agreement, images and right by class
@@ -297,8 +462,10 @@ class Run:
     teacher: Subject | None = None
     teacher_answers: Tensor | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
+    best_average: dict[str, Tensor] = field(default_factory=dict)  # the moving average of the same epoch
     measured: dict[str, _Measured] = field(default_factory=dict)  # by role, while the weights are still those
     test_batches: dict[InputSpec, Batches] = field(default_factory=dict)  # with the workers that read them
+    claimed: Claim | None = None  # in the process that writes
 
     def subjects(self) -> Iterator[Subject]:
         """Each is built when its turn comes."""
@@ -306,9 +473,10 @@ class Run:
         if recipe.teacher is not None:
             yield self._teacher(TEACHER_ALONE if recipe.share else "teacher")
         if recipe.baseline:
-            model, phases = self._build(recipe.student, plan.student), self._stages(alone="student")
+            model = self._build(recipe.student, plan.student, recipe.seed)
+            phases = self._stages(alone="student")
             yield Subject(STUDENT_ALONE, model, plan.student, self._input_alone(), phases)
-        model, partner, sharing = self._build(recipe.student, plan.student), None, None
+        model, partner, sharing = self._build(recipe.student, plan.student, recipe.seed), None, None
         if recipe.share and plan.teacher:
             self.teacher = partner = self._teacher("teacher")
             self.teacher_answers = None
@@ -329,14 +497,15 @@ class Run:
             phases = (Phase("train", wish.epochs, (labels,), wish.optimizer, wish.scheduler),)
         elif role == TEACHER_ALONE and not (options.pretrained or options.checkpoint):
             phases = self._stages(alone="teacher")
-        return Subject(role, self._build(options, plan.teacher), plan.teacher, plan.teacher_input, phases)
+        seed = plan.recipe.seed if options.same_init else teacher_seed(plan.recipe.seed)
+        return Subject(role, self._build(options, plan.teacher, seed), plan.teacher, plan.teacher_input, phases)
 
     def _input_alone(self) -> InputSpec:
         """What the plain student sees: the size that the recipe gives, also where a graft sees the teacher's."""
         return replace(self.plan.student_input, size=self.plan.student.input_size)
 
-    def _build(self, options: ModelOptions, trace_: Trace) -> nn.Module:
-        set_seed(self.plan.recipe.seed)
+    def _build(self, options: ModelOptions, trace_: Trace, seed: int) -> nn.Module:
+        set_seed(seed)
         model = build_model(trace_.model, trace_.model_kwargs, pretrained=options.pretrained)
         if options.grad_checkpointing:
             checkpoint_gradients(model, trace_.model)
@@ -380,7 +549,7 @@ class Run:
     def _train_phase(self, subject: Subject, phase: Phase) -> nn.Module | None:
         """Returns the moving average of the student, where there is one."""
         distiller = self.distiller(subject, phase)
-        self.best = {}
+        self.best, self.best_average = {}, {}
         with ExitStack() as after:
             after.callback(self.accelerator.free_memory)
             after.callback(distiller.close)
@@ -389,6 +558,7 @@ class Run:
             cache = self._cache(subject, distiller)
             if cache is not None:
                 after.callback(cache.close)
+                after.callback(self._tell_of_damage, cache)
             loop = self._loop(subject, phase, distiller, cache)
             after.callback(loop.close)
             if cache is not None:
@@ -404,14 +574,28 @@ class Run:
             if cache is not None:
                 counts = f"{loop.asked} images asked of the teacher, {loop.recalled} known from its cache"
                 self.display.tell(f"{subject.role}: {phase.name}: {counts} in {cache.folder}")
-            if self.best:
-                distiller.load_state_dict(self.best)
-                self.best = {}
-                self.measured.clear()
+            self._take_best(loop)
             if subject.role == "student" and self.accelerator.is_main_process and distiller.adapters.state_dict():
                 about = {"stage": phase.name, "probe_kd": __version__}
-                save_weights(distiller.adapters, self.folder / f"adapters-{self.journal.phase}.safetensors", about)
+                self._write(distiller.adapters, f"adapters-{self.journal.phase}.safetensors", about)
             return loop.average.module if loop.average else None
+
+    def _take_best(self, loop: Loop) -> None:
+        """Go back to the best epoch of a phase that kept it, the moving average too."""
+        if not self.best:
+            return
+        loop.distiller.load_state_dict(self.best)
+        if loop.average is not None and self.best_average:
+            loop.average.module.load_state_dict(self.best_average)
+        self.best, self.best_average = {}, {}
+        self.measured.clear()
+
+    def _tell_of_damage(self, cache: TeacherCache) -> None:
+        if cache.damaged:
+            self.display.say(
+                f"{cache.damaged} rows of the teacher's cache in {cache.folder} were damaged, and were computed anew; "
+                "look after that disk"
+            )
 
     def _reached(self, distiller: Distiller, subject: Subject) -> set[str]:
         """The parameters that any loss reaches, by name, seen on images of noise."""
@@ -438,6 +622,7 @@ class Run:
         if self.journal.best is None or not mean >= self.journal.best:  # also after one that is no number
             self.journal.best = mean
             self.best = own_tensors(distiller)
+            self.best_average = own_tensors(loop.average.module) if loop.average is not None else {}
         return mean
 
     def distiller(self, subject: Subject, phase: Phase) -> Distiller:
@@ -691,8 +876,25 @@ class Run:
         trace_, name = subject.trace, f"{subject.role.replace(' ', '-')}{end}.safetensors"
         about = {"model": trace_.model, "model_kwargs": dict(trace_.model_kwargs), "probe_kd": __version__}
         if self.accelerator.is_main_process:
-            save_weights(subject.model, self.folder / name, about | self._about_graft(subject))
+            self._write(subject.model, name, about | self._about_graft(subject))
         return name
+
+    def _write(self, model: nn.Module, name: str, about: Mapping[str, Any]) -> None:
+        with self.writing(), recording(self.folder, name) as path:
+            save_weights(model, path, about)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises RunError where the folder has vanished, or does not take what is written to it."""
+        try:
+            if self.claimed is not None:
+                self.claimed.check()
+            yield
+        except OSError as refusal:
+            raise RunError(
+                f"cannot write to {self.folder}: {refusal.strerror}. Mend that, and go on by --resume from the last "
+                "checkpoint"
+            ) from refusal
 
     def _about_graft(self, subject: Subject) -> dict[str, Any]:
         """What `load_student` needs to build a student that is no single model of timm."""
@@ -718,6 +920,8 @@ class Run:
         if loop.cache is not None:
             loop.cache.flush()
         try:
+            if self.claimed is not None:
+                self.claimed.check()
             aside: list[Any] = [checkpoints.begin(self.folder) if accelerator.is_main_process else None]
             broadcast_object_list(aside)
             # Not as safetensors, which would leave out one of two names of a tensor that two models share, and not
@@ -727,6 +931,8 @@ class Run:
             if accelerator.is_main_process:
                 self._commit(aside[0], loop)
         except Exception as refusal:  # torch and safetensors have errors of their own for a full disk
+            if isinstance(refusal, RunError) or _is_peer_lost(refusal):
+                raise
             raise RunError(
                 f"cannot write a checkpoint to {self.folder}: {short(refusal)}; the one before it is whole. Make room, "
                 "and go on with --resume"
@@ -737,6 +943,8 @@ class Run:
         self.journal.write(aside / JOURNAL)
         if self.best:
             save_file(self.best, aside / BEST)
+        if self.best_average:
+            save_file(self.best_average, aside / BEST_AVERAGE)
         if loop.average is not None:
             save_weights(loop.average.module, aside / AVERAGE, {})
         checkpoints.commit(aside, self.plan.recipe.checkpoint_hist)
@@ -746,11 +954,40 @@ class Run:
     def _restore(self, loop: Loop) -> None:
         assert self.checkpoint is not None
         check_state(self.checkpoint)
-        self.best = load_file(self.checkpoint / BEST) if (self.checkpoint / BEST).exists() else {}
+        former = len(list(self.checkpoint.glob("random_states_*.pkl")))
+        self._share_out(loop, former)
+        self.best, self.best_average = (
+            load_file(self.checkpoint / name) if (self.checkpoint / name).exists() else {}
+            for name in (BEST, BEST_AVERAGE)
+        )
         if loop.average is not None:
             load_weights(loop.average.module, self.checkpoint / AVERAGE)
         self.accelerator.load_state(str(self.checkpoint))  # last, since it brings the random numbers back
+        if former != self.accelerator.num_processes:  # it has none for some of these
+            set_seed((self.plan.recipe.seed * 1_000_003 + self.journal.step) % 2**31, device_specific=True)
         self.checkpoint = None
+
+    def _share_out(self, loop: Loop, former: int) -> None:
+        """Go on at the same image where there are more or fewer processes than before.
+
+        Raises RunError where the images that were seen of an epoch are no whole number of updates of these processes.
+        """
+        journal, now = self.journal, self.accelerator.num_processes
+        if former == now:
+            return
+        step, left = divmod(journal.step * former, now)
+        if left or step % loop.phase.grad_accum_steps:
+            raise for_all(
+                RunError(
+                    f"{former} processes had done {journal.step} batches each of epoch {journal.epoch + 1}, which "
+                    f"{now} cannot go on with at the same image; resume with {former} processes, which may be stopped "
+                    "at the end of an epoch"
+                )
+            )
+        scale = step / journal.step if journal.step else 1.0
+        journal.step, journal.sums = step, {name: total * scale for name, total in journal.sums.items()}
+        if self.accelerator.is_main_process:
+            self.display.say(f"going on with {now} processes instead of {former}, at the same image")
 
 
 def too_large(refusal: Exception) -> str:

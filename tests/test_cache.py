@@ -12,7 +12,7 @@ from conftest import TINY, apart
 from safetensors.torch import save_file
 from test_resume import After, Quiet, same, stop
 
-from probe_kd.cache import Stored, TeacherCache, fingerprint, key_of, lengthen, shorten
+from probe_kd.cache import Stored, TeacherCache, checksums, fingerprint, key_of, lengthen, shorten
 from probe_kd.data import DataOptions, open_datasets
 from probe_kd.errors import RecipeError, RunError
 from probe_kd.planner import plan
@@ -89,19 +89,44 @@ def test_what_a_killed_run_kept_is_whole_and_the_rest_is_asked_again(recipe: str
         path.unlink()
     with pytest.raises(KeyboardInterrupt):
         run(text, tmp_path / "parts", display=After(stop, updates=3))
-    (there,) = (tmp_path / "cache").glob("*/layer2/*.there")
-    kept = int(np.fromfile(there, dtype=np.uint8).sum())
+    (sums,) = (tmp_path / "cache").glob("*/layer2/*.sums")
+    kept = np.count_nonzero(np.fromfile(sums, dtype=np.int64))
     assert kept == 256 * 3
     run(text, tmp_path / "parts", resume=True)
     same(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_rows_that_are_damaged_are_asked_again_and_told(recipe: str, tmp_path: Path) -> None:
+    """Two swapped words, a lost half, and whole checksums that are not those of their rows."""
+    text, said = cached(recipe, tmp_path / "cache"), Quiet()
+    run(text, tmp_path / "run")
+    for path in (tmp_path / "cache").glob("*/layer3/000000.*"):
+        rows = np.fromfile(path, dtype=np.int64).reshape(1437, -1)
+        if path.suffix == ".rows":
+            filled = np.flatnonzero(rows.any(1))[:40]
+            rows[filled[:, None], [0, 1]] = rows[filled[:, None], [1, 0]]
+            written = rows.copy()
+        else:
+            rows[1000:][rows[1000:] != 0] += 1
+        rows.tofile(path)
+    run(text, tmp_path / "again", display=said)
+    same(tmp_path / "run", tmp_path / "again")
+    (told,) = [line for line in said.said if "were damaged" in line]
+    assert int(told.split()[0]) >= 40
+    (path,) = (tmp_path / "cache").glob("*/layer3/000000.rows")
+    assert not np.array_equal(np.fromfile(path, dtype=np.int64).reshape(1437, -1), written), "they are written anew"
+
+
 def test_a_cache_that_holds_something_else_is_noticed(recipe: str, tmp_path: Path) -> None:
+    """Whole rows, but of another teacher: something that no checksum tells."""
     text = cached(recipe, tmp_path / "cache")
     run(text, tmp_path / "run")
     for path in (tmp_path / "cache").glob("*/layer3/000000.rows"):
-        rows = np.fromfile(path, dtype=np.float32)
-        (rows * 1.1).tofile(path)
+        rows = np.fromfile(path, dtype=np.float32).reshape(1437, -1) * np.float32(1.1)
+        rows.tofile(path)
+        sums = path.with_suffix(".sums")
+        known = np.fromfile(sums, dtype=np.int64)
+        np.where(known, checksums(torch.from_numpy(rows)).numpy(), 0).tofile(sums)
     with pytest.raises(RunError, match=r"holds at `layer3` what is 10.0% away from what the teacher gives"):
         run(text, tmp_path / "again")
 
@@ -164,13 +189,15 @@ def test_bf16_features_are_kept_as_they_are(tmp_path: Path) -> None:
     indices = torch.tensor([4, 0, 5, 2])
     cache.prepare(0)
     cache.begin(0)
-    assert not cache.has(indices)
+    assert cache.find(indices) is None
     cache.keep(indices, [feature])
-    assert not cache.has(indices), "what has not reached the disk does not count"
+    assert cache.find(indices) is None, "what has not reached the disk does not count"
     cache.flush()
-    assert cache.has(indices)
-    assert not cache.has(torch.tensor([4, 1]))
-    assert torch.equal(cache.read(indices.flip(0))[0], feature.flip(0))
+    assert cache.find(torch.tensor([4, 1])) is None
+    found = cache.find(indices.flip(0))
+    assert found is not None
+    assert torch.equal(found[0], feature.flip(0))
+    assert cache.damaged == 0
 
 
 def test_of_two_runs_with_one_cache_the_first_writes(tmp_path: Path) -> None:
@@ -180,17 +207,17 @@ def test_of_two_runs_with_one_cache_the_first_writes(tmp_path: Path) -> None:
     assert not two.lock()
     two.writes = False
     two.begin(0)  # before the first has made room
-    assert not two.has(torch.tensor([0]))
+    assert two.find(torch.tensor([0])) is None
     one.prepare(0)
     one.begin(0)
     one.keep(torch.tensor([0]), [torch.ones(1, 2)])
     one.flush()
     reader = TeacherCache(tmp_path, taps, 4, writes=False)
     reader.begin(0)
-    assert reader.has(torch.tensor([0]))
+    assert reader.find(torch.tensor([0])) is not None
     reader.keep(torch.tensor([1]), [torch.ones(1, 2)])
     reader.flush()
-    assert not reader.has(torch.tensor([1]))
+    assert reader.find(torch.tensor([1])) is None
     one.close()
     assert two.lock()
 

@@ -11,7 +11,7 @@ import probe_kd
 
 HOUSE = Path(probe_kd.__file__).parent
 FLOORS = (
-    {"errors", "spec", "checkpoints", "arguments", "patterns", "console"},
+    {"errors", "spec", "checkpoints", "run_folder", "arguments", "patterns", "console"},
     {"probe", "surgery", "losses", "models", "plain", "shards", "batches"},
     {"tracing", "adapters", "matching"},
     {"objectives", "sharing", "data", "cache"},
@@ -24,7 +24,8 @@ FLOORS = (
     {"cli"},
 )
 NEIGHBOURS = {  # from, to
-    *((room, "errors") for room in ("spec", "checkpoints", "arguments", "patterns", "console")),
+    *((room, "errors") for room in ("spec", "checkpoints", "run_folder", "arguments", "patterns", "console")),
+    ("run_folder", "checkpoints"),
     ("models", "plain"),
     ("report", "planner"),
     ("evaluation", "loop"),

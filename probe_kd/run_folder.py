@@ -1,0 +1,229 @@
+"""The folder of a run: which process may write it, which files in it a run wrote, and whether they are as written.
+
+`manifest.json` is the run's mark. It names the files that the run wrote, with the digests of those that are read again,
+and the digests of the files outside the folder that the recipe names. `.lock` is locked by the process that writes the
+folder; the lock ends with that process, however it ends.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO
+
+from probe_kd.checkpoints import MANIFEST, digest_of, put
+from probe_kd.errors import RunError
+
+LOCK = ".lock"
+RECIPE = "recipe.yaml"
+_OPEN = set[IO[str]]()  # the locks that this process holds
+
+
+def _close_in_child() -> None:
+    """A forked process, such as a worker of a loader, shares its parent's locks, and would hold them after its end."""
+    for handle in _OPEN:
+        handle.close()
+    _OPEN.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def lock_file(path: Path) -> IO[str] | None:
+    """The opened file, locked for this process until `unlock_file`; None where another process has locked it.
+
+    Raises OSError where the file cannot be opened, or where the file system has no locks.
+    """
+    while True:
+        handle = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            return None
+        except OSError:
+            handle.close()
+            raise
+        if _is_at(handle, path):  # else it was deleted by the process that held it, between the two lines above
+            _OPEN.add(handle)
+            return handle
+        handle.close()
+
+
+def unlock_file(handle: IO[str]) -> None:
+    _OPEN.discard(handle)
+    handle.close()
+
+
+def _is_at(handle: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+@dataclass
+class Claim:
+    """The right of one process to write one folder. `made` are the folders that did not exist before it."""
+
+    folder: Path
+    made: tuple[Path, ...] = ()
+    handle: IO[str] | None = None  # None where the file system has no locks
+
+    def check(self) -> None:
+        """Raises RunError where the folder was deleted, moved or replaced since it was claimed."""
+        if self.handle is not None and not _is_at(self.handle, self.folder / LOCK):
+            raise RunError(
+                f"{self.folder} was deleted, moved or replaced while the run was writing it; what the run had saved "
+                "there is not there any more. Begin anew, with a folder that stays where it is"
+            )
+
+    def release(self) -> None:
+        """Give the folder back. A folder that this claim made and nothing was written to is deleted."""
+        if self.handle is not None:
+            if _is_at(self.handle, self.folder / LOCK):
+                (self.folder / LOCK).unlink()
+            unlock_file(self.handle)
+            self.handle = None
+        for folder in self.made:
+            try:
+                folder.rmdir()
+            except OSError:  # it holds something by now
+                return
+
+
+def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
+    """Make the folder where there is none, and lock it. A link is followed, also one whose folder is not there yet.
+
+    Raises RunError where another process writes the folder, and where it cannot be made or written.
+    """
+    try:
+        place = Path(os.path.realpath(folder, strict=False))
+        made = tuple(path for path in (place, *place.parents) if not path.exists())
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as refusal:
+        why = "it is a file" if isinstance(refusal, FileExistsError) else refusal.strerror
+        raise RunError(f"cannot write to {folder}: {why}; choose another --out") from None
+    claimed = Claim(folder, made)
+    try:
+        claimed.handle = lock_file(folder / LOCK)
+    except OSError as refusal:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            claimed.release()
+            raise RunError(f"cannot write to {folder}: {refusal.strerror}; choose another --out") from None
+        warn(f"{folder} cannot be locked ({refusal.strerror}): see to it yourself that no other run writes there")
+        return claimed
+    if claimed.handle is None:
+        raise RunError(
+            f"{folder} is being written by another run{_owner(folder / LOCK)}; wait for its end, or stop it, or choose "
+            "another --out"
+        )
+    claimed.handle.truncate(0)
+    claimed.handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
+    claimed.handle.flush()
+    return claimed
+
+
+def _owner(lock: Path) -> str:
+    try:
+        owner = json.loads(lock.read_text(encoding="utf-8"))
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(owner["since"])))
+        return f" (process {int(owner['pid'])} on {owner['host']}, since {since})"
+    except (OSError, ValueError, TypeError, KeyError):  # it has only just locked the file
+        return ""
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether the process that wrote this folder was killed. True for one caller only, which then holds the lock."""
+    path = folder / LOCK
+    for _ in range(20):  # its sockets may have closed a moment before its lock
+        try:
+            if not path.is_file():
+                return False
+            if lock_file(path) is not None:
+                return True
+        except OSError:
+            return False
+        time.sleep(0.1)
+    return False
+
+
+@dataclass
+class Manifest:
+    """What a run wrote, and what it reads: names and digests. A file that is being written has no digest yet."""
+
+    files: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    written_by: str = "probe-kd"
+
+    def write(self, folder: Path) -> None:
+        aside = folder / f"{MANIFEST}.partial"
+        aside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        put(aside, folder / MANIFEST)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """None where there is none, or where it is none of a run's."""
+        try:
+            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            found = cls(values["files"], values["inputs"], values["written_by"])
+            told = [*found.files.items(), *found.inputs.items()]
+        except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
+            return None
+        known = found.written_by == "probe-kd" and all(isinstance(text, str) for pair in told for text in pair)
+        return found if known else None
+
+
+@contextmanager
+def recording(folder: Path, name: str) -> Iterator[Path]:
+    """Yields where to write a file of the run; afterwards the manifest has its digest.
+
+    Its name is there before the file is, so that a run that is killed in between leaves no file that it does not know.
+    """
+    manifest = Manifest.read(folder) or Manifest()
+    manifest.files[name] = ""
+    manifest.write(folder)
+    yield folder / name
+    manifest.files[name] = digest_of(folder / name)
+    manifest.write(folder)
+
+
+def changed(path: Path) -> bool:
+    """Whether a file is not what the run that owns its folder wrote. False where no run tells what it wrote."""
+    manifest = Manifest.read(path.parent)
+    digest = manifest.files.get(path.name) if manifest is not None else None
+    return bool(digest) and digest_of(path) != digest
+
+
+def damaged(path: Path) -> str:
+    """What to say of a file that has changed."""
+    return (
+        f"{path} is damaged, or was replaced: it is not what the run wrote there. Put the file back from a copy; or "
+        "delete it, and begin the run anew by --overwrite"
+    )
+
+
+def digests_of(paths: Iterable[str | Path]) -> dict[str, str]:
+    """Of the files outside a run's folder that it reads. One that cannot be read is whoever reads it to tell."""
+    return {str(path): digest_of(Path(path)) for path in paths if Path(path).is_file()}
+
+
+def first_changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first file whose digest is another; empty where there is none."""
+    return next((name for name, digest in before.items() if name in now and now[name] != digest), "")
+
+
+def clear(folder: Path, names: Iterable[str]) -> None:
+    """Delete these files and folders; recipe and manifest last, so that what a kill leaves is known as a run's."""
+    for name in sorted(names, key=lambda name: (name == MANIFEST, name == RECIPE, name)):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,278 @@
+"""The folder of a run: one writer, nothing deleted that no run wrote, everything that is read again known by digest."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from test_resume import After, Quiet, flip, run, stop, truncate
+
+from probe_kd import cli
+from probe_kd.errors import RunError, WeightsError
+from probe_kd.evaluation import evaluate
+from probe_kd.exporting import export
+from probe_kd.run_folder import LOCK, Manifest, claim, is_abandoned
+from probe_kd.train import check_folder
+
+ALONE = """\
+student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}
+data: {dataset: sklearn/digits, input_size: [3, 8, 8], batch_size: 512, hflip: 0.0, fraction: 0.2}
+stages: [{epochs: 1, losses: {task: {loss: cross_entropy}}}]
+"""
+TAUGHT = """\
+student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}
+teacher: {model: resnet10t, model_kwargs: {channels: [8, 8, 16, 16]}, train: {epochs: 1}}
+data: {dataset: sklearn/digits, input_size: [3, 8, 8], batch_size: 512, hflip: 0.0, fraction: 0.2}
+stages: [{epochs: 2, losses: {soft: {loss: soft_targets}}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(ALONE, folder)
+    return folder
+
+
+@pytest.fixture
+def done(finished: Path, tmp_path: Path) -> Path:
+    """A finished run that a test may change."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after its teacher, in the student."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(TAUGHT, folder, After(stop, epochs=2))
+    assert (folder / "teacher.safetensors").is_file()
+    return folder
+
+
+def other_values(file: Path) -> None:
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+
+
+def as_before_manifests(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, other_values, Path.unlink])
+def test_a_damaged_teacher_is_not_gone_on_with(half: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    shutil.copytree(half, tmp_path / "run")
+    damage(tmp_path / "run" / "teacher.safetensors")
+    with pytest.raises((RunError, WeightsError), match=r"teacher.safetensors is (damaged, or was repl|gone).*--over"):
+        run(TAUGHT, tmp_path / "run", resume=True)
+    (tmp_path / "run" / "teacher.safetensors").unlink(missing_ok=True)
+    check_folder(tmp_path / "run", resume=False, overwrite=True)  # the mend that the message names
+
+
+def test_a_run_is_not_resumed_with_another_file_under_the_name_that_the_recipe_gives(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    weights = timm.create_model("resnet10t", num_classes=10, channels=[8, 8, 16, 16]).state_dict()
+    save_file(weights, tmp_path / "teacher.safetensors")
+    text = TAUGHT.replace("train: {epochs: 1}", f"checkpoint: {tmp_path / 'teacher.safetensors'}")
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path / "run", After(stop, epochs=1))
+    other_values(tmp_path / "teacher.safetensors")
+    with pytest.raises(RunError, match=r"teacher.safetensors is not the file that .*run was begun with"):
+        run(text, tmp_path / "run", resume=True)
+    save_file(weights, tmp_path / "teacher.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path / "run", After(stop, epochs=1), resume=True)
+
+
+def test_damaged_weights_are_neither_measured_nor_exported(done: Path, tmp_path: Path) -> None:
+    other_values(done / "student.safetensors")
+    for read in (lambda: evaluate(done), lambda: export(done, tmp_path / "exported")):
+        with pytest.raises(WeightsError, match=r"student.safetensors is damaged, or was replaced"):
+            read()
+
+
+def test_a_recipe_that_somebody_wrote_is_never_deleted(tmp_path: Path) -> None:
+    """Also where it is the very recipe that is run, and where it holds what a run would write."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for text in (f"# mine\n{ALONE}", ALONE, "mine too", ""):
+        (folder / "recipe.yaml").write_text(text)
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(RunError, match=r"recipe.yaml was written by no run"):
+                run(ALONE, folder, **options)
+        assert contents(folder) == {"recipe.yaml": text.encode()}
+
+
+def edit(file: Path) -> None:
+    file.write_text(f"# what I learnt from it\n{file.read_text()}")
+
+
+OWN = {
+    "a recipe that was edited": (lambda folder: edit(folder / "recipe.yaml"), r"recipe.yaml was changed since a run"),
+    "weights of another": (lambda folder: other_values(folder / "student.safetensors"), "is damaged, or was replaced"),
+    "weights that it did not write": (
+        lambda folder: shutil.copy(folder / "student.safetensors", folder / "teacher.safetensors"),
+        r"holds more than a run writes \(teacher.safetensors\)",
+    ),
+    "a text": (lambda folder: (folder / "thesis.tex").write_text("years"), r"holds more than .*thesis.tex"),
+    "a folder": (lambda folder: (folder / "notes").mkdir(), r"holds more than .*notes"),
+    "a link to a folder": (lambda folder: (folder / "checkpoints").symlink_to("/"), r"holds more than .*checkpoints"),
+    "a link to a file": (
+        lambda folder: (folder / "report.html").symlink_to(folder / "metrics.csv"),
+        r"holds more than .*report.html",
+    ),
+    "a manifest of something else": (lambda folder: (folder / "manifest.json").write_text("{}"), "cannot be known"),
+}
+
+
+@pytest.mark.parametrize("change", OWN)
+def test_overwrite_deletes_only_what_a_run_wrote(done: Path, change: str) -> None:
+    own, says = OWN[change]
+    own(done)
+    before = contents(done)
+    with pytest.raises(RunError, match=says):
+        run(ALONE, done, overwrite=True)
+    assert contents(done) == before
+
+
+def test_overwrite_takes_what_runs_left_also_of_before_there_were_manifests(done: Path) -> None:
+    for change in (lambda _: None, as_before_manifests):
+        change(done)
+        run(ALONE, done, overwrite=True)
+        assert (done / "summary.json").is_file()
+    as_before_manifests(done)
+    edit(done / "recipe.yaml")
+    with pytest.raises(RunError, match=r"recipe.yaml was written by no run"):
+        run(ALONE, done, overwrite=True)
+
+
+def test_a_recipe_that_reads_from_the_folder_does_not_overwrite_it(done: Path) -> None:
+    text = ALONE.replace("[8, 8, 8, 8]}}", f"[8, 8, 8, 8]}}, checkpoint: {done / 'student.safetensors'}}}")
+    with pytest.raises(RunError, match=r"the recipe reads .*student.safetensors, which lies in the folder of results"):
+        run(text, done, overwrite=True)
+    assert (done / "student.safetensors").is_file()
+
+
+def test_weights_without_a_checkpoint_are_not_begun_anew_by_resume(half: Path, tmp_path: Path) -> None:
+    shutil.copytree(half, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(RunError, match=r"no checkpoint in .* but teacher.safetensors is there; --overwrite"):
+        run(TAUGHT, tmp_path / "run", resume=True)
+
+
+def test_a_link_is_followed_and_kept(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "run")  # not there yet
+    for options in ({}, {"overwrite": True}):
+        run(ALONE, link, **options)
+        assert link.is_symlink()
+        assert (tmp_path / "disk" / "run" / "student.safetensors").is_file()
+    with pytest.raises(RunError, match="finished"):
+        run(ALONE, link, resume=True)
+
+
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda folder: folder.rename(f"{folder}.moved")])
+def test_a_folder_that_vanishes_ends_the_run_in_words(tmp_path: Path, gone: Callable[[Path], Any]) -> None:
+    with pytest.raises(RunError, match="was deleted, moved or replaced while the run was writing it"):
+        run(ALONE.replace("epochs: 1", "epochs: 3"), tmp_path / "run", After(lambda: gone(tmp_path / "run"), epochs=1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_another_run_has_taken_over_is_not_written(tmp_path: Path) -> None:
+    def replaced() -> None:
+        shutil.rmtree(tmp_path / "run")
+        run(ALONE, tmp_path / "run")
+
+    with pytest.raises(RunError, match="was deleted, moved or replaced"):
+        run(ALONE.replace("epochs: 1", "epochs: 3"), tmp_path / "run", After(replaced, epochs=1))
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 2
+
+
+HOLDER = """
+import os, pathlib, sys, time
+from probe_kd.run_folder import claim
+claim(pathlib.Path(sys.argv[1]), print)
+worker = os.fork()  # as a loader has them, which live on for a while when their parent is killed
+if worker:
+    print(worker, flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+def test_two_runs_never_write_one_folder(done: Path, options: dict[str, bool]) -> None:
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, done], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    worker = int(other.stdout.readline())
+    before = contents(done)
+    with pytest.raises(RunError, match=rf"being written by another run \(process {other.pid} on .*--out"):
+        run(ALONE, done, **options)
+    assert contents(done) == before
+    other.kill()
+    other.wait()
+    claim(done, print).release()  # the lock has died with the process
+    os.kill(worker, signal.SIGKILL)
+
+
+def test_a_claim_is_one_of_a_process_and_leaves_nothing(tmp_path: Path) -> None:
+    first = claim(tmp_path / "new" / "run", print)
+    with pytest.raises(RunError, match=rf"process {os.getpid()} on"):
+        claim(tmp_path / "new" / "run", print)
+    assert not is_abandoned(tmp_path / "new" / "run")
+    first.release()
+    assert list(tmp_path.iterdir()) == []
+    claim(tmp_path / "new" / "run", print).release()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("probe_kd.run_folder.fcntl.flock", refuse)
+    display = Quiet()
+    run(ALONE, tmp_path / "run", display)
+    assert [text for text in display.said if "cannot be locked (No locks available)" in text]
+
+
+def test_what_lies_in_the_way_is_told_before_the_models_are_traced(
+    tmp_path: Path, done: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command, with a model that would only be refused by the plan."""
+    (tmp_path / "r.yaml").write_text(ALONE.replace("resnet10t", "resnet11t"))
+    (tmp_path / "file").write_text("")
+    for out, more, says in (
+        ("run", [], "is not empty"),
+        ("run", ["--resume"], "nothing to resume"),
+        ("file", [], "cannot write to file: it is a file"),
+        ("file/under", [], "cannot write to file/under"),
+        ("new", [], "timm has no model 'resnet11t'"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["probe-kd", "train", "r.yaml", "--out", out, *more])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert not (done / LOCK).exists()
+
+
+def test_the_manifest_names_what_the_run_wrote(finished: Path) -> None:
+    manifest = Manifest.read(finished)
+    assert manifest is not None
+    assert manifest.files.keys() == {"recipe.yaml", "student.safetensors"}
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in manifest.files.values())
+    assert json.loads((finished / "manifest.json").read_text())["written_by"] == "probe-kd"
