@@ -217,7 +217,7 @@ def _with_peers(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         if accelerator.num_processes == 1 or not _is_peer_lost(refusal):
             raise
         lost = PeerLost(
-            f"another of the {accelerator.num_processes} processes of this run has ended, or was killed, and so this one "
+            f"another of the {accelerator.num_processes} processes of this run has ended or was killed, so this one "
             f"ends too. The last checkpoint in {folder} is whole; go on by --resume"
         )
         lost.in_all_processes = not accelerator.is_main_process and not is_abandoned(folder)
