@@ -99,7 +99,8 @@ class Batches:
     ) -> Self:
         """The same batches on another device."""
         numbers = self.mean.flatten().tolist(), self.std.flatten().tolist()
-        return type(self)(loader or self.loader, *numbers, device=device, memory_format=memory_format, ahead=self.ahead)
+        chosen = self.loader if loader is None else loader  # not `or`: without batches it counts as false
+        return type(self)(chosen, *numbers, device=device, memory_format=memory_format, ahead=self.ahead)
 
     @property
     def sampler(self) -> Iterable[Any]:
