@@ -151,13 +151,13 @@ class Batches:
 
 
 def worker_count(wanted: int | str, batches: int) -> int:
-    """How many processes read images. `auto` takes the cores of a machine with a GPU, shared among its processes.
+    """How many processes read images: no more than there are batches.
 
-    On a CPU it takes none: the models use the cores, and small images are read in less time than is lost by waiting
-    for a worker.
+    `auto` takes the cores of a machine with a GPU, shared among its processes. On a CPU it takes none: the models use
+    the cores, and small images are read in less time than is lost by waiting for a worker.
     """
     if wanted != "auto":
-        return int(wanted)
+        return min(int(wanted), batches)
     if not torch.accelerator.is_available():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

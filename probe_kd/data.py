@@ -46,7 +46,7 @@ class DataOptions(BaseModel):
     num_classes: int | None = Field(default=None, ge=1)
     input_size: tuple[int, int, int]
     batch_size: int = Field(default=128, ge=1)
-    workers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"

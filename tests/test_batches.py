@@ -65,4 +65,4 @@ def test_workers_are_the_cores_beside_a_gpu_shared_by_its_processes(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert worker_count("auto", batches) == expected
-    assert worker_count(3, batches) == 3
+    assert [worker_count(wanted, 3) for wanted in (0, 2, 200)] == [0, 2, 3]
