@@ -182,8 +182,11 @@ def adapt_matrices(
 def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequence[int] | None = None) -> Adapter:
     """The logits of both, in the student's classes: `class_map[i]` is the teacher's index of the student's class i.
 
-    Raises AdapterError where the numbers of classes differ and no map is given, and for a map that does not fit.
+    Raises AdapterError where an output is no row of classes an image (a map, tokens), where the numbers of classes
+    differ and no map is given, and for a map that does not fit.
     """
+    for side, spec in (("student", student), ("teacher", teacher)):
+        check_logits(spec, side)
     ours, theirs = _Plan(student, "pool"), _Plan(teacher, "pool")
     if class_map is not None:
         check_class_map(class_map, student.channels, teacher.channels)
@@ -194,6 +197,15 @@ def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequenc
             "the teacher's index of each of the student's classes"
         )
     return _adapter(ours, theirs)
+
+
+def check_logits(spec: FeatureSpec, side: str) -> None:
+    """AdapterError for an output that is not (batch, classes): which axis the classes are is not guessed."""
+    if len(spec.shape) != 2:
+        raise AdapterError(
+            f"the {side}'s output is {' x '.join(map(str, spec.shape[1:]))} an image, and losses of outputs compare one "
+            "row of classes an image; wrap the model in a module that returns that, or pair the layer by `hint`"
+        )
 
 
 def pooled(spec: FeatureSpec) -> nn.Module:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from probe_kd.adapters import check_class_map
+from probe_kd.adapters import check_class_map, check_logits
 from probe_kd.arguments import check_truths, optimizer_parameters
 from probe_kd.data import DataOptions, Datasets, loader, open_datasets
 from probe_kd.errors import (
@@ -703,13 +703,14 @@ def _modules_of(names: Sequence[str]) -> list[str]:
 
 
 def _check_output(trace_: Trace, key: str) -> None:
-    """The losses read one tensor. Raises TraceError."""
+    """The losses read one tensor, of one row of classes an image. Raises TraceError or AdapterError."""
     outputs = [spec.tap for spec in trace_.specs if spec.tap.is_output]
     if outputs != [Tap("")]:
         given = f"gives several tensors ({', '.join(map(str, outputs))})" if outputs else "gives no tensor"
         raise TraceError(
             f"the {key} {trace_.model} {given}; a loss reads one: wrap it in a module that returns the logits"
         )
+    check_logits(trace_.output, key)
 
 
 def _try_optimizer(options: OptimizerOptions) -> None:

@@ -338,3 +338,202 @@ def test_an_option_that_a_loss_does_not_have_gets_the_nearest_that_it_has() -> N
         LOSSES["soft_targets"].check_options("soft_targets", {"temprature": 2.0})
     with pytest.raises(LossError, match="it has none"):
         Loss(lambda student, teacher: student, "outputs").check_options("mine", {"a": 1})
+
+
+OUTPUTS = ("soft_targets", "logits", "dist")
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("soft_targets", "logits", "dist", "hint", "fsp", "gram", "attention")},
+    "soft_targets of z-scores": ("soft_targets", {"standardize": True}),
+    "logits of z-scores": ("logits", {"standardize": True}),
+    "centred logits": ("logits", {"center": True}),
+    "relative fsp": ("fsp", {"relative": True}),
+    "attention as in the code": ("attention", {"form": "code"}),
+}
+
+
+def pearson(a: Array, b: Array) -> float:
+    a, b = (side - side.mean() if np.ptp(side) > 1e-14 * side.max() else 0 * side for side in (a, b))
+    a, b = (side / (np.abs(side).max() or 1.0) for side in (a, b))
+    lengths = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / lengths) if lengths > 0 else 0.0
+
+
+def z_score(row: Array) -> Array:
+    spread = row.std(ddof=1) if len(row) > 1 and np.ptp(row) > 0 else 1.0
+    return (row - row.mean()) / spread
+
+
+def reference(form: str, s: Array, t: Array, temperature: float) -> float:
+    """The equation of a loss in float64; what has no variance has a correlation and z-scores of zero."""
+
+    def divergence(a: Array, b: Array) -> float:
+        shifted = [side / temperature - (side / temperature).max() for side in (a, b)]
+        p, q = (side - np.log(np.exp(side).sum()) for side in shifted)  # log-probabilities
+        there = np.isfinite(q)
+        return temperature**2 * float((np.exp(q[there]) * (q[there] - p[there])).sum())
+
+    def unit(map_: Array) -> Array:
+        seen = (map_**2).mean(0).ravel()
+        return seen / (np.linalg.norm(seen) or 1.0)
+
+    match form:
+        case "soft_targets":
+            return float(np.mean([divergence(a, b) for a, b in zip(s, t, strict=True)]))
+        case "soft_targets of z-scores":
+            return float(np.mean([divergence(z_score(a), z_score(b)) for a, b in zip(s, t, strict=True)]))
+        case "logits of z-scores":
+            return float(np.mean([(z_score(a) - z_score(b)) ** 2 for a, b in zip(s, t, strict=True)]))
+        case "centred logits":
+            return float(np.mean(((s - s.mean(1, keepdims=True)) - (t - t.mean(1, keepdims=True))) ** 2))
+        case "dist":
+            p, q = (np.stack([softmax(row / temperature) for row in side]) for side in (s, t))
+            inter = np.mean([1 - pearson(a, b) for a, b in zip(p, q, strict=True)])
+            return float(temperature**2 * (inter + np.mean([1 - pearson(a, b) for a, b in zip(p.T, q.T, strict=True)])))
+        case "fsp":
+            return float(((s - t) ** 2).sum() / len(s))
+        case "relative fsp":
+            variance, square = t.var(0, ddof=1).sum(), (t**2).sum() / len(t)
+            return float(((s - t) ** 2).sum() / len(s) / (variance or square or 1.0))
+        case "attention":
+            return float(np.mean([np.linalg.norm(unit(a) - unit(b)) for a, b in zip(s, t, strict=True)]))
+        case "attention as in the code":
+            return float(np.mean([(unit(a) - unit(b)) ** 2 for a, b in zip(s, t, strict=True)]))
+    return float(np.mean((s - t) ** 2))
+
+
+CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "drawn": lambda it: it,
+    "zeros": torch.zeros_like,
+    "equal": lambda it: torch.full_like(it, 0.7),
+    "equal and large": lambda it: torch.full_like(it, 1e15),
+    "one row for all": lambda it: it[:1].expand_as(it).clone(),
+    "small": lambda it: 1e-3 * it,
+    "large": lambda it: 1e6 * it,
+    "huge": lambda it: 1e15 * it,
+}
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    form=st.sampled_from(list(FORMS)),
+    contents=st.tuples(*[st.sampled_from(list(CONTENTS))] * 2),
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 7)),
+    temperature=st.sampled_from([0.5, 1.0, 4.0, 21.0, 100.0, 1e4]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+    seed=st.integers(0, 99),
+)
+def test_every_loss_of_any_numbers_is_its_equation_or_says_why_not(
+    form: str, contents: Any, sizes: tuple[int, int], temperature: float, dtype: torch.dtype, seed: int
+) -> None:
+    """Constants, one class, one image, temperatures of 1e4, activations of 1e15, every precision."""
+    name, options = FORMS[form]
+    tail = {"fsp": (2,), "gram": (sizes[1],), "hint": (2, 2), "attention": (2, 3)}.get(name, ())
+    s, t = (
+        CONTENTS[content](draw(*sizes, *tail, seed=seed + side)).to(dtype) for side, content in enumerate(contents)
+    )
+    if name in ("soft_targets", "dist"):
+        options = {**options, "temperature": temperature}
+    if not (s.isfinite().all() and t.isfinite().all()):  # 1e15 in float16
+        return
+    student = s.clone().requires_grad_()
+    try:
+        value = LOSSES[name].function(student, t, **options)
+    except LossError as refusal:
+        single = sizes[0] == 1 and ("relative" in options or name == "dist")
+        too_large = "huge" in str(contents) or "equal and large" in str(contents) or "large" in str(contents)
+        assert (single and "single image" in str(refusal)) or (too_large and "larger than" in str(refusal))
+        return
+    (gradient,) = torch.autograd.grad(value, student)
+    if dtype != torch.float16 or temperature <= 4:  # T^2 of a high one is no number of float16
+        assert gradient.isfinite().all()
+    expected = reference(form, s.double().numpy(), t.double().numpy(), options.get("temperature", 1.0))
+    scale = options.get("temperature", 1.0) ** 2 if name == "dist" else 1.0
+    assert value.item() == pytest.approx(expected, rel=2e-3, abs=2e-4 * max(1.0, scale / 100))
+
+
+@pytest.mark.parametrize("form", ["soft_targets", "dist"])
+def test_classes_that_the_teacher_masks_count_for_nothing(form: str) -> None:
+    z, v = draw(4, 6).float().requires_grad_(), draw(4, 6, seed=1).float()
+    v[:, 2], v[1, 4] = -torch.inf, -torch.inf
+    for both in (False, True):  # a student that masks them too
+        given = z.detach().masked_fill(v == -torch.inf, -torch.inf).requires_grad_() if both else z
+        value = LOSSES[form].function(given, v)
+        expected = reference(form, *(side.detach().double().numpy() for side in (given, v)), {"dist": 1.0}.get(form, 4.0))
+        assert value.item() == pytest.approx(expected, rel=1e-5)
+        assert torch.autograd.grad(value, given)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["logits", "logits of z-scores", "soft_targets of z-scores"])
+def test_a_masked_teacher_is_refused_where_its_mask_has_no_meaning(form: str) -> None:
+    name, options = FORMS[form]
+    v = draw(4, 6, seed=1).float()
+    v[:, 2] = -torch.inf
+    with pytest.raises(LossError, match=r"the teacher's side \(4, 6\) holds -?(inf|nan).*Masked classes"):
+        LOSSES[name].function(draw(4, 6).float(), v, **options)
+
+
+@pytest.mark.parametrize(("name", "options"), [FORMS[f] for f in ("soft_targets of z-scores", "logits of z-scores", "dist")])
+def test_the_gradient_of_a_classifier_near_zero_is_no_larger_than_elsewhere(name: str, options: Any) -> None:
+    """Divided by the deviation of flat logits it was 1e7 times as large, which AdamW does not forget."""
+    loss, v, directions = LOSSES[name].function, draw(8, 10, seed=1).float(), draw(8, 10).float()
+    norms = {}
+    for scale in (0.0, 1e-30, 1e-8, 1e-4, 1e-2, 1.0):
+        z = (scale * directions).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(z, v, **options), z)
+        norms[scale] = float(gradient.norm())
+    assert all(norms[1.0] / 30 < norm < 30 * norms[1.0] for norm in norms.values()), norms
+
+
+def test_the_gradient_of_logits_that_say_something_is_the_equations() -> None:
+    v = draw(6, 5, seed=1)
+    for name, options in (FORMS["soft_targets of z-scores"], FORMS["logits of z-scores"], FORMS["dist"]):
+        loss = LOSSES[name].function
+        z = (draw(6, 5) + 4 * torch.eye(5)[[0, 1, 2, 3, 4, 0]]).requires_grad_()
+        assert torch.autograd.gradcheck(lambda it, loss=loss, o=options: loss(it, v, **o), (z,), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8, 8), (2, 5, 3), (5,), (), (0, 5), (2, 0)])
+@pytest.mark.parametrize("name", [*OUTPUTS, "cross_entropy"])
+def test_outputs_are_one_row_of_classes_an_image(name: str, shape: tuple[int, ...]) -> None:
+    """A softmax over axis 1 of a map or of tokens is a number, and another loss."""
+    target = torch.zeros(shape[:1] + shape[2:], dtype=torch.long) if name == "cross_entropy" else torch.randn(shape)
+    with pytest.raises(LossError, match=r"expected \(batch, classes\)|nothing to compare"):
+        LOSSES[name].function(torch.randn(shape), target)
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (torch.tensor([[1.0, 1, 0, 1, 0]] * 3), "row 0 of the target sums to 3, with 0 as its least"),
+        (torch.tensor([[1.0, 0, 0, 0, 0], [1.5, -0.5, 0, 0, 0], [0, 1, 0, 0, 0]]), "row 1 .* -0.5 as its least"),
+        (torch.zeros(3, 5), "row 0 of the target sums to 0"),
+        (torch.full((3, 5), torch.nan), "row 0 of the target sums to nan"),
+        (torch.tensor([0, 5, 1]), "label 5 of 5 classes; expected 0 to 4"),
+        (torch.tensor([0, -100, 1]), "label -100 of 5 classes"),
+        (torch.tensor([0.0, 1.0, 2.0]), r"\(3,\) of torch.float32; expected \(3,\) class indices \(whole numbers\)"),
+        (torch.tensor([True, False, True]), r"\(3,\) of torch.bool"),
+        (torch.zeros(3, 5, dtype=torch.long), r"\(3, 5\) of torch.int64; expected"),
+        (torch.zeros(4, dtype=torch.long), r"\(4,\) of torch.int64"),
+        (np.zeros(3, dtype=np.int64), "the target is a ndarray; expected a torch.Tensor"),
+    ],
+)
+def test_a_target_that_is_neither_indices_nor_distributions_is_refused(target: Any, says: str) -> None:
+    with pytest.raises(LossError, match=says):
+        cross_entropy(torch.randn(3, 5), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int16])
+def test_class_indices_may_be_whole_numbers_of_any_width(dtype: torch.dtype) -> None:
+    z, y = draw(4, 5), torch.tensor([0, 4, 2, 2])
+    assert torch.equal(cross_entropy(z, y.to(dtype)), cross_entropy(z, y))
+
+
+def test_a_loss_of_what_is_no_tensor_of_real_numbers_is_refused() -> None:
+    with pytest.raises(LossError, match="hint: the student is a ndarray"):
+        hint(np.zeros((2, 3)), torch.zeros(2, 3))  # type: ignore[arg-type]
+    with pytest.raises(LossError, match=r"soft_targets: the student's side \(2, 3\) is torch.int64"):
+        soft_targets(torch.zeros(2, 3).long(), torch.zeros(2, 3))
+    with pytest.raises(LossError, match=r"soft_targets: the teacher's side \(2, 3\) is torch.uint8"):
+        soft_targets(torch.zeros(2, 3), torch.zeros(2, 3).byte())
+    with pytest.raises(LossError, match="on cpu and the target on meta"):
+        hint(torch.zeros(2, 3), torch.zeros(2, 3, device="meta"))
