@@ -203,8 +203,8 @@ def check_logits(spec: FeatureSpec, side: str) -> None:
     """AdapterError for an output that is not (batch, classes): which axis the classes are is not guessed."""
     if len(spec.shape) != 2:
         raise AdapterError(
-            f"the {side}'s output is {' x '.join(map(str, spec.shape[1:]))} an image, and losses of outputs compare one "
-            "row of classes an image; wrap the model in a module that returns that, or pair the layer by `hint`"
+            f"the {side}'s output is {' x '.join(map(str, spec.shape[1:]))} an image, and losses of outputs compare "
+            "one row of classes an image; wrap the model in a module that returns that, or pair the layer by `hint`"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from probe_kd.adapters import Adapter, Answer, ImageView, check_logits
+from probe_kd.adapters import Adapter, Answer, ImageView
 from probe_kd.errors import LossError, TraceError, demand
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.probe import Probe

@@ -228,8 +228,9 @@ def check_values(classes: int, target: Tensor) -> None:
     if len(rows):
         row = int(rows[0])
         raise LossError(
-            f"cross_entropy: row {row} of the target sums to {sums[row].item():.4g}, with {target[row].min().item():.4g} "
-            "as its least; expected a distribution, which is not negative and sums to 1. Several labels an image are "
+            f"cross_entropy: row {row} of the target sums to {sums[row].item():.4g}, least "
+            f"{target[row].min().item():.4g}; expected a distribution, which is not "
+            "negative and sums to 1. Several labels an image are "
             "none: `target / target.sum(1, keepdim=True)` is one"
         )
 
@@ -338,7 +339,7 @@ def _damped(rows: Float[Tensor, "rows n"], share: Float[Tensor, "rows 1"]) -> Fl
     """
     if not rows.requires_grad:
         return rows
-    damped: Tensor = _Damped.apply(rows, torch.where(share > 0, share.clamp_max(1), 1.0))  # type: ignore[no-untyped-call]
+    damped: Tensor = _Damped.apply(rows, torch.where(share > 0, share.clamp_max(1), 1.0))
     return damped
 
 

@@ -36,13 +36,13 @@ _ADAPTABLE = {
 
 _ADAPTER = ("policy", "tokens", "normalize", "projector", "activation")
 _BESIDE = ("weight", *_ADAPTER, "of", "between")
-_SHAPES: dict[str, tuple[int, ...]] = {
-    "labels": (2, 3),
-    "outputs": (2, 3),
-    "features": (2, 3, 2, 2),
-    "maps": (2, 3, 2, 2),
-    "grams": (2, 3, 3),
-    "flows": (2, 3, 3),
+_SHAPES: dict[str, tuple[int, ...]] = {  # of one image, to try a loss on
+    "labels": (3,),
+    "outputs": (3,),
+    "features": (3, 2, 2),
+    "maps": (3, 2, 2),
+    "grams": (3, 3),
+    "flows": (3, 3),
 }
 
 
@@ -139,7 +139,12 @@ class Objective:
                     f"`{key}` means nothing for {own!r}, which compares {loss.reads}; leave it out{instead}"
                 )
 
-    def _try(self, own: str) -> None:
+    def check_batch(self, size: int) -> None:
+        """LossError where the loss compares the images of a batch with each other, and so many are too few."""
+        if size < 2:
+            self._try(self.name, batch=size)
+
+    def _try(self, own: str, batch: int = 2) -> None:
         """Values that a loss refuses are refused now: it is called on a few numbers, with the options of each end."""
         for epoch in (0, 1):
             weight, options = (
@@ -151,9 +156,9 @@ class Objective:
             self.resolved.check_values(own, options)
             if not isinstance(self.loss, str):
                 continue
-            shape = _SHAPES[self.resolved.reads]
+            shape = (batch, *_SHAPES[self.resolved.reads])
             numbers = torch.arange(prod(shape), dtype=torch.float32, device="cpu").sin().reshape(shape)
-            target = torch.tensor([0, 1], device="cpu") if self.resolved.reads == "labels" else numbers.cos()
+            target = torch.arange(batch, device="cpu") if self.resolved.reads == "labels" else numbers.cos()
             try:
                 self.resolved.function(numbers, target, **options)
             except LossError:

@@ -559,6 +559,7 @@ class _Planner:
                 self.problems.append(self.source.problem(("stages", index, "losses", name), message))
             with self.at("stages", index, "losses", name, *_place_of_mistake(options)):
                 found.append(_objective(name, options, [_UNKNOWN] if pairs is None else pairs, body))
+                found[-1].check_batch(self.recipe.data.batch_size)
             last = found[-1] if found and found[-1].name == name else None
             if last and last.needs_teacher and self.recipe.teacher is None:
                 message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"

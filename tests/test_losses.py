@@ -428,20 +428,19 @@ def test_every_loss_of_any_numbers_is_its_equation_or_says_why_not(
     """Constants, one class, one image, temperatures of 1e4, activations of 1e15, every precision."""
     name, options = FORMS[form]
     tail = {"fsp": (2,), "gram": (sizes[1],), "hint": (2, 2), "attention": (2, 3)}.get(name, ())
-    s, t = (
-        CONTENTS[content](draw(*sizes, *tail, seed=seed + side)).to(dtype) for side, content in enumerate(contents)
-    )
+    s, t = (CONTENTS[content](draw(*sizes, *tail, seed=seed + side)).to(dtype) for side, content in enumerate(contents))
     if name in ("soft_targets", "dist"):
         options = {**options, "temperature": temperature}
     if not (s.isfinite().all() and t.isfinite().all()):  # 1e15 in float16
         return
     student = s.clone().requires_grad_()
+    reasons = ["larger than"] * any("large" in content or content == "huge" for content in contents)
+    reasons += ["single image"] * (sizes[0] == 1 and ("relative" in options or name == "dist"))
     try:
         value = LOSSES[name].function(student, t, **options)
     except LossError as refusal:
-        single = sizes[0] == 1 and ("relative" in options or name == "dist")
-        too_large = "huge" in str(contents) or "equal and large" in str(contents) or "large" in str(contents)
-        assert (single and "single image" in str(refusal)) or (too_large and "larger than" in str(refusal))
+        if not any(reason in str(refusal) for reason in reasons):
+            raise
         return
     (gradient,) = torch.autograd.grad(value, student)
     if dtype != torch.float16 or temperature <= 4:  # T^2 of a high one is no number of float16
@@ -458,7 +457,9 @@ def test_classes_that_the_teacher_masks_count_for_nothing(form: str) -> None:
     for both in (False, True):  # a student that masks them too
         given = z.detach().masked_fill(v == -torch.inf, -torch.inf).requires_grad_() if both else z
         value = LOSSES[form].function(given, v)
-        expected = reference(form, *(side.detach().double().numpy() for side in (given, v)), {"dist": 1.0}.get(form, 4.0))
+        expected = reference(
+            form, *(side.detach().double().numpy() for side in (given, v)), {"dist": 1.0}.get(form, 4.0)
+        )
         assert value.item() == pytest.approx(expected, rel=1e-5)
         assert torch.autograd.grad(value, given)[0].isfinite().all()
 
@@ -472,7 +473,9 @@ def test_a_masked_teacher_is_refused_where_its_mask_has_no_meaning(form: str) ->
         LOSSES[name].function(draw(4, 6).float(), v, **options)
 
 
-@pytest.mark.parametrize(("name", "options"), [FORMS[f] for f in ("soft_targets of z-scores", "logits of z-scores", "dist")])
+@pytest.mark.parametrize(
+    ("name", "options"), [FORMS[f] for f in ("soft_targets of z-scores", "logits of z-scores", "dist")]
+)
 def test_the_gradient_of_a_classifier_near_zero_is_no_larger_than_elsewhere(name: str, options: Any) -> None:
     """Divided by the deviation of flat logits it was 1e7 times as large, which AdamW does not forget."""
     loss, v, directions = LOSSES[name].function, draw(8, 10, seed=1).float(), draw(8, 10).float()
@@ -504,8 +507,8 @@ def test_outputs_are_one_row_of_classes_an_image(name: str, shape: tuple[int, ..
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        (torch.tensor([[1.0, 1, 0, 1, 0]] * 3), "row 0 of the target sums to 3, with 0 as its least"),
-        (torch.tensor([[1.0, 0, 0, 0, 0], [1.5, -0.5, 0, 0, 0], [0, 1, 0, 0, 0]]), "row 1 .* -0.5 as its least"),
+        (torch.tensor([[1.0, 1, 0, 1, 0]] * 3), "row 0 of the target sums to 3, least 0"),
+        (torch.tensor([[1.0, 0, 0, 0, 0], [1.5, -0.5, 0, 0, 0], [0, 1, 0, 0, 0]]), "row 1 .* least -0.5"),
         (torch.zeros(3, 5), "row 0 of the target sums to 0"),
         (torch.full((3, 5), torch.nan), "row 0 of the target sums to nan"),
         (torch.tensor([0, 5, 1]), "label 5 of 5 classes; expected 0 to 4"),

@@ -67,7 +67,12 @@ MEANING = [
     ("temperature: 2.0", "standardize: no", 25, "standardize is 'no'; expected true or false; did you mean false?"),
     ("weight: 0.5", "weight: .nan", 25, "expected a finite number"),
     ("temperature: 2.0", "wieght: 2.0", 25, "no option 'wieght'; did you mean 'weight'"),
-    ("{loss: cross_entropy}", "{loss: cross_entropy, label_smoothing: 7}", 24, "does not take label_smoothing=7"),
+    (
+        "{loss: cross_entropy}",
+        "{loss: cross_entropy, label_smoothing: 7}",
+        24,
+        "label_smoothing 7; expected a share between",
+    ),
     ("epochs: 2", "epochs: 2\n    optimizer: {opt: adamww}", 23, "no optimizer 'adamww'; did you mean 'adamw"),
     (
         "epochs: 2",
@@ -553,3 +558,10 @@ def test_a_pretrained_teacher_keeps_its_classifier_unless_it_is_trained_on() -> 
     tuned = plan(parse(kept.replace("pretrained: true", "pretrained: true\n  train: {epochs: 1}")))
     assert tuned.teacher is not None
     assert tuned.teacher.output.channels == 10
+
+
+def test_a_loss_that_compares_the_images_of_a_batch_is_refused_where_a_batch_is_one() -> None:
+    text = TINY.replace("batch_size: 256", "batch_size: 1").replace("soft_targets, temp", "dist, temp")
+    with pytest.raises(RecipeError, match="`intra` compares the images of a batch") as caught:
+        plan(parse(text))
+    assert [problem.line for problem in caught.value.problems] == [25]
