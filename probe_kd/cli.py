@@ -88,6 +88,7 @@ SideKwargs = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=
 
 class SplitChoice(StrEnum):
     test = "test"
+    val = "val"
     train = "train"
     held_out = "held_out"
 
@@ -255,6 +256,7 @@ def check(
     from probe_kd.report import (
         cache_lines,
         costs_table,
+        data_lines,
         idle_rows,
         idle_table,
         losses_table,
@@ -271,8 +273,14 @@ def check(
         console.print(plan_table(planned))
         if idle:
             console.print(idle_table(idle))
-        for line in [*_pair_lines(planned), *cache_lines(planned), *teacher_lines(planned)]:
+        for line in [
+            *_pair_lines(planned),
+            *cache_lines(planned),
+            *teacher_lines(planned),
+        ]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+        for line in data_lines(planned):
+            console.print(line, highlight=False, markup=False)
     found = None
     if gradients or not no_batch:
         from probe_kd.audit import audit
@@ -298,6 +306,7 @@ def _checked(planned: "Plan", idle: "list[Idle]", found: "Audit | None") -> dict
         for item in planned.comparisons
     ]
     return {
+        "data": {"measured_on": planned.datasets.measured_on, "notes": list(planned.datasets.notes)},
         "pairs": [{"student": str(pair.student), "teacher": str(pair.teacher)} for pair in planned.pairs],
         "compared": compared,
         "not_run": [asdict(row) for row in idle],
@@ -346,7 +355,7 @@ def train(
     folder = out or Path("runs") / _name_of_run(recipe)
     source = load(recipe, seed=seed, sets=sets or ())
     console = _console()
-    from probe_kd.report import Display, doubts, plan_table, print_student, teacher_lines
+    from probe_kd.report import Display, data_lines, doubts, plan_table, print_student, teacher_lines
 
     quiet = quiet or not _speaks()
     display = Display(console, quiet=quiet)
@@ -359,6 +368,8 @@ def train(
             console.print(plan_table(planned))
             for line in teacher_lines(planned):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
+            for line in data_lines(planned):
+                console.print(line, highlight=False, markup=False)
         try:
             journal = run(planned, folder, display, resume=resume, overwrite=overwrite, claimed=claimed)
         except (KeyboardInterrupt, Stopped) as stop:

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from probe_kd.checkpoints import FOLDER as CHECKPOINTS
 from probe_kd.checkpoints import put
+from probe_kd.datasets import DataRecord
 from probe_kd.errors import MatchError, RunError, nearest
 from probe_kd.evaluation import cka_table, vectors
 from probe_kd.matching import blocks, stages
@@ -259,7 +260,8 @@ def _measured_now(run: _Run, allow_import: Sequence[str], notes: list[str]) -> L
         why = "its student is not trained yet" if "teacher" in run.recipe else "it has no teacher"
         notes.append(f"{run.folder}: layers are not compared, since {why}")
         return None
-    return measure_layers(plan(load(run.folder / "recipe.yaml"), allow_import=allow_import), run.folder)
+    record = DataRecord.read(run.folder)
+    return measure_layers(plan(load(run.folder / "recipe.yaml"), allow_import=allow_import, record=record), run.folder)
 
 
 def _read(folder: Path) -> _Run:

@@ -90,7 +90,11 @@ class LossError(ProbeKDError):
 
 
 class DataError(ProbeKDError):
-    pass
+    """`key` is the one of a recipe's `data:` section that is to blame, where it is one alone."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class RunError(ProbeKDError):

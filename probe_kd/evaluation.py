@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from probe_kd.adapters import Adapter, ImageView, pooled
 from probe_kd.data import loader, readable
+from probe_kd.datasets import DataRecord
 from probe_kd.distiller import compared, make_adapters
 from probe_kd.errors import DataError, RunError, nearest
 from probe_kd.loop import mixed_precision, own_accelerator
@@ -34,7 +35,7 @@ from probe_kd.report import Evaluation, Scores, Similarity
 from probe_kd.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.tracing import trace
 
-Split = Literal["test", "train", "held_out"]
+Split = Literal["test", "val", "train", "held_out"]
 Sums = dict[str, Tensor]
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 _CONSTANT = 1e-12  # a variance below this share of the mean square is rounding: float32 features differ by 1e-7
@@ -53,9 +54,10 @@ def evaluate(
     """Measure every model of a finished run, in eval mode, on images that are not augmented.
 
     `run` is the folder that `probe-kd train` wrote. `weights` are evaluated instead of the student's own, `ema` takes
-    the moving averages of the students. `split` is `test`, `train`, or `held_out` (`data.holdout`). `batch_size` is the
-    recipe's, `device` what accelerate chooses, and the precision the recipe's, if not given. `allow_import` names the
-    packages whose functions the run's recipe may name as models.
+    the moving averages of the students. `split` is `test`, `val` (where these are other images), `train`, or `held_out`
+    (`data.holdout`). `batch_size` is the recipe's, `device` what accelerate chooses, and the precision the recipe's, if
+    not given. `allow_import` names the packages whose functions the run's recipe may name as models. The classes are
+    numbered as the run's `data.json` says, whatever folders the data now have.
 
     Of each model, in the student's classes: top-1 and (of more than five classes) top-5 accuracy as shares in 0..1, the
     negative log-likelihood in nats per image, and the expected calibration error (Guo et al. 2017, arXiv 1706.04599;
@@ -75,7 +77,7 @@ def evaluate(
     """
     folder = Path(run)
     recipe, student = _recipe_of(folder), _weights_of_student(folder, weights, ema=ema)
-    planned = plan(load(recipe), allow_import=allow_import)
+    planned = plan(load(recipe), allow_import=allow_import, record=DataRecord.read(folder))
     images = _images(planned, split)
     with own_accelerator() as accelerator:
         place = _place(accelerator, device)
@@ -288,6 +290,8 @@ def _images(planned: Plan, split: Split) -> Dataset[Any]:
     if split not in get_args(Split):
         raise RunError(f"split {split!r}: expected one of {', '.join(map(repr, get_args(Split)))}")
     found: Dataset[Any] | None = getattr(planned.datasets, split)
+    if found is None and split == "val":
+        raise RunError(f"this run has no validation images beside its test images: {planned.datasets.measured_on}")
     if found is None:
         raise RunError("this run held no training images out; `data: {holdout: 0.1}` in a recipe does")
     return found

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from probe_kd import __version__
-from probe_kd.data import Datasets, loader, open_datasets
+from probe_kd.data import loader
+from probe_kd.datasets import DataRecord, open_datasets
 from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest
 from probe_kd.models import build_on_meta, packages, read_header, save_weights, short
 from probe_kd.recipe import ModelOptions, Recipe, dump, load
@@ -241,27 +242,18 @@ def _evaluated_on(recipe: Recipe, subject: str, module: nn.Module) -> InputSpec:
 
 def _sample(trained: _Trained, count: int = 16) -> _Sample:
     """The first test images of the run; random ones where its data cannot be read any more."""
-    data = trained.recipe.data.model_copy(update={"download": False, "holdout": 0.0, "batch_size": count, "workers": 0})
+    data = trained.recipe.data.model_copy(update={"download": False, "batch_size": count, "workers": 0})
+    record = DataRecord.read(trained.run)
     try:
-        datasets = open_datasets(data)
+        datasets = open_datasets(data, record)
         batch = next(iter(loader(datasets.test, data, trained.given, training=False)))
         images: Tensor = batch[0]
     except (ProbeKDError, OSError, StopIteration) as refusal:
         images = torch.randn(count, *trained.given.size, generator=torch.Generator().manual_seed(0))
-        return _Sample(images, f"{count} random images, since the data of the run were not read ({short(refusal)})")
+        said = f"{count} random images, since the data of the run were not read ({short(refusal)})"
+        return _Sample(images, said, classes=record.classes if record else ())
     pictures = [datasets.test[index][0] for index in range(len(images))] if hasattr(datasets.test, "__len__") else []
-    return _Sample(images, f"{len(images)} test images", pictures, _class_names(datasets))
-
-
-def _class_names(datasets: Datasets) -> list[str]:
-    """What the dataset calls its classes, in the order of their indices; empty where it does not say."""
-    inner = getattr(datasets.test, "images", datasets.test)
-    for holder in (inner, getattr(inner, "reader", None)):
-        indices = getattr(holder, "class_to_idx", None)
-        names = sorted(indices, key=indices.__getitem__) if indices else getattr(holder, "classes", None)
-        if names and len(names) == datasets.num_classes:
-            return [str(name) for name in names]
-    return []
+    return _Sample(images, f"{len(images)} test images", pictures, datasets.classes)
 
 
 def _logits(module: nn.Module, images: Tensor) -> Tensor:

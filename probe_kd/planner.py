@@ -16,7 +16,8 @@ from torch import nn
 
 from probe_kd.adapters import check_class_map, check_logits
 from probe_kd.arguments import check_truths, optimizer_parameters
-from probe_kd.data import DataOptions, Datasets, loader, open_datasets
+from probe_kd.data import loader
+from probe_kd.datasets import DataOptions, DataRecord, Datasets, open_datasets
 from probe_kd.errors import (
     DataError,
     LossError,
@@ -120,18 +121,20 @@ def _written(pair: Pair) -> str | PairOptions:
     return str(pair.teacher) if plain else PairOptions.model_validate(long)
 
 
-def plan(source: Source, *, allow_import: Sequence[str] = ()) -> Plan:
+def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord | None = None) -> Plan:
     """Check a recipe against its models and data.
 
     Functions of your own that it names as models are imported and called only where `allow_import` names their package
-    or module. Raises RecipeError with all problems that do not hide each other.
+    or module. The classes have the numbers that the `record` of a former run says, where one is given. Raises
+    RecipeError with all problems that do not hide each other.
     """
-    return _Planner(source, allow_import).plan()
+    return _Planner(source, allow_import, record).plan()
 
 
 class _Planner:
-    def __init__(self, source: Source, allow_import: Sequence[str]) -> None:
+    def __init__(self, source: Source, allow_import: Sequence[str], record: DataRecord | None = None) -> None:
         self.source = source
+        self.record = record
         self.allow_import = allow_import
         self.recipe = source.recipe
         self.problems: list[Problem] = []
@@ -152,9 +155,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         recipe = self.recipe
-        datasets: Datasets | None = None
-        with self.at("data", "dataset" if recipe.data.dataset else "root"):
-            datasets = open_datasets(recipe.data)
+        datasets = self._datasets()
         classes = datasets.num_classes if datasets else None
         student = self._trace("student", recipe.student, recipe.data.input_size, classes, training=True)
         teacher = self._trace_teacher(classes)
@@ -202,6 +203,15 @@ class _Planner:
             grown=grown,
             expansions=tuple(self._expansions()),
         )
+
+    def _datasets(self) -> Datasets | None:
+        data = self.recipe.data
+        try:
+            return open_datasets(data, self.record)
+        except DataError as refusal:
+            key = refusal.key or ("dataset" if data.dataset else "root")
+            self.problems.append(self.source.problem(("data", key), str(refusal)))
+        return None
 
     def _expansions(self) -> Iterator[Expansion]:
         for ours, entry in self.entries.items():
@@ -393,8 +403,11 @@ class _Planner:
         self._check_compile()
         self._check_trackers()
         for index, stage in enumerate(self.recipe.stages):
-            if stage.keep == "best" and not self.recipe.data.holdout:
-                message = "`keep: best` chooses by held-out training images; give `data: {holdout: 0.1}`"
+            if stage.keep == "best" and not (self.recipe.data.holdout or len(self.recipe.data.splits) == 3):
+                message = (
+                    "`keep: best` chooses by images that give no final figure; give `data: {holdout: 0.1}`, or both "
+                    "`val_split` and `test_split`"
+                )
                 self.problems.append(self.source.problem(("stages", index, "keep"), message))
             self._check_weights(index, stage)
             names = _parameter_names(student) if student and stage.optimizer.lr_scale else []

@@ -30,7 +30,7 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens
-from probe_kd.data import DataOptions
+from probe_kd.datasets import DataOptions, InputSize
 from probe_kd.distiller import Block
 from probe_kd.errors import CONTROL, LossError, Problem, RecipeError, nearest, nearest_truth
 from probe_kd.plain import (
@@ -245,7 +245,7 @@ class TeacherOptions(ModelOptions):
     asked about again. `cache_top_k` keeps so many of its logits, and spreads what probability is left evenly.
     """
 
-    input_size: tuple[int, int, int] | None = None
+    input_size: InputSize | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     class_map: (

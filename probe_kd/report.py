@@ -22,7 +22,7 @@ from probe_kd import patterns
 from probe_kd.adapters import Answer, adapt
 from probe_kd.checkpoints import put
 from probe_kd.console import PlainConsole
-from probe_kd.data import class_names
+from probe_kd.datasets import class_names
 from probe_kd.distiller import answers, make_adapters
 from probe_kd.errors import MatchError, TapError, nearest, visible
 from probe_kd.matching import blocks, stages
@@ -518,15 +518,23 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, fol
     # The last checkpoint wrote the tables too, unless the run was killed between the two.
     write_metrics(rows, folder / "metrics.csv")
     write_timm_summary(rows, folder / "summary.csv")
-    draw_curves(rows, folder / "curves.png")
+    draw_curves(rows, folder / "curves.png", "Test" if plan.datasets.val is None else "Validation")
     aside = folder / "summary.partial"
     found = {
         "seed": plan.recipe.seed,
         "classes": class_names(plan.datasets),
+        "measured_on": plan.datasets.measured_on,
+        "skipped_images": {split: len(names) for split, names in plan.datasets.skipped.items()},
+        "notes": list(plan.datasets.notes),
         "results": [asdict(result) for result in results],
     }
     aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     put(aside, folder / "summary.json")
+
+
+def data_lines(plan: Plan) -> list[str]:
+    """Which images a run measures on, and what else is to be known of its data."""
+    return [f"data: {text}" for text in (plan.datasets.measured_on, *plan.datasets.notes)]
 
 
 def print_student(plan: Plan, folder: Path, console: Console) -> None:
@@ -617,8 +625,8 @@ def _in_percent(row: Row) -> Row:
     return {"eval_top1": 100 * row["accuracy"]} if "accuracy" in row else {}
 
 
-def draw_curves(rows: Sequence[Row], path: Path) -> None:
-    """Test accuracy of every subject by epoch, and the loss terms of the student."""
+def draw_curves(rows: Sequence[Row], path: Path, split: str = "Test") -> None:
+    """Accuracy of every subject by epoch, on the images of `split`, and the loss terms of the student."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -628,7 +636,7 @@ def draw_curves(rows: Sequence[Row], path: Path) -> None:
         points = [(epoch, 100 * row["accuracy"]) for epoch, row in epochs if "accuracy" in row]
         if points:
             left.plot(*zip(*points, strict=True), label=subject)
-    left.set(title="Test accuracy", xlabel="epoch", ylabel="%")
+    left.set(title=f"{split} accuracy", xlabel="epoch", ylabel="%")
     own = [row for row in rows if row["subject"] == "student"]
     for term in dict.fromkeys(key for row in own for key in row if key not in {*MEASURES, "loss"}):
         points = [(epoch, row[term]) for epoch, row in enumerate(own, 1) if term in row]

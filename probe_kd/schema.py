@@ -90,7 +90,9 @@ SAYS = {
     # data
     "root": "The folder of the images.",
     "train_split": "The split, or the folder in `root`, that is trained on.",
-    "val_split": "The split, or the folder in `root`, that is evaluated on.",
+    "val_split": "The split, or the folder in `root`, that is measured after every epoch; `none` for none.",
+    "test_split": "The split, or the folder in `root`, of the final figures, measured once.",
+    "on_error": "Whether an image that cannot be read ends the run with its name, or is left out and counted.",
     "download": "Whether what is not there may be downloaded.",
     "num_classes": "How many classes there are, where the dataset does not say it.",
     "batch_size": "Images in one step, of each process.",

@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch.utils.data import Dataset
 
 from probe_kd.errors import DataError, nearest
+from probe_kd.images import decode
 
 KINDS = ("jpg", "png", "webp")  # of images, as timm's reader looks for them: the first that a sample has
 
@@ -72,13 +73,25 @@ class Shards(Dataset[Any]):
         if not self._read[shard]:
             self._keep(shard, _places(self.files[shard]))
         offset, size, target = self._known[index].tolist()
+        name = f"image {index - int(self.starts[shard])} (from 0) of shard {self.files[shard]}"
         try:
             with self.files[shard].open("rb") as file:
                 file.seek(offset)
-                return Image.open(BytesIO(file.read(size))).convert(self.mode), target
-        except (OSError, ValueError, SyntaxError) as refusal:  # Pillow has all three for what is no image
-            number = index - int(self.starts[shard])
-            raise DataError(f"image {number} (from 0) of shard {self.files[shard]} cannot be read: {refusal}") from None
+                content = file.read(size)
+        except OSError as refusal:
+            raise DataError(f"{name} cannot be read: {refusal.strerror}") from None
+        return decode(BytesIO(content), self.mode, name), target
+
+    def read_labels(self, most: int = 20_000) -> None:
+        """Read all labels, so that a wrong one is told before training; of so many images at most, for their time."""
+        for shard in range(len(self.files)):
+            if not self._read[shard] and (shard == 0 or len(self) <= most):
+                self._keep(shard, _places(self.files[shard]))
+
+    @property
+    def targets(self) -> Any:
+        """The labels of all images; None where they are not read yet."""
+        return self._known[:, 2].numpy() if bool(self._read.all()) else None
 
     def _keep(self, shard: int, places: Sequence[tuple[int, int, int]]) -> None:
         if len(places) != self.lengths[shard]:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +35,7 @@ from probe_kd.batches import Batches
 from probe_kd.cache import Stored, TeacherCache, key_of
 from probe_kd.checkpoints import MANIFEST
 from probe_kd.data import loader, readable
+from probe_kd.datasets import RECORD, DataRecord
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, PeerLost, ProbeKDError, RunError, Stopped, WeightsError, for_all
 from probe_kd.loop import (
@@ -80,7 +81,11 @@ JOURNAL, AVERAGE = "journal.json", "average.safetensors"
 BEST, BEST_AVERAGE = "best.safetensors", "best-average.safetensors"
 TRACKERS = "trackers"
 TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
-UNSEEN = {"batch_size", "workers", "views", "download", "root", "val_split", "num_classes"}  # change no training image
+# What changes no training image.
+UNSEEN = {
+    *("batch_size", "workers", "views", "download", "root", "num_classes"),
+    *("val_split", "test_split", "on_error"),
+}
 ASK_EVERY = 20  # updates between which several processes do not ask each other whether to stop
 
 
@@ -291,6 +296,9 @@ def open_run(
     if resume and (folder / RECIPE).is_file():
         checkpoint = _reopen(folder, resolved, inputs, display)
         if checkpoint is not None:
+            known = DataRecord.read(folder)
+            if known is not None:
+                known.refuse_others(plan.datasets.record, folder)
             journal = Journal.read(checkpoint / JOURNAL)
             batch = f", batch {journal.step}" if journal.step else ""
             display.say(
@@ -309,6 +317,8 @@ def open_run(
         clear(folder, _contents(folder))
         Manifest({RECIPE: hashlib.sha256(resolved.encode()).hexdigest()}, inputs).write(folder)
         (folder / RECIPE).write_text(resolved, encoding="utf-8")
+        with recording(folder, RECORD) as file:
+            plan.datasets.record.write(file)
     except OSError as refusal:
         raise RunError(f"cannot write to {folder}: {refusal.strerror}") from None
     return Journal(), None
@@ -372,7 +382,7 @@ def _is_of_run(file: Path, manifest: Manifest | None) -> bool:
 
 _WEIGHTS = r"(student|teacher)(-alone)?(-ema)?|adapters-\d+"
 _TABLE_OR_PARTIAL = (
-    r"(manifest|summary|layers)\.json|recipe\.yaml|(metrics|summary)\.csv|curves\.png|report\.html"
+    r"(manifest|data|summary|layers)\.json|recipe\.yaml|(metrics|summary)\.csv|curves\.png|report\.html"
     rf"|({_WEIGHTS}|metrics|summary)\.partial|(manifest\.json|layers\.json|report\.html)\.partial"
 )
 
@@ -445,6 +455,7 @@ def teacher_seed(seed: int) -> int:
     return (seed + 2**31) % 2**32
 
 
+MeasuredSplit = Literal["val", "test"]  # the images of the curves and of the final figures; often the same
 _Measured = tuple[float, float | None, dict[str, list[int]]]  # accuracy, agreement, images and right by class
 
 
@@ -460,11 +471,12 @@ class Run:
     checkpoint: Path | None = None  # to go on from
     signals: list[int] = field(default_factory=list)  # that asked the run to stop
     teacher: Subject | None = None
-    teacher_answers: Tensor | None = None
+    teacher_answers: dict[str, Tensor] = field(default_factory=dict)  # by split
     best: dict[str, Tensor] = field(default_factory=dict)
     best_average: dict[str, Tensor] = field(default_factory=dict)  # the moving average of the same epoch
     measured: dict[str, _Measured] = field(default_factory=dict)  # by role, while the weights are still those
-    test_batches: dict[InputSpec, Batches] = field(default_factory=dict)  # with the workers that read them
+    # With the workers that read them.
+    test_batches: dict[tuple[InputSpec, MeasuredSplit], Batches] = field(default_factory=dict)
     claimed: Claim | None = None  # in the process that writes
 
     def subjects(self) -> Iterator[Subject]:
@@ -479,7 +491,7 @@ class Run:
         model, partner, sharing = self._build(recipe.student, plan.student, recipe.seed), None, None
         if recipe.share and plan.teacher:
             self.teacher = partner = self._teacher("teacher")
-            self.teacher_answers = None
+            self.teacher_answers = {}
             set_seed(recipe.seed)  # of a graft's adapter
             model, sharing = join(recipe.share, model, partner.model, plan.student, plan.teacher)
             self._to_device(model)
@@ -606,10 +618,13 @@ class Run:
 
     @torch.no_grad()
     def _keep_if_best(self, loop: Loop, subject: Subject) -> float:
-        """The weighted loss on held-out images; of the epochs of a phase, the weights with the least are kept."""
-        datasets, accelerator = self.plan.datasets, self.accelerator
-        assert datasets.held_out is not None
-        images_held_out = loader(datasets.held_out, self.plan.recipe.data, self.images_for(subject), training=False)
+        """The weighted loss on held-out images; of the epochs of a phase, the weights with the least are kept.
+
+        Without such images it is on the validation images, where the test images are others.
+        """
+        chosen_by, accelerator = self.plan.datasets.to_choose_by, self.accelerator
+        assert chosen_by is not None
+        images_held_out = loader(chosen_by, self.plan.recipe.data, self.images_for(subject), training=False)
         losses: list[Tensor] = []
         distiller = loop.distiller.eval()
         distiller.set_epoch(loop.phase.epochs, loop.phase.epochs)  # one measure for all epochs, whatever is scheduled
@@ -786,56 +801,61 @@ class Run:
         )
         self.display.epoch(journal.rows[-1])
 
-    def _measure(self, models: Sequence[Subject]) -> list[_Measured]:
-        """(accuracy, agreement with the teacher, `images` and `right` of every class) on the test images, of each.
+    def _measure(self, models: Sequence[Subject], split: MeasuredSplit = "val") -> list[_Measured]:
+        """(accuracy, agreement with the teacher, `images` and `right` of every class) on images of a split, of each.
 
         No agreement for the teacher itself. Images are read once for all models that see them alike.
         """
         asked = list(models)
-        teacher = self.teacher if self.teacher_answers is None else None
+        teacher = self.teacher if split not in self.teacher_answers else None
         if teacher is not None and any(it is not teacher and it.role != "teacher" for it in models):
             asked += [teacher] * (teacher not in asked)
-        predicted = self._predict(asked)
+        predicted = self._predict(asked, split)
         if teacher in asked:
-            self.teacher_answers = predicted[asked.index(teacher)][0]
-        return [self._score(model, *found) for model, found in zip(models, predicted, strict=False)]
+            self.teacher_answers[split] = predicted[asked.index(teacher)][0]
+        return [self._score(model, *found, split) for model, found in zip(models, predicted, strict=False)]
 
-    def _score(self, subject: Subject, answers: Tensor, targets: Tensor) -> _Measured:
+    def _score(self, subject: Subject, answers: Tensor, targets: Tensor, split: MeasuredSplit) -> _Measured:
         accuracy = (answers == targets).double().mean().item()
         counted = {"images": targets, "right": targets[answers == targets]}
         classes = {name: _per_class(kept, self.plan.datasets.num_classes) for name, kept in counted.items()}
         if subject is self.teacher or subject.role == TEACHER_ALONE:  # while it trains, its answers change
-            self.teacher_answers = answers
+            self.teacher_answers[split] = answers
             return accuracy, None, classes
-        if self.teacher is None or self.teacher_answers is None or subject.role == "teacher":
+        if self.teacher is None or split not in self.teacher_answers or subject.role == "teacher":
             return accuracy, None, classes
-        return accuracy, (answers == self.teacher_answers).double().mean().item(), classes
+        return accuracy, (answers == self.teacher_answers[split]).double().mean().item(), classes
 
-    def _predict(self, models: Sequence[Subject]) -> list[tuple[Tensor, Tensor]]:
-        """Of each model (predicted classes, true classes) of all test images, in their order."""
+    def _predict(self, models: Sequence[Subject], split: MeasuredSplit) -> list[tuple[Tensor, Tensor]]:
+        """Of each model (predicted classes, true classes) of all images of a split, in their order."""
         by_input: dict[InputSpec, list[int]] = {}
         for index, model in enumerate(models):
             by_input.setdefault(self.images_for(model), []).append(index)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for given, indices in by_input.items():
-            predicted, targets = self._predict_alike([models[index] for index in indices], given)
+            predicted, targets = self._predict_alike([models[index] for index in indices], given, split)
             found |= {index: (answers, targets) for index, answers in zip(indices, predicted, strict=True)}
         return [found[index] for index in range(len(models))]
 
     @torch.no_grad()
-    def _predict_alike(self, models: Sequence[Subject], given: InputSpec) -> tuple[list[Tensor], Tensor]:
-        """The predicted classes of models that see the test images in one form, and the true classes."""
+    def _predict_alike(
+        self, models: Sequence[Subject], given: InputSpec, split: MeasuredSplit
+    ) -> tuple[list[Tensor], Tensor]:
+        """The predicted classes of models that see the images of a split in one form, and the true classes."""
         accelerator = self.accelerator
-        if given not in self.test_batches:
-            batches = loader(self.plan.datasets.test, self.plan.recipe.data, given, training=False)
-            self.test_batches[given] = batches.prepare(accelerator, memory_format(self.plan.recipe, accelerator.device))
+        if (given, split) not in self.test_batches:
+            datasets = self.plan.datasets
+            images = datasets.val if split == "val" and datasets.val is not None else datasets.test
+            batches = loader(images, self.plan.recipe.data, given, training=False)
+            prepared = batches.prepare(accelerator, memory_format(self.plan.recipe, accelerator.device))
+            self.test_batches[given, split] = prepared
         views = [ImageView(model.input, model.input).to(accelerator.device) for model in models]
         for model in models:
             model.model.eval()
         rows: list[tuple[Tensor, ...]] = []
-        for images, target in readable(self.test_batches[given], "test"):
+        for pixels, target in readable(self.test_batches[given, split], "test"):
             with accelerator.autocast():
-                outputs = [model.model(view(images)) for model, view in zip(models, views, strict=True)]
+                outputs = [model.model(view(pixels)) for model, view in zip(models, views, strict=True)]
             answers = (self._classes(model, output) for model, output in zip(models, outputs, strict=True))
             rows.append(accelerator.gather_for_metrics((*answers, target)))
         *predicted, targets = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
@@ -847,14 +867,19 @@ class Run:
             logits = logits[:, list(self.plan.class_map)]
         return logits.argmax(1)
 
+    @property
+    def _final(self) -> MeasuredSplit:
+        """Where the images of the curves are those of the final figures, their batches are kept but once."""
+        return "val" if self.plan.datasets.val is None else "test"
+
     def _finish(self, subject: Subject, average: nn.Module | None = None) -> None:
         if subject.partner is not None or subject is self.teacher:
-            self.teacher_answers = None  # `keep: best` may have gone back to other weights
+            self.teacher_answers = {}  # `keep: best` may have gone back to other weights
         if subject.partner is not None:
             self._finish(replace(subject.partner, phases=subject.phases))
-        # After the last epoch its weights were measured already, where that was in this process.
-        known = subject.role in self.measured
-        accuracy, agreement, classes = self.measured.pop(subject.role) if known else self._measure([subject])[0]
+        # After the last epoch its weights were measured already, where that was in this process and on these images.
+        measured = self.measured.pop(subject.role, None) if self.plan.datasets.val is None else None
+        accuracy, agreement, classes = measured or self._measure([subject], self._final)[0]
         averaged = replace(subject, model=average) if average is not None else None
         trace_ = subject.trace
         self.journal.results[subject.role] = Result(
@@ -867,7 +892,7 @@ class Run:
             agreement=agreement,
             seconds=round(self.journal.seconds, 2),
             weights=self._write_weights(subject) if subject.phases else "",
-            ema_accuracy=self._measure([averaged])[0][0] if averaged else None,
+            ema_accuracy=self._measure([averaged], self._final)[0][0] if averaged else None,
             ema_weights=self._write_weights(averaged, "-ema") if averaged else "",
             **classes,
         )

@@ -22,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     """Digits as PNG files in a folder per class, as ImageFolder wants them."""
     datasets = open_datasets(DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8)))
     for split, dataset in (("train", datasets.train), ("validation", datasets.test)):
-        for index in range(24):
+        for index in range(40):  # all ten classes in both
             image, target = dataset[index]
             path = tmp_path / split / f"class{target}"
             path.mkdir(parents=True, exist_ok=True)
@@ -194,5 +194,35 @@ def test_images_that_cannot_be_read_are_told_with_their_part_of_the_data(folder:
     datasets = open_datasets(options)
     for path in (folder / "validation").glob("*/*.png"):
         path.unlink()
-    with pytest.raises(DataError, match=r"cannot read a batch of test images: .*consecutive samples"):
+    with pytest.raises(
+        DataError, match=r"cannot read a batch of test images: .*validation.class0.24.png cannot be read: No such file"
+    ):
         list(readable(loader(datasets.test, options, InputSpec((3, 8, 8)), training=False), "test"))
+
+
+POLICIES = [
+    *("rand-m9-mstd0.5-inc1", "rand-m10-inc1", "rand-m0", "rand-m10-n6-mstd9", "rand-m9-mstdinf-inc1-p1", "rand-t0-m7"),
+    *("original", "originalr", "v0", "v0r", "3a", "original-mstd0.5", "v0r-mstd9"),
+    *("augmix-m5-w4-d2", "augmix-m10-mstd9", "augmix-m3-b1"),
+]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_draw_of_any_policy_of_timm_ends_a_run(policy: str, channels: int) -> None:
+    """Posterize draws 0 bits with `rand-m9-mstd0.5-inc1`, which Pillow 13 refuses."""
+    images = open_datasets(DataOptions(dataset="sklearn/digits", input_size=(channels, 8, 8))).train
+    options = DataOptions(dataset="sklearn/digits", input_size=(channels, 16, 16), aa=policy, batch_size=64)
+    batches: Any = loader(Subset(images, range(64)), options, InputSpec((channels, 16, 16)), training=True)
+    for age in range(4):
+        batches.sampler.begin(age)
+        for pixels, *_ in batches:
+            assert pixels.shape == (64, channels, 16, 16)
+
+
+def test_the_operations_of_timm_are_as_they_were_for_others() -> None:
+    from timm.data import auto_augment
+
+    loader([], DataOptions(input_size=(3, 8, 8), aa="v0r"), InputSpec((3, 8, 8)), training=True)  # type: ignore[arg-type]
+    assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is auto_augment.posterize
+    assert auto_augment.AugmentOp("Posterize").aug_fn is auto_augment.posterize

@@ -12,9 +12,9 @@ import probe_kd
 HOUSE = Path(probe_kd.__file__).parent
 FLOORS = (
     {"errors", "spec", "checkpoints", "run_folder", "arguments", "patterns", "console"},
-    {"probe", "surgery", "losses", "models", "plain", "shards", "batches"},
+    {"probe", "surgery", "losses", "models", "plain", "images", "shards", "batches"},
     {"tracing", "adapters", "matching"},
-    {"objectives", "sharing", "data", "cache"},
+    {"objectives", "sharing", "datasets", "data", "cache"},
     {"distiller"},
     {"recipe", "tasks"},
     {"planner", "report", "schema", "writing"},
@@ -29,6 +29,8 @@ NEIGHBOURS = {  # from, to
     ("models", "plain"),
     ("report", "planner"),
     ("evaluation", "loop"),
+    ("shards", "images"),
+    ("data", "datasets"),
 }
 ROOMS = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem != "__init__")
 

@@ -53,7 +53,7 @@ MEANING = [
     ("loss: hint", "loss: hints", 20, "there is no loss 'hints'; did you mean 'hint'"),
     ("temperature: 2.0", "temprature: 2.0", 25, "no option 'temprature'; did you mean 'temperature'"),
     ("dataset: sklearn/digits", "dataset: sklearn/digit", 8, "there is 'sklearn/digits'"),
-    ("dataset: sklearn/digits", "dataset: torch/cifar1000", 8, "did you mean 'cifar100'"),
+    ("dataset: sklearn/digits", "dataset: torch/cifar1000", 8, "did you mean 'torch/cifar100'"),
     ("dataset: sklearn/digits", "root: nowhere", 8, "there is no folder 'nowhere'"),
     ("train: {epochs: 1}", "input_size: [3, 16, 16]", 5, "random weights"),
     ("train: {epochs: 1}", "checkpoint: nowhere.pth", 6, "there is no checkpoint 'nowhere.pth'"),

@@ -421,7 +421,7 @@ def test_a_run_does_not_go_on_from_code(canary: Path, tmp_path: Path) -> None:
         ("{epochs: 1}", "{epochs: 1, optimizer: {opt: lamb, opt_args: {eps: x}}}", "6:45: optimizer `lamb` does not"),
         ("hflip: 0.0", "aa: nonsense", "r.yaml:11:3: the images cannot be transformed"),
         ("hflip: 0.0", "aa: rand-m9-x5", "the images cannot be transformed"),
-        ("hflip: 0.0", "ratio: [0, 1]", "r.yaml:11:3: the images cannot be transformed"),
+        ("hflip: 0.0", "ratio: [0, 1]", "r.yaml:11:3: `data.ratio`: [0, 1]: expected [least, most], both above 0"),
         ("depth: 2", "depth: 2, features_only: true, out_indices: 2", "the student vit_tiny_patch16_224 gives several"),
         ("train: {epochs: 1}", "train: {epochs: 1}\n  class_map: /dev/zero", "leave `class_map` out"),
         ("train: {epochs: 1}", "pretrained: true\n  class_map: /dev/zero", "it is no regular file"),

@@ -226,14 +226,20 @@ def test_shards_that_are_wrong(bare: Path, info: dict[str, Any], says: str) -> N
         tar.add(__file__)
     with webdataset.TarWriter(str(bare / "broken.tar")) as writer:
         writer.write({"__key__": "0", "png": png(np.zeros((8, 8)))[:20], "cls": 0})
-    wanted = options(bare, val_split="train", num_classes=info.get("num_classes", 10))
+    wanted = options(bare)
+
+    def read() -> None:
+        images = open_shards(str(bare), "train", num_classes=info.get("num_classes", 10))
+        list(readable(loader(images, wanted, InputSpec((3, 32, 32)), training=False), "test"))
+
     with pytest.raises(DataError, match=says):
-        list(readable(loader(open_datasets(wanted).test, wanted, InputSpec((3, 32, 32)), training=False), "test"))
+        read()
 
 
 def test_what_a_worker_cannot_read_is_told_without_its_traceback(written: Path) -> None:
-    wanted = options(written, workers=1, num_classes=9)
-    batches = loader(open_datasets(wanted).test, wanted, InputSpec((3, 32, 32)), training=False)
+    wanted = options(written, workers=1)
+    images = open_shards(str(written), "validation", num_classes=9)
+    batches = loader(images, wanted, InputSpec((3, 32, 32)), training=False)
     with pytest.raises(DataError, match=r"^cannot read a batch of test images: shard \S+ has an image of class 9, .*"):
         list(readable(batches, "test"))
 

@@ -1,0 +1,106 @@
+"""What a run keeps of its data: the classes in their order, by which it is evaluated, exported and gone on with."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from sklearn.datasets import load_digits
+
+from probe_kd.datasets import DataRecord
+from probe_kd.errors import DataError, RunError
+from probe_kd.evaluation import evaluate
+from probe_kd.exporting import export
+from probe_kd.planner import plan
+from probe_kd.recipe import parse
+from probe_kd.report import Display
+from probe_kd.train import train
+
+RECIPE = """\
+student: {model: resnet10t, model_kwargs: {channels: [8, 8, 16, 16]}}
+data: {root: ROOT, test_split: test, input_size: [3, 32, 32], batch_size: 16, hflip: 0.0, on_error: skip, workers: 0}
+stages:
+  - epochs: 2
+    keep: best
+    losses: {task: {loss: cross_entropy}}
+"""
+
+
+def digits(root: Path) -> None:
+    """Eight images of five classes for training, four and two for measuring; one file is empty."""
+    from PIL import Image
+
+    pixels, targets = load_digits(return_X_y=True)
+    taken = dict.fromkeys(range(5), 0)
+    for image, target in zip(pixels, targets.tolist(), strict=True):
+        if taken.get(target, 99) < 14:
+            split = "train" if taken[target] < 8 else "validation" if taken[target] < 12 else "test"
+            folder = root / split / f"class{target}"
+            folder.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray((image.reshape(8, 8) * 15).astype("uint8"))
+            picture.save(folder / f"{taken[target]}.png")
+            taken[target] += 1
+    (root / "train" / "class3" / "broken.png").write_bytes(b"")
+
+
+def run(root: Path, folder: Path, **options: bool) -> None:
+    display = Display(Console(quiet=True), quiet=True)
+    train(plan(parse(RECIPE.replace("ROOT", str(root)))), folder, display, **options)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Path, Path]:
+    """(the images, the folder of a run on them)"""
+    digits(tmp_path / "images")
+    run(tmp_path / "images", tmp_path / "run")
+    return tmp_path / "images", tmp_path / "run"
+
+
+def test_a_run_measures_two_splits_and_its_classes_are_kept(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    root, folder = finished
+    summary: Any = json.loads((folder / "summary.json").read_text())
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (result,) = summary["results"]
+    assert "curves are of val_split 'validation', the final figures of test_split 'test'" in summary["measured_on"]
+    assert summary["skipped_images"] == {"train_split": 1}
+    assert all((float(row["accuracy"]) * 20).is_integer() and row["held_out_loss"] for row in rows)
+    assert sum(result["images"]) == 10
+    figures = {split: evaluate(folder, split=split, device="cpu") for split in ("test", "val")}  # type: ignore[arg-type]
+    assert {split: found.images for split, found in figures.items()} == {"test": 10, "val": 20}
+    assert figures["test"].scores[0].top1 == result["accuracy"]
+
+    # A class leaves the data: the others keep their numbers. One comes: no model can know it.
+    for split in ("train", "validation"):
+        (root / split / "class0").rename(tmp_path / f"gone from {split}")
+    assert evaluate(folder, device="cpu").scores[0].top1 == result["accuracy"]
+    export(folder, tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["label_names"][0] == "class0"
+    (root / "test" / "class4").rename(root / "test" / "class9")
+    with pytest.raises(RunError, match=r"has the class 'class9', which the run has not"):
+        _evaluated(folder)
+    assert DataRecord.read(folder) is not None
+    (folder / "data.json").write_text((folder / "data.json").read_text().replace("class0", "classO"))
+    with pytest.raises((DataError, RunError), match=r"data.json is damaged"):
+        _evaluated(folder)
+
+
+def _evaluated(folder: Path) -> None:
+    try:
+        evaluate(folder, device="cpu")
+    except DataError:
+        raise
+    except Exception as refusal:  # a RecipeError has the place in the recipe too
+        raise RunError(str(refusal)) from None
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits(tmp_path / "images")
+    monkeypatch.setattr("probe_kd.train.write_report", lambda *_: None)  # so that it is not finished
+    monkeypatch.setattr("probe_kd.checkpoints.remove", lambda *_: None)
+    run(tmp_path / "images", tmp_path / "run")
+    (tmp_path / "images" / "train" / "class1" / "2.png").unlink()
+    with pytest.raises(DataError, match=r"are not those that it was begun with: .* now there are 39 train images"):
+        run(tmp_path / "images", tmp_path / "run", resume=True)

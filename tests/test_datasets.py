@@ -1,0 +1,350 @@
+"""Which images and labels a recipe gets: one numbering of the classes, splits that do not overlap, and no silence."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from pydantic import ValidationError
+
+from probe_kd.cache import fingerprint
+from probe_kd.datasets import DataOptions, DataRecord, HubImages, check_name, class_names, open_datasets
+from probe_kd.errors import DataError, RecipeError
+from probe_kd.planner import plan
+from probe_kd.recipe import parse
+
+
+def pictures(root: Path, **classes: int) -> None:
+    """So many images of each class; `_` in a name is a folder deeper."""
+    for name, count in classes.items():
+        folder = root / name.replace("_", "/")
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", (9, 8), (number, len(name), 7)).save(folder / f"{number}.png")
+
+
+def options(root: Path, **more: Any) -> DataOptions:
+    return DataOptions(**{"root": str(root), "input_size": (3, 8, 8), **more})
+
+
+def labels(dataset: Any) -> list[int]:
+    return [dataset[index][1] for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize("dataset", ["", "torch/image_folder"])
+def test_one_numbering_of_the_classes_serves_every_split(dataset: str, tmp_path: Path) -> None:
+    pictures(tmp_path, train_a=2, train_b=2, train_c10=2, train_c9=2, validation_b=1, validation_c9=2, test_c10=1)
+    found = open_datasets(options(tmp_path, dataset=dataset, test_split="test"))
+    numbers = {name: index for index, name in enumerate(found.classes)}
+    assert numbers.keys() == {"a", "b", "c9", "c10"}
+    assert labels(found.val) == sorted([numbers["b"], numbers["c9"], numbers["c9"]])
+    assert labels(found.test) == [numbers["c10"]]
+    assert class_names(found) == list(found.classes)
+    assert any(note.startswith("val_split 'validation' has no images of 2 of the 4 classes") for note in found.notes)
+
+
+def test_a_class_that_only_another_split_has_is_refused_by_name(tmp_path: Path) -> None:
+    pictures(tmp_path, train_cat=2, train_dog=2, validation_cat=1, validation_dogs=1)
+    with pytest.raises(
+        DataError, match=r"val_split 'validation' has the class 'dogs', .*did you mean 'dog'"
+    ) as refusal:
+        open_datasets(options(tmp_path))
+    assert refusal.value.key == "val_split"
+
+
+def test_the_classes_of_a_run_serve_data_that_have_lost_one(tmp_path: Path) -> None:
+    pictures(tmp_path, train_a=2, train_b=2, train_c=2, validation_b=1, validation_c=1)
+    before = open_datasets(options(tmp_path))
+    before.record.write(tmp_path / "data.json")
+    record = DataRecord.read(tmp_path)
+    assert record == before.record
+    (tmp_path / "train" / "a").rename(tmp_path / "gone")
+    assert labels(open_datasets(options(tmp_path)).test) == [0, 1]
+    assert labels(open_datasets(options(tmp_path), record).test) == [1, 2]
+    pictures(tmp_path, train_new=1)
+    with pytest.raises(DataError, match="has the class 'new', which the run has not"):
+        open_datasets(options(tmp_path), record)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"train_new": 2}, "now have a class 'new'"),
+        ({"train_a": 3}, "it had 4 train images, 2 test images, and now there are 5 train images"),
+        ({}, ""),
+    ],
+)
+def test_data_that_are_no_longer_those_of_a_run_are_refused(change: dict[str, int], says: str, tmp_path: Path) -> None:
+    pictures(tmp_path, train_a=2, train_b=2, validation_a=1, validation_b=1)
+    record = open_datasets(options(tmp_path)).record
+    pictures(tmp_path, **change)
+    now = open_datasets(options(tmp_path)).record
+    if not says:
+        record.refuse_others(now, tmp_path)
+        return
+    with pytest.raises(DataError, match=says):
+        record.refuse_others(now, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"classes": [1]}', "\0"])
+def test_a_damaged_record_is_told(text: str, tmp_path: Path) -> None:
+    assert DataRecord.read(tmp_path) is None
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(DataError, match=r"data.json does not tell the classes of a run"):
+        DataRecord.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "says"),
+    [
+        ({}, "val_split", r"no folder 'validation' .* there are 'holiday', 'train'; .*`val_split: none` with `holdout"),
+        ({"val_split": "hoilday"}, "val_split", r"did you mean 'holiday'\?"),
+        ({"train_split": "trian", "val_split": "holiday"}, "train_split", r"did you mean 'train'\?"),
+        ({"val_split": "holiday", "test_split": "tset"}, "test_split", "no folder 'tset'"),
+        ({"val_split": None}, "val_split", "no images to measure on: name them as `val_split`, or .*holdout: 0.1"),
+        ({"val_split": "train"}, "val_split", "val_split 'train' has images of train_split 'train'"),
+        ({"val_split": "training"}, "val_split", "has images of train_split"),
+        ({"val_split": "./train/../train"}, "val_split", "has images of train_split"),
+        (
+            {"train_split": ".", "val_split": "train", "dataset": "torch/folder"},
+            "val_split",
+            "has images of train_split",
+        ),
+        ({"val_split": "holiday", "test_split": "holiday"}, "test_split", "has images of val_split"),
+        ({"train_split": "train[:50%]", "val_split": "holiday"}, "train_split", r"no folder 'train\[:50%\]'"),
+    ],
+    ids=str,
+)
+def test_a_split_that_is_not_there_or_is_another_is_refused(
+    given: dict[str, Any], key: str, says: str, tmp_path: Path
+) -> None:
+    pictures(tmp_path, train_a=2, train_b=2, holiday_a=2, holiday_b=2)
+    with pytest.raises(DataError, match=says) as refusal:
+        open_datasets(options(tmp_path, **given))
+    assert refusal.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("given", "counts", "says"),
+    [
+        ({}, (20, 4, None, None), "both of val_split 'validation'; `test_split` gives others"),
+        (
+            {"test_split": "test"},
+            (20, 2, 4, None),
+            "curves are of val_split .*, the final figures of test_split 'test'",
+        ),
+        ({"val_split": None, "holdout": 0.2}, (16, 4, None, 4), "held-out images; there is no test figure"),
+        (
+            {"val_split": "none", "holdout": 0.2, "test_split": "test"},
+            (16, 2, 4, 4),
+            "curves are of the held-out images",
+        ),
+        ({"val_split": None, "test_split": "test"}, (20, 2, None, None), "both of test_split 'test'"),
+        ({"holdout": 0.2}, (16, 4, None, 4), "both of val_split"),
+        ({"holdout": 0.2, "test_split": "test"}, (16, 2, 4, 4), "curves are of val_split"),
+    ],
+    ids=str,
+)
+def test_which_images_are_measured_is_said(
+    given: dict[str, Any], counts: tuple[int | None, ...], says: str, tmp_path: Path
+) -> None:
+    pictures(tmp_path, train_a=10, train_b=10, validation_a=2, validation_b=2, test_a=1, test_b=1)
+    found = open_datasets(options(tmp_path, **given))
+    parts = (found.train, found.test, found.val, found.held_out)
+    assert tuple(None if part is None else len(part) for part in parts) == counts  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(found.measured_on)
+    assert (found.to_choose_by is None) == ("both of" in found.measured_on and not given.get("holdout"))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"train_split": "trian"},
+            r"sklearn/digits has no split 'trian'; it has 'train' and 'test'; did you mean 'train",
+        ),
+        ({"val_split": "tset"}, "sklearn/digits has no split 'tset'"),
+        ({"val_split": "train"}, "has images of train_split"),
+        ({"test_split": "test"}, "test_split 'test' has images of val_split 'validation'"),
+    ],
+    ids=str,
+)
+def test_splits_of_a_dataset_with_two_parts(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        open_datasets(DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8), **given))
+
+
+def test_a_misspelt_split_of_torchvisions_datasets_is_not_the_test_split(tmp_path: Path) -> None:
+    for key in ("train_split", "val_split"):
+        with pytest.raises(DataError, match="torch/cifar10 has no split 'trian'"):
+            open_datasets(options(tmp_path, dataset="torch/cifar10", **{key: "trian"}))
+
+
+@pytest.mark.parametrize(
+    ("classes", "given", "says"),
+    [
+        ({"train_a": 1, "validation_a": 1}, {}, "has 1 image; nothing can be learned"),
+        ({"train_a": 4, "validation_a": 1}, {}, r"images of one class only \('a'\)"),
+        ({"train": 4, "validation": 4}, {}, "in no class folders"),
+        ({"train_a": 2, "train_b": 2, "train_c": 0, "validation_a": 1}, {}, "train_split 'train' has no images of 'c'"),
+        ({"train_a": 2, "train_b": 2, "validation_a": 0}, {}, "no images in .*validation"),
+        (
+            {"train_a": 2, "train_b": 2, "train_c": 2, "validation_a": 1},
+            {"num_classes": 2},
+            "2 labels are none of the 2",
+        ),
+        ({"train_a": 2, "train_b": 2, "validation_a": 1}, {"num_classes": 1}, "none of the 1 classes"),
+        ({"train_a": 9, "train_b": 1, "validation_a": 1}, {"fraction": 0.1}, "has 1 image|one class"),
+    ],
+    ids=str,
+)
+def test_labels_that_no_classifier_can_learn_are_refused_at_check(
+    classes: dict[str, int], given: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    pictures(tmp_path, **classes)
+    more = "".join(f"\n  {key}: {value}" for key, value in given.items())
+    text = TINY.replace("dataset: sklearn/digits", f"root: {tmp_path}{more}")
+    with pytest.raises(RecipeError, match=says) as refusal:
+        plan(parse(text))
+    assert len(refusal.value.problems) == 1
+
+
+def test_images_that_cannot_be_read_are_left_out_once_and_counted_where_the_recipe_says_so(tmp_path: Path) -> None:
+    pictures(tmp_path, train_a=70, train_b=70, validation_a=3, validation_b=3)
+    for name in ("train/a/5.png", "train/b/69.png", "validation/a/0.png"):
+        (tmp_path / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "train" / "b" / "zz.png")
+    found = open_datasets(options(tmp_path, on_error="skip", holdout=0.1))
+    assert found.skipped == {"train_split": ("a/5.png", "b/69.png", "b/zz.png"), "val_split": ("a/0.png",)}
+    assert any("3 images of train_split cannot be read and are left out: 'a/5.png'" in note for note in found.notes)
+    assert (len(found.train), len(found.held_out), len(found.test)) == (124, 14, 5)  # type: ignore[arg-type]
+    assert sum(map(len, (labels(part) for part in (found.train, found.held_out, found.test)))) == 143
+    again = open_datasets(options(tmp_path, on_error="skip", holdout=0.1), found.record)
+    assert fingerprint(again.train) == fingerprint(found.train)
+    with pytest.raises(DataError, match="cannot be read"):
+        labels(open_datasets(options(tmp_path)).train)
+
+
+def test_a_class_of_which_no_image_can_be_read_is_told(tmp_path: Path) -> None:
+    pictures(tmp_path, train_a=2, train_b=2, train_c=1, validation_a=1)
+    (tmp_path / "train" / "c" / "0.png").write_text("none")
+    with pytest.raises(DataError, match="train_split 'train' has no images of 'c'"):
+        open_datasets(options(tmp_path, on_error="skip"))
+
+
+class Reader:
+    """What timm's reader of Hugging Face's datasets has, over a list."""
+
+    image_key, label_key = "image", "label"
+
+    def __init__(self, column: list[Any], names: tuple[str, ...] = ()) -> None:
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(file, "png")
+        self.column, self.bytes, self.class_to_idx = column, file.getvalue(), {it: n for n, it in enumerate(names)}
+        self.dataset: Any = self
+        self.column_names = ["image", "label"]
+
+    def __getitem__(self, key: Any) -> Any:
+        content = {"image": {"bytes": self.bytes, "path": None}}
+        return self.column if key == "label" else content | {"label": self.column[key]}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Reader]:
+    """Splits of a dataset of the hub, by their names."""
+    splits: dict[str, Reader] = {}
+
+    def create(_: DataOptions, split: str) -> Any:
+        return type("Dataset", (), {"reader": splits[split]})
+
+    monkeypatch.setattr("probe_kd.datasets._by_timm", create)
+    return splits
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_hub_dataset_has_one_numbering_too(text: bool, hub: dict[str, Reader]) -> None:
+    if text:  # labels are names themselves
+        hub |= {"train": Reader(["cat", "dog", "ant"]), "validation": Reader(["dog", "cat"])}
+    else:
+        hub |= {"train": Reader([1, 2, 0], ("ant", "cat", "dog")), "validation": Reader([1, 0], ("cat", "dog"))}
+    found = open_datasets(DataOptions(dataset="hfds/x", input_size=(3, 8, 8)))
+    assert (labels(found.train), labels(found.test)) == ([1, 2, 0], [2, 1])
+    assert found.classes == ("ant", "cat", "dog")
+    assert np.unique(np.asarray(found.test[0][0])).tolist() == [117]  # 30,000 of 65,535, scaled and not cut
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        (
+            Reader([0, 1, 3], ("a", "b", "c")),
+            r"1 labels are none of the 3 classes \(0 to 2\); the first is 3, of image 2",
+        ),
+        (Reader([0, -1, 1], ("a", "b")), "the first is -1"),
+        (Reader([0, None, 1], ("a", "b")), "are no class numbers .* has: NoneType, int"),
+        (Reader([[0], [1]], ("a", "b")), "are no class numbers .* has: list"),
+        (Reader([0, 1, 1], ("a", "b", "c")), "has no images of 'c'; where that is meant, say so: `num_classes: 3`"),
+        (Reader([0, 1]), "set `num_classes`"),
+    ],
+)
+def test_labels_of_a_hub_dataset_are_checked(train: Reader, says: str, hub: dict[str, Reader]) -> None:
+    hub |= {"train": train, "validation": Reader([0, 1], ("a", "b"))}
+    with pytest.raises(DataError, match=says):
+        open_datasets(DataOptions(dataset="hfds/x", input_size=(3, 8, 8)))
+
+
+def test_an_image_that_a_hub_dataset_has_not_is_told_by_number() -> None:
+    reader = Reader([0, 1], ("a", "b"))
+    reader.bytes = b""
+    with pytest.raises(DataError, match=r"image 1 of hfds/x \(train\) cannot be read"):
+        HubImages(reader, "RGB", "hfds/x (train)")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("cifar100", "did you mean 'torch/cifar100'"),
+        ("torch/cifar101", "did you mean 'torch/cifar10"),
+        ("sklearn/digit", "there is 'sklearn/digits'"),
+        ("hfd/food101", "begin with `torch/`, `hfds/`"),
+        ("pictures", "is given as `root`"),
+    ],
+)
+def test_a_dataset_that_there_is_not_is_refused_by_its_name(name: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=says):
+        check_name(name)
+    pictures(tmp_path, train_a=2, train_b=2, validation_a=1)
+    with pytest.raises(DataError, match=says):
+        open_datasets(options(tmp_path, dataset=name))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"scale": (1.0, 0.08)}, r"\[1, 0.08\]: expected \[least, most\]; did you mean \[0.08, 1\]\?"),
+        ({"ratio": (1.5, 0.5)}, r"did you mean \[0.5, 1.5\]"),
+        ({"scale": (0.0, 1.0)}, "both above 0"),
+        ({"ratio": (-1.0, 1.0)}, "both above 0"),
+        ({"input_size": (3, 0, 8)}, "greater than or equal to 1"),
+        ({"input_size": (3, 8, -8)}, "greater than or equal to 1"),
+        ({"input_size": (3, 10**9, 8)}, "less than or equal to 16384"),
+        ({"input_size": (2, 8, 8)}, r"2 channels: images have 1 \(grey\) or 3 \(colour\)"),
+    ],
+    ids=str,
+)
+def test_values_that_no_image_can_have(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        DataOptions(**{"input_size": (3, 8, 8), **given})
+
+
+def test_the_training_images_are_divided_as_ever() -> None:
+    found = open_datasets(DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8), holdout=0.1, fraction=0.5))
+    order = torch.randperm(1437, generator=torch.Generator().manual_seed(0)).tolist()
+    assert found.held_out.indices == order[:144]  # type: ignore[union-attr]
+    assert found.train.indices == order[144:790]  # type: ignore[attr-defined]
