@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -15,16 +16,17 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from conftest import GRAFT, ROCKET, TINY, TRUNK, apart, record
 from safetensors.torch import load_file
-from test_resume import STEADY, count, planned, run, same
+from test_resume import STEADY, After, count, planned, run, same
 
 from probe_kd import checkpoints
 from probe_kd.errors import RunError, Stopped
+from probe_kd.loop import own_accelerator
 
 
 def _one_of(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...], queue: Any) -> None:
-    """What torchrun sets, and then the work."""
+    """What torchrun sets on a machine without GPUs, and then the work."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     AcceleratorState._reset_state(reset_partial_state=True)  # what the imports found out
     try:
         work(*arguments)
@@ -132,6 +134,65 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bits(tmp_path: Path) -
     assert (tmp_path / "parts" / checkpoints.FOLDER).exists()
     assert run_by_two(text, tmp_path / "parts", resume=True) == ["done", "done"]
     same(tmp_path / "whole", tmp_path / "parts")
+
+
+SMALL = """\
+student:
+  model: vit_tiny_patch16_224
+  model_kwargs: {img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}
+data: {dataset: sklearn/digits, input_size: [3, 8, 8], batch_size: 16, hflip: 0.0, fraction: 0.2227}
+stages:
+  - epochs: 2
+    losses: {task: {loss: cross_entropy}}
+    optimizer: {opt: sgd, lr: 1.0e-30}
+"""
+
+
+def test_a_peer_that_is_killed_ends_the_other_in_words(tmp_path: Path) -> None:
+    planned(SMALL)
+    processes, queue = start(_resumable, SMALL.replace("epochs: 2", "epochs: 2000"), tmp_path / "run", {})
+    while not (tmp_path / "run" / "metrics.csv").exists():
+        time.sleep(0.01)
+    os.kill(processes[0].pid, signal.SIGKILL)
+    assert queue.get(timeout=120).startswith("PeerLost: another of the 2 processes of this run has ended or was killed")
+    processes[1].join(timeout=60)
+    assert checkpoints.newest(tmp_path / "run", print) is not None
+
+
+def test_another_number_of_processes_goes_on_at_the_same_image_or_is_refused(tmp_path: Path) -> None:
+    """320 images, and weights that stay as they are: the mean loss of an epoch tells whether it had each of them once."""
+    run(SMALL, tmp_path / "whole")
+    for updates in (3, 4):
+        with pytest.raises(Stopped):
+            run(SMALL, tmp_path / "run", After(lambda: os.kill(os.getpid(), signal.SIGTERM), updates=updates))
+        said = run_by_two(SMALL, tmp_path / "run", resume=True)
+        if updates == 3:
+            assert (
+                said
+                == [
+                    "RunError: 1 processes had done 3 batches each of epoch 1, which 2 cannot go on with at the "
+                    "same image; resume with 1 processes, which may be stopped at the end of an epoch"
+                ]
+                * 2
+            )
+            shutil.rmtree(tmp_path / "run")
+    assert said == ["done", "done"]
+    for ours, theirs in zip(record(tmp_path / "run"), record(tmp_path / "whole"), strict=True):
+        assert float(ours["task"]) == pytest.approx(float(theirs["task"]), rel=1e-5)
+
+
+def test_processes_that_accelerate_does_not_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is with more processes than accelerate knows devices for."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for variables, says in (
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE says that this is one of 2 processes, and RANK is not there"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, r"2 processes were started \(WORLD_SIZE\), but accelerate counts 1"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "have to be whole numbers"),
+    ):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RunError, match=says), own_accelerator():
+            pass
 
 
 def test_a_loss_that_is_no_number_ends_both(tmp_path: Path) -> None:

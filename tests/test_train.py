@@ -27,9 +27,9 @@ from probe_kd.errors import RecipeError, RunError
 from probe_kd.loop import Phase, make_optimizer, make_scheduler
 from probe_kd.losses import soft_targets
 from probe_kd.planner import plan
-from probe_kd.recipe import load, parse
-from probe_kd.report import Display, doubts
-from probe_kd.train import Journal, train
+from probe_kd.recipe import dump, load, parse
+from probe_kd.report import Display, doubts, teacher_lines
+from probe_kd.train import Journal, Run, accelerating, train
 
 
 def run(path: Path, folder: Path, display: Display | None = None, **options: bool) -> Journal:
@@ -265,6 +265,7 @@ def test_the_best_epoch_by_held_out_images_is_kept_and_survives_an_interruption(
     text = text.replace("{opt: adamw, lr: 1.0e-3, weight_decay: 0.5}", "{opt: sgd, lr: 0.1}")
     text = text.replace("pairs: {layer2: layer2}\n", "")
     text += "    scheduler: {sched: multistep, decay_milestones: [3], decay_rate: 100}\n"  # the last epoch destroys all
+    text += "model_ema: {decay: 0.0}\n"  # the average is the student, after every update
     (tmp_path / "r.yaml").write_text(text)
     run(tmp_path / "r.yaml", tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
@@ -282,8 +283,47 @@ def test_the_best_epoch_by_held_out_images_is_kept_and_survives_an_interruption(
     assert torch.cat(terms).mean().item() == pytest.approx(min(losses), rel=1e-4)
     ours, theirs = student_of(tmp_path / "parts"), student_of(tmp_path / "run")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    for folder in ("run", "parts"):
+        average = load_file(tmp_path / folder / "student-ema.safetensors")
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in average.items())
     assert len({*planned.datasets.train.indices} & {*planned.datasets.held_out.indices}) == 0  # type: ignore[attr-defined]
     assert len(planned.datasets.train) + len(planned.datasets.held_out) == 1437  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("same_init", [False, True])
+def test_a_teacher_of_the_students_architecture_begins_with_other_weights_unless_asked(same_init: bool) -> None:
+    text = HINT_ONLY.replace("resnet18, model_kwargs: {channels: [8, 16, 24, 48]}", "resnet10t, MODEL")
+    text = text.replace("MODEL", f"model_kwargs: {{channels: [8, 16, 24, 32]}}, same_init: {str(same_init).lower()}")
+    text = text.replace("{hint:", "{task: {loss: cross_entropy}, hint:")
+    planned = plan(parse(f"{text}seed: 3\nbaseline: true\n"))
+    with accelerating(planned.recipe) as accelerator:
+        run_ = Run(planned, Path(), Display(Console(quiet=True)), accelerator, Journal())
+        models = {subject.role: subject.model.state_dict() for subject in run_.subjects()}
+    torch.manual_seed(3)
+    fresh = timm.create_model("resnet10t", num_classes=10, channels=[8, 16, 24, 32]).state_dict()
+    for role, equal in (("student", True), ("student alone", True), ("teacher", same_init)):
+        assert torch.equal(models[role]["conv1.0.weight"], fresh["conv1.0.weight"]) == equal, role
+        assert torch.equal(models[role]["fc.weight"], fresh["fc.weight"]) == equal, role
+
+
+def test_a_teacher_that_has_weights_is_fine_tuned_gently_and_the_plan_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    given = f"checkpoint: {tmp_path / 'teacher.safetensors'}"
+    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
+    for weights, training, rate in (
+        ("", "{epochs: 1}", 1e-3),
+        (given, "{epochs: 1}", 1e-4),
+        (given, "{epochs: 1, optimizer: {opt: sgd}}", 1e-4),
+        (given, "{epochs: 1, optimizer: {lr: 0.001}}", 1e-3),
+    ):
+        text = TINY.replace("train: {epochs: 1}", f"train: {training}\n  {weights}")
+        planned = plan(parse(text))
+        assert planned.recipe.teacher is not None
+        assert planned.recipe.teacher.train is not None
+        assert planned.recipe.teacher.train.optimizer.lr == rate
+        lines = [f"the teacher has weights, and is first fine-tuned: 1 epochs, lr {rate:g}"] if weights else []
+        assert teacher_lines(planned) == lines
+        assert parse(dump(planned.resolved)).recipe.teacher == planned.resolved.teacher
 
 
 def test_learning_rates_are_scaled_by_group_and_follow_the_schedule() -> None:
