@@ -160,7 +160,7 @@ def test_a_peer_that_is_killed_ends_the_other_in_words(tmp_path: Path) -> None:
 
 
 def test_another_number_of_processes_goes_on_at_the_same_image_or_is_refused(tmp_path: Path) -> None:
-    """320 images, and weights that stay as they are: the mean loss of an epoch tells whether it had each of them once."""
+    """320 images, and weights that stay as they are: the mean loss of an epoch tells whether each was in it once."""
     run(SMALL, tmp_path / "whole")
     for updates in (3, 4):
         with pytest.raises(Stopped):
