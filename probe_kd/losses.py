@@ -18,7 +18,7 @@ reading a value would make every step wait for it, so there the Distiller checks
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter, signature
 from math import isfinite
 from types import MappingProxyType
@@ -35,8 +35,8 @@ Reduction = Literal["sum", "mean"]
 P = ParamSpec("P")
 
 
-def _in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Promote every tensor argument to float32 at least, and leave autocast.
+def _in_float32(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
+    """Promote every tensor argument to float32 at least, and leave autocast. Without `promote`, only leave it.
 
     The tensors are positional only: one given by keyword would pass by here, and keep its type and its gradient.
     """
@@ -47,7 +47,7 @@ def _in_float32(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         # Where there is none to leave, the context is left out: entering one takes longer than a small kernel.
         outside = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with outside:
-            return function(*map(_promote, args), **kwargs)
+            return function(*(map(_promote, args) if promote else args), **kwargs)
 
     return computed
 
@@ -72,14 +72,39 @@ def _squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Te
     once on the way back, where it holds one, and take twice its time.
     """
     _check_reduction(reduction)
+    if {student.dtype.itemsize, teacher.dtype.itemsize} in ({2}, {2, 4}):
+        total: Tensor = _SquaresOfHalf.apply(student, teacher)
+        return total / (student.numel() if reduction == "mean" else len(student))
     if reduction == "mean":  # events of one batch are of one size, so the mean of their means is that of all
         return F.mse_loss(student, teacher).clone()  # the number that torch gives still holds the squares' memory
     return F.mse_loss(student, teacher, reduction="sum") / len(student)
 
 
-def _loss(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """A loss in float32 that detaches all but its first argument, the student, unless `block_gradient` is False."""
-    computed = _in_float32(function)
+class _SquaresOfHalf(torch.autograd.Function):
+    """The sum of squared differences, taken in float32, of two tensors of which one at least is in half precision.
+
+    For the way back it keeps the two as they are, which is half of what promoting them first would keep.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        return student.to(torch.float32, copy=True).sub_(teacher).square_().sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        student, teacher = ctx.saved_tensors
+        difference = student.to(torch.float32, copy=True).sub_(teacher).mul_(2 * gradient)
+        teachers = difference.neg().to(teacher.dtype) if ctx.needs_input_grad[1] else None
+        return difference.to(student.dtype), teachers
+
+
+def _loss(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
+    """A loss in float32 that detaches all but its first argument, the student, unless `block_gradient` is False.
+
+    Without `promote` it gets its tensors as they are, and computes in float32 by itself.
+    """
+    computed = _in_float32(function, promote=promote)
 
     @wraps(function)
     def blocked(student: Tensor, *targets: Tensor, block_gradient: bool = True, **options: Any) -> Tensor:
@@ -294,7 +319,7 @@ def logits(
     return _squared_error(student, teacher, reduction)
 
 
-@_loss
+@partial(_loss, promote=False)
 def hint(
     student: Float[Tensor, "batch ..."],
     teacher: Float[Tensor, "batch ..."],

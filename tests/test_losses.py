@@ -237,6 +237,23 @@ def test_half_precision_and_autocast_change_nothing_but_the_inputs(name: str) ->
         assert torch.equal(value, exact)
 
 
+@pytest.mark.parametrize("kinds", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_hint_of_half_precision_keeps_its_maps_as_they_are(
+    kinds: tuple[torch.dtype, torch.dtype], reduction: Any
+) -> None:
+    """And is, with both gradients, what float32 gives for the same numbers."""
+    sides = [torch.randn(2, 8, 4, 4).to(kind).requires_grad_() for kind in kinds]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda it: kept.append(it) or it, lambda it: it):
+        value = hint(*sides, reduction=reduction, block_gradient=False)
+    expected = hint(*(side.float() for side in sides), reduction=reduction, block_gradient=False)
+    torch.testing.assert_close(value, expected)
+    assert sum(it.nbytes for it in kept if it.numel() > 1) == sum(side.nbytes for side in sides)
+    for mine, other in zip(torch.autograd.grad(value, sides), torch.autograd.grad(expected, sides), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
 def test_a_float16_gram_matrix_of_large_values_does_not_overflow() -> None:
     flow = torch.full((2, 3, 8, 8), 3e4, dtype=torch.float16), torch.full((2, 3, 8, 8), 3e4, dtype=torch.float16)
     assert torch.isinf(flow[0] * flow[1]).all()
