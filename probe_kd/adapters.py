@@ -584,8 +584,8 @@ class ImageView(nn.Module):
     """Images normalised and sized for one model, as another model expects them.
 
     Both models of a distillation see the very same view of an image (Beyer et al. 2022, arXiv 2106.05237): it is
-    augmented once, and only normalisation and size change. A grey image becomes three equal channels where they are
-    expected.
+    augmented once, and only normalisation and size change. A grey image becomes three equal channels where `given` says
+    that it is grey, and is refused where it does not.
     """
 
     def __init__(self, given: InputSpec, wanted: InputSpec) -> None:
@@ -596,7 +596,7 @@ class ImageView(nn.Module):
         given_mean, given_std, mean, std = (
             torch.tensor(values).expand(channels) for values in (given.mean, given.std, wanted.mean, wanted.std)
         )
-        self.channels, self.size = channels, wanted.size[1:]
+        self.given_channels, self.channels, self.size = given.size[0], channels, wanted.size[1:]
         self.same = torch.equal(given_mean, mean) and torch.equal(given_std, std)
         self.register_buffer("scale", (given_std / std).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", ((given_mean - mean) / std).view(1, -1, 1, 1), persistent=False)
@@ -604,6 +604,11 @@ class ImageView(nn.Module):
         self.shift: Tensor
 
     def forward(self, images: Float[Tensor, "batch c height width"]) -> Float[Tensor, "batch channels h w"]:
+        if images.ndim != 4 or images.shape[1] != self.given_channels:
+            raise AdapterError(
+                f"the images are {'x'.join(map(str, images.shape))}, and a batch of images of {self.given_channels} "
+                f"channels is expected; grey images have their own InputSpec((1, height, width), mean, std)"
+            )
         images = images.expand(-1, self.channels, -1, -1)
         if tuple(images.shape[2:]) != self.size:
             images = _interpolate(images, self.size)

@@ -301,14 +301,14 @@ def check_name(name: str, root: str | None = None) -> None:
             "dataset",
         )
     if kind.lower() == "torch" and inner.lower() not in _TORCHVISION:
-        near = nearest(name.lower(), [f"torch/{known}" for known in _TORCHVISION])
+        near = nearest(name.lower(), NAMES)
         raise DataError(
             f"there is no dataset {name!r}; timm reads {', '.join(_TORCHVISION)} of torchvision{near}", "dataset"
         )
     if kind == "sklearn" and name != "sklearn/digits":
         raise DataError(f"there is no dataset {name!r}; from scikit-learn there is 'sklearn/digits'", "dataset")
     if not slash or kind.lower() not in _KINDS:
-        near = nearest(name, ["sklearn/digits", *(f"torch/{known}" for known in _TORCHVISION)])
+        near = nearest(name, NAMES)
         raise DataError(
             f"there is no dataset {name!r}{near or ';'} a folder of folders is given as `root`, without `dataset`, and "
             "other names begin with `torch/`, `hfds/` or `wds/`, or are `sklearn/digits`",
@@ -321,8 +321,10 @@ _OF_TWO_PARTS = ("sklearn/digits", *(f"torch/{name}" for name in _IN_MEMORY))
 _FOLDERS = ("image_folder", "folder")
 _TORCHVISION = (*_IN_MEMORY, "inaturalist", "inat", "places365", "imagenet", *_FOLDERS)
 _KINDS = ("sklearn", "torch", "hfds", "wds")
+NAMES = ("sklearn/digits", *(f"torch/{name}" for name in _TORCHVISION))  # that are known without a look at the hub
 _TRAIN_WORDS = ("train", "training")
-_TEST_WORDS = ("validation", "valid", "val", "eval", "evaluation", "test", "testing")
+EVALUATED = ("val", "valid", "validation", "eval", "evaluation")  # of folders, in the order that timm looks for them
+_TEST_WORDS = (*EVALUATED, "test", "testing")
 
 
 def _open_all(options: DataOptions) -> list[_Split]:
@@ -443,7 +445,7 @@ def _split_folder(options: DataOptions, key: str, split: str) -> str:
     root = options.root
     if not (root and Path(root).is_dir()):
         raise DataError(f"there is no folder {root!r} to read images from; set `root`, or name a `dataset`")
-    words = _TRAIN_WORDS if split in _TRAIN_WORDS else ("val", *_TEST_WORDS[:-2]) if split in _TEST_WORDS[:-2] else ()
+    words = _TRAIN_WORDS if split in _TRAIN_WORDS else EVALUATED if split in EVALUATED else ()
     for name in (split, *words):
         if os.path.isdir(os.path.join(root, name)):
             return os.path.join(root, name) if name != "." else root

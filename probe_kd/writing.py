@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from probe_kd.errors import Problem, RecipeError, nearest
+from probe_kd.datasets import EVALUATED, NAMES, check_name
+from probe_kd.errors import DataError, Problem, RecipeError, nearest
 from probe_kd.models import packages
 from probe_kd.plain import reason
 from probe_kd.recipe import parse
@@ -137,7 +138,8 @@ def write_recipe(
     data: str = "sklearn/digits",
     root: str | None = None,
 ) -> None:
-    """A complete recipe for these models, with the reason of every pair. Raises RecipeError.
+    """A complete recipe for these models, with the reason of every pair. Raises RecipeError, or DataError for images
+    that there are not.
 
     `data` is a name as in `data: {dataset: ...}`, or a folder of folders.
     """
@@ -187,14 +189,25 @@ def _teacher_size(student: Trace, teacher: Trace) -> str:
 
 
 def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, holdout: bool) -> list[str]:
-    """The `data:` section; what is known of a set (small images, digits that must not be mirrored) is in it."""
-    folder = "/" not in data or Path(data).is_dir()
+    """The `data:` section; what is known of a set (small images, digits that must not be mirrored) is in it.
+
+    Raises DataError for images that there are not, as far as that can be seen without fetching any.
+    """
+    folder = Path(data).is_dir()
     lines = ["data:"]
     if folder:
-        lines += [
-            f"  root: {_word(data)}           # a folder of folders, `train` and `validation`, one for each class"
-        ]
+        unmeasured = not any((Path(data) / name).is_dir() for name in EVALUATED)
+        holdout |= unmeasured
+        lines += [f"  root: {_word(data)}           # a folder of folders, one for each class in every split"]
+        lines += ["  val_split: none               # there is no `validation` in it"] * unmeasured
+    elif "/" not in data or data.startswith((".", "/", "~")):
+        near = nearest(data, [*NAMES, *(entry.name for entry in Path().iterdir() if entry.is_dir())])
+        raise DataError(
+            f"there is no folder {data!r}{near or ','} and --data takes a folder of folders that is there, or a name "
+            "such as torch/cifar100"
+        )
     else:
+        check_name(data)
         lines += [f"  dataset: {_word(data)}"]
         if data.startswith("torch/"):
             lines += [f"  root: {_word(root or 'data')}", "  download: true                # by torchvision, once"]

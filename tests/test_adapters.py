@@ -392,6 +392,12 @@ def test_a_grey_image_becomes_three_equal_channels_normalised_each_as_expected()
     torch.testing.assert_close(ImageView(grey, IMAGENET)((pixels - 0.5) / 0.25), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(AdapterError, match="images of 3 channels for a model that expects 1"):
         ImageView(IMAGENET, grey)
+    for view, images in (
+        (ImageView(IMAGENET, IMAGENET), pixels),
+        (ImageView(grey, IMAGENET), pixels.repeat(1, 3, 1, 1)),
+    ):
+        with pytest.raises(AdapterError, match=r"the images are 2x[13]x32x48, and a batch of images of [31] channels"):
+            view(images)
 
 
 def test_average_pooling_is_exact_where_it_divides() -> None:

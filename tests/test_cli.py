@@ -1,8 +1,10 @@
 """The command line, as in a shell: what it prints, how it refuses, what it leaves alone."""
 
+import contextlib
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +17,10 @@ import timm
 from conftest import ROCKET, TINY
 
 from probe_kd.cli import main
+from probe_kd.errors import DataError
 from probe_kd.recipe import load
-from probe_kd.writing import METHODS
+from probe_kd.tracing import trace
+from probe_kd.writing import METHODS, write_recipe
 
 USER_MODEL = """\
 from torch import nn
@@ -148,7 +152,7 @@ def test_match_writes_a_recipe_that_runs(command: Command, tmp_path: Path) -> No
     weights = {"teacher.safetensors", "student-alone.safetensors", "student.safetensors"}
     weights |= {"adapters-0.safetensors"}
     told = {"metrics.csv", "summary.csv", "curves.png", "summary.json", "layers.json", "report.html"}
-    assert left == weights | told | {"recipe.yaml"}
+    assert left == weights | told | {"recipe.yaml", "data.json", "manifest.json"}
     line = next(line for line in result.stdout.splitlines() if "timm.create_model(" in line)
     code = f"import timm; print(sum(p.numel() for p in {line.strip()}.parameters()))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -182,17 +186,37 @@ def test_init_writes_a_recipe_of_every_method_that_passes_check(
     [
         ("torch/cifar100", {"dataset": "torch/cifar100", "root": "data", "download": True, "hflip": 0.5}),
         ("hfds/food101", {"dataset": "hfds/food101", "root": None, "hflip": 0.5, "scale": (0.08, 1.0)}),
-        ("photos", {"dataset": "", "root": "photos"}),
+        ("photos", {"dataset": "", "root": "photos", "val_split": "none", "holdout": 0.1}),
     ],
 )
 def test_init_names_the_images_as_timm_does(
     command: Command, tmp_path: Path, data: str, expected: dict[str, Any]
 ) -> None:
+    (tmp_path / "photos" / "train").mkdir(parents=True)
     models = ["--student", "resnet10t", "--teacher", "resnet18"]
     done = command("init", *models, "--method", "soft_targets", "--data", data, "-o", "new.yaml")
     assert done.returncode == 0, done.stderr
     options = load(tmp_path / "new.yaml").recipe.data
     assert {key: getattr(options, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("photso", "there is no folder 'photso'; did you mean 'photos'?"),
+        ("cifar100", "did you mean 'torch/cifar100'"),
+        ("torch/cifar101", "there is no dataset 'torch/cifar101'"),
+        ("hfd/food101", "begin with `torch/`"),
+        ("./nowhere", "a folder of folders that is there"),
+        ("tfds/mnist", "is a stream"),
+    ],
+)
+def test_init_refuses_images_that_there_are_not(data: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    traces = [trace("resnet10t", 32), trace("resnet18", 32)]
+    with contextlib.chdir(tmp_path), pytest.raises(DataError, match=re.escape(says)):
+        write_recipe(*traces, [], tmp_path / "new.yaml", method="soft_targets", data=data)
+    assert not (tmp_path / "new.yaml").exists()
 
 
 @pytest.mark.parametrize(
