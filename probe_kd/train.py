@@ -171,10 +171,10 @@ def train(
                     claimed = claim(folder, display.say)
                     after.callback(claimed.release)
                 opened = [open_run(plan, folder, display, resume=resume, overwrite=overwrite)]
-            except RunError as refusal:
+            except ProbeKDError as refusal:
                 opened = [refusal]
         opened = broadcast_object_list(opened)
-        if isinstance(opened[0], RunError):
+        if isinstance(opened[0], ProbeKDError):
             raise for_all(opened[0])
         journal: Journal
         journal, checkpoint = opened[0]

@@ -273,6 +273,6 @@ def test_what_lies_in_the_way_is_told_before_the_models_are_traced(
 def test_the_manifest_names_what_the_run_wrote(finished: Path) -> None:
     manifest = Manifest.read(finished)
     assert manifest is not None
-    assert manifest.files.keys() == {"recipe.yaml", "student.safetensors"}
+    assert manifest.files.keys() == {"recipe.yaml", "data.json", "student.safetensors"}
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in manifest.files.values())
     assert json.loads((finished / "manifest.json").read_text())["written_by"] == "probe-kd"
