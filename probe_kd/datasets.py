@@ -225,7 +225,8 @@ def _counts(items: Iterable[tuple[str, Any]]) -> str:
 class _Split:
     """One split: its images, the names of the classes by the index that the images have, and all labels if known.
 
-    `sources` is what it reads, by which two splits of the same images are found; `empty` are classes without images.
+    `sources` is what it reads, and `rows` are (part, first, end) of it, by which two splits of the same images are
+    found; `empty` are classes without images.
     """
 
     key: str
@@ -236,6 +237,7 @@ class _Split:
     targets: Any = None
     empty: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    rows: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def label(self) -> str:
@@ -342,7 +344,7 @@ def _open_all(options: DataOptions) -> list[_Split]:
     opened = [_open(options, key, name) for key, name in wanted.items()]
     for number, split in enumerate(opened):
         for other in opened[:number]:
-            if any(_overlap(one, two) for one in other.sources for two in split.sources):
+            if _overlap(other, split):
                 raise DataError(
                     f"{split.label} has images of {other.label}, and no figure of images that were used before means "
                     f"anything; name other images, or hold some out: `val_split: none` with `holdout: 0.1`",
@@ -351,9 +353,19 @@ def _open_all(options: DataOptions) -> list[_Split]:
     return opened
 
 
-def _overlap(one: str, two: str) -> bool:
-    """Whether two sources are one; of folders, also whether one lies in the other."""
-    return one == two or one.startswith(two + os.sep) or two.startswith(one + os.sep)
+def _overlap(one: _Split, two: _Split) -> bool:
+    """Whether two splits have a source or a row of a table in common, or one's folder lies in the other's."""
+    if one.sources & two.sources:
+        return True
+    if len(one.sources) == len(two.sources) == 1:
+        (first,), (second,) = one.sources, two.sources
+        if first.startswith(second + os.sep) or second.startswith(first + os.sep):
+            return True
+    return any(
+        part == other and max(start, begin) < min(stop, end)
+        for part, start, stop in one.rows
+        for other, begin, end in two.rows
+    )
 
 
 def _open(options: DataOptions, key: str, split: str) -> _Split:
@@ -571,7 +583,20 @@ class HubImages(Dataset[Any]):
 
 def _hub(options: DataOptions, key: str, split: str) -> _Split:
     images = HubImages(_by_timm(options, split).reader, options.mode, f"{options.dataset} ({split})")
-    return _Split(key, split, images, images.names, frozenset({split}), images.targets)
+    rows = _rows_of(images.reader.dataset, split)
+    return _Split(key, split, images, images.names, frozenset({split}), images.targets, rows=rows)
+
+
+def _rows_of(dataset: Any, split: str) -> tuple[tuple[str, int, int], ...]:
+    """Which rows of which parts of a hub dataset a split such as `train[:90%]` is, where it says how many it has."""
+    parts = getattr(getattr(dataset, "info", None), "splits", None)
+    if not parts:
+        return ()
+    from datasets import ReadInstruction
+
+    lengths = {name: part.num_examples for name, part in parts.items()}
+    found = ReadInstruction.from_spec(split).to_absolute(lengths)
+    return tuple((it.splitname, it.from_ or 0, lengths[it.splitname] if it.to is None else it.to) for it in found)
 
 
 def _renumbered(split: _Split, names: Sequence[str], whose: str) -> _Split:

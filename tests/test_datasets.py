@@ -13,7 +13,16 @@ from PIL import Image
 from pydantic import ValidationError
 
 from probe_kd.cache import fingerprint
-from probe_kd.datasets import DataOptions, DataRecord, HubImages, check_name, class_names, open_datasets
+from probe_kd.datasets import (
+    DataOptions,
+    DataRecord,
+    HubImages,
+    _overlap,
+    _Split,
+    check_name,
+    class_names,
+    open_datasets,
+)
 from probe_kd.errors import DataError, RecipeError
 from probe_kd.planner import plan
 from probe_kd.recipe import parse
@@ -348,3 +357,20 @@ def test_the_training_images_are_divided_as_ever() -> None:
     order = torch.randperm(1437, generator=torch.Generator().manual_seed(0)).tolist()
     assert found.held_out.indices == order[:144]  # type: ignore[union-attr]
     assert found.train.indices == order[144:790]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "shared"),
+    [
+        ([("train", 0, 80)], [("train", 80, 100)], False),
+        ([("train", 0, 80)], [("train", 79, 100)], True),
+        ([("train", 0, 100)], [("test", 0, 100)], False),
+        ([("train", 0, 10), ("test", 5, 9)], [("train", 10, 20), ("test", 0, 6)], True),
+    ],
+)
+def test_parts_of_a_hub_dataset_that_overlap_are_found(train: Any, val: Any, shared: bool) -> None:
+    one, two = (
+        _Split("val_split", str(rows), [], (), frozenset({str(rows)}), rows=tuple(rows))  # type: ignore[arg-type]
+        for rows in (train, val)
+    )
+    assert _overlap(one, two) is _overlap(two, one) is shared
