@@ -14,14 +14,24 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from probe_kd.data import loader, readable
+from probe_kd.data import loader
 from probe_kd.distiller import Distiller
 from probe_kd.errors import RunError
-from probe_kd.loop import Phase, make_optimizer, memory_format
-from probe_kd.objectives import Objective
+from probe_kd.loop import Phase, make_optimizer
 from probe_kd.planner import Plan
 from probe_kd.report import Display, Reach, StepCost
-from probe_kd.train import TEACHER_ALONE, Journal, Run, Subject, accelerating, too_large
+from probe_kd.train import (
+    Journal,
+    Norms,
+    Run,
+    accelerating,
+    complaints,
+    first_batch,
+    one_step,
+    student_of,
+    too_large,
+    untrained,
+)
 
 
 @dataclass(frozen=True)
@@ -31,53 +41,43 @@ class Audit:
     reach: tuple[Reach, ...]
     costs: tuple[StepCost, ...]
     wrong: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
 
 def audit(plan: Plan) -> Audit:
     """Every stage of the student on one batch of the recipe's images, before anything is trained.
 
-    Wrong are a loss that is no number, one that moves nothing, a gradient that is not finite, and a parameter that no
-    loss of any stage reaches although the student's answer depends on it. Raises DataError where images cannot be read,
-    RunError where a step does not fit into memory.
+    Wrong are a loss that is no number, one that moves nothing, and a gradient that is not finite; remarked on is a
+    parameter that no loss of any stage reaches although the student's answer depends on it. Raises DataError where
+    images cannot be read, RunError where a step fails or does not fit into memory.
     """
     with accelerating(plan.recipe) as accelerator:
         run = Run(plan, Path(), Display(Console(quiet=True), quiet=True), accelerator, Journal())
         try:
-            return _audit(plan, run)
+            with one_step():
+                return _audit(plan, run)
         except torch.OutOfMemoryError as refusal:
             raise RunError(too_large(refusal)) from refusal
 
 
 def _audit(plan: Plan, run: Run) -> Audit:
-    for subject in run.subjects():
-        if subject.role in ("teacher", TEACHER_ALONE) and not plan.recipe.share:
-            run.teacher = subject
-        if subject.role == "student":
-            return _audit_student(plan, run, subject)
-    raise AssertionError("every recipe has a student")
-
-
-def _audit_student(plan: Plan, run: Run, subject: Subject) -> Audit:
+    subject = student_of(run)
+    images, target = first_batch(run, subject)
     found: list[Reach] = []
     costs: list[StepCost] = []
-    missed: set[str] | None = None
-    batches = loader(plan.datasets.train, plan.recipe.data, run.images_for(subject), training=True)
-    prepared = batches.prepare(run.accelerator, memory_format(plan.recipe, run.accelerator.device))
-    images, target, _ = next(readable(prepared))
+    reach: list[tuple[str, Norms]] = []
+    steps = len(loader(plan.datasets.train, plan.recipe.data, run.images_for(subject), training=True))
     for phase in subject.phases:
         distiller = run.distiller(subject, phase)
         norms = distiller.train().audit(images, target)
+        reach.append((phase.name, norms))
+        found += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
         reached = {name for loss in norms.values() for name in loss}
-        named = [name for name, _ in distiller.named_parameters() if name.startswith("student.")]
-        missed = set(named) - reached if missed is None else missed - reached
-        found += [reach for loss in norms for reach in _by_part(phase.name, loss, norms[loss], distiller)]
-        costs.append(_cost(run, phase, distiller, images, target, reached, len(batches)))
+        if reached:
+            costs.append(_cost(run, phase, distiller, images, target, reached, steps))
         distiller.close()
-    answer = Distiller(subject.model, None, [Objective("cross_entropy")], student_input=subject.input)
-    answer.to(run.accelerator.device)
-    used = set(answer.train().audit(images, target)["cross_entropy"])
-    answer.close()
-    return Audit(tuple(found), tuple(costs), tuple(_complaints(found, costs, sorted((missed or set()) & used))))
+    wrong = (*_no_numbers(costs), *complaints(reach))
+    return Audit(tuple(found), tuple(costs), wrong, tuple(untrained(run, subject, reach, images, target)))
 
 
 def _cost(
@@ -161,22 +161,10 @@ def _by_part(stage: str, loss: str, norms: Mapping[str, float], distiller: Disti
     return [Reach(stage, loss, part, len(some), total, math.hypot(*some)) for part, some, total in kept]
 
 
-def _complaints(found: Sequence[Reach], costs: Sequence[StepCost], missed: Sequence[str]) -> list[str]:
-    says = [
-        f"loss `{name}` of stage `{cost.stage}` is {value} on the first batch, before anything is trained"
-        for cost in costs
-        for name, value in cost.losses.items()
-        if not math.isfinite(value)
-    ]
-    for stage, loss in dict.fromkeys((reach.stage, reach.loss) for reach in found):
-        norms = [reach.norm for reach in found if (reach.stage, reach.loss) == (stage, loss)]
-        if not all(map(math.isfinite, norms)):
-            says.append(f"loss `{loss}` of stage `{stage}` has a gradient that is not finite")
-        elif not any(norms):
-            says.append(f"loss `{loss}` of stage `{stage}` moves nothing; leave it out, or compare what can be trained")
-    if missed:
-        names = ", ".join(missed[:6]) + (f" and {len(missed) - 6} more" if len(missed) > 6 else "")
-        says.append(
-            f"no loss of any stage trains {names}; add one that reads the student's answer, `cross_entropy` say"
-        )
-    return says
+def _no_numbers(costs: Sequence[StepCost]) -> Iterator[str]:
+    for cost in costs:
+        for name, value in cost.losses.items():
+            if not math.isfinite(value):
+                yield (
+                    f"loss `{name}` of stage `{cost.stage}` is {value} on the first batch, before anything is trained"
+                )

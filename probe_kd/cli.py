@@ -142,7 +142,7 @@ def inspect(
     found = _trace(model, input_size, model_kwargs, training=train)
     rows = layer_rows(found, every=all_modules, glob=glob, depth=depth)
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        print(json.dumps({**_about(found), "layers": [asdict(row) for row in rows]}, indent=1))
         return
     _console().print(layers_table(found, rows))
 
@@ -172,7 +172,8 @@ def match(
     pairs = match_layers(ours, theirs, level=level.value, num_pairs=num_pairs)
     rows = pair_rows(pairs, ours, theirs)
     if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        sides = {"student": _about(ours), "teacher": _about(theirs)}
+        print(json.dumps({**sides, "pairs": [asdict(row) for row in rows]}, indent=1))
     else:
         _console().print(pairs_table(student, teacher, rows))
     if output is not None:
@@ -212,6 +213,17 @@ def init(
     write_recipe(ours, theirs, pairs, output, method=method, data=data, root=root)
     allowed = _options(allow_import=packages([student, teacher]))
     _say(f"wrote {output}\n  probe-kd check {output}{allowed}\n  probe-kd train {output}{allowed}")
+
+
+def _about(found: "Trace") -> dict[str, Any]:
+    """Which model was traced, and how, for other programs."""
+    return {
+        "model": found.model,
+        "model_kwargs": dict(found.model_kwargs),
+        "input_size": found.input_size,
+        "parameters": found.parameters,
+        "macs": found.macs,
+    }
 
 
 def _check_recipe_is_new(output: Path | None, overwrite: bool) -> None:
@@ -281,6 +293,7 @@ def check(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in data_lines(planned):
             console.print(line, highlight=False, markup=False)
+        _remark(planned.remarks, console)
     found = None
     if gradients or not no_batch:
         from probe_kd.audit import audit
@@ -295,6 +308,7 @@ def check(
             *([reach(found.reach)] if gradients else []),
         ):
             console.print(table)
+        _remark(found.remarks, console)
     if found is not None and found.wrong:
         raise RunError("\n".join(f"{recipe}: {text}" for text in found.wrong))
 
@@ -309,6 +323,7 @@ def _checked(planned: "Plan", idle: "list[Idle]", found: "Audit | None") -> dict
         "data": {"measured_on": planned.datasets.measured_on, "notes": list(planned.datasets.notes)},
         "pairs": [{"student": str(pair.student), "teacher": str(pair.teacher)} for pair in planned.pairs],
         "compared": compared,
+        "remarks": [*planned.remarks, *(found.remarks if found else ())],
         "not_run": [asdict(row) for row in idle],
         "steps": [asdict(row) | {"memory": row.memory} for row in found.costs] if found else [],
         "gradients": [asdict(row) for row in found.reach] if found else [],
@@ -366,6 +381,7 @@ def train(
 
         if not quiet:
             console.print(plan_table(planned))
+            _remark(planned.remarks, console)
             for line in teacher_lines(planned):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             for line in data_lines(planned):
@@ -539,6 +555,11 @@ def _pair_lines(planned: "Plan") -> list[str]:
     """What patterns stand for, and which pairs are in no loss."""
     measured = ", ".join(str(pair) for pair in planned.pairs if not pair.weight)
     return [*map(str, planned.expansions), *([f"measured only: {measured}"] if measured else [])]
+
+
+def _remark(remarks: "Iterable[str]", console: "Console") -> None:
+    for remark in remarks:
+        console.print(f"note: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _again(

@@ -256,7 +256,7 @@ def _scale(
 
 def _step(low: float, high: float) -> float:
     """1, 2 or 5 times a power of ten, of which about five make the distance."""
-    rough = max(high - low, abs(high) * 1e-6, 1e-9) / 5
+    rough = max(high - low, abs(high) * 1e-6) / 5 if high > low else (abs(high) or 1.0) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     return next(part * power for part in (1, 2, 5, 10) if part * power >= rough * 0.999)
 

@@ -101,6 +101,18 @@ class Plan:
         return self.grown or self.student
 
     @property
+    def remarks(self) -> list[str]:
+        """What can be run as it stands, and is hardly what was meant."""
+        asked = self.recipe.share or any(objective.needs_teacher for stage in self.objectives for objective in stage)
+        if self.teacher is None or asked:
+            return []
+        does = "is trained" if self.recipe.teacher and self.recipe.teacher.train else "is loaded"
+        return [
+            f"no loss reads the teacher: it {does} and compared with, and teaches nothing; add "
+            "`soft: {loss: soft_targets}`, say, or leave `teacher` out"
+        ]
+
+    @property
     def resolved(self) -> Recipe:
         """The recipe with what was found written out: the pairs, and the arguments that the models are built with."""
         recipe = self.recipe

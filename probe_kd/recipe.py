@@ -124,7 +124,7 @@ class SchedulerOptions(_Section):
     warmup_lr: float = Field(default=1e-6, ge=0)
     min_lr: float = Field(default=0.0, ge=0)
     decay_epochs: float = Field(default=30, gt=0)
-    decay_milestones: list[int] = [90, 180, 270]
+    decay_milestones: list[Annotated[int, Field(ge=1)]] = [90, 180, 270]
     decay_rate: float = Field(default=0.1, gt=0)
 
 
@@ -146,6 +146,15 @@ Scheduled = Annotated[
 ]
 
 
+def _no_reward(weight: float | ScheduleOptions) -> float | ScheduleOptions:
+    """What a loss of negative weight asks for is to be as unlike the teacher, or as wrong, as can be."""
+    least = min(weight.start, weight.end) if isinstance(weight, ScheduleOptions) else weight
+    if least < 0:
+        got = f", got {least:g}" if isinstance(weight, ScheduleOptions) else ""
+        raise ValueError(f"expected a number greater than or equal to 0{got}")
+    return weight
+
+
 def schedule(value: Any) -> Any:
     return Schedule(**value.model_dump()) if isinstance(value, ScheduleOptions) else value
 
@@ -160,7 +169,7 @@ class LossOptions(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     loss: str
-    weight: Scheduled = 1.0
+    weight: Annotated[Scheduled, AfterValidator(_no_reward)] = 1.0
     policy: Policy = "auto"
     tokens: Tokens = "drop"
     normalize: Normalize = "none"

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -164,6 +165,8 @@ def train(
     """
     with accelerating(plan.recipe, folder) as accelerator, _listening(display) as signals, ExitStack() as after:
         after.enter_context(_with_peers(accelerator, folder))
+        if not resume:
+            check_student(plan, accelerator, display)  # before anything is written
         opened: list[Any] = [None]
         if accelerator.is_main_process:
             try:
@@ -182,6 +185,8 @@ def train(
             accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
         if settings := describe_device(plan.recipe, accelerator):
             display.tell(settings)
+        if resume and checkpoint is None and not journal.results:
+            check_student(plan, accelerator, display)
         run = Run(plan, folder, display, accelerator, journal, checkpoint, signals, claimed=claimed)
         for subject in run.subjects():
             result = journal.results.get(subject.role)
@@ -235,6 +240,100 @@ def _is_peer_lost(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "Gloo", "Connection closed"))
+
+
+def check_student(plan: Plan, accelerator: Accelerator, display: Display) -> None:
+    """Say and refuse what `probe-kd check` does on a batch, before hours are spent on a teacher. Raises RunError."""
+    run = Run(plan, Path(), Display(Console(quiet=True), quiet=True), accelerator, Journal())
+    with one_step():
+        subject = student_of(run)
+        images, target = first_batch(run, subject)
+        reach = reach_of(run, subject, images, target)
+        found = complaints(reach), untrained(run, subject, reach, images, target)
+    accelerator.free_memory()
+    wrong, remarks = broadcast_object_list([found])[0]  # each process has images of its own
+    if wrong:
+        raise for_all(RunError("; ".join(wrong)))
+    if accelerator.is_main_process:
+        for remark in remarks:
+            display.say(remark)
+
+
+@contextmanager
+def one_step() -> Iterator[None]:
+    """Inside, what models and losses raise on real images is told. Raises RunError."""
+    try:
+        yield
+    except (ProbeKDError, torch.OutOfMemoryError):
+        raise
+    except Exception as refusal:  # models of anybody fail in any way, on a batch of one image say
+        raise RunError(f"a step on the first batch of images fails: {short(refusal)}") from refusal
+
+
+def reach_of(run: "Run", subject: "Subject", images: Tensor, target: Tensor) -> "list[tuple[str, Norms]]":
+    """Of each stage, the gradients that its losses give on these images."""
+    found = []
+    for phase in subject.phases:
+        distiller = run.distiller(subject, phase)
+        found.append((phase.name, distiller.train().audit(images, target)))
+        distiller.close()
+    return found
+
+
+Norms = dict[str, dict[str, float]]  # of the gradient, by loss and parameter
+
+
+def student_of(run: "Run") -> "Subject":
+    """The student before training, beside a teacher as it is before training, which is tried where it is trained."""
+    for subject in run.subjects():
+        if subject.phases and subject.role != "student":
+            reach_of(run, subject, *first_batch(run, subject))
+        if subject.role in ("teacher", TEACHER_ALONE) and not run.plan.recipe.share:
+            run.teacher = subject
+        if subject.role == "student":
+            return subject
+    raise AssertionError("every recipe has a student")
+
+
+def first_batch(run: "Run", subject: "Subject") -> tuple[Tensor, Tensor]:
+    """Images, as the loop gives them to the models, and class indices. Raises DataError."""
+    batches = loader(run.plan.datasets.train, run.plan.recipe.data, run.images_for(subject), training=True)
+    prepared = batches.prepare(run.accelerator, memory_format(run.plan.recipe, run.accelerator.device))
+    images, target, _ = next(readable(prepared))
+    return images, target
+
+
+def untrained(
+    run: "Run", subject: "Subject", reach: Sequence[tuple[str, Norms]], images: Tensor, target: Tensor
+) -> list[str]:
+    """A remark on the student's parameters that its answer depends on, and no loss of any stage moves.
+
+    It is no refusal: who trains hints alone means to train what is above them later.
+    """
+    answer = Distiller(subject.model, None, [Objective("cross_entropy")], student_input=subject.input)
+    answer.to(run.accelerator.device)
+    used = set(answer.train().audit(images, target)["cross_entropy"])
+    answer.close()
+    missed = sorted(used - {name for _, norms in reach for loss in norms.values() for name in loss})
+    names = ", ".join(missed[:6]) + (f" and {len(missed) - 6} more" if len(missed) > 6 else "")
+    says = (
+        f"no loss of any stage trains {names}, so its accuracy means nothing; add one that reads the student's answer"
+    )
+    return [f"{says}, `cross_entropy` say"] * bool(missed)
+
+
+def complaints(reach: Sequence[tuple[str, Norms]]) -> list[str]:
+    """What is wrong with the gradients of a first batch."""
+    says = []
+    for stage, norms in reach:
+        for loss, found in norms.items():
+            if not all(map(math.isfinite, found.values())):
+                says.append(f"loss `{loss}` of stage `{stage}` has a gradient that is not finite")
+            elif not any(found.values()):
+                says.append(
+                    f"loss `{loss}` of stage `{stage}` moves nothing; leave it out, or compare what can be trained"
+                )
+    return says
 
 
 @contextmanager

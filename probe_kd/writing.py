@@ -13,6 +13,8 @@ from probe_kd.plain import reason
 from probe_kd.recipe import parse
 from probe_kd.spec import Pair, Tap, Trace
 
+SMALL = 96  # pixels of a side up to which images are hardly large photographs
+
 
 @dataclass(frozen=True)
 class Method:
@@ -29,7 +31,7 @@ class Method:
 
 _TASK = "task: {loss: cross_entropy, weight: 1.0}"
 _OPTIMIZER = "    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.05}"
-_SCHEDULER = "    scheduler: {sched: cosine, warmup_epochs: 1}"
+_SCHEDULER = "    scheduler: {sched: cosine, warmup_epochs: 0.5}"
 
 
 def _stage(name: str, epochs: int, *losses: str) -> str:
@@ -215,11 +217,15 @@ def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, hold
             lines += [f"  root: {_word(root)}"]
     lines += [f"  input_size: {list(size)}", "  batch_size: 64"]
     name = data.rpartition("/")[2]
-    if name in ("digits", "mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100"):
-        mirrored = name in ("fashion_mnist", "cifar10", "cifar100")
+    known = name in ("digits", "mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100")
+    if known or max(size[1:]) <= SMALL:
         lines += [
             "  crop_pct: 1.0                 # small images are tested whole",
-            "  scale: [0.7, 1.0]             # random resized crops, as timm makes them",
+            "  scale: [0.7, 1.0]             # random resized crops; timm's [0.08, 1.0] are for large photographs",
+        ]
+    if known:
+        mirrored = name in ("fashion_mnist", "cifar10", "cifar100")
+        lines += [
             f"  hflip: {0.5 if mirrored else '0.0                    # a mirrored digit is no digit'}",
             "  color_jitter: 0.0",
         ]

@@ -1,5 +1,6 @@
 """The arms of a benchmark compute the same before they are timed. No time is asserted."""
 
+import importlib
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import pytest
 import yaml
 
 import recipes
+
+everything = importlib.import_module("all")
 
 
 @pytest.mark.parametrize("name", ["fitnets", "fsp"])
@@ -49,3 +52,16 @@ def test_what_grows_is_the_same_by_hand_and_in_a_distiller() -> None:
         ["blocks.23"],
         ["blocks.7", "blocks.15", "blocks.23"],
     ]
+
+
+def test_one_script_measured_again_replaces_its_own_sections_only() -> None:
+    page = (Path(__file__).parents[1] / "benchmarks" / "results.md").read_text(encoding="utf-8")
+    for name in ("cache", "step", "peers"):
+        new = everything.replaced(page, name, f"## New\n\n`python benchmarks/{name}.py`\n\n| 1 |\n")
+        assert everything.replaced(new, name, "## New\n\nagain\n").count("## New") == 1
+        gone = {line for line in page.splitlines() if line.startswith("`python")} - set(new.splitlines())
+        assert all(line.startswith(f"`python benchmarks/{name}.py") for line in gone)
+        assert new.count("\n## ") == page.count("\n## ") - page.count(f"`python benchmarks/{name}.py") + 1
+    assert everything.replaced(page, "cache", "## A cached teacher\n").startswith(page.partition("## ")[0])
+    assert everything.replaced("# B\n\n## a\n\n1\n", "zoo", "## zoo\n\n2\n") == "# B\n\n## a\n\n1\n\n## zoo\n\n2\n"
+    assert everything.replaced("# B\n\n## zoo\n\nIt failed\n", "zoo", "## Z\n") == "# B\n\n## Z\n"

@@ -66,6 +66,8 @@ MEANING = [
     ("temperature: 2.0", "temperature: hot", 25, "temperature is 'hot'; expected a finite number"),
     ("temperature: 2.0", "standardize: no", 25, "standardize is 'no'; expected true or false; did you mean false?"),
     ("weight: 0.5", "weight: .nan", 25, "expected a finite number"),
+    ("weight: 0.5", "weight: -0.5", 25, "`stages.1.losses.soft.weight`: expected a number greater than or equal to 0"),
+    ("weight: 0.5", "weight: {start: 1, end: -2}", 25, "greater than or equal to 0, got -2"),
     ("temperature: 2.0", "wieght: 2.0", 25, "no option 'wieght'; did you mean 'weight'"),
     (
         "{loss: cross_entropy}",
@@ -194,6 +196,13 @@ def test_a_pair_says_how_much_it_weighs_and_how_it_is_brought_together() -> None
     assert "conv1x1 32->128" in adapters[1]  # what layer3 is given is of layer2
     again = plan(parse(dump(planned.resolved)))
     assert (again.pairs, again.comparisons) == (planned.pairs, planned.comparisons)
+
+
+def test_a_teacher_that_no_loss_reads_is_remarked_on() -> None:
+    alone = ["pairs={}", "stages=[{epochs: 1, losses: {task: {loss: cross_entropy}}}]"]
+    (remark,) = plan(parse(TINY, sets=alone)).remarks
+    assert remark.startswith("no loss reads the teacher: it is trained and compared with")
+    assert plan(parse(TINY)).remarks == []
 
 
 def test_a_pair_that_weighs_nothing_is_measured_only() -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 
 from probe_kd import Distiller, InputSpec, Objective, Schedule
+from probe_kd.audit import audit
 from probe_kd.comparing import compare
 from probe_kd.data import DataOptions, loader, mixer
 from probe_kd.errors import RecipeError, RunError
@@ -447,3 +448,44 @@ def test_a_teacher_that_is_worse_than_the_student_alone_is_remarked() -> None:
     assert said(0.9, 0.8) == said(0.8, 0.8) == doubts({"teacher": 0.1}) == []
     (line,) = said(0.801, 0.92)
     assert "teacher (80.10%) is worse than the student alone (92.00%)" in line
+
+
+class Saying(Display):
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True), quiet=True)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_what_check_remarks_on_after_a_batch_training_does_too(tmp_path: Path) -> None:
+    planned = plan(parse(HINT_ONLY.replace("epochs: 2", "epochs: 1")))
+    found, display = audit(planned), Saying()
+    assert (found.wrong, len(found.remarks)) == ((), 1)
+    assert found.remarks[0].startswith("no loss of any stage trains student.fc.bias")
+    train(planned, tmp_path / "run", display)
+    assert display.said == [*found.remarks]
+
+
+def test_what_check_refuses_after_a_batch_training_refuses_before_anything_is_trained(tmp_path: Path) -> None:
+    pairs = "  blocks.0: layer2\n  blocks.1: layer3\n"
+    text = TINY.replace(pairs, "  patch_embed@input: {teacher: conv1@input, policy: never}\n")
+    planned = plan(parse(text))
+    (wrong,) = audit(planned).wrong
+    assert wrong == "loss `hint` of stage `hint` moves nothing; leave it out, or compare what can be trained"
+    with pytest.raises(RunError) as caught:
+        train(planned, tmp_path / "run", Display(Console(quiet=True), quiet=True))
+    assert str(caught.value) == wrong
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_a_step_that_fails_is_told_by_both(tmp_path: Path) -> None:
+    cnn = (
+        "student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}\nstages: [{epochs: 1, losses: {t: {loss: "
+    )
+    text = f"{cnn}cross_entropy}}}}}}]\ndata: {{dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 1}}\n"
+    planned = plan(parse(text))
+    for run in (audit, lambda planned: train(planned, tmp_path / "run", Display(Console(quiet=True), quiet=True))):
+        with pytest.raises(RunError, match="a step on the first batch of images fails: Expected more than 1 value"):
+            run(planned)
