@@ -286,7 +286,7 @@ Norms = dict[str, dict[str, float]]  # of the gradient, by loss and parameter
 def student_of(run: "Run") -> "Subject":
     """The student before training, beside a teacher as it is before training, which is tried where it is trained."""
     for subject in run.subjects():
-        if subject.phases and subject.role != "student":
+        if subject.phases and subject.role in ("teacher", TEACHER_ALONE):
             reach_of(run, subject, *first_batch(run, subject))
         if subject.role in ("teacher", TEACHER_ALONE) and not run.plan.recipe.share:
             run.teacher = subject

@@ -196,7 +196,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny: Path, tmp_path: Path) -> None:
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
     )
     metrics = tmp_path / "run" / "metrics.csv"
-    for _ in range(600):
+    for _ in range(3000):
         if metrics.exists() and "student alone" in metrics.read_text():
             break
         assert process.poll() is None, process.communicate()
