@@ -426,6 +426,7 @@ def evaluate(
     split: Annotated[SplitChoice, typer.Option(help="Which images, never augmented.")] = SplitChoice.test,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
     device: Annotated[str | None, typer.Option(help="`cpu`, `cuda:1`, ... Default: what accelerate chooses.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Where the data lie, if they have moved.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON to a file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
     allow_import: AllowImport = None,
@@ -445,6 +446,7 @@ def evaluate(
             split=split.value,
             batch_size=batch_size,
             device=device,
+            root=root,
             allow_import=_allowed(allow_import),
         )
     if not _speaks():

@@ -4,6 +4,7 @@ The loss of a distillation does not say whether the student improves (Stanton et
 Everything is summed up batch by batch, in float64, so memory does not grow with images times features.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -49,6 +50,7 @@ def evaluate(
     split: Split = "test",
     batch_size: int | None = None,
     device: str | None = None,
+    root: str | Path | None = None,
     allow_import: Sequence[str] = (),
 ) -> Evaluation:
     """Measure every model of a finished run, in eval mode, on images that are not augmented.
@@ -56,8 +58,9 @@ def evaluate(
     `run` is the folder that `probe-kd train` wrote. `weights` are evaluated instead of the student's own, `ema` takes
     the moving averages of the students. `split` is `test`, `val` (where these are other images), `train`, or `held_out`
     (`data.holdout`). `batch_size` is the recipe's, `device` what accelerate chooses, and the precision the recipe's, if
-    not given. `allow_import` names the packages whose functions the run's recipe may name as models. The classes are
-    numbered as the run's `data.json` says, whatever folders the data now have.
+    not given. `root` is where the data lie, if they have moved. `allow_import` names the packages whose functions the
+    run's recipe may name as models. The classes are numbered as the run's `data.json` says, whatever folders the data
+    now have.
 
     Of each model, in the student's classes: top-1 and (of more than five classes) top-5 accuracy as shares in 0..1, the
     negative log-likelihood in nats per image, and the expected calibration error (Guo et al. 2017, arXiv 1706.04599;
@@ -77,7 +80,8 @@ def evaluate(
     """
     folder = Path(run)
     recipe, student = _recipe_of(folder), _weights_of_student(folder, weights, ema=ema)
-    planned = plan(load(recipe), allow_import=allow_import, record=DataRecord.read(folder))
+    sets = () if root is None else (f"data.root={json.dumps(str(root))}",)
+    planned = plan(load(recipe, sets=sets), allow_import=allow_import, record=DataRecord.read(folder))
     images = _images(planned, split)
     with own_accelerator() as accelerator:
         place = _place(accelerator, device)

@@ -59,7 +59,7 @@ from probe_kd.models import (
 )
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan, join
-from probe_kd.recipe import ModelOptions, Recipe, dump, load, rewritten
+from probe_kd.recipe import ModelOptions, Recipe, dump, load, parse, rewritten
 from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
 from probe_kd.run_folder import (
     LOCK,
@@ -529,7 +529,7 @@ def _first_difference(before: str, now: str) -> str:
 
 def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], display: Display) -> Path | None:
     recipe, manifest = folder / RECIPE, Manifest.read(folder)
-    begun_with = recipe.read_text(encoding="utf-8")
+    begun_with = _with_root_of(recipe.read_text(encoding="utf-8"), resolved)
     if begun_with != resolved:
         raise RunError(
             f"the recipe is not the one that {folder} was begun with ({recipe}); it then had "
@@ -543,6 +543,17 @@ def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], display: Dis
             "file back, or choose another --out; --overwrite deletes that run and begins anew"
         )
     return checkpoints.newest(folder, display.say)
+
+
+def _with_root_of(begun_with: str, resolved: str) -> str:
+    """The recipe that a run was begun with, where its data have moved to: that they are the same, `data.json` tells."""
+    try:
+        before, now = parse(begun_with).recipe, parse(resolved).recipe
+    except ProbeKDError:  # of another version
+        return begun_with
+    if before.data.root == now.data.root or not (before.data.root and now.data.root):
+        return begun_with
+    return dump(before.model_copy(update={"data": before.data.model_copy(update={"root": now.data.root})}))
 
 
 def teacher_seed(seed: int) -> int:

@@ -47,7 +47,7 @@ def digits(root: Path) -> None:
 
 def run(root: Path, folder: Path, **options: bool) -> None:
     display = Display(Console(quiet=True), quiet=True)
-    train(plan(parse(RECIPE.replace("ROOT", str(root)))), folder, display, **options)
+    train(plan(parse(RECIPE.replace("ROOT", json.dumps(str(root))))), folder, display, **options)
 
 
 @pytest.fixture
@@ -94,6 +94,19 @@ def _evaluated(folder: Path) -> None:
         raise
     except Exception as refusal:  # a RecipeError has the place in the recipe too
         raise RunError(str(refusal)) from None
+
+
+def test_data_that_have_moved_are_evaluated_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits(tmp_path / "images")
+    with monkeypatch.context() as patched:
+        patched.setattr("probe_kd.train.write_report", lambda *_: None)  # so that it is not finished
+        patched.setattr("probe_kd.checkpoints.remove", lambda *_: None)
+        run(tmp_path / "images", tmp_path / "run")
+    before = evaluate(tmp_path / "run", device="cpu").scores
+    (tmp_path / "images").rename(tmp_path / "new: place")
+    assert evaluate(tmp_path / "run", device="cpu", root=tmp_path / "new: place").scores == before
+    run(tmp_path / "new: place", tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "summary.json").is_file()
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
