@@ -592,6 +592,8 @@ class ImageView(nn.Module):
         super().__init__()
         if given.size[0] not in (1, wanted.size[0]):
             raise AdapterError(f"images of {given.size[0]} channels for a model that expects {wanted.size[0]}")
+        if not (given.complete and wanted.complete):
+            raise AdapterError(f"a view needs the mean and std of both sides, and has {given} and {wanted}")
         channels = wanted.size[0]
         given_mean, given_std, mean, std = (
             torch.tensor(values).expand(channels) for values in (given.mean, given.std, wanted.mean, wanted.std)

@@ -101,6 +101,7 @@ def loader(dataset: Dataset[Any], options: DataOptions, wanted: InputSpec, *, tr
     Training batches are augmented and shuffled, as the `Views` that is their sampler says, and carry the indices of
     the images in the dataset as a third tensor. Workers live as long as the loader, from one epoch to the next.
     """
+    wanted = wanted.or_plain()  # there is no model here to ask
     count, channels = len(dataset), wanted.size[0]  # type: ignore[arg-type]
     workers = worker_count(options.workers, -(-count // options.batch_size))
     batches = DataLoader(

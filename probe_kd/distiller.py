@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from probe_kd.adapters import Adapter, Answer, ImageView
 from probe_kd.errors import LossError, TraceError, demand
+from probe_kd.losses import check_finite, check_labels
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.probe import Probe
 from probe_kd.sharing import Sharing
 from probe_kd.spec import InputSpec, Schedule, Tap, Trace, value_at
 from probe_kd.surgery import detached, get, replaying
-from probe_kd.tracing import trace
+from probe_kd.tracing import refuse_lazy, trace
 
 Block = Literal["output", "params", "trunk", "off"]
 
@@ -32,7 +33,8 @@ class Distiller(nn.Module):
 
     `images` are normalised as `student_input` says, and may be larger: each model sees them at its own size. The
     teacher sees them normalised as `teacher_input` says. Both default to what timm's config on the model says, and to
-    the size that it was traced at; images of another size then are refused. `class_map` gives the teacher's index of
+    the size that it was traced at; images of another size then are refused. Where only one of the models has a config,
+    how the images are normalised has to be given. `class_map` gives the teacher's index of
     each of the student's classes, where they are not the same.
 
     `block` lets the teacher train too, which then is owned, and seen by all, as the student is (Rocket Launching, Zhou
@@ -47,6 +49,10 @@ class Distiller(nn.Module):
     `close()`.
 
     `sharing` says what the two have in common, as `share_convolutions`, `share_trunk` and `graft` made it.
+
+    A frozen teacher stays what it is: it is put to eval mode in every step, whatever `train()` reached it from outside,
+    and a student that is the teacher, or has a layer or a parameter in common with it, is refused. A tapped feature of
+    the student that no gradient can pass is an error of the step, which names the tap.
 
     Traces may be given where they were already made (of a model that trains: in training mode). Everything is planned
     here: layers that do not exist, never fire, or cannot be compared raise TapError or AdapterError now and not in a
@@ -68,25 +74,30 @@ class Distiller(nn.Module):
         sharing: Sharing | None = None,
     ) -> None:
         super().__init__()
-        for side, model in (("student", student), ("teacher", teacher or nn.Identity())):
+        for side, model in (("student", student), ("teacher", nn.Identity() if teacher is None else teacher)):
             demand(model, nn.Module, f"the {side}", LossError, "an nn.Module, as timm.create_model(name) gives")
+            refuse_lazy(model, f"the {side}")
         self.objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
         _check(self.objectives, teacher, block, sharing)
+        _refuse_shared(student, teacher, frozen=block is None)
         self.block, self.sharing = block, sharing
         self.student = student
         self.teacher = teacher if block else None
         seen = student_trace or trace(student, student_input.size if student_input else None, training=True)
-        given = student_input or InputSpec.of(student, seen.input_size)
+        given, wanted = _inputs(student, teacher, student_input or InputSpec(seen.input_size), teacher_input)
         self.student_view = ImageView(given, given) if student_input else _AsTraced(given.size)
+        self._channels = given.size[0]
         taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[0])
         self._student_probe = Probe(student, [seen[tap] for tap in taps])
         self._teacher_probe: Probe | None = None
         self.adapters = nn.ModuleDict()
         self._answers: dict[str, Answer] = {}
+        self._frozen: list[nn.Module] = []  # the modules of a teacher that does not train
+        self._checked = False  # whether values on another device than the CPU were looked at, in the first step
         self.shared: list[nn.Parameter] = []  # that both models have
         if teacher is not None and (block or any(objective.needs_teacher for objective in self.objectives)):
             known = teacher_trace or _trace_teacher(teacher, teacher_input, given, training=bool(block))
-            self._bring_teacher(teacher, teacher_input or InputSpec.of(teacher, known.input_size), given, known)
+            self._bring_teacher(teacher, wanted or _own_input(teacher, given, known), given, known)
             self.adapters = make_adapters(self.objectives, seen, known, class_map)
             self._answers = answers(self.objectives, self.adapters, known)
         self.set_epoch(0, 1)
@@ -110,6 +121,7 @@ class Distiller(nn.Module):
         theirs = list(teacher.parameters())
         self.shared = [parameter for parameter in theirs if id(parameter) in mine] if self.block else []
         self._own = [parameter for parameter in theirs if id(parameter) not in mine] if self.block else []
+        self._frozen = [] if self.block else list(teacher.modules())
         self.train(self.training)
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
@@ -129,6 +141,7 @@ class Distiller(nn.Module):
     def forward(
         self, images: Tensor, target: Tensor | None = None, told: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor | None]:
+        _check_images(images, self._channels, self.student)
         kept: dict[str, Tensor] = {}
         if told is None:
             theirs, known = self._ask_teacher(images)
@@ -137,6 +150,7 @@ class Distiller(nn.Module):
             theirs = known = self._as_features(kept)
         with self._shared_as_it_is(theirs):
             ours = self._student_probe(self.student_view(images))
+        self._check_gradients(ours)
         result: dict[str, Tensor | None] = {}
         terms = []
         for index, objective in enumerate(self.objectives):
@@ -147,7 +161,25 @@ class Distiller(nn.Module):
                 term = self._comparisons(index, ours, known, kept)
             result[objective.name] = term
             terms.append(_weighted(self._weights[index], term))
+        if not torch.compiler.is_compiling():
+            self._checked = True
         return {"loss": _total(terms), "output": ours.get(Tap("")), **result}
+
+    def _check_gradients(self, features: Mapping[Tap, Tensor]) -> None:
+        """LossError for features of the student that no gradient can pass, though some of the student trains."""
+        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or self.block == "trunk":
+            return
+        lost = [str(tap) or "output" for tap, feature in features.items() if not feature.requires_grad]
+        if lost and any(parameter.requires_grad for parameter in self.student.parameters()):
+            raise LossError(
+                f"no gradient reaches the student through {', '.join(map(repr, lost))}: all before it is frozen, or it "
+                "was computed without gradients (reentrant checkpointing: `use_reentrant=False`; `no_grad`; `detach`). "
+                "Train what leads to it, or tap another layer; with all of the student frozen, adapters alone learn"
+            )
+
+    def _checks_values(self, tensor: Tensor) -> bool:
+        """Whether values are to be looked at that the losses themselves do not: in the first step on a GPU."""
+        return not self._checked and tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling()
 
     def no_weight_decay(self) -> set[str]:
         """The models' parameters that timm exempts from weight decay, as `create_optimizer_v2(distiller)` asks."""
@@ -200,6 +232,7 @@ class Distiller(nn.Module):
             return {}, {}
         view = self.teacher_view(images)
         if self.block is None:
+            self._keep_in_eval()
             # no_grad and not inference_mode: its tensors could not be saved for the student's backward
             with torch.no_grad():
                 features = self._teacher_probe(view)
@@ -231,6 +264,8 @@ class Distiller(nn.Module):
         objective = self.objectives[index]
         if target is None:
             raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
+        if isinstance(objective.loss, str) and self._checks_values(output):
+            check_labels(output, target)
         return objective.resolved.function(output, target, **self._options[index])
 
     def _comparisons(
@@ -243,7 +278,10 @@ class Distiller(nn.Module):
         for _, comparison, adapter in compared([objective], self.adapters):
             taken = comparison.features("student", ours, matrices=objective.resolved.reads_matrices)
             sides = adapter.student_steps(taken), _target(objective, comparison, adapter, theirs, kept)
-            terms.append(_weighted(comparison.weight, objective.resolved.function(*sides, **options)))
+            term = objective.resolved.function(*sides, **options)
+            if self._checks_values(term):
+                check_finite(objective.name, term, *sides)
+            terms.append(_weighted(comparison.weight, term))
         return _total(terms)
 
     def audit(self, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:
@@ -281,9 +319,14 @@ class Distiller(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Sets the student's mode; a frozen teacher stays in eval, or its running statistics would drift."""
         super().train(mode)
-        if self._teacher_probe is not None and self.block is None:
-            self._teacher_probe.model.eval()
+        self._keep_in_eval()
         return self
+
+    def _keep_in_eval(self) -> None:
+        """A frozen teacher, which `train()` of a module around both may have reached."""
+        if not torch.compiler.is_compiling() and any(module.training for module in self._frozen):
+            for module in self._frozen:
+                module.training = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -442,6 +485,82 @@ def _check(
         raise LossError(
             "the teacher trains too, and no objective is its own; add one of the labels with `of='teacher'`"
         )
+
+
+def _inputs(
+    student: nn.Module, teacher: nn.Module | None, given: InputSpec, wanted: InputSpec | None
+) -> tuple[InputSpec, InputSpec | None]:
+    """How images are normalised for both: as was said, or as timm's config on the model says.
+
+    Raises LossError where one of them says it and the other does not: what the teacher then saw would be a guess.
+    """
+    ours = given.filled(student)
+    theirs = (wanted or InputSpec(given.size)).filled(teacher)
+    if teacher is not None and ours.complete != theirs.complete:
+        side, model = ("student", student) if theirs.complete else ("teacher", teacher)
+        raise LossError(
+            f"nothing says how images are normalised for the {side}, {type(model).__name__}, which has no timm config, "
+            f"and for the other model it is known; give {side}_input=InputSpec({given.size}, mean, std), with 0.0 and "
+            "1.0 for images in [0, 1]"
+        )
+    return ours.or_plain(), wanted and theirs.or_plain()
+
+
+def _own_input(teacher: nn.Module, given: InputSpec, known: Trace) -> InputSpec:
+    own = InputSpec(known.input_size).filled(teacher)
+    return own if own.complete else InputSpec(known.input_size, given.mean, given.std)
+
+
+def _refuse_shared(student: nn.Module, teacher: nn.Module | None, *, frozen: bool) -> None:
+    """LossError for one model in both places, and for what a student has in common with a frozen teacher."""
+    if student is teacher:
+        raise LossError("the student and the teacher are one object; give copy.deepcopy(model) as one of them")
+    if teacher is None or not frozen:
+        return
+    theirs = {_place(tensor): name for name, tensor in _tensors(teacher)}
+    for name, tensor in _tensors(student):
+        if _place(tensor) in theirs:
+            raise LossError(
+                f"'{name}' of the student is '{theirs[_place(tensor)]}' of the teacher, which is frozen, and would be "
+                "trained with the student; give the student a copy (copy.deepcopy), or train both by a gradient `block`"
+            )
+    modules = {id(module): name for name, module in teacher.named_modules()}
+    for name, module in student.named_modules():
+        if id(module) in modules and "drop" in type(module).__name__.lower():
+            raise LossError(
+                f"'{name}' of the student is '{modules[id(module)]}' of the teacher; give it one of its own"
+            )
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _place(tensor: Tensor) -> tuple[str, int]:
+    """Where it lies in memory: two parameters may be one there. On the meta device nothing does."""
+    if tensor.device.type == "meta" or not tensor.numel():
+        return "object", id(tensor)
+    return str(tensor.device), tensor.data_ptr()
+
+
+def _check_images(images: Tensor, channels: int, student: nn.Module) -> None:
+    """LossError for what is no batch of normalised images of so many channels."""
+    if not isinstance(images, Tensor):
+        raise LossError(
+            f"the images are a {type(images).__name__}; expected a torch.Tensor (torch.from_numpy(...).float())"
+        )
+    if not images.is_floating_point():
+        raise LossError(
+            f"the images are {images.dtype}; expected floats, normalised: `((images / 255) - mean) / std` of pixels"
+        )
+    if images.ndim != 4 or images.shape[1] != channels or not images.numel():
+        raise LossError(
+            f"the images are {'x'.join(map(str, images.shape))}; expected batch x {channels} x height x width. Grey "
+            "images are not taken as three channels: give `images.expand(-1, 3, -1, -1)`, or a student_input of one"
+        )
+    if images.dtype == torch.float64 and not any(p.dtype == images.dtype for p in student.parameters()):
+        raise LossError("the images are torch.float64, and the student is not; give `images.float()`")
 
 
 def _trace_teacher(teacher: nn.Module, wanted: InputSpec | None, given: InputSpec, *, training: bool) -> Trace:

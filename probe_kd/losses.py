@@ -237,6 +237,14 @@ def _check_target(logits: Sequence[int], target: Tensor) -> None:
         )
 
 
+def check_labels(logits: Tensor, target: Tensor) -> None:
+    """All that `cross_entropy` asks of a target, the values too. LossError where it is another."""
+    _check_tensors("cross_entropy", logits, [target])
+    _check_logits("cross_entropy", logits)
+    _check_target(logits.shape, target)
+    check_values(logits.shape[1], target)
+
+
 def check_values(classes: int, target: Tensor) -> None:
     """LossError for class indices out of range, and for rows that are no distribution over the classes.
 

@@ -760,7 +760,7 @@ def _try_images(options: DataOptions) -> None:
     size = (options.input_size[0], 32, 32)
     images: Any = [(Image.new("L" if size[0] == 1 else "RGB", (32, 32), 128), 0)]
     try:
-        next(iter(loader(images, options.model_copy(update={"workers": 0}), InputSpec(size), training=True)))
+        next(iter(loader(images, options.model_copy(update={"workers": 0}), InputSpec(size).or_plain(), training=True)))
     except Exception as refusal:  # timm's and torchvision's have their own words
         raise DataError(f"the images cannot be transformed as `data` says: {short(refusal)}") from None
 

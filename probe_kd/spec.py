@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from math import cos, pi
+from math import cos, isfinite, pi
 from typing import Literal, Self
 
 from probe_kd.errors import DataError, TapError, TraceError, nearest
@@ -278,19 +278,42 @@ class Trace:
 class InputSpec:
     """What images a model expects: (channels, height, width), and the mean and standard deviation of its normalisation.
 
-    One value of `mean` and `std` stands for all channels.
+    One value of `mean` and `std` stands for all channels. Without them they are the model's own, as timm's config on it
+    says; images in [0, 1] that are not normalised are `InputSpec(size, 0.0, 1.0)`.
     """
 
     size: tuple[int, int, int]
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            values = () if given is None else (given,) if isinstance(given, int | float) else tuple(given)
+            object.__setattr__(self, name, values)
+            if values and len(values) not in (1, self.size[0]):
+                raise DataError(f"{name} {values} of an input: expected 1 or {self.size[0]} values, one per channel")
+            if not all(isinstance(value, int | float) and isfinite(value) for value in values):
+                raise DataError(f"{name} {values} of an input: expected finite numbers")
         if any(value <= 0 for value in self.std):
             raise DataError(f"std {self.std} of an input: every value has to be positive")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.size[0]):
-                raise DataError(f"{name} {values} of an input: expected 1 or {self.size[0]} values, one per channel")
+
+    @property
+    def complete(self) -> bool:
+        """Whether it says how images are normalised, and not only how large they are."""
+        return bool(self.mean and self.std)
+
+    def filled(self, model: object) -> Self:
+        """With the model's own mean and std, as its timm config has them, in the place of those that were not given."""
+        config = getattr(model, "pretrained_cfg", None) or {}
+        if self.complete or not (config.get("mean") and config.get("std")):
+            return self
+        own = type(self).of(model, self.size)
+        return replace(self, mean=self.mean or own.mean, std=self.std or own.std)
+
+    def or_plain(self) -> Self:
+        """With mean 0 and std 1 in the place of those that were not given: images in [0, 1]."""
+        return replace(self, mean=self.mean or (0.0,), std=self.std or (1.0,))
 
     def covering(self, other: "InputSpec") -> Self:
         """The same, but as high and as wide as the larger of both: what each then takes its own view of."""

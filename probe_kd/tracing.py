@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -77,6 +78,7 @@ def _trace_resized(model: str, kwargs: dict[str, Any], size: Size, training: boo
 
 def _trace_module(model: nn.Module, size: Size, training: bool) -> Trace:
     name = getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__
+    refuse_lazy(model, name)
     try:
         return _trace_on_meta(_on_meta(model), size, training, name, {})
     except Exception as refusal:
@@ -102,6 +104,17 @@ def _trace_for_real(model: nn.Module, size: Size, name: str, refusal: Exception)
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def refuse_lazy(model: nn.Module, name: str) -> None:
+    """Raises TraceError for a model with parameters that get their size only in its first forward."""
+    for path, module in model.named_modules():
+        held = [*module._parameters.values(), *module._buffers.values()]
+        if any(map(is_lazy, held)):
+            raise TraceError(
+                f"{path!r} of {name} is a {type(module).__name__}, which has no size before its first forward; run the "
+                "model once on a batch of images first"
+            )
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from probe_kd import LOSSES, Distiller, InputSpec, Objective, Pair, Schedule, match, trace
-from probe_kd.errors import LossError, ProbeKDError, TapError
+from probe_kd.errors import AdapterError, LossError, ProbeKDError, TapError, TraceError
 from probe_kd.losses import flow_matrix, fsp
 
 SMALL_VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
@@ -35,7 +37,7 @@ def batch(size: int = 64, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 def distil(objectives: Sequence[Objective] = (TASK, SOFT, HINT), **options: Any) -> Distiller:
     student, teacher = models()
-    same = InputSpec((3, 64, 64))
+    same = InputSpec((3, 64, 64), 0.0, 1.0)
     return Distiller(student, teacher, objectives, **{"student_input": same, "teacher_input": same, **options}).train()
 
 
@@ -330,3 +332,181 @@ def test_what_two_losses_take_of_the_teacher_is_asked_for_once() -> None:
     distiller = distil(objectives)
     assert distiller.answers == ("layer1: map 16x16 64 -> 8x8", "")
     assert len(distiller.ask(batch()[0])) == 2
+
+
+CONFIGURED = {"student_input": InputSpec((3, 64, 64)), "teacher_input": InputSpec((3, 64, 64))}
+
+
+class Plain(nn.Module):
+    """A model that no timm config belongs to; `through` is what stands between its two parts."""
+
+    def __init__(self, through: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body, self.through, self.head = nn.Conv2d(3, 8, 3, 2, 1), through or nn.Identity(), nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.through(self.body(images)).mean((2, 3)))
+        return logits
+
+
+def loss_of(**inputs: Any) -> float:
+    student, teacher = models()  # mean and std 0.5, and those of ImageNet
+    distiller = Distiller(student.eval(), teacher, [SOFT], **inputs).eval()
+    with torch.no_grad():
+        return float(distiller(batch()[0])["loss"])
+
+
+def test_an_input_of_a_size_alone_is_normalised_as_the_models_own_config_says() -> None:
+    size, half, imagenet = (3, 64, 64), (0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    spelled = {"student_input": InputSpec(size, *half), "teacher_input": InputSpec(size, *imagenet)}
+    expected = loss_of(**spelled)
+    alone = {side: InputSpec(size) for side in spelled}
+    assert loss_of() == loss_of(**alone) == loss_of(teacher_input=alone["teacher_input"]) == expected
+    assert loss_of(**{**alone, "teacher_input": InputSpec(size, std=imagenet[1])}) == expected
+    assert loss_of(**{side: InputSpec(size, 0.0, 1.0) for side in spelled}) != expected  # none at all is said
+
+
+def test_where_only_one_model_says_how_images_are_normalised_it_has_to_be_given() -> None:
+    teacher = models()[1]
+    with pytest.raises(LossError, match=r"for the student, Plain, .*give student_input=InputSpec\(\(3, 64, 64\), mean"):
+        Distiller(Plain(), teacher, [SOFT], student_input=InputSpec((3, 64, 64)))
+    with pytest.raises(LossError, match="for the teacher, Plain"):
+        Distiller(teacher, Plain(), [SOFT])
+    seen: list[Tensor] = []
+    unknown = Plain()
+    unknown.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    Distiller(Plain(), unknown, [SOFT], student_input=InputSpec((3, 64, 64))).eval()(batch()[0])
+    assert torch.equal(seen[-1], batch()[0])  # two that say nothing see the images as they are
+
+
+def test_a_train_of_a_module_around_both_does_not_move_the_teacher() -> None:
+    teacher = models()[1]
+    outer = nn.ModuleDict(
+        {"teacher": teacher, "distiller": Distiller(models()[0], teacher, [TASK, SOFT], **CONFIGURED)}
+    )
+    before = copy.deepcopy(teacher.state_dict())
+    for module in (outer, teacher, teacher.layer1):  # all of it, and a part
+        module.train()
+        outer["distiller"](*batch())["loss"].backward()
+        assert not any(part.training for part in teacher.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def shared_by(how: str) -> tuple[nn.Module, nn.Module]:
+    student, teacher = (timm.create_model("resnet10t", num_classes=10) for _ in range(2))
+    if how == "one model":
+        return teacher, teacher
+    if how == "a layer":
+        student.layer1 = teacher.layer1
+    elif how == "a parameter":
+        student.fc.weight = teacher.fc.weight
+    elif how == "memory":  # another Parameter, on the same numbers
+        student.fc.weight = nn.Parameter(teacher.fc.weight.detach())
+    elif how == "statistics":
+        student.bn1.running_mean = teacher.bn1.running_mean
+    elif how == "a wrapper":
+        return nn.Sequential(teacher), teacher
+    return student, teacher
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("one model", "are one object"),
+        (
+            "a layer",
+            "'layer1.0.conv1.weight' of the student is 'layer1.0.conv1.weight' of the teacher, which is frozen",
+        ),
+        ("a parameter", "'fc.weight' of the student is 'fc.weight' of the teacher"),
+        ("memory", "'fc.weight' of the student is 'fc.weight' of the teacher"),
+        ("statistics", "'bn1.running_mean' of the student"),
+        ("a wrapper", "'0.conv1.0.weight' of the student is 'conv1.0.weight' of the teacher"),
+    ],
+)
+def test_what_a_student_has_in_common_with_a_frozen_teacher_is_refused_by_name(how: str, says: str) -> None:
+    with pytest.raises(LossError, match=says):
+        Distiller(*shared_by(how), [TASK, SOFT], **CONFIGURED)
+
+
+class Reentrant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(8, 8, 1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        given = feature.detach().requires_grad_() if not feature.requires_grad else feature
+        result: Tensor = checkpoint(self.inner, given, use_reentrant=True)
+        return result
+
+
+class Cut(nn.Module):
+    def forward(self, feature: Tensor) -> Tensor:
+        return feature.detach()
+
+
+@pytest.mark.parametrize(("through", "tap"), [(Reentrant(), "through.inner"), (Cut(), "through")])
+def test_a_tapped_feature_without_a_gradient_is_told_in_the_first_step(through: nn.Module, tap: str) -> None:
+    student, teacher = Plain(through), models()[1]
+    plain = {"student_input": InputSpec((3, 64, 64), 0.0, 1.0), "teacher_input": InputSpec((3, 64, 64), 0.0, 1.0)}
+    distiller = Distiller(student, teacher, [Objective("hint", pairs=[(tap, "layer1")])], **plain).train()
+    with pytest.raises(LossError, match=f"no gradient reaches the student through '{tap}'"):
+        distiller(*batch())
+    distiller.eval()(*batch())
+    with torch.no_grad():
+        distiller.train()(*batch())
+
+
+def test_a_frozen_body_is_told_and_a_student_all_of_which_is_frozen_lets_the_adapters_learn() -> None:
+    hint = Objective("hint", pairs=[("body", "layer1")])
+    plain = {"student_input": InputSpec((3, 64, 64), 0.0, 1.0), "teacher_input": InputSpec((3, 64, 64), 0.0, 1.0)}
+    distiller = Distiller(Plain(), models()[1], [hint], **plain).train()
+    distiller.student.body.requires_grad_(False)
+    with pytest.raises(LossError, match="through 'body': all before it is frozen"):
+        distiller(batch()[0])
+    distiller.student.requires_grad_(False)
+    distiller(batch()[0])["loss"].backward()
+    assert all(parameter.grad is not None for parameter in distiller.adapters.parameters())
+
+
+def test_a_lazy_module_is_refused_in_words() -> None:
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    for sides in ((lazy, models()[1]), (models()[0], lazy)):
+        with pytest.raises(
+            TraceError, match=r"'1' of the .* is a LazyLinear, which has no size before its first forward"
+        ):
+            Distiller(*sides, [SOFT], **CONFIGURED)
+
+
+@pytest.mark.parametrize(
+    ("images", "target", "says"),
+    [
+        (torch.zeros(4, 3, 64, 64, dtype=torch.uint8), None, "the images are torch.uint8; expected floats"),
+        (np.zeros((4, 3, 64, 64), np.float32), None, "the images are a ndarray; expected a torch.Tensor"),
+        (torch.zeros(4, 1, 64, 64), None, "4x1x64x64; expected batch x 3 x .*Grey"),
+        (torch.zeros(4, 64, 64, 3), None, "4x64x64x3; expected batch x 3 x height"),
+        (torch.zeros(3, 64, 64), None, "3x64x64; expected batch"),
+        (torch.zeros(0, 3, 64, 64), None, "0x3x64x64; expected batch"),
+        (
+            torch.zeros(4, 3, 64, 64, dtype=torch.float64),
+            None,
+            r"torch.float64, and the student is not; give `images.f",
+        ),
+        (torch.zeros(4, 3, 64, 64), torch.tensor([0, 1, 2, 10]), "label 10 of 10 classes"),
+        (torch.zeros(4, 3, 64, 64), torch.tensor([0, 1, 2]), r"a target \(3,\)"),
+        (torch.zeros(4, 3, 64, 64), np.zeros(4, np.int64), "the target is a ndarray"),
+        (torch.zeros(4, 3, 64, 64), torch.zeros(4), r"class indices \(whole numbers\)"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_a_step_refuses_what_is_no_batch_of_images_and_labels(images: Any, target: Any, says: str, given: bool) -> None:
+    inputs = CONFIGURED if given else {}
+    student, teacher = models()
+    labels = torch.zeros(4, dtype=torch.long) if target is None else target
+    with pytest.raises(LossError, match=says):
+        Distiller(student, teacher, [TASK, SOFT], **inputs)(images, labels)
+
+
+def test_models_whose_output_is_a_map_are_refused_where_a_loss_reads_outputs() -> None:
+    dense = nn.Sequential(nn.Conv2d(3, 10, 8, 8))
+    with pytest.raises(AdapterError, match="the student's output is 10 x 8 x 8 an image"):
+        Distiller(dense, copy.deepcopy(dense), [SOFT], student_input=InputSpec((3, 64, 64)))

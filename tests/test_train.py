@@ -411,7 +411,7 @@ def test_mixed_images_are_timms_and_both_models_see_the_same(tmp_path: Path) -> 
     student, teacher = (timm.create_model("resnet10t", num_classes=10) for _ in range(2))
     student.register_forward_pre_hook(lambda _, args: seen.update(student=args[0]))
     teacher.register_forward_pre_hook(lambda _, args: seen.update(teacher=args[0]))
-    given, wanted = InputSpec((3, 16, 16)), InputSpec((3, 16, 16), (0.5,), (0.25,))
+    given, wanted = InputSpec((3, 16, 16), 0.0, 1.0), InputSpec((3, 16, 16), (0.5,), (0.25,))
     objectives = [Objective("cross_entropy"), Objective("soft_targets")]
     Distiller(student, teacher, objectives, student_input=given, teacher_input=wanted)(mixed, soft)
     torch.testing.assert_close(seen["teacher"], (seen["student"] - 0.5) / 0.25)
