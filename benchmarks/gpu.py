@@ -146,6 +146,7 @@ def main() -> None:
                 other = of_script(wishes.timm_script, wishes.device, case, Path(place), size, batch, epochs)
                 beside = (f"{other:.0f}", f"{other / rate:.3f}")
             rows.append((" <- ".join(case), f"{rate:.0f}", *beside, f"{idle:.1%}"))
+            print(*rows[-1], sep="; ", file=sys.stderr, flush=True)
     print(
         measure.section(
             "Whole epochs, beside timm's training script",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 MOST_WORKERS = 16  # more only wait for each other's memory
+FEWEST_BATCHES = 4  # an epoch for each worker, which takes a tenth of a second to start
 
 
 class Pixels(NamedTuple):
@@ -162,4 +163,4 @@ def worker_count(wanted: int | str, batches: int) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(cores // processes, MOST_WORKERS, batches))
+    return max(1, min(cores // processes, MOST_WORKERS, batches // FEWEST_BATCHES))

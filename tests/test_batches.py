@@ -50,11 +50,12 @@ def test_batches_that_are_skipped_are_those_at_the_beginning_and_the_memory_form
 @pytest.mark.parametrize(
     ("available", "cores", "processes", "batches", "expected"),
     [
-        (False, 8, 1, 9, 0),
-        (True, 8, 1, 9, 8),
-        (True, 8, 4, 9, 2),
-        (True, 8, 16, 9, 1),
-        (True, 8, 1, 3, 3),
+        (False, 8, 1, 99, 0),
+        (True, 8, 1, 99, 8),
+        (True, 8, 4, 99, 2),
+        (True, 8, 16, 99, 1),
+        (True, 8, 1, 22, 5),
+        (True, 8, 1, 3, 1),
         (True, 96, 1, 99, MOST_WORKERS),
     ],
 )
