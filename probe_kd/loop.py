@@ -3,10 +3,12 @@
 It is the loop that timm's training script has: the same order of operations, and the same parts of timm.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from probe_kd.cache import TeacherCache, lengthen, shorten
 from probe_kd.data import Views, loader, mixer, readable
 from probe_kd.distiller import Distiller
 from probe_kd.errors import RunError, for_all
-from probe_kd.models import module_of, short
+from probe_kd.models import breaks_channels_last, build_on_meta, module_of, short
 from probe_kd.objectives import Objective
 from probe_kd.recipe import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.spec import InputSpec
@@ -287,14 +289,32 @@ def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
     """How models and images lie in memory: as the recipe says, or channels last where convolutions are faster so.
 
     That was measured on the CPU (benchmarks/modes.py) and on a GPU in half precision (benchmarks/gpu.py). A model of
-    your own is left as it is: `x.view(len(x), -1)` behind a convolution fails with channels last.
+    your own is left as it is: `x.view(len(x), -1)` behind a convolution fails with channels last. On a CPU so is a
+    model with a layer whose backward would corrupt the heap.
     """
     last = recipe.channels_last
     if last is None:
         models = [options.model for options in (recipe.student, recipe.teacher) if options is not None]
         faster = device.type == "cpu" or (device.type == "cuda" and _in_half(recipe, "cuda"))
         last = faster and not any(map(module_of, models))
+        last = last and not (device.type == "cpu" and unsafe_layer(recipe))
     return torch.channels_last if last else torch.contiguous_format
+
+
+def unsafe_layer(recipe: Recipe) -> str:
+    """The first layer of the recipe's models, as `student.NAME`, that must not lie channels last on a CPU, or empty."""
+    for side in ("student", "teacher"):
+        options = getattr(recipe, side)
+        if options is not None and not module_of(options.model):
+            name = _unsafe_layer_of(options.model, json.dumps(options.model_kwargs, sort_keys=True, default=list))
+            if name:
+                return f"{side}.{name}"
+    return ""
+
+
+@cache
+def _unsafe_layer_of(model: str, model_kwargs: str) -> str:
+    return breaks_channels_last(build_on_meta(model, json.loads(model_kwargs)))
 
 
 def _compile(distiller: Distiller, options: CompileOptions | None) -> list[nn.Module]:

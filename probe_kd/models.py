@@ -246,6 +246,19 @@ def _refused(error: Exception) -> str:
     return short(error)
 
 
+def breaks_channels_last(model: nn.Module) -> str:
+    """The first layer whose backward writes past its memory where channels come last on a CPU; empty without one.
+
+    Seen with torch 2.14.1 (AVX2, one thread, float32): a convolution of kernel 1 and stride 2 or more over fewer than 8
+    channels, not grouped, corrupts the heap (docs/performance.md). 16 leaves room for wider vectors.
+    """
+    for name, layer in model.named_modules():
+        narrow = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.in_channels < 16
+        if narrow and set(layer.kernel_size) == {1} and max(layer.stride) > 1:
+            return str(name)
+    return ""
+
+
 def checkpoint_gradients(model: nn.Module, name: str) -> None:
     """Turn timm's gradient checkpointing on. Raises TraceError for a model that has none."""
     try:

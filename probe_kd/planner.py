@@ -31,7 +31,15 @@ from probe_kd.errors import (
 )
 from probe_kd.losses import LOSSES
 from probe_kd.matching import expand, is_pattern, listed, match
-from probe_kd.models import build_on_meta, check_import, check_kwargs, checkpoint_gradients, load_weights, short
+from probe_kd.models import (
+    breaks_channels_last,
+    build_on_meta,
+    check_import,
+    check_kwargs,
+    checkpoint_gradients,
+    load_weights,
+    short,
+)
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.plain import Path_, read_text, reason
 from probe_kd.recipe import (
@@ -178,6 +186,7 @@ class _Planner:
         self._check_checkpoint("student", student)
         self._check_checkpoint("teacher", teacher)
         self._check_baseline()
+        self._check_layout(student, teacher)
         self._check_stages(student)
         class_map = self._class_map(student, teacher)
         grown, sharing = self._join(student, teacher)
@@ -409,6 +418,19 @@ class _Planner:
             self.problems.append(self.source.problem(("torchcompile",), message))
         if options.target == "teacher" and self.recipe.teacher is None:
             self.problems.append(self.source.problem(("torchcompile", "target"), "there is no teacher to compile"))
+
+    def _check_layout(self, *traces: Trace | None) -> None:
+        """`channels_last: true` where torch would corrupt the heap: refused, since the run would end without a word."""
+        if not self.recipe.channels_last or torch.cuda.is_available():
+            return
+        for side, trace_ in zip(("student", "teacher"), traces, strict=True):
+            layer = breaks_channels_last(build_on_meta(trace_.model, trace_.model_kwargs)) if trace_ else ""
+            if layer:
+                message = (
+                    f"with channels last on a CPU the backward of {layer!r} of the {side}, a convolution of kernel 1 "
+                    "and stride 2 over few channels, corrupts memory in torch 2.14; leave `channels_last` out"
+                )
+                self.problems.append(self.source.problem(("channels_last",), message))
 
     def _check_stages(self, student: Trace | None) -> None:
         self._check_optimizers()
