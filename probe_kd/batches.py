@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 MOST_WORKERS = 16  # more only wait for each other's memory
-FEWEST_BATCHES = 4  # an epoch for each worker, which takes a tenth of a second to start
+FEWEST_BATCHES = 2  # an epoch for each worker: fewer are read before the last worker has begun
 
 
 class Pixels(NamedTuple):

@@ -54,7 +54,7 @@ def test_batches_that_are_skipped_are_those_at_the_beginning_and_the_memory_form
         (True, 8, 1, 99, 8),
         (True, 8, 4, 99, 2),
         (True, 8, 16, 99, 1),
-        (True, 8, 1, 22, 5),
+        (True, 8, 1, 12, 6),
         (True, 8, 1, 3, 1),
         (True, 96, 1, 99, MOST_WORKERS),
     ],
