@@ -87,8 +87,11 @@ def same(one: Path, two: Path) -> None:
 
 
 def count(folder: Path) -> int:
-    numbers = [int(path.stem) for path in (folder / checkpoints.FOLDER).glob("*") if path.stem.isdigit()]
-    return max(numbers, default=0)
+    try:
+        names = [Path(name).stem for name in os.listdir(folder / checkpoints.FOLDER)]
+    except FileNotFoundError:  # not there yet, or deleted by a run that ends
+        return 0
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def killed_after(text: str, folder: Path, saves: int, delay: float) -> bool:
