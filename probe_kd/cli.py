@@ -321,6 +321,7 @@ def _checked(planned: "Plan", idle: "list[Idle]", found: "Audit | None") -> dict
     ]
     return {
         "data": {"measured_on": planned.datasets.measured_on, "notes": list(planned.datasets.notes)},
+        "weights": list(planned.new_classifiers),
         "pairs": [{"student": str(pair.student), "teacher": str(pair.teacher)} for pair in planned.pairs],
         "compared": compared,
         "remarks": [*planned.remarks, *(found.remarks if found else ())],

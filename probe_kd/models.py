@@ -9,7 +9,7 @@ from contextlib import nullcontext, suppress
 from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -267,18 +267,24 @@ def checkpoint_gradients(model: nn.Module, name: str) -> None:
         raise TraceError(f"{name} has no gradient checkpointing; leave `grad_checkpointing` out") from refusal
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+Classifier = Literal["same", "new where other", "new"]
+
+
+def load_weights(model: nn.Module, path: str | Path, classifier: Classifier = "same") -> list[str]:
     """Load a checkpoint, all of it and nothing else; on the meta device this only compares.
+
+    The classifier may be that of other classes: `new where other` leaves it as the model began with it where the
+    checkpoint has another or none, `new` always. Returns the names of what was left so.
 
     Raises WeightsError with the first differences: timm would build a teacher of another number of classes and leave
     its classifier random.
     """
-    weights = read_weights(path)
-    expected = model.state_dict()
+    weights, expected = read_weights(path), model.state_dict()
+    left = [] if classifier == "same" else _left_new(model, weights, always=classifier == "new")
     differences = [
         f"{name!r} is {_shape(weights, name)} in the checkpoint and {_shape(expected, name)} in the model"
         for name in dict.fromkeys([*expected, *weights])
-        if _shape(weights, name) != _shape(expected, name)
+        if _shape(weights, name) != _shape(expected, name) and name not in left
     ]
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -286,7 +292,44 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"the checkpoint {str(path)!r} does not fit {type(model).__name__}: {'; '.join(differences[:3])}{more}"
         )
     if not any(parameter.is_meta for parameter in model.parameters()):
-        model.load_state_dict(weights)
+        model.load_state_dict({**weights, **{name: expected[name] for name in left}})
+    return left
+
+
+def classifiers(model: nn.Module) -> list[str]:
+    """The modules that a model classifies by, by name: one, or several as in a distilled DeiT.
+
+    Raises WeightsError where nothing says which they are, as it is for a model that is not timm's.
+    """
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    found = [named] if isinstance(named, str) else list(named)
+    get_classifier = getattr(model, "get_classifier", None)
+    if get_classifier is not None:
+        heads = get_classifier()
+        held = {id(head) for head in (heads if isinstance(heads, tuple | list) else (heads,))}
+        found += [name for name, module in model.named_modules() if name and id(module) in held]
+    modules = dict(model.named_modules())
+    found = [name for name in dict.fromkeys(found) if name in modules]
+    if not found:
+        raise WeightsError(f"{type(model).__name__} does not say which of its layers is the classifier")
+    return found
+
+
+def _left_new(model: nn.Module, weights: Mapping[str, Tensor], *, always: bool) -> list[str]:
+    """The tensors of those classifiers that a checkpoint has otherwise than the model, or of all of them."""
+    expected, left = model.state_dict(), list[str]()
+    for head in classifiers(model):
+        names = [name for name in expected if name.startswith(f"{head}.")]
+        if always or any(_shape(weights, name) != _shape(expected, name) for name in names):
+            left += names
+    return list(dict.fromkeys(left))
+
+
+def renew_classifier(model: nn.Module, fresh: nn.Module) -> None:
+    """Give a model the classifier of another of its kind, which begins anew."""
+    drawn = fresh.state_dict()
+    new = {name: drawn[name] for name in _left_new(model, {}, always=True)}
+    model.load_state_dict({**model.state_dict(), **new})
 
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> str:

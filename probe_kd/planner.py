@@ -37,6 +37,7 @@ from probe_kd.models import (
     check_import,
     check_kwargs,
     checkpoint_gradients,
+    classifiers,
     load_weights,
     short,
 )
@@ -55,6 +56,7 @@ from probe_kd.recipe import (
     Source,
     StageOptions,
     TeacherOptions,
+    classifier_of,
     schedule,
 )
 from probe_kd.sharing import Sharing, graft, share_convolutions, share_trunk
@@ -102,6 +104,7 @@ class Plan:
     sharing: Sharing | None = None
     grown: Trace | None = None  # of the student as it is trained, where that is a graft
     expansions: tuple[Expansion, ...] = ()
+    new_classifiers: tuple[str, ...] = ()  # in a sentence each, of models with weights
 
     @property
     def trained(self) -> Trace:
@@ -158,6 +161,7 @@ class _Planner:
         self.allow_import = allow_import
         self.recipe = source.recipe
         self.problems: list[Problem] = []
+        self.new_classifiers: list[str] = []
         self.unknown = set[Pair]()  # pairs of layers that are not there, so that no adapter is looked for
         self.entries: dict[str, list[Pair]] = {}  # what each line of `pairs` stands for
 
@@ -223,6 +227,7 @@ class _Planner:
             sharing=sharing,
             grown=grown,
             expansions=tuple(self._expansions()),
+            new_classifiers=tuple(self.new_classifiers),
         )
 
     def _datasets(self) -> Datasets | None:
@@ -325,8 +330,13 @@ class _Planner:
 
     def _check_checkpoint(self, key: str, trace_: Trace | None) -> None:
         model: ModelOptions | None = getattr(self.recipe, key)
-        if model is None or model.checkpoint is None:
+        if model is None:
             return
+        self._check_classifier(key, model, trace_)
+        if model.checkpoint is None:
+            return
+        if self.record is not None and (key == "student" or self.recipe.share or getattr(model, "train", None)):
+            return  # a run that is there has weights of its own, and does not depend on where they came from
         path = Path(model.checkpoint)
         if not path.is_file():
             near = nearest(path.name, [file.name for file in path.parent.glob("*")] if path.parent.is_dir() else [])
@@ -334,7 +344,31 @@ class _Planner:
             self.problems.append(self.source.problem((key, "checkpoint"), message))
         elif trace_ is not None:
             with self.at(key, "checkpoint"):
-                load_weights(build_on_meta(trace_.model, trace_.model_kwargs), path)
+                meta = build_on_meta(trace_.model, trace_.model_kwargs)
+                left = load_weights(meta, path, classifier_of(model))
+                self._tell_new(key, trace_, left, path.name)
+
+    def _check_classifier(self, key: str, model: ModelOptions, trace_: Trace | None) -> None:
+        if not model.new_classifier:
+            return
+        if not (model.checkpoint or model.pretrained):
+            message = "`new_classifier`: the model has no weights, so that all of it is new; leave it out"
+            self.problems.append(self.source.problem((key, "new_classifier"), message))
+        elif key == "teacher" and not (getattr(model, "train", None) or self.recipe.share):
+            message = "a new classifier of a teacher that is not trained answers at random; give `train: {epochs: ...}`"
+            self.problems.append(self.source.problem((key, "new_classifier"), message))
+        elif model.pretrained and not model.checkpoint and trace_ is not None:
+            with self.at(key, "new_classifier"):
+                names = classifiers(build_on_meta(trace_.model, trace_.model_kwargs))
+                self._tell_new(key, trace_, names, "timm")
+
+    def _tell_new(self, key: str, trace_: Trace, left: Sequence[str], source: str) -> None:
+        if left:
+            modules = ", ".join(dict.fromkeys(name.removesuffix(".weight").removesuffix(".bias") for name in left))
+            self.new_classifiers.append(
+                f"the {key} gets a new classifier ({modules}) of {trace_.output.channels} classes; all else is that of "
+                f"{source}"
+            )
 
     def _class_map(self, student: Trace | None, teacher: Trace | None) -> tuple[int, ...] | None:
         options = self.recipe.teacher

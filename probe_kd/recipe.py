@@ -232,12 +232,15 @@ class ModelOptions(_Section):
 
     `package.module:function` needs `--allow-import package` on the command line. `grad_checkpointing` is timm's: less
     memory in training for more time; a container whose children it runs one by one cannot be tapped then.
+    `new_classifier` leaves the classifier of the weights out, so that a new one begins. A teacher with `train` gets one
+    unasked where its weights have other classes.
     """
 
     model: str
     pretrained: bool = False
     grad_checkpointing: bool = False
     checkpoint: str | None = None
+    new_classifier: bool = False
     model_kwargs: dict[str, Any] = {}
 
 
@@ -275,6 +278,13 @@ class TeacherOptions(ModelOptions):
             train = self.train.model_copy(update={"optimizer": optimizer.model_copy(update={"lr": FINE_TUNING_LR})})
             object.__setattr__(self, "train", train)  # the model is frozen for everybody else
         return self
+
+
+def classifier_of(options: ModelOptions) -> Literal["same", "new where other", "new"]:
+    """What becomes of the classifier that a model's weights have."""
+    if options.new_classifier:
+        return "new"
+    return "new where other" if isinstance(options, TeacherOptions) and options.train else "same"
 
 
 class ShareOptions(_Section):

@@ -383,12 +383,15 @@ def models_table(plan: Plan) -> Table:
 
 
 def teacher_lines(plan: Plan) -> list[str]:
-    """That a teacher which has weights is trained on, and at which learning rate."""
-    teacher = plan.recipe.teacher
+    """Which models get a new classifier; that a teacher which has weights is trained on, and at which learning rate."""
+    teacher, lines = plan.recipe.teacher, list(plan.new_classifiers)
     if teacher is None or teacher.train is None or not (teacher.pretrained or teacher.checkpoint):
-        return []
+        return lines
     train = teacher.train
-    return [f"the teacher has weights, and is first fine-tuned: {train.epochs} epochs, lr {train.optimizer.lr:g}"]
+    return [
+        *lines,
+        f"the teacher has weights, and is first fine-tuned: {train.epochs} epochs, lr {train.optimizer.lr:g}",
+    ]
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -36,6 +36,7 @@ SAYS = {
     "checkpoint": "A file with its weights: safetensors, or what torch.save wrote of tensors.",
     "model_kwargs": "Arguments for timm's create_model, or for your own function.",
     "Teacher.train": "How it is trained first, on the labels alone; with weights of its own, fine-tuned at lr 1e-4.",
+    "new_classifier": "Whether the classifier of its weights is left out, and a new one begins.",
     "same_init": "Whether its random weights are those of the student's seed: equal, for one architecture.",
     "mean": "The mean that images are normalised with, one value or one a channel; else that of timm's config.",
     "std": "The standard deviation that images are normalised with; else that of timm's config.",

@@ -54,12 +54,13 @@ from probe_kd.models import (
     checkpoint_gradients,
     load_weights,
     own_tensors,
+    renew_classifier,
     save_weights,
     short,
 )
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan, join
-from probe_kd.recipe import ModelOptions, Recipe, dump, load, parse, rewritten
+from probe_kd.recipe import ModelOptions, Recipe, classifier_of, dump, load, parse, rewritten
 from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
 from probe_kd.run_folder import (
     LOCK,
@@ -629,10 +630,13 @@ class Run:
     def _build(self, options: ModelOptions, trace_: Trace, seed: int) -> nn.Module:
         set_seed(seed)
         model = build_model(trace_.model, trace_.model_kwargs, pretrained=options.pretrained)
+        if options.pretrained and options.new_classifier:
+            set_seed(seed)
+            renew_classifier(model, build_model(trace_.model, trace_.model_kwargs))
         if options.grad_checkpointing:
             checkpoint_gradients(model, trace_.model)
         if options.checkpoint:
-            load_weights(model, options.checkpoint)
+            load_weights(model, options.checkpoint, classifier_of(options))
         return self._to_device(model)
 
     def _to_device(self, model: nn.Module) -> nn.Module:
