@@ -298,7 +298,8 @@ def student_of(run: "Run") -> "Subject":
 
 def first_batch(run: "Run", subject: "Subject") -> tuple[Tensor, Tensor]:
     """Images, as the loop gives them to the models, and class indices. Raises DataError."""
-    batches = loader(run.plan.datasets.train, run.plan.recipe.data, run.images_for(subject), training=True)
+    options = run.plan.recipe.data.model_copy(update={"workers": 0})  # which would read many more than this one
+    batches = loader(run.plan.datasets.train, options, run.images_for(subject), training=True)
     prepared = batches.prepare(run.accelerator, memory_format(run.plan.recipe, run.accelerator.device))
     images, target, _ = next(readable(prepared))
     return images, target
