@@ -10,10 +10,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from errno import EFBIG, EINVAL
 from pathlib import Path
+from stat import S_ISREG
 
 from probe_kd.errors import RunError
 
+MOST_BYTES = 64_000_000  # of a file that is read as a whole: tables and JSON of a run
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 ASIDE, DAMAGED = ".partial", ".damaged"
@@ -98,7 +101,7 @@ def _number(path: Path) -> int:
 def _damage(path: Path) -> str:
     """What is wrong with a checkpoint, in words; nothing where it is as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(whole_text(path / MANIFEST))
         for name, (size, digest) in manifest.items():
             file = path / name
             if not file.is_file():
@@ -112,7 +115,29 @@ def _damage(path: Path) -> str:
     return ""
 
 
+def whole_bytes(path: Path) -> bytes:
+    """What is in a file of a run's folder, which may be a stranger's. Raises OSError for no file, or a huge one."""
+    check_regular(path)
+    with path.open("rb") as file:
+        found = file.read(MOST_BYTES + 1)
+    if len(found) > MOST_BYTES:
+        raise OSError(EFBIG, f"it is larger than {MOST_BYTES // 1_000_000} MB", str(path))
+    return found
+
+
+def whole_text(path: Path) -> str:
+    """The same as text. Raises OSError, or ValueError for what is none."""
+    return whole_bytes(path).decode("utf-8").replace("\r\n", "\n")
+
+
+def check_regular(path: Path) -> None:
+    """Nobody waits for the end of `/dev/zero`, or for somebody to write into a FIFO. Raises OSError."""
+    if not S_ISREG(path.stat().st_mode):
+        raise OSError(EINVAL, "it is no regular file", str(path))
+
+
 def digest_of(path: Path) -> str:
-    """SHA-256 of all that is in a file."""
+    """SHA-256 of all that is in a file. Raises OSError."""
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

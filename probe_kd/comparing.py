@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from probe_kd.checkpoints import FOLDER as CHECKPOINTS
-from probe_kd.checkpoints import put
+from probe_kd.checkpoints import put, whole_text
 from probe_kd.datasets import DataRecord
 from probe_kd.errors import MatchError, RunError, nearest
 from probe_kd.evaluation import cka_table, vectors
@@ -272,7 +272,7 @@ def _read(folder: Path) -> _Run:
         why = "it has no recipe.yaml" if folder.is_dir() else "a file" if folder.exists() else "there is none"
         raise RunError(f"{folder} is not the folder of a run ({why}){nearest(folder.name, others)}")
     source = load(recipe)
-    run = _Run(folder, source.recipe.model_dump(mode="json", exclude_none=True), recipe.read_text(encoding="utf-8"))
+    run = _Run(folder, source.recipe.model_dump(mode="json", exclude_none=True), whole_text(recipe))
     run.rows = read_metrics(folder / "metrics.csv")
     summary = folder / "summary.json"
     if summary.is_file():
@@ -308,12 +308,11 @@ def read_metrics(path: Path) -> list[Row]:
     if not path.exists():
         return rows
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            lacking = {"subject", "stage", "epoch"} - set(reader.fieldnames or ())
-            if lacking:
-                raise ValueError(f"it has no column {sorted(lacking)[0]!r}")
-            rows.extend(_epoch(line) for line in reader)
+        reader = csv.DictReader(whole_text(path).splitlines(keepends=True), strict=True)
+        lacking = {"subject", "stage", "epoch"} - set(reader.fieldnames or ())
+        if lacking:
+            raise ValueError(f"it has no column {sorted(lacking)[0]!r}")
+        rows.extend(_epoch(line) for line in reader)
     except (OSError, ValueError, csv.Error) as refusal:  # UnicodeDecodeError is a ValueError
         why = refusal.strerror if isinstance(refusal, OSError) else f"line {len(rows) + 2}: {short(refusal)}"
         raise RunError(
@@ -342,7 +341,7 @@ def _epoch(line: Mapping[str | None, Any]) -> Row:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(whole_text(path))
         if not isinstance(found, dict):
             raise ValueError("it holds no mapping")
     except (OSError, ValueError, RecursionError) as refusal:

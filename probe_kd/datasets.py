@@ -24,6 +24,7 @@ from pydantic import (
 )
 from torch.utils.data import Dataset, Subset
 
+from probe_kd.checkpoints import whole_bytes
 from probe_kd.errors import DataError, nearest
 from probe_kd.images import EXTENSIONS, FolderImages, decode, open_image, scan_folder
 from probe_kd.run_folder import Manifest, changed, damaged
@@ -88,7 +89,7 @@ class DataOptions(BaseModel):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"
-    crop_pct: float | None = Field(default=None, gt=0, le=1)
+    crop_pct: float | None = Field(default=None, ge=0.1, le=1)
     no_aug: bool = False
     scale: _Range = (0.08, 1.0)
     ratio: _Range = (0.75, 4 / 3)
@@ -183,7 +184,7 @@ class DataRecord:
         try:
             if changed(folder / RECORD):
                 raise DataError(damaged(folder / RECORD))
-            return TypeAdapter(DataRecord).validate_json((folder / RECORD).read_bytes())
+            return TypeAdapter(DataRecord).validate_json(whole_bytes(folder / RECORD))
         except FileNotFoundError:
             manifest = Manifest.read(folder)
             if manifest is not None and RECORD in manifest.files:

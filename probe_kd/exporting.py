@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from probe_kd import __version__
+from probe_kd.checkpoints import whole_bytes, whole_text
 from probe_kd.data import loader
 from probe_kd.datasets import DataRecord, open_datasets
 from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest
@@ -457,7 +458,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
         return
     foreign = sorted(file.name for file in folder.iterdir() if file.name not in FILES)
     card = folder / CARD
-    if foreign or not card.is_file() or MARK not in card.read_text(encoding="utf-8", errors="replace"):
+    if foreign or not card.is_file() or MARK not in whole_bytes(card).decode(errors="replace"):
         holds = f"holds {', '.join(foreign[:3])}" if foreign else "was not written by an export"
         raise RunError(f"{folder} is not empty and {holds}; it will not be overwritten, so choose another -o")
     if not overwrite:
@@ -544,7 +545,7 @@ then normalised by the mean {given.mean} and the standard deviation {given.std},
 def _accuracies(trained: _Trained) -> list[str]:
     """Of this model, and of the others of its run, as summary.json has them; empty where it has not."""
     try:
-        results = json.loads((trained.run / "summary.json").read_text(encoding="utf-8"))["results"]
+        results = json.loads(whole_text(trained.run / "summary.json"))["results"]
         by_role = {result["role"].replace(" ", "-"): result for result in results}
         own = "ema_accuracy" if trained.weights.stem.endswith("-ema") else "accuracy"
         found = {trained.subject: by_role.pop(trained.subject).get(own)}

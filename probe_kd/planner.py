@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -290,7 +291,7 @@ class _Planner:
         teacher = self.recipe.teacher
         if teacher is None:
             return
-        self._check_cache(teacher)
+        self._check_cache(teacher, trace_)
         if self.recipe.share and teacher.train:
             message = "with `share` the stages train the teacher too, alone and with the student; leave `train` out"
             self.problems.append(self.source.problem(("teacher", "train"), message))
@@ -309,8 +310,12 @@ class _Planner:
             )
             self.problems.append(self.source.problem(("teacher", "model"), message))
 
-    def _check_cache(self, teacher: TeacherOptions) -> None:
+    def _check_cache(self, teacher: TeacherOptions, trace_: Trace | None) -> None:
         whys = []
+        if teacher.cache and (why := _unwritable(Path(teacher.cache))):
+            whys.append(("cache", why))
+        if trace_ and teacher.cache_top_k and teacher.cache_top_k > trace_.output.channels:
+            whys.append(("cache_top_k", f"the teacher has {trace_.output.channels} logits, got {teacher.cache_top_k}"))
         if teacher.cache and self.recipe.share:
             whys.append(("cache", "the teacher trains too, so what it gave before is not what it gives now"))
         if teacher.cache and self.recipe.data.mixes:
@@ -829,6 +834,17 @@ def _to_blame(options: DataOptions) -> list[str]:
             _try_images(options.model_copy(update={key: getattr(usual, key)}))
             return [key]
     return []
+
+
+def _unwritable(folder: Path) -> str:
+    """Why a folder cannot be made or written, as far as that is seen without trying; else empty."""
+    try:
+        there = next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+    except (OSError, ValueError) as refusal:  # a path that no system takes
+        return f"no folder can be called {str(folder)[:80]!r}: {reason(refusal)}"
+    if not there.is_dir():
+        return f"{str(there)!r} is no folder"
+    return "" if os.access(there, os.W_OK | os.X_OK) else f"{str(there)!r} cannot be written"
 
 
 def _read_class_map(path: str) -> list[int]:

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from probe_kd import patterns
 from probe_kd.adapters import Answer, adapt
-from probe_kd.checkpoints import put
+from probe_kd.checkpoints import check_regular, put
 from probe_kd.console import PlainConsole
 from probe_kd.datasets import class_names
 from probe_kd.distiller import answers, make_adapters
@@ -584,6 +584,7 @@ def _allowing(plan: Plan) -> str:
 def is_measured(file: Path) -> bool:
     """Whether a file was written by `eval -o` or `compare -o`, whatever it is called: its contents say so."""
     try:
+        check_regular(file)
         if file.suffix.lower() in (".html", ".htm"):
             with file.open(encoding="utf-8") as page:
                 return f'<meta name="generator" content="{GENERATOR}' in page.read(2000)

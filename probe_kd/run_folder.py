@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-from probe_kd.checkpoints import MANIFEST, digest_of, put
+from probe_kd.checkpoints import MANIFEST, digest_of, put, whole_text
 from probe_kd.errors import RunError
 
 LOCK = ".lock"
@@ -132,7 +132,7 @@ def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
 
 def _owner(lock: Path) -> str:
     try:
-        owner = json.loads(lock.read_text(encoding="utf-8"))
+        owner = json.loads(whole_text(lock))
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(float(owner["since"])))
         return f" (process {int(owner['pid'])} on {owner['host']}, since {since})"
     except (OSError, ValueError, TypeError, KeyError):  # it has only just locked the file
@@ -171,7 +171,7 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest | None":
         """None where there is none, or where it is none of a run's."""
         try:
-            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            values = json.loads(whole_text(folder / MANIFEST))
             found = cls(values["files"], values["inputs"], values["written_by"])
             told = [*found.files.items(), *found.inputs.items()]
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):

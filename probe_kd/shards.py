@@ -20,6 +20,7 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 from torch.utils.data import Dataset
 
+from probe_kd.checkpoints import whole_bytes
 from probe_kd.errors import DataError, nearest
 from probe_kd.images import decode
 
@@ -148,7 +149,7 @@ def open_shards(root: str | None, split: str, *, mode: str = "RGB", num_classes:
 def _info(folder: Path) -> _Info:
     for name in ("_info.json", "info.json"):
         try:
-            return _Info.model_validate_json((folder / name).read_bytes())
+            return _Info.model_validate_json(whole_bytes(folder / name))
         except FileNotFoundError:
             continue
         except ValidationError as refusal:

@@ -138,10 +138,10 @@ class Journal:
     @classmethod
     def read(cls, path: Path) -> "Journal":
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(checkpoints.whole_text(path))
             results = {role: Result(**result) for role, result in values.pop("results").items()}
             return cls(results=results, **values)
-        except (OSError, ValueError, TypeError, KeyError) as refusal:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as refusal:
             raise RunError(f"{path} is not the journal of a run: {refusal}; start anew with --overwrite") from None
 
 
@@ -495,7 +495,7 @@ def _is_old_run(folder: Path) -> bool:
     """
     beside = (folder / "metrics.csv").is_file() or any(folder.glob(f"{checkpoints.FOLDER}/*/{checkpoints.MANIFEST}"))
     try:
-        text = (folder / RECIPE).read_text(encoding="utf-8")
+        text = checkpoints.whole_text(folder / RECIPE)
         source = load(folder / RECIPE)
     except (OSError, ValueError, ProbeKDError):
         return False
@@ -531,7 +531,7 @@ def _first_difference(before: str, now: str) -> str:
 
 def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], display: Display) -> Path | None:
     recipe, manifest = folder / RECIPE, Manifest.read(folder)
-    begun_with = _with_root_of(recipe.read_text(encoding="utf-8"), resolved)
+    begun_with = _with_root_of(checkpoints.whole_text(recipe), resolved)
     if begun_with != resolved:
         raise RunError(
             f"the recipe is not the one that {folder} was begun with ({recipe}); it then had "
@@ -807,8 +807,11 @@ class Run:
         if accelerator.is_main_process:
             key, depends = key_of(self.teacher.model, self.plan.datasets.train, self._depends_on(given))
             cache.folder = cache.folder / key
-            found = [(cache.folder, cache.lock())]
-            (cache.folder / "depends-on.json").write_text(depends, encoding="utf-8")
+            try:
+                found = [(cache.folder, cache.lock())]
+                (cache.folder / "depends-on.json").write_text(depends, encoding="utf-8")
+            except OSError as refusal:
+                raise RunError(f"cannot write the teacher's cache {cache.folder}: {refusal.strerror}") from refusal
         cache.folder, cache.writes = broadcast_object_list(found)[0]
         if not cache.writes:
             self.display.say(f"another run writes the teacher's cache in {cache.folder}; this one only reads it")

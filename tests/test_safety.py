@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save_file
 
+from probe_kd.checkpoints import MOST_BYTES, whole_text
 from probe_kd.cli import main
+from probe_kd.comparing import compare
 from probe_kd.console import PlainConsole
-from probe_kd.errors import Problem, RecipeError, TapError, TraceError, WeightsError
+from probe_kd.errors import Problem, RecipeError, RunError, TapError, TraceError, WeightsError
 from probe_kd.models import check_state, read_weights, save_weights
 from probe_kd.plain import MAX_BYTES, MAX_LEVELS, MAX_NODES
 from probe_kd.planner import plan
@@ -320,6 +323,29 @@ def test_a_dataset_is_no_command(canary: Path) -> None:
                 plan(parse(TINY.replace("dataset: sklearn/digits", f"dataset: {kind}\n  {place}")))
 
 
+@pytest.mark.parametrize("kind", ["endless", "fifo", "folder", "huge"])
+@pytest.mark.parametrize("name", ["metrics.csv", "summary.json", "layers.json", "manifest.json"])
+def test_what_is_no_small_file_in_the_folder_of_a_run_is_not_waited_for(name: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(TINY)
+    file = tmp_path / name
+    match kind:
+        case "endless":
+            file.symlink_to("/dev/zero")
+        case "fifo":
+            os.mkfifo(file)
+        case "folder":
+            file.mkdir()
+        case _:
+            file.touch()
+            os.truncate(file, MOST_BYTES + 1)
+    begun = time.process_time()
+    with suppress(RunError):  # what is damaged may also be told as a remark
+        assert compare([tmp_path]).notes
+    with pytest.raises(OSError, match=r"regular file|larger than"):
+        whole_text(file)
+    assert time.process_time() - begun < 5
+
+
 @pytest.mark.parametrize(
     "name", ["..yaml", "...yaml", ".yaml", "=x.yaml", "a\nb.yaml", "[red]x.yaml", "x" * 120 + ".yaml"]
 )
@@ -426,6 +452,10 @@ def test_a_run_does_not_go_on_from_code(canary: Path, tmp_path: Path) -> None:
         ("depth: 2", "depth: 2, features_only: true, out_indices: 2", "the student vit_tiny_patch16_224 gives several"),
         ("train: {epochs: 1}", "train: {epochs: 1}\n  class_map: /dev/zero", "leave `class_map` out"),
         ("train: {epochs: 1}", "pretrained: true\n  class_map: /dev/zero", "it is no regular file"),
+        ("train: {epochs: 1}", "train: {epochs: 1}\n  cache: /dev/null/x", "7:3: `cache`: '/dev/null' is no folder"),
+        ("train: {epochs: 1}", "train: {epochs: 1}\n  cache: " + "x" * 300, "no folder can be called"),
+        ("train: {epochs: 1}", "train: {epochs: 1}\n  cache: x\n  cache_top_k: 11", "teacher has 10 logits, got 11"),
+        ("hflip: 0.0", "crop_pct: 1.0e-9", "expected a number greater than or equal to 0.1"),
     ],
     ids=lambda value: value[-30:],
 )  # fmt: skip
