@@ -24,7 +24,7 @@ from probe_kd import Distiller, InputSpec, Objective, Schedule
 from probe_kd.audit import audit
 from probe_kd.comparing import compare
 from probe_kd.data import DataOptions, loader, mixer
-from probe_kd.errors import RecipeError, RunError
+from probe_kd.errors import LossError, RecipeError, RunError
 from probe_kd.loop import Phase, make_optimizer, make_scheduler
 from probe_kd.losses import soft_targets
 from probe_kd.planner import plan
@@ -472,11 +472,11 @@ def test_what_check_refuses_after_a_batch_training_refuses_before_anything_is_tr
     pairs = "  blocks.0: layer2\n  blocks.1: layer3\n"
     text = TINY.replace(pairs, "  patch_embed@input: {teacher: conv1@input, policy: never}\n")
     planned = plan(parse(text))
-    (wrong,) = audit(planned).wrong
-    assert wrong == "loss `hint` of stage `hint` moves nothing; leave it out, or compare what can be trained"
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(LossError, match="no gradient reaches the student through 'patch_embed@input'") as checked:
+        audit(planned)
+    with pytest.raises(LossError) as trained:
         train(planned, tmp_path / "run", Display(Console(quiet=True), quiet=True))
-    assert str(caught.value) == wrong
+    assert str(trained.value) == str(checked.value)
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
