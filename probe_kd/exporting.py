@@ -234,7 +234,7 @@ def _evaluated_on(recipe: Recipe, subject: str, module: nn.Module) -> InputSpec:
         mean, std = teacher.mean, teacher.std
         if subject.startswith("teacher"):
             size = teacher.input_size or size
-        module = build_on_meta(teacher.model, teacher.model_kwargs)
+        module = build_on_meta(teacher.model, teacher.model_kwargs) if not (mean and std) else module
     own = InputSpec.of(module, size)
     channels = size[0]
     given = InputSpec(size, mean or own.mean, std or own.std)

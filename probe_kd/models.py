@@ -104,6 +104,32 @@ def _saved_arguments(name: str) -> tuple[str, dict[str, Any]]:
     return config["architecture"].partition(".")[0], saved
 
 
+def portable(name: str, model_kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The architecture and arguments that a model is built by without the folder that `local-dir:` names.
+
+    Other names are as good elsewhere, and are left as they are.
+    """
+    if not name.startswith("local-dir:"):
+        return name, dict(model_kwargs)
+    architecture, saved = _saved_arguments(name)
+    model = build_on_meta(name, model_kwargs)
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    channels, *sides = config.get("input_size") or (3,)
+    arguments = {**{key: config.get(key) for key in ("num_classes", "global_pool")}, "in_chans": channels}
+    if config.get("fixed_input_size") and sides:  # what timm takes of a config (`_update_default_model_kwargs`)
+        arguments["img_size"] = sides
+    arguments = {
+        key: value for key, value in arguments.items() if value is not None and (key, value) != ("in_chans", 3)
+    }
+    found = {**arguments, **saved, **model_kwargs}
+    same = _shapes(build_on_meta(architecture, found)) == _shapes(model)
+    return (architecture, found) if same else (name, dict(model_kwargs))
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def _hub_config(name: str, place: str) -> dict[str, Any]:
     from timm.models import load_model_config_from_hf
 

@@ -133,10 +133,22 @@ class Plan:
         if recipe.teacher is not None and self.teacher is not None:
             kwargs = dict(self.teacher.model_kwargs)
             found["teacher"] = recipe.teacher.model_copy(update={"model_kwargs": kwargs})
+        found |= self._normalisation_of_folders(found)
         if self.pairs:
             body = "body." if self.grown else ""
             found["pairs"] = {str(pair.student).removeprefix(body): _written(pair) for pair in self.pairs}
         return recipe.model_copy(update=found)
+
+    def _normalisation_of_folders(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """The sections with the mean and std that the config of a `local-dir:` model says, since the folder may go."""
+        sides = [("data", self.recipe.student, None if self.grown else self.student_input)]
+        if self.recipe.teacher is not None:
+            sides.append(("teacher", self.recipe.teacher, self.teacher_input))
+        return {
+            key: found.get(key, getattr(self.recipe, key)).model_copy(update={"mean": given.mean, "std": given.std})
+            for key, options, given in sides
+            if given is not None and options.model.startswith("local-dir:")
+        }
 
 
 def _written(pair: Pair) -> str | PairOptions:

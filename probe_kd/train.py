@@ -54,6 +54,7 @@ from probe_kd.models import (
     checkpoint_gradients,
     load_weights,
     own_tensors,
+    portable,
     renew_classifier,
     save_weights,
     short,
@@ -822,9 +823,10 @@ class Run:
         recipe, teacher = self.plan.recipe, self.teacher
         assert teacher is not None
         data = recipe.data.model_dump(mode="json", exclude=UNSEEN)
+        model, kwargs = portable(teacher.trace.model, teacher.trace.model_kwargs)
         return {
-            "model": teacher.trace.model,
-            "model_kwargs": dict(teacher.trace.model_kwargs),
+            "model": model,
+            "model_kwargs": kwargs,
             "seed": None if recipe.data.no_aug else recipe.seed,
             "views": {**data, "given": asdict(given), "teacher": asdict(teacher.input)},
             "precision": str(self.accelerator.mixed_precision),
@@ -1017,7 +1019,8 @@ class Run:
 
     def _write_weights(self, subject: Subject, end: str = "") -> str:
         trace_, name = subject.trace, f"{subject.role.replace(' ', '-')}{end}.safetensors"
-        about = {"model": trace_.model, "model_kwargs": dict(trace_.model_kwargs), "probe_kd": __version__}
+        model, kwargs = portable(trace_.model, trace_.model_kwargs)
+        about = {"model": model, "model_kwargs": kwargs, "probe_kd": __version__}
         if self.accelerator.is_main_process:
             self._write(subject.model, name, about | self._about_graft(subject))
         return name
@@ -1045,11 +1048,12 @@ class Run:
         if not (share and share.form == "graft" and plan.teacher and subject.role == "student"):
             return {}
         sides = {"student": (plan.student, share.cut[0]), "teacher": (plan.teacher, share.cut[1])}
+        named = {side: portable(trace_.model, trace_.model_kwargs) for side, (trace_, _) in sides.items()}
         return {
             "graft": {
                 side: {
-                    "model": trace_.model,
-                    "model_kwargs": dict(trace_.model_kwargs),
+                    "model": named[side][0],
+                    "model_kwargs": named[side][1],
                     "input_size": list(trace_.input_size),
                     "at": str(at),
                 }

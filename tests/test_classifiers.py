@@ -1,5 +1,6 @@
 """Weights with another classifier: only it begins anew, and where the file lay decides nothing."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from test_resume import Quiet
 from torch import nn
 
 from probe_kd.errors import RecipeError, WeightsError
-from probe_kd.models import load_weights
+from probe_kd.models import load_weights, read_header
 from probe_kd.planner import plan
-from probe_kd.recipe import parse
+from probe_kd.recipe import load, parse
+from probe_kd.sharing import load_student
 from probe_kd.train import train
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -102,3 +104,30 @@ def test_a_run_does_not_depend_on_the_folder_that_its_weights_came_from(tmp_path
         assert all(torch.equal(first[key], second[key]) for key in first | second), name
         headers = [safe_open(run / name, "pt").metadata() for run in written]
         assert headers[0] == headers[1]
+
+
+LOCAL = """\
+student: {model: "local-dir:%s", pretrained: true}
+data: {dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 64, fraction: 0.1, hflip: 0.0}
+stages: [{epochs: 1, losses: {task: {loss: cross_entropy}}}]
+"""
+
+
+def test_what_was_fine_tuned_from_a_folder_is_whole_without_it(tmp_path: Path) -> None:
+    """Its architecture, arguments and normalisation go into what the run writes."""
+    source, kwargs = build("a linear layer", 7), MODELS["a linear layer"][1]
+    written = []
+    for folder in (tmp_path / "here", tmp_path / "else" / "there"):
+        saved(source, folder / "model.safetensors")
+        config = {"num_classes": 7, "input_size": [3, 16, 16], "mean": [0.1] * 3, "std": [0.7] * 3, "classifier": "fc"}
+        about = {"architecture": "resnet10t", "num_classes": 7, "model_args": kwargs, "pretrained_cfg": config}
+        (folder / "config.json").write_text(json.dumps(about))
+        train(plan(parse(LOCAL % folder)), folder / "run", Quiet())
+        written.append(folder / "run" / "student.safetensors")
+        assert load(folder / "run" / "recipe.yaml").recipe.data.mean == (0.1, 0.1, 0.1)
+        (folder / "config.json").unlink()
+    first, second = map(load_file, written)
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+    assert read_header(written[0]) == read_header(written[1])
+    assert read_header(written[0])["model"] == "resnet10t"
+    assert load_student(written[1]).fc.out_features == 10
