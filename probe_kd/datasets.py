@@ -325,7 +325,7 @@ _FOLDERS = ("image_folder", "folder")
 _TORCHVISION = (*_IN_MEMORY, "inaturalist", "inat", "places365", "imagenet", *_FOLDERS)
 _KINDS = ("sklearn", "torch", "hfds", "wds")
 NAMES = ("sklearn/digits", *(f"torch/{name}" for name in _TORCHVISION))  # that are known without a look at the hub
-_TRAIN_WORDS = ("train", "training")
+TRAINED = ("train", "training")
 EVALUATED = ("val", "valid", "validation", "eval", "evaluation")  # of folders, in the order that timm looks for them
 _TEST_WORDS = (*EVALUATED, "test", "testing")
 
@@ -384,10 +384,10 @@ def _open(options: DataOptions, key: str, split: str) -> _Split:
 
 def _part(options: DataOptions, key: str, split: str) -> str:
     """Of a dataset that has two parts: which of them a split is."""
-    for part, words in (("train", _TRAIN_WORDS), ("validation", _TEST_WORDS)):
+    for part, words in (("train", TRAINED), ("validation", _TEST_WORDS)):
         if split.lower() in words:
             return part
-    near = nearest(split, [*_TRAIN_WORDS, *_TEST_WORDS])
+    near = nearest(split, [*TRAINED, *_TEST_WORDS])
     raise DataError(f"{options.dataset} has no split {split!r}; it has 'train' and 'test'{near}", key)
 
 
@@ -457,8 +457,11 @@ def _split_folder(options: DataOptions, key: str, split: str) -> str:
     """The folder of a split in `root`, by its name or one that timm takes for the same."""
     root = options.root
     if not (root and Path(root).is_dir()):
-        raise DataError(f"there is no folder {root!r} to read images from; set `root`, or name a `dataset`")
-    words = _TRAIN_WORDS if split in _TRAIN_WORDS else EVALUATED if split in EVALUATED else ()
+        raise DataError(
+            f"there is no folder {root!r} to read images from; set `root`, or name a `dataset` (where a run's "
+            "images have moved, `eval --root DIR`)"
+        )
+    words = TRAINED if split in TRAINED else EVALUATED if split in EVALUATED else ()
     for name in (split, *words):
         if os.path.isdir(os.path.join(root, name)):
             return os.path.join(root, name) if name != "." else root
@@ -759,6 +762,9 @@ def _divided(
         train = train.among(used)
         _check_train(train, names, num_classes, may_lack=True)
         told += [note.replace(train.label, "what is trained on") for note in _absent(train, names, num_classes)]
+        if held_out is not None:
+            lacks = _absent(held_out, names, num_classes)
+            told += [note.replace(f"{held_out.label} has", "the held-out images have") for note in lacks]
         told = list(dict.fromkeys(told))
     measured = [*([] if "val_split" in options.splits or held_out is None else [held_out]), *others]
     final, curves = measured[-1], measured[0]
@@ -768,7 +774,12 @@ def _divided(
         num_classes=num_classes,
         held_out=held_out.images if held_out else None,
         val=curves.images if curves is not final else None,
-        measured_on=_measured_on(*("the held-out images" if it is held_out else it.label for it in (curves, final))),
+        measured_on=_measured_on(
+            *(
+                f"the held-out images ({len(it)})" if it is held_out else f"{it.label} ({len(it)} images)"
+                for it in (curves, final)
+            )
+        ),
         notes=tuple(told),
     )
 

@@ -96,7 +96,8 @@ def evaluate(
                     with _autocast(precision, place):
                         features[subject.role] = subject.look(views[subject.images].to(place))
                 meter.update(features, target.to(place))
-        return meter.result(str(folder), split)
+        held_out = split == "test" and planned.datasets.test is planned.datasets.held_out  # there is no other
+        return meter.result(str(folder), "held_out" if held_out else split)
 
 
 def cka_sums(student: Float[Tensor, "batch m"], teacher: Float[Tensor, "batch n"]) -> Sums:

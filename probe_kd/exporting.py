@@ -496,7 +496,9 @@ def _card(trained: _Trained, written: _Written, name: str) -> str:
     if teacher is not None and trained.subject == "student":
         lines.append(f"- Distilled from `{teacher.model}`")
     lines.append(f"- Data: `{recipe.data.dataset or 'a folder of images'}`")
-    lines += [f"- Accuracy on the test images: {text}" for text in _accuracies(trained)]
+    accuracies, measured_on = _accuracies(trained)
+    lines += [f"- Accuracy: {text}" for text in accuracies]
+    lines += [f"- Measured: {measured_on}"] * bool(accuracies and measured_on)
     lines += [f"- Note: {note}" for note in written.notes]
     parts = [
         _FRONT.format(library="timm" if timms else "onnx", mark=MARK, name=name),
@@ -542,17 +544,18 @@ then normalised by the mean {given.mean} and the standard deviation {given.std},
 """
 
 
-def _accuracies(trained: _Trained) -> list[str]:
-    """Of this model, and of the others of its run, as summary.json has them; empty where it has not."""
+def _accuracies(trained: _Trained) -> tuple[list[str], str]:
+    """Of this model and of the others of its run, and what images they are of, as summary.json has it; else empty."""
     try:
-        results = json.loads(whole_text(trained.run / "summary.json"))["results"]
-        by_role = {result["role"].replace(" ", "-"): result for result in results}
+        summary = json.loads(whole_text(trained.run / "summary.json"))
+        by_role = {result["role"].replace(" ", "-"): result for result in summary["results"]}
         own = "ema_accuracy" if trained.weights.stem.endswith("-ema") else "accuracy"
         found = {trained.subject: by_role.pop(trained.subject).get(own)}
         found |= {role: result["accuracy"] for role, result in by_role.items()}
-        return [f"{share:.2%} ({role.replace('-', ' ')})" for role, share in found.items() if share is not None]
+        shown = [f"{share:.2%} ({role.replace('-', ' ')})" for role, share in found.items() if share is not None]
+        return shown, str(summary.get("measured_on", ""))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return []
+        return [], ""
 
 
 def _without_paths(recipe: Recipe) -> Recipe:

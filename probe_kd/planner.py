@@ -200,19 +200,24 @@ class _Planner:
         if student is not None and classes is not None and student.output.channels != classes:
             message = f"the student's classifier has {student.output.channels} classes and the data {classes}"
             self.problems.append(self.source.problem(("student", "model_kwargs"), message))
-        self._check_checkpoint("student", student)
-        self._check_checkpoint("teacher", teacher)
+        # Without data nobody knows how many classes there are, and what does not fit 1000 would be no mistake.
+        self._check_checkpoint("student", student if datasets else None)
+        self._check_checkpoint("teacher", teacher if datasets else None)
+        self._check_warmup(datasets)
         self._check_baseline()
         self._check_layout(student, teacher)
         self._check_stages(student)
-        class_map = self._class_map(student, teacher)
+        class_map = self._class_map(student if datasets else None, teacher)
         grown, sharing = self._join(student, teacher)
         pairs = self._pairs(student, teacher, grown)
         body = "body." if grown else ""
         compared = None if pairs is None else [pair for pair in pairs if pair.weight]
         objectives = [self._objectives(index, compared, body) for index in range(len(recipe.stages))]
         self._check_use(objectives)
-        found = () if pairs is None else self._comparisons(objectives, grown or student, teacher, class_map)
+        known = (
+            objectives if datasets else [[it for it in stage if it.resolved.reads != "outputs"] for stage in objectives]
+        )
+        found = () if pairs is None else self._comparisons(known, grown or student, teacher, class_map)
         comparisons = tuple(found)
         for side, trace_, read in (
             ("data", student, self._student_input),
@@ -408,10 +413,7 @@ class _Planner:
         from timm.optim import list_optimizers
 
         known = list_optimizers()
-        places: list[tuple[Path_, Any]] = [(("stages", index), stage) for index, stage in enumerate(self.recipe.stages)]
-        if self.recipe.teacher and self.recipe.teacher.train:
-            places.append((("teacher", "train"), self.recipe.teacher.train))
-        for where, stage in places:
+        for where, stage in self._trained_stages():
             if stage.optimizer.opt.lower() not in known:
                 message = f"timm has no optimizer {stage.optimizer.opt!r}{nearest(stage.optimizer.opt, known)}"
                 self.problems.append(self.source.problem((*where, "optimizer", "opt"), message))
@@ -420,6 +422,30 @@ class _Planner:
                     _try_optimizer(stage.optimizer)
             for key, message in _misfits(stage.scheduler, stage.epochs):
                 self.problems.append(self.source.problem((*where, "scheduler", key), message))
+
+    def _trained_stages(self) -> list[tuple[Path_, Any]]:
+        """Everything that has an optimizer, with its place in the recipe."""
+        stages: list[tuple[Path_, Any]] = [(("stages", index), stage) for index, stage in enumerate(self.recipe.stages)]
+        if self.recipe.teacher and self.recipe.teacher.train:
+            stages.append((("teacher", "train"), self.recipe.teacher.train))
+        return stages
+
+    def _check_warmup(self, datasets: Datasets | None) -> None:
+        """A stage whose every update lies in the warm-up is not trained, and its figures would not say so."""
+        if datasets is None:
+            return
+        images, batch = len(datasets.train), self.recipe.data.batch_size  # type: ignore[arg-type]
+        batches = images // batch if images > batch else 1
+        for where, stage in self._trained_stages():
+            updates = -(-batches // getattr(stage, "grad_accum_steps", 1))
+            warmup = stage.scheduler.warmup_epochs
+            if 0 < warmup < stage.epochs and warmup * updates > stage.epochs * updates - 1:
+                message = (
+                    f"all {stage.epochs * updates} updates ({images} images, {batch} a batch) lie in the warm-up of "
+                    f"{warmup:g} epochs, at next to no learning rate; set `warmup_epochs: 0`, more `epochs`, or a "
+                    "smaller `data.batch_size`"
+                )
+                self.problems.append(self.source.problem((*where, "scheduler", "warmup_epochs"), message))
 
     def _check_trackers(self) -> None:
         if not self.recipe.trackers:

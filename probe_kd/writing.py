@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from probe_kd.datasets import EVALUATED, NAMES, check_name
+from probe_kd.datasets import EVALUATED, NAMES, TRAINED, check_name
 from probe_kd.errors import DataError, Problem, RecipeError, nearest
 from probe_kd.models import packages
 from probe_kd.plain import reason
@@ -190,6 +190,10 @@ def _teacher_size(student: Trace, teacher: Trace) -> str:
     return f"\n  input_size: {list(teacher.input_size)}  # the teacher sees the same images at its own size"
 
 
+def _has_train(folder: Path) -> bool:
+    return any((folder / name).is_dir() for name in TRAINED)
+
+
 def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, holdout: bool) -> list[str]:
     """The `data:` section; what is known of a set (small images, digits that must not be mirrored) is in it.
 
@@ -201,6 +205,7 @@ def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, hold
         unmeasured = not any((Path(data) / name).is_dir() for name in EVALUATED)
         holdout |= unmeasured
         lines += [f"  root: {_word(data)}           # a folder of folders, one for each class in every split"]
+        lines += ["  train_split: .                # its folders are the classes"] * (not _has_train(Path(data)))
         lines += ["  val_split: none               # there is no `validation` in it"] * unmeasured
     elif "/" not in data or data.startswith((".", "/", "~")):
         near = nearest(data, [*NAMES, *(entry.name for entry in Path().iterdir() if entry.is_dir())])
