@@ -440,8 +440,6 @@ def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise RunError(
             f"{folder} is not empty; go on with it by --resume, replace it by --overwrite, or choose another --out"
         )
-    if resume and (folder / "summary.json").exists():
-        raise RunError(f"nothing to resume in {folder}: the run is finished")
 
 
 def _contents(folder: Path) -> list[str]:
@@ -545,6 +543,8 @@ def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], display: Dis
             f"{other} is not the file that {folder} was begun with: its contents have changed since. Put the former "
             "file back, or choose another --out; --overwrite deletes that run and begins anew"
         )
+    if (folder / "summary.json").exists():
+        raise RunError(f"nothing to resume in {folder}: the run is finished")
     return checkpoints.newest(folder, display.say)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 from conftest import ROCKET, TINY
+from PIL import Image
 
 from probe_kd.cli import main
 from probe_kd.errors import DataError
@@ -242,8 +243,8 @@ def test_init_refuses_images_that_there_are_not(data: str, says: str, tmp_path: 
         (["match", "--student", "resnet10t", "--teacher", "resnet18", "--level", "layer"], "stage"),
         (["train", "nowhere.yaml"], "cannot read the recipe"),
         (["train", "r.yaml", "--resume", "--overwrite"], "one of the two"),
-        (["train", "r.yaml", "--out", "full"], "not empty"),
-        (["train", "r.yaml", "--out", "r.yaml"], "not empty"),
+        (["train", "r.yaml", "--out", "full"], "was written by no run"),
+        (["train", "r.yaml", "--out", "r.yaml"], "it is a file"),
         (["train", "r.yaml", "--out", "r.yaml/in"], "cannot write"),
         (["trian"], "train"),
     ],
@@ -378,3 +379,14 @@ def test_check_finds_what_no_loss_reaches(command: Command, tmp_path: Path, reci
     assert (result.returncode, "Traceback" in result.stderr) == (2 if wrong else 0, False), result.stderr
     assert says in (result.stderr if wrong else result.stdout)
     assert ("note: no loss" in result.stdout) == (bool(says) and not wrong)
+
+
+def test_a_folder_whose_folders_are_the_classes_gets_a_recipe_that_plans(command: Command, tmp_path: Path) -> None:
+    for name in "ab":
+        for index in range(10):
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / "photos" / name / f"{index}.png")
+    models = ["--student", "resnet10t", "--teacher", "resnet10t", "--input-size", "32"]
+    assert command("init", *models, "--data", "photos", "-o", "r.yaml").returncode == 0
+    checked = command("check", "r.yaml", "--no-batch")
+    assert checked.returncode == 0, checked.stderr

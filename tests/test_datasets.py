@@ -141,13 +141,13 @@ def test_a_split_that_is_not_there_or_is_another_is_refused(
 @pytest.mark.parametrize(
     ("given", "counts", "says"),
     [
-        ({}, (20, 4, None, None), "both of val_split 'validation'; `test_split` gives others"),
+        ({}, (20, 4, None, None), r"both of val_split 'validation' \(4 images\); `test_split` gives others"),
         (
             {"test_split": "test"},
             (20, 2, 4, None),
             "curves are of val_split .*, the final figures of test_split 'test'",
         ),
-        ({"val_split": None, "holdout": 0.2}, (16, 4, None, 4), "held-out images; there is no test figure"),
+        ({"val_split": None, "holdout": 0.2}, (16, 4, None, 4), r"held-out images \(4\); there is no test figure"),
         (
             {"val_split": "none", "holdout": 0.2, "test_split": "test"},
             (16, 2, 4, 4),
@@ -374,3 +374,11 @@ def test_parts_of_a_hub_dataset_that_overlap_are_found(train: Any, val: Any, sha
         for rows in (train, val)
     )
     assert _overlap(one, two) is _overlap(two, one) is shared
+
+
+def test_a_class_of_which_no_image_is_held_out_is_told(tmp_path: Path) -> None:
+    """The division is by lot; of three classes and two images held out, one has none."""
+    pictures(tmp_path, train_a=8, train_b=8, train_c=8)
+    found = open_datasets(options(tmp_path, val_split=None, holdout=0.08))
+    assert any("the held-out images have no images of" in note for note in found.notes)
+    assert "the held-out images (2)" in found.measured_on

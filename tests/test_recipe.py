@@ -82,6 +82,12 @@ MEANING = [
         23,
         "2 epochs of warm-up leave nothing of 2",
     ),
+    (
+        "epochs: 2",
+        "epochs: 2\n    scheduler: {warmup_epochs: 1.9}",
+        23,
+        "all 10 updates (1437 images, 256 a batch) lie in the warm-up",
+    ),
     ("epochs: 2", "epochs: 2\n    scheduler: {sched: step}", 23, "a step every 30 epochs is never taken in 2"),
     (
         "epochs: 2",
