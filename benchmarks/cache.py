@@ -143,7 +143,7 @@ def _read(ours: Ours, stack: ExitStack) -> Arm:
     loop.cache = ours.cache(subject, distiller)
     assert loop.cache is not None
     stack.callback(loop.cache.close)
-    while not loop.cache._there or not all(bool(there.all()) for there in loop.cache._there):
+    while len(loop.cache.some(loop.views.view, loop.cache.count)[0]) < loop.cache.count:
         one_epoch(loop, 0)
         loop.phase = replace(loop.phase, age=loop.phase.age + 1)  # another order
     return lambda: one_epoch(loop, 0)

@@ -89,6 +89,7 @@ UNSEEN = {
     *("batch_size", "workers", "views", "download", "root", "num_classes"),
     *("val_split", "test_split", "on_error"),
 }
+MOST_TRIED = 16  # images of the batch that is tried before training
 ASK_EVERY = 20  # updates between which several processes do not ask each other whether to stop
 
 
@@ -249,11 +250,11 @@ def check_student(plan: Plan, accelerator: Accelerator, display: Display) -> Non
     run = Run(plan, Path(), Display(Console(quiet=True), quiet=True), accelerator, Journal())
     with one_step():
         subject = student_of(run)
-        images, target = first_batch(run, subject)
+        images, target = first_batch(run, subject, most=MOST_TRIED)
         reach = reach_of(run, subject, images, target)
         found = complaints(reach), untrained(run, subject, reach, images, target)
     accelerator.free_memory()
-    wrong, remarks = broadcast_object_list([found])[0]  # each process has images of its own
+    wrong, remarks = broadcast_object_list([found])[0]  # so that all processes end, or none
     if wrong:
         raise for_all(RunError("; ".join(wrong)))
     if accelerator.is_main_process:
@@ -289,7 +290,7 @@ def student_of(run: "Run") -> "Subject":
     """The student before training, beside a teacher as it is before training, which is tried where it is trained."""
     for subject in run.subjects():
         if subject.phases and subject.role in ("teacher", TEACHER_ALONE):
-            reach_of(run, subject, *first_batch(run, subject))
+            reach_of(run, subject, *first_batch(run, subject, most=MOST_TRIED))
         if subject.role in ("teacher", TEACHER_ALONE) and not run.plan.recipe.share:
             run.teacher = subject
         if subject.role == "student":
@@ -297,12 +298,17 @@ def student_of(run: "Run") -> "Subject":
     raise AssertionError("every recipe has a student")
 
 
-def first_batch(run: "Run", subject: "Subject") -> tuple[Tensor, Tensor]:
-    """Images, as the loop gives them to the models, and class indices. Raises DataError."""
-    options = run.plan.recipe.data.model_copy(update={"workers": 0})  # which would read many more than this one
+def first_batch(run: "Run", subject: "Subject", *, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Images, as the loop gives them to the models, and class indices; the first few of a batch, or all of it.
+
+    Raises DataError.
+    """
+    data, device = run.plan.recipe.data, run.accelerator.device
+    # Without workers, which would read many batches more than this one.
+    options = data.model_copy(update={"workers": 0, "batch_size": min(data.batch_size, most or data.batch_size)})
     batches = loader(run.plan.datasets.train, options, run.images_for(subject), training=True)
-    prepared = batches.prepare(run.accelerator, memory_format(run.plan.recipe, run.accelerator.device))
-    images, target, _ = next(readable(prepared))
+    placed = batches.on(device, memory_format=memory_format(run.plan.recipe, device))
+    images, target, _ = next(readable(placed))
     return images, target
 
 
