@@ -79,7 +79,7 @@ def distiller_of(case: Case, losses: Sequence[str], *, task: bool = True) -> Dis
 
 
 def built(case: Case, objectives: Sequence[Objective]) -> Distiller:
-    given = InputSpec((3, case.size, case.size))
+    given = InputSpec((3, case.size, case.size), 0.0, 1.0)
     return Distiller(*case.models(), objectives, student_input=given, teacher_input=given).train()
 
 
