@@ -65,10 +65,13 @@ def check_truths(
     given: Mapping[str, Any],
     error: type[ProbeKDError] = TraceError,
 ) -> None:
-    """Text or a list is true in Python, whatever it says: `"false"` too. Raises `error`."""
+    """Text or a list is true in Python, whatever it says: `"false"` too; and text is no number. Raises `error`."""
     for key, value in given.items():
         if key in parameters and is_truth(parameters[key]) and value not in (True, False, None):
             raise error(f"`{key}` of {name} is {value!r}; expected true or false{nearest_truth(value)}")
+        default = parameters[key].default if key in parameters else None
+        if isinstance(value, str) and isinstance(default, int | float) and not isinstance(default, bool):
+            raise error(f"`{key}` of {name} is the text {value!r}; expected a number, such as {default}")
 
 
 def is_truth(parameter: Parameter) -> bool:

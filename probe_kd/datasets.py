@@ -239,6 +239,7 @@ class _Split:
     empty: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     rows: tuple[tuple[str, int, int], ...] = ()
+    linked: bool = False  # whether links are among its files
 
     @property
     def label(self) -> str:
@@ -362,11 +363,18 @@ def _overlap(one: _Split, two: _Split) -> bool:
         (first,), (second,) = one.sources, two.sources
         if first.startswith(second + os.sep) or second.startswith(first + os.sep):
             return True
+    if (one.linked or two.linked) and not _real_files(one).isdisjoint(_real_files(two)):
+        return True
     return any(
         part == other and max(start, begin) < min(stop, end)
         for part, start, stop in one.rows
         for other, begin, end in two.rows
     )
+
+
+def _real_files(split: _Split) -> set[str]:
+    samples = split.images.samples if isinstance(split.images, FolderImages) else ()
+    return {os.path.realpath(path) for path, _ in samples}
 
 
 def _open(options: DataOptions, key: str, split: str) -> _Split:
@@ -450,6 +458,7 @@ def _folder(options: DataOptions, key: str, split: str) -> _Split:
         targets=np.array([target for _, target in samples]),
         empty=tuple(found.empty),
         notes=tuple(found.notes),
+        linked=found.linked,
     )
 
 

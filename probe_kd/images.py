@@ -7,6 +7,7 @@ round, and numbers the classes of every split by itself. So folders are read her
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from probe_kd.errors import DataError
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # What Pillow may take a file for, whatever it is called: EPS, which runs Ghostscript, and documents are no images.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,7 +51,7 @@ def decode(file: IO[bytes], mode: str, name: str) -> Image.Image:
     try:
         image = Image.open(file, formats=_formats())
         image.load()
-        return _flat(_eight_bits(_upright(image)), mode)
+        return _flat(_eight_bits(_upright(image), image), mode)
     except Exception as refusal:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... for damaged files
         why = re.sub(r" <.*?>", "", " ".join(str(refusal).split())) or type(refusal).__name__
         raise DataError(f"{name} cannot be read: {why}") from refusal
@@ -90,16 +92,26 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits scaled, and not cut off at 255 as by `convert`. Raises ValueError where no range is known."""
+def _eight_bits(image: Image.Image, source: Image.Image) -> Image.Image:
+    """Grey of 9 to 16 bits scaled, and not cut off at 255 as by `convert`. Raises ValueError where no range is known.
+
+    `source` is the image as it was opened, which knows its file's tags.
+    """
     if image.mode == "F":
         raise ValueError("its pixels are floats, whose range nobody knows; save it with 8 or 16 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
+    tags: Mapping[int, Any] = getattr(source, "tag_v2", {})
+    pixels, most = np.asarray(image).astype(np.int64), 2 ** min(16, *tags.get(_BITS, (16,))) - 1
+    if pixels.min() < 0 or pixels.max() > 65535 or max(tags.get(_BITS, (16,))) > 16:
         raise ValueError("its pixels are whole numbers of more than 16 bits; save it with 8 or 16")
-    return Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
+    grey = (pixels * 255 + most // 2) // most
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+        grey = 255 - grey
+    transparent = source.info.get("transparency")
+    if isinstance(transparent, int):  # on white, as in `_flat`
+        grey[pixels == transparent] = 255
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def _flat(image: Image.Image, mode: str) -> Image.Image:
@@ -134,6 +146,7 @@ class FolderScan:
     files: Mapping[str, Sequence[str]]
     empty: Sequence[str]
     notes: Sequence[str]
+    linked: bool = False  # whether anything in it is a link
 
     def samples(self, class_to_idx: Mapping[str, int], *, by_path: bool) -> list[tuple[str, int]]:
         """All files with their class index; in timm's order by path, or class after class as torchvision has it."""
@@ -149,6 +162,7 @@ class _Walk:
     folders: dict[str, list[str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     unfollowed: list[str] = field(default_factory=list)
+    linked: bool = False
 
 
 def scan_folder(root: str | Path, *, outermost: bool = False) -> FolderScan:
@@ -163,7 +177,7 @@ def scan_folder(root: str | Path, *, outermost: bool = False) -> FolderScan:
     if walk.images[top]:
         raise DataError(_why_no_class(walk, top))
     inside = {folder: os.path.relpath(folder, top).split(os.sep) for folder in walk.images if folder != top}
-    label = {folder: parts[0 if outermost else -1] for folder, parts in inside.items()}
+    label = _class_names({folder: parts[0 if outermost else -1] for folder, parts in inside.items()})
     if not outermost:
         _check_innermost(walk, inside, label)
     files: dict[str, list[str]] = {}
@@ -180,7 +194,24 @@ def scan_folder(root: str | Path, *, outermost: bool = False) -> FolderScan:
             f"the classes in {top} are the innermost folders ({nested[-1]!r} of {'/'.join(nested)!r}), as timm has it; "
             "`dataset: torch/image_folder` takes the outermost"
         )
-    return FolderScan({name: files[name] for name in ordered}, sorted(empty), notes)
+    return FolderScan({name: files[name] for name in ordered}, sorted(empty), notes, walk.linked)
+
+
+def _class_names(folders: Mapping[str, str]) -> dict[str, str]:
+    """The class of each folder: its name as Unicode composes it, since a copy by another system may not."""
+    written: dict[str, str] = {}
+    for folder, name in folders.items():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"the name of {folder!r} is no UTF-8, and a class needs one; rename that folder") from None
+        other = written.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise DataError(
+                f"two class folders differ only in how Unicode writes their name, {other!a} and {name!a}; "
+                "make one folder of them"
+            )
+    return {folder: unicodedata.normalize("NFC", name) for folder, name in folders.items()}
 
 
 def _natural(text: str) -> tuple[list[str | int], str]:
@@ -205,6 +236,7 @@ def _walk(top: str) -> _Walk:
             seen.add(real)
         walk.images[folder], walk.folders[folder] = [], []
         for entry in _entries(folder):
+            walk.linked |= entry.is_symlink()
             is_folder, suffix = _is_folder(entry), os.path.splitext(entry.name)[1].lower()
             if is_folder and not entry.name.startswith("."):
                 inner = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)

@@ -41,7 +41,9 @@ def lock_file(path: Path) -> IO[str] | None:
     Raises OSError where the file cannot be opened, or where the file system has no locks.
     """
     while True:
-        handle = path.open("a+", encoding="utf-8")
+        # No link is followed: what it leads to would be written to.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        handle = os.fdopen(os.open(path, flags, 0o666), "a+", encoding="utf-8")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -111,6 +113,9 @@ def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
         why = "it is a file" if isinstance(refusal, FileExistsError) else refusal.strerror
         raise RunError(f"cannot write to {folder}: {why}; choose another --out") from None
     claimed = Claim(folder, made)
+    if not _is_lock(folder / LOCK):
+        claimed.release()
+        raise RunError(f"{folder / LOCK} was written by no run, and will not be overwritten; choose another --out")
     try:
         claimed.handle = lock_file(folder / LOCK)
     except OSError as refusal:
@@ -128,6 +133,16 @@ def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
     claimed.handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
     claimed.handle.flush()
     return claimed
+
+
+def _is_lock(lock: Path) -> bool:
+    """Whether a lock may be written here: there is none yet, or it is a run's, of which a kill may leave a part."""
+    if not os.path.lexists(lock):
+        return True
+    try:
+        return not lock.is_symlink() and whole_text(lock)[:7] in ("", '{"pid":')
+    except (OSError, ValueError):
+        return False
 
 
 def _owner(lock: Path) -> str:

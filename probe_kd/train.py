@@ -479,11 +479,23 @@ def _is_of_run(file: Path, manifest: Manifest | None) -> bool:
     if file.is_symlink():
         return False
     if file.is_dir():
-        return file.name in (checkpoints.FOLDER, TRACKERS)
+        names = [entry.name for entry in file.iterdir()] if file.name == checkpoints.FOLDER else []
+        return file.name == TRACKERS or (
+            file.name == checkpoints.FOLDER and all(re.match(r"\d{6}", it) for it in names)
+        )
+    if file.name in ("report.html", "layers.json"):
+        return is_measured(file) if file.suffix == ".html" else _is_json(file)
     if file.suffix == ".safetensors":
         named = re.fullmatch(_WEIGHTS, file.stem)
         return bool(named) and (manifest is None or file.name in manifest.files)
     return bool(re.fullmatch(_TABLE_OR_PARTIAL, file.name)) or is_measured(file)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(checkpoints.whole_text(file)), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 _WEIGHTS = r"(student|teacher)(-alone)?(-ema)?|adapters-\d+"
@@ -518,6 +530,12 @@ def _inputs(recipe: Recipe) -> list[str]:
 def _check_inputs_outside(plan: Plan, folder: Path, *, resume: bool) -> None:
     """Raises RunError where --overwrite would delete what the recipe reads."""
     place = Path(os.path.realpath(folder))
+    cache = plan.recipe.teacher.cache if plan.recipe.teacher else None
+    if cache and Path(os.path.realpath(cache)).is_relative_to(place):
+        raise RunError(
+            f"the teacher's cache {cache} lies in the folder of results, {folder}, which a run must have for itself; "
+            "give another folder as `teacher.cache`"
+        )
     for name in _inputs(plan.recipe):
         if not resume and Path(os.path.realpath(name)).is_relative_to(place):
             raise RunError(

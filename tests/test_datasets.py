@@ -382,3 +382,18 @@ def test_a_class_of_which_no_image_is_held_out_is_told(tmp_path: Path) -> None:
     found = open_datasets(options(tmp_path, val_split=None, holdout=0.08))
     assert any("the held-out images have no images of" in note for note in found.notes)
     assert "the held-out images (2)" in found.measured_on
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_images_of_training_behind_links_are_no_others(tmp_path: Path, whole: bool) -> None:
+    pictures(tmp_path, train_a=3, train_b=3)
+    for name in "ab":
+        place = tmp_path / "validation" / name
+        place.parent.mkdir(exist_ok=True)
+        if whole:
+            place.symlink_to(tmp_path / "train" / name)
+        else:
+            place.mkdir()
+            (place / "0.png").symlink_to(tmp_path / "train" / name / "0.png")
+    with pytest.raises(DataError, match="has images of train_split"):
+        open_datasets(options(tmp_path))

@@ -34,7 +34,6 @@ def written(folder: Path, image: Image.Image, kind: str = "png", **more: Any) ->
         (Image.fromarray(GREY), "png", GREY),
         (Image.fromarray(GREY.astype(np.uint16) * 257), "png", GREY),
         (Image.fromarray(GREY.astype(np.uint16) * 257), "tif", GREY),
-        (Image.fromarray(GREY.astype(np.int32) * 257), "tif", GREY),
         (Image.fromarray(GREY.astype(np.uint16) * 257).convert("I"), "pgm", GREY),
         (Image.fromarray(np.uint8([[0, 255]] * 4)).convert("1"), "png", np.uint8([[0, 255]] * 4)),
         (Image.fromarray(COLOUR).convert("CMYK"), "tif", COLOUR),
@@ -192,3 +191,30 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     assert found.empty == ["empty"]
     assert any("1 .heic" in note for note in found.notes)
     assert any("'b' of 'deep/b'" in note for note in found.notes)
+
+
+def test_grey_of_more_than_eight_bits_has_its_files_own_white(tmp_path: Path) -> None:
+    """TIFF's tag 262 says that white is zero, PNG's tRNS what is transparent; nobody knows the range of 32 bits."""
+    deep = Image.fromarray(np.uint16([[0, 65535]]))
+    assert np.asarray(open_image(written(tmp_path, deep, "tif", tiffinfo={262: 0}), "L")).tolist() == [[255, 0]]
+    assert np.asarray(open_image(written(tmp_path, deep, "png", transparency=0), "L")).tolist() == [[255, 255]]
+    with pytest.raises(DataError, match="more than 16 bits"):
+        open_image(written(tmp_path, Image.fromarray(np.int32([[0, 100]])), "tif"), "L")
+
+
+def test_a_class_has_one_name_however_unicode_writes_it(tmp_path: Path) -> None:
+    for name in ("cafe\u0301", "b"):
+        (tmp_path / name).mkdir()
+        written(tmp_path / name, Image.fromarray(GREY))
+    assert set(scan_folder(tmp_path).files) == {"caf\u00e9", "b"}
+    (tmp_path / "caf\u00e9").mkdir()
+    written(tmp_path / "caf\u00e9", Image.fromarray(GREY))
+    with pytest.raises(DataError, match=r"only in how Unicode writes their name, 'caf\\xe9' and 'cafe\\u0301'|'cafe"):
+        scan_folder(tmp_path)
+
+
+def test_a_class_folder_whose_name_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    os.mkdir(os.fsencode(tmp_path) + b"/a\xff")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(DataError, match="is no UTF-8"):
+        scan_folder(tmp_path)

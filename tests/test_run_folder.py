@@ -276,3 +276,22 @@ def test_the_manifest_names_what_the_run_wrote(finished: Path) -> None:
     assert manifest.files.keys() == {"recipe.yaml", "data.json", "student.safetensors"}
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in manifest.files.values())
     assert json.loads((finished / "manifest.json").read_text())["written_by"] == "probe-kd"
+
+
+@pytest.mark.parametrize("name", [LOCK, "checkpoints/notes.txt", "report.html", "layers.json"])
+def test_what_somebody_wrote_under_a_name_of_a_run_is_kept(name: str, done: Path) -> None:
+    file = done / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
+    with pytest.raises(RunError, match=r"will not be overwritten|holds more than a run writes"):
+        run(ALONE, done, overwrite=True)
+    assert file.read_text() == "precious"
+
+
+def test_a_lock_behind_a_link_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(RunError, match="was written by no run"):
+        claim(tmp_path / "run", print)
+    assert (tmp_path / "precious").read_text() == "precious"
