@@ -256,7 +256,6 @@ def test_what_lies_in_the_way_is_told_before_the_models_are_traced(
     (tmp_path / "file").write_text("")
     for out, more, says in (
         ("run", [], "is not empty"),
-        ("run", ["--resume"], "nothing to resume"),
         ("file", [], "cannot write to file: it is a file"),
         ("file/under", [], "cannot write to file/under"),
         ("new", [], "timm has no model 'resnet11t'"),
