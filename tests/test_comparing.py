@@ -496,7 +496,7 @@ def test_what_eval_and_compare_leave_in_a_run_does_not_keep_it_from_being_overwr
         assert (run / "scores.json").exists()
         (run / name).unlink()
     open_run(planned, run, Display(Console(quiet=True)), resume=False, overwrite=True)
-    assert [file.name for file in run.iterdir()] == ["recipe.yaml"]
+    assert {file.name for file in run.iterdir()} == {"recipe.yaml", "manifest.json", "data.json"}
 
 
 def test_a_report_that_fails_does_not_make_the_run_fail(
