@@ -64,7 +64,8 @@ def test_a_run_measures_two_splits_and_its_classes_are_kept(finished: tuple[Path
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     (result,) = summary["results"]
-    assert "curves are of val_split 'validation', the final figures of test_split 'test'" in summary["measured_on"]
+    images = "curves are of val_split 'validation' (20 images), the final figures of test_split 'test' (10 images)"
+    assert images in summary["measured_on"]
     assert summary["skipped_images"] == {"train_split": 1}
     assert all((float(row["accuracy"]) * 20).is_integer() and row["held_out_loss"] for row in rows)
     assert sum(result["images"]) == 10
