@@ -409,7 +409,8 @@ def reference(form: str, s: Array, t: Array, temperature: float) -> float:
         case "fsp":
             return float(((s - t) ** 2).sum() / len(s))
         case "relative fsp":
-            variance, square = t.var(0, ddof=1).sum(), (t**2).sum() / len(t)
+            variance = t.var(0, ddof=1).sum() if np.ptp(t, axis=0).any() else 0.0  # rounding is no variance
+            square = (t**2).sum() / len(t)
             return float(((s - t) ** 2).sum() / len(s) / (variance or square or 1.0))
         case "attention":
             return float(np.mean([np.linalg.norm(unit(a) - unit(b)) for a, b in zip(s, t, strict=True)]))
