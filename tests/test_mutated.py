@@ -137,7 +137,7 @@ def test_none_of_ten_thousand_changed_recipes_makes_reading_or_planning_fail(par
     run()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=SLOW, derandomize=True)
+@settings(max_examples=150, deadline=None, suppress_health_check=SLOW, derandomize=True)
 @given(
     st.sampled_from(RECIPES), st.sampled_from(["stages.0", "stages", "data", "teacher.train", "x.y", "pairs"]), values
 )

@@ -445,7 +445,12 @@ def test_a_run_does_not_go_on_from_code(canary: Path, tmp_path: Path) -> None:
         ("epochs: 2", "epochs: 2\n    optimizer: {opt_args: {betas: [0.9, 3]}}", "does not take betas=[0.9, 3]"),
         ("epochs: 2", "epochs: 2\n    optimizer: {opt_args: {betas: [0.9]}}", "does not take betas=[0.9]"),
         ("epochs: 2", "epochs: 2\n    optimizer: {opt_args: {amsgrad: no}}", "`amsgrad` of optimizer `adamw` is 'no'"),
-        ("{epochs: 1}", "{epochs: 1, optimizer: {opt: lamb, opt_args: {eps: x}}}", "6:45: `eps` of optimizer"),
+        (
+            "{epochs: 1}",
+            "{epochs: 1, optimizer: {opt: lamb, opt_args: {eps: x}}}",
+            "6:45: `eps` of optimizer `lamb` is the text 'x'; expected a number",
+        ),
+        ("{epochs: 1}", "{epochs: 1, optimizer: {opt: lamb, opt_args: {betas: 3}}}", "6:45: optimizer `lamb` does not"),
         ("hflip: 0.0", "aa: nonsense", "r.yaml:11:3: the images cannot be transformed"),
         ("hflip: 0.0", "aa: rand-m9-x5", "the images cannot be transformed"),
         ("hflip: 0.0", "ratio: [0, 1]", "r.yaml:11:3: `data.ratio`: [0, 1]: expected [least, most], both above 0"),

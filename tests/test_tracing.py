@@ -204,11 +204,19 @@ def test_a_size_that_the_arguments_rule_out_is_told_with_both_mends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "near"),
-    [("swin_tiny_patch4_window7_224", "windw_size", "window_size"), ("torch.nn:Flatten", "start_dimm", "start_dim")],
+    ("name", "wrong", "says"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            "windw_size",
+            "`windw_size` is no argument of the architecture of swin_tiny_patch4_window7_224; "
+            "did you mean 'window_size'",
+        ),
+        ("torch.nn:Flatten", "start_dimm", "'start_dimm'; did you mean 'start_dim'"),
+    ],
 )
-def test_an_argument_that_a_model_does_not_take_gets_the_nearest(name: str, wrong: str, near: str) -> None:
-    with pytest.raises(TraceError, match=rf"[`']{wrong}[`'].*; did you mean '{near}'"):
+def test_an_argument_that_a_model_does_not_take_gets_the_nearest(name: str, wrong: str, says: str) -> None:
+    with pytest.raises(TraceError, match=says):
         trace(name, model_kwargs={wrong: 4})
 
 
