@@ -7,7 +7,7 @@ nothing: torch and timm take seconds.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from probe_kd.version import __version__
 
 _HOME = {
     "Adapter": "adapters",

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from probe_kd.checkpoints import to_disk
 from probe_kd.errors import DataError, RunError
-from probe_kd.run_folder import lock_file, unlock_file
+from probe_kd.files.atomic import to_disk
+from probe_kd.files.run_folder import lock_file, unlock_file
 
 SUM = torch.int64  # of checksums, which need 33 bits as signed numbers
 FORMAT = 2  # another number where rows are written otherwise, or an adapter makes something else under the same name

@@ -5,20 +5,15 @@ manifest holds the size and the digest of every file in it, so that one that a f
 is known before anything of it is loaded, and the one before it is taken.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from errno import EFBIG, EINVAL
 from pathlib import Path
-from stat import S_ISREG
 
 from probe_kd.errors import RunError
+from probe_kd.files.atomic import MANIFEST, digest_of, to_disk, whole_text
 
-MOST_BYTES = 64_000_000  # of a file that is read as a whole: tables and JSON of a run
 FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
 ASIDE, DAMAGED = ".partial", ".damaged"
 
 
@@ -68,22 +63,6 @@ def remove(run: Path) -> None:
     shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
-def put(aside: Path, place: Path) -> None:
-    """Give a file that was written aside its name. Whoever reads it finds the old one or the new, and all of it."""
-    to_disk(aside)
-    aside.replace(place)
-    to_disk(place.parent)
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _all(run: Path) -> Iterator[Path]:
     """Whole, partial and damaged ones."""
     return (path for path in (run / FOLDER).glob("*") if path.stem.isdigit())
@@ -113,31 +92,3 @@ def _damage(path: Path) -> str:
     except (OSError, ValueError, TypeError, AttributeError) as refusal:
         return f"its manifest cannot be read: {refusal}"
     return ""
-
-
-def whole_bytes(path: Path) -> bytes:
-    """What is in a file of a run's folder, which may be a stranger's. Raises OSError for no file, or a huge one."""
-    check_regular(path)
-    with path.open("rb") as file:
-        found = file.read(MOST_BYTES + 1)
-    if len(found) > MOST_BYTES:
-        raise OSError(EFBIG, f"it is larger than {MOST_BYTES // 1_000_000} MB", str(path))
-    return found
-
-
-def whole_text(path: Path) -> str:
-    """The same as text. Raises OSError, or ValueError for what is none."""
-    return whole_bytes(path).decode("utf-8").replace("\r\n", "\n")
-
-
-def check_regular(path: Path) -> None:
-    """Nobody waits for the end of `/dev/zero`, or for somebody to write into a FIFO. Raises OSError."""
-    if not S_ISREG(path.stat().st_mode):
-        raise OSError(EINVAL, "it is no regular file", str(path))
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of all that is in a file. Raises OSError."""
-    check_regular(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

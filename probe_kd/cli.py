@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from probe_kd import __version__
 from probe_kd.errors import ProbeKDError, RunError, Stopped, visible
+from probe_kd.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from probe_kd.audit import Audit
+    from probe_kd.files.run_folder import Claim
     from probe_kd.planner import Plan
     from probe_kd.report import Display, Idle
-    from probe_kd.run_folder import Claim
     from probe_kd.spec import Trace
 
 app = typer.Typer(
@@ -405,7 +405,7 @@ def train(
 @contextmanager
 def _claimed(folder: Path, display: "Display", *, resume: bool, overwrite: bool) -> "Iterator[Claim | None]":
     """The folder of results, looked at and locked before anything that takes time, by the first process of a run."""
-    from probe_kd.run_folder import claim
+    from probe_kd.files.run_folder import claim
     from probe_kd.train import check_folder
 
     if not _speaks():

@@ -19,10 +19,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from probe_kd.checkpoints import FOLDER as CHECKPOINTS
-from probe_kd.checkpoints import put, whole_text
 from probe_kd.datasets import DataRecord
 from probe_kd.errors import MatchError, RunError, nearest
 from probe_kd.evaluation import cka_table, vectors
+from probe_kd.files.atomic import put, whole_text
 from probe_kd.matching import blocks, stages
 from probe_kd.models import short
 from probe_kd.planner import Plan, plan

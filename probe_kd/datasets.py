@@ -24,10 +24,10 @@ from pydantic import (
 )
 from torch.utils.data import Dataset, Subset
 
-from probe_kd.checkpoints import whole_bytes
 from probe_kd.errors import DataError, nearest
+from probe_kd.files.atomic import whole_bytes
+from probe_kd.files.run_folder import Manifest, changed, damaged
 from probe_kd.images import EXTENSIONS, FolderImages, decode, open_image, scan_folder
-from probe_kd.run_folder import Manifest, changed, damaged
 from probe_kd.shards import Shards, open_shards
 
 RECORD = "data.json"

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from probe_kd.arguments import check_arguments, check_truths
-from probe_kd.checkpoints import put
 from probe_kd.errors import TraceError, WeightsError, nearest
-from probe_kd.plain import read_text, reason
-from probe_kd.run_folder import changed, damaged
+from probe_kd.files.atomic import put, read_text, reason
+from probe_kd.files.run_folder import changed, damaged
 
 MAX_CALLS = 100_000  # of torch while a model of timm is built; its largest takes 11 thousand
 

@@ -2,10 +2,8 @@
 
 import math
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -16,31 +14,10 @@ from probe_kd.errors import CONTROL, Problem, RecipeError
 
 Path_ = tuple[str | int, ...]
 
-# Recipes have 2 kB, 150 nodes and 6 levels; the parser takes a few seconds where all of these are used up.
-MAX_BYTES = 250_000
+# Recipes have 150 nodes and 6 levels; the parser takes a few seconds where all of these are used up.
 MAX_NODES = 10_000
 MAX_LEVELS = 32
 MAX_INT = 2**53  # up to it a float knows every whole number, and timm's schedules compute in floats
-
-
-def read_text(path: Path) -> str:
-    """The text of a file. Raises OSError, or ValueError for what is no file, no text, or larger than MAX_BYTES."""
-    if not stat.S_ISREG(path.stat().st_mode):  # nobody waits for a FIFO, or for the end of /dev/zero
-        raise ValueError("it is no regular file")
-    with path.open("rb") as file:
-        found = file.read(MAX_BYTES + 1)
-    if len(found) > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES // 1000} kB")
-    try:
-        return found.decode("utf-8-sig")
-    except UnicodeDecodeError as refusal:
-        line = found.count(b"\n", 0, refusal.start) + 1
-        raise ValueError(f"its line {line} is not UTF-8 text") from None
-
-
-def reason(error: Exception) -> str:
-    """Why a file was not read or written, without its name."""
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def read_yaml(text: str, name: str, shown: str | None = None) -> Any:

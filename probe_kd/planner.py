@@ -30,6 +30,7 @@ from probe_kd.errors import (
     WeightsError,
     nearest,
 )
+from probe_kd.files.atomic import read_text, reason
 from probe_kd.losses import LOSSES
 from probe_kd.matching import expand, is_pattern, listed, match
 from probe_kd.models import (
@@ -43,7 +44,7 @@ from probe_kd.models import (
     short,
 )
 from probe_kd.objectives import Comparison, Objective
-from probe_kd.plain import Path_, read_text, reason
+from probe_kd.plain import Path_
 from probe_kd.recipe import (
     RESERVED,
     AutoPairs,

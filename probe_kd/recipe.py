@@ -33,6 +33,7 @@ from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens
 from probe_kd.datasets import DataOptions, InputSize
 from probe_kd.distiller import Block
 from probe_kd.errors import CONTROL, LossError, Problem, RecipeError, nearest, nearest_truth
+from probe_kd.files.atomic import read_text, reason
 from probe_kd.plain import (
     MAX_LEVELS,
     Node,
@@ -41,9 +42,7 @@ from probe_kd.plain import (
     locate,
     merged,
     node_of,
-    read_text,
     read_yaml,
-    reason,
     replaced,
 )
 from probe_kd.sharing import Pattern

@@ -20,11 +20,11 @@ from rich.text import Text
 
 from probe_kd import patterns
 from probe_kd.adapters import Answer, adapt
-from probe_kd.checkpoints import check_regular, put
 from probe_kd.console import PlainConsole
 from probe_kd.datasets import class_names
 from probe_kd.distiller import answers, make_adapters
 from probe_kd.errors import MatchError, TapError, nearest, visible
+from probe_kd.files.atomic import check_regular, put
 from probe_kd.matching import blocks, stages
 from probe_kd.models import packages
 from probe_kd.planner import Plan

@@ -20,8 +20,8 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 from torch.utils.data import Dataset
 
-from probe_kd.checkpoints import whole_bytes
 from probe_kd.errors import DataError, nearest
+from probe_kd.files.atomic import whole_bytes
 from probe_kd.images import decode
 
 KINDS = ("jpg", "png", "webp")  # of images, as timm's reader looks for them: the first that a sample has

@@ -30,15 +30,29 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from probe_kd import __version__, checkpoints
+from probe_kd import checkpoints
 from probe_kd.adapters import ImageView
 from probe_kd.batches import Batches
 from probe_kd.cache import Stored, TeacherCache, key_of
-from probe_kd.checkpoints import MANIFEST
 from probe_kd.data import loader, readable
 from probe_kd.datasets import RECORD, DataRecord
 from probe_kd.distiller import Distiller
 from probe_kd.errors import DataError, PeerLost, ProbeKDError, RunError, Stopped, WeightsError, for_all
+from probe_kd.files.atomic import MANIFEST, whole_text
+from probe_kd.files.run_folder import (
+    LOCK,
+    RECIPE,
+    Claim,
+    Manifest,
+    changed,
+    claim,
+    clear,
+    damaged,
+    digests_of,
+    first_changed,
+    is_abandoned,
+    recording,
+)
 from probe_kd.loop import (
     Loop,
     Phase,
@@ -63,22 +77,9 @@ from probe_kd.objectives import Objective
 from probe_kd.planner import Plan, join
 from probe_kd.recipe import ModelOptions, Recipe, classifier_of, dump, load, parse, rewritten
 from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
-from probe_kd.run_folder import (
-    LOCK,
-    RECIPE,
-    Claim,
-    Manifest,
-    changed,
-    claim,
-    clear,
-    damaged,
-    digests_of,
-    first_changed,
-    is_abandoned,
-    recording,
-)
 from probe_kd.sharing import Sharing
 from probe_kd.spec import InputSpec, Trace
+from probe_kd.version import __version__
 
 JOURNAL, AVERAGE = "journal.json", "average.safetensors"
 BEST, BEST_AVERAGE = "best.safetensors", "best-average.safetensors"
@@ -140,7 +141,7 @@ class Journal:
     @classmethod
     def read(cls, path: Path) -> "Journal":
         try:
-            values = json.loads(checkpoints.whole_text(path))
+            values = json.loads(whole_text(path))
             results = {role: Result(**result) for role, result in values.pop("results").items()}
             return cls(results=results, **values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as refusal:
@@ -493,7 +494,7 @@ def _is_of_run(file: Path, manifest: Manifest | None) -> bool:
 
 def _is_json(file: Path) -> bool:
     try:
-        return isinstance(json.loads(checkpoints.whole_text(file)), dict)
+        return isinstance(json.loads(whole_text(file)), dict)
     except (OSError, ValueError, RecursionError):
         return False
 
@@ -510,9 +511,9 @@ def _is_old_run(folder: Path) -> bool:
 
     It has every default written out, in the form that ruamel.yaml gives it, and beside it are metrics or a checkpoint.
     """
-    beside = (folder / "metrics.csv").is_file() or any(folder.glob(f"{checkpoints.FOLDER}/*/{checkpoints.MANIFEST}"))
+    beside = (folder / "metrics.csv").is_file() or any(folder.glob(f"{checkpoints.FOLDER}/*/{MANIFEST}"))
     try:
-        text = checkpoints.whole_text(folder / RECIPE)
+        text = whole_text(folder / RECIPE)
         source = load(folder / RECIPE)
     except (OSError, ValueError, ProbeKDError):
         return False
@@ -554,7 +555,7 @@ def _first_difference(before: str, now: str) -> str:
 
 def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], display: Display) -> Path | None:
     recipe, manifest = folder / RECIPE, Manifest.read(folder)
-    begun_with = _with_root_of(checkpoints.whole_text(recipe), resolved)
+    begun_with = _with_root_of(whole_text(recipe), resolved)
     if begun_with != resolved:
         raise RunError(
             f"the recipe is not the one that {folder} was begun with ({recipe}); it then had "

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from probe_kd.datasets import EVALUATED, NAMES, TRAINED, check_name
 from probe_kd.errors import DataError, Problem, RecipeError, nearest
+from probe_kd.files.atomic import reason
 from probe_kd.models import packages
-from probe_kd.plain import reason
 from probe_kd.recipe import parse
 from probe_kd.spec import Pair, Tap, Trace
 

@@ -1,6 +1,7 @@
-"""The house: every file imports only from the floors below its own, hooks live in one room, and the door is light."""
+"""The layout: files import only from those above them in one list, hooks are in one file, and imports are light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,34 +10,16 @@ import pytest
 
 import probe_kd
 
-HOUSE = Path(probe_kd.__file__).parent
-FLOORS = (
-    {"errors", "spec", "checkpoints", "run_folder", "arguments", "patterns", "console"},
-    {"probe", "surgery", "losses", "models", "plain", "images", "shards", "batches"},
-    {"tracing", "adapters", "matching"},
-    {"objectives", "sharing", "datasets", "data", "cache"},
-    {"distiller"},
-    {"recipe", "tasks"},
-    {"planner", "report", "schema", "writing"},
-    {"loop", "evaluation", "exporting"},
-    {"train", "comparing"},
-    {"audit", "page"},
-    {"cli"},
+PACKAGE = Path(probe_kd.__file__).parent
+ROOT = PACKAGE.parent
+LISTED = re.findall(r"^\| `([\w/]+)\.py` \|", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"), re.MULTILINE)
+FILES = sorted(
+    str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py") if path.stem != "__init__"
 )
-NEIGHBOURS = {  # from, to
-    *((room, "errors") for room in ("spec", "checkpoints", "run_folder", "arguments", "patterns", "console")),
-    ("run_folder", "checkpoints"),
-    ("models", "plain"),
-    ("report", "planner"),
-    ("evaluation", "loop"),
-    ("shards", "images"),
-    ("data", "datasets"),
-}
-ROOMS = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem != "__init__")
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """The rooms that a file imports, inside functions too."""
+    """The files of the package that a file imports, inside functions too."""
     names = set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -44,24 +27,34 @@ def imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute, so that this test can read them"
             names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("probe_kd.")} & set(ROOMS)
+    paths = {name.removeprefix("probe_kd.").replace(".", "/") for name in names if name.startswith("probe_kd.")}
+    return paths & set(FILES)
 
 
-def floor(room: str) -> int:
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+def test_the_list_names_every_file_once_and_keeps_folders_together() -> None:
+    assert sorted(LISTED) == FILES, "a new file belongs into the list in ARCHITECTURE.md, under all that it imports"
+    folders = [str(Path(file).parent) for file in LISTED if "/" in file]
+    assert len(set(folders)) == sum(one != other for one, other in zip(["", *folders], folders, strict=False))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_from_floors_below_its_own(room: str) -> None:
-    assert any(room in rooms for rooms in FLOORS), f"{room}.py stands on no floor: give it one, here and in the docs"
-    others = imported(ast.parse((HOUSE / f"{room}.py").read_text(encoding="utf-8")))
-    assert [other for other in others if floor(other) >= floor(room) and (room, other) not in NEIGHBOURS] == []
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_only_from_files_above_it_in_the_list(file: str) -> None:
+    others = imported(ast.parse((PACKAGE / f"{file}.py").read_text(encoding="utf-8")))
+    assert others - set(LISTED[: LISTED.index(file)]) == set()
+
+
+def test_no_folder_imports_its_own_names_from_the_package() -> None:
+    """The public names are loaded from the files: a file that took them from the package would import upwards."""
+    for file in FILES:
+        tree = ast.parse((PACKAGE / f"{file}.py").read_text(encoding="utf-8"))
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "probe_kd"]
+        assert {alias.name for node in nodes for alias in node.names} <= set(FILES), file
 
 
 def test_only_the_probe_registers_hooks() -> None:
     registering = {
         path.stem
-        for path in HOUSE.glob("*.py")
+        for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr.startswith("register_") and "hook" in node.attr
     }
@@ -79,7 +72,7 @@ def test_every_public_name_is_listed_once_and_resolves() -> None:
 
 
 @pytest.mark.parametrize("statement", ["import probe_kd", "from probe_kd import Tap, Pair", "import probe_kd.cli"])
-def test_the_door_is_light(statement: str) -> None:
+def test_imports_are_light(statement: str) -> None:
     """torch and timm take seconds to import: a typing error in a recipe is told before them."""
     loaded = f"{statement}; import sys; print(*sorted({{'torch', 'timm', 'numpy', 'accelerate'}} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)

@@ -22,13 +22,13 @@ from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save_file
 
-from probe_kd.checkpoints import MOST_BYTES, whole_text
 from probe_kd.cli import main
 from probe_kd.comparing import compare
 from probe_kd.console import PlainConsole
 from probe_kd.errors import Problem, RecipeError, RunError, TapError, TraceError, WeightsError
+from probe_kd.files.atomic import MOST_BYTES, MOST_TEXT, whole_text
 from probe_kd.models import check_state, read_weights, save_weights
-from probe_kd.plain import MAX_BYTES, MAX_LEVELS, MAX_NODES
+from probe_kd.plain import MAX_LEVELS, MAX_NODES
 from probe_kd.planner import plan
 from probe_kd.recipe import load, parse
 from probe_kd.report import Display, write_metrics
@@ -170,7 +170,7 @@ def test_only_a_small_text_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "latin.yaml").write_bytes(b"a: 1\nb: \xe9\n")
     (tmp_path / "wide.yaml").write_text(TINY, encoding="utf-16")
-    (tmp_path / "large.yaml").write_bytes(b"# large\n" * (MAX_BYTES // 8 + 1))
+    (tmp_path / "large.yaml").write_bytes(b"# large\n" * (MOST_TEXT // 8 + 1))
     with (tmp_path / "huge.yaml").open("wb") as file:
         file.truncate(100_000_000)
     cases = {
@@ -198,12 +198,12 @@ def test_only_a_small_text_file_is_read(tmp_path: Path) -> None:
 def test_the_longest_file_that_is_read_is_refused_in_time() -> None:
     """The parser's worst cases, at the limit."""
     for text in (
-        "#\n" * (MAX_BYTES // 2),
-        "\n" * MAX_BYTES,
-        "a: '" + "x\n" * (MAX_BYTES // 2),
-        "a: " + "x" * MAX_BYTES,
+        "#\n" * (MOST_TEXT // 2),
+        "\n" * MOST_TEXT,
+        "a: '" + "x\n" * (MOST_TEXT // 2),
+        "a: " + "x" * MOST_TEXT,
     ):
-        refusal(text[:MAX_BYTES])
+        refusal(text[:MOST_TEXT])
 
 
 OWN = """\

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
-from probe_kd.checkpoints import MANIFEST, digest_of, put, whole_text
 from probe_kd.errors import RunError
+from probe_kd.files.atomic import MANIFEST, digest_of, put, whole_text
 
 LOCK = ".lock"
 RECIPE = "recipe.yaml"

@@ -21,7 +21,7 @@ from probe_kd import cli
 from probe_kd.errors import RunError, WeightsError
 from probe_kd.evaluation import evaluate
 from probe_kd.exporting import export
-from probe_kd.run_folder import LOCK, Manifest, claim, is_abandoned
+from probe_kd.files.run_folder import LOCK, Manifest, claim, is_abandoned
 from probe_kd.train import check_folder
 
 ALONE = """\
@@ -204,7 +204,7 @@ def test_a_folder_that_another_run_has_taken_over_is_not_written(tmp_path: Path)
 
 HOLDER = """
 import os, pathlib, sys, time
-from probe_kd.run_folder import claim
+from probe_kd.files.run_folder import claim
 claim(pathlib.Path(sys.argv[1]), print)
 worker = os.fork()  # as a loader has them, which live on for a while when their parent is killed
 if worker:
@@ -242,7 +242,7 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("probe_kd.run_folder.fcntl.flock", refuse)
+    monkeypatch.setattr("probe_kd.files.run_folder.fcntl.flock", refuse)
     display = Quiet()
     run(ALONE, tmp_path / "run", display)
     assert [text for text in display.said if "cannot be locked (No locks available)" in text]
