@@ -18,8 +18,8 @@ import torch
 from input import photographs
 from rich.console import Console
 
+from probe_kd.engine.models import save_weights
 from probe_kd.loop import Loop
-from probe_kd.models import save_weights
 from probe_kd.planner import plan
 from probe_kd.recipe import parse
 from probe_kd.report import Display

@@ -21,9 +21,9 @@ from families import families
 
 from probe_kd import Distiller, Objective, ProbeKDError, Trace, match, trace
 from probe_kd.adapters import adapt
-from probe_kd.matching import stages
-from probe_kd.models import build_model, build_on_meta
-from probe_kd.spec import FeatureSpec
+from probe_kd.engine.matching import stages
+from probe_kd.engine.models import build_model, build_on_meta
+from probe_kd.engine.spec import FeatureSpec
 
 LOWEST = 4  # features of stride 1 and 2 belong to the stem
 

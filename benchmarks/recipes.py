@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from probe_kd.cache import TeacherCache
 from probe_kd.data import _transform
 from probe_kd.distiller import Distiller
+from probe_kd.engine.models import build_model, save_weights
 from probe_kd.loop import Loop, Phase
-from probe_kd.models import build_model, save_weights
 from probe_kd.planner import Plan, plan
 from probe_kd.recipe import parse
 from probe_kd.report import Display

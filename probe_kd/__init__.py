@@ -13,32 +13,32 @@ _HOME = {
     "Adapter": "adapters",
     "DistillationTask": "tasks",
     "Distiller": "distiller",
-    "FeatureSpec": "spec",
-    "InputSpec": "spec",
-    "Layout": "spec",
+    "FeatureSpec": "engine.spec",
+    "InputSpec": "engine.spec",
+    "Layout": "engine.spec",
     "LOSSES": "losses",
     "Loss": "losses",
     "Objective": "objectives",
-    "Pair": "spec",
-    "Probe": "probe",
+    "Pair": "engine.spec",
+    "Probe": "engine.probe",
     "ProbeKDError": "errors",
-    "Tap": "spec",
-    "Trace": "spec",
-    "Schedule": "spec",
+    "Tap": "engine.spec",
+    "Trace": "engine.spec",
+    "Schedule": "engine.spec",
     "Sharing": "sharing",
     "adapt": "adapters",
     "compare": "comparing",
     "evaluate": "evaluation",
     "export": "exporting",
-    "freeze": "surgery",
+    "freeze": "engine.surgery",
     "graft": "sharing",
     "load_student": "sharing",
-    "match": "matching",
-    "replace": "surgery",
-    "share": "surgery",
+    "match": "engine.matching",
+    "replace": "engine.surgery",
+    "share": "engine.surgery",
     "share_convolutions": "sharing",
     "share_trunk": "sharing",
-    "trace": "tracing",
+    "trace": "engine.tracing",
 }
 
 __all__ = [
@@ -78,18 +78,18 @@ if TYPE_CHECKING:
     from probe_kd.adapters import Adapter, adapt
     from probe_kd.comparing import compare
     from probe_kd.distiller import Distiller
+    from probe_kd.engine.matching import match
+    from probe_kd.engine.probe import Probe
+    from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout, Pair, Schedule, Tap, Trace
+    from probe_kd.engine.surgery import freeze, replace, share
+    from probe_kd.engine.tracing import trace
     from probe_kd.errors import ProbeKDError
     from probe_kd.evaluation import evaluate
     from probe_kd.exporting import export
     from probe_kd.losses import LOSSES, Loss
-    from probe_kd.matching import match
     from probe_kd.objectives import Objective
-    from probe_kd.probe import Probe
     from probe_kd.sharing import Sharing, graft, load_student, share_convolutions, share_trunk
-    from probe_kd.spec import FeatureSpec, InputSpec, Layout, Pair, Schedule, Tap, Trace
-    from probe_kd.surgery import freeze, replace, share
     from probe_kd.tasks import DistillationTask
-    from probe_kd.tracing import trace
 
 
 def __getattr__(name: str) -> Any:

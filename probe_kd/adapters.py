@@ -15,9 +15,9 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout
 from probe_kd.errors import AdapterError
 from probe_kd.losses import flow_matrix, positions, to_one_grid
-from probe_kd.spec import FeatureSpec, InputSpec, Layout
 
 Policy = Literal["auto", "always", "never", "fixed"]
 Tokens = Literal["drop", "cls", "pool"]

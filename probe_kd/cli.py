@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from probe_kd.audit import Audit
+    from probe_kd.engine.spec import Trace
     from probe_kd.files.run_folder import Claim
     from probe_kd.planner import Plan
     from probe_kd.report import Display, Idle
-    from probe_kd.spec import Trace
 
 app = typer.Typer(
     help="Knowledge distillation between any two timm models.",
@@ -162,8 +162,8 @@ def match(
     as_json: Json = False,
 ) -> None:
     """Pair the layers of a student with those of a teacher, and say why."""
-    from probe_kd.matching import match as match_layers
-    from probe_kd.models import packages
+    from probe_kd.engine.matching import match as match_layers
+    from probe_kd.engine.models import packages
     from probe_kd.report import pair_rows, pairs_table
     from probe_kd.writing import write_recipe
 
@@ -201,8 +201,8 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
 ) -> None:
     """Write a commented recipe that runs, for two models, a method and a set of images. Nothing is downloaded."""
-    from probe_kd.matching import match as match_layers
-    from probe_kd.models import packages
+    from probe_kd.engine.matching import match as match_layers
+    from probe_kd.engine.models import packages
     from probe_kd.writing import chosen, write_recipe
 
     found = chosen(method)
@@ -635,9 +635,9 @@ def _allowed(packages: list[str] | None) -> list[str]:
 def _trace(
     model: str, size: str | None, kwargs: list[str] | None, *, training: bool = False, or_own_size: bool = False
 ) -> "Trace":
+    from probe_kd.engine.models import packages
+    from probe_kd.engine.tracing import trace
     from probe_kd.errors import TraceError
-    from probe_kd.models import packages
-    from probe_kd.tracing import trace
 
     _allowed(packages([model]))  # whoever types a name has allowed it
     arguments = dict(_key_value(text) for text in kwargs or ())

@@ -20,15 +20,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from probe_kd.checkpoints import FOLDER as CHECKPOINTS
 from probe_kd.datasets import DataRecord
+from probe_kd.engine.matching import blocks, stages
+from probe_kd.engine.models import short
+from probe_kd.engine.spec import Tap, Trace
 from probe_kd.errors import MatchError, RunError, nearest
 from probe_kd.evaluation import cka_table, vectors
 from probe_kd.files.atomic import put, whole_text
-from probe_kd.matching import blocks, stages
-from probe_kd.models import short
 from probe_kd.planner import Plan, plan
 from probe_kd.recipe import load
 from probe_kd.report import MEASURES, Result, Row, doubts
-from probe_kd.spec import Tap, Trace
 
 LAYERS = "layers.json"
 ROLES = ("student alone", "student", "teacher", "teacher alone")  # the second last is the partner, where they share

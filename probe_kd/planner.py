@@ -16,9 +16,23 @@ from PIL import Image
 from torch import nn
 
 from probe_kd.adapters import check_class_map, check_logits
-from probe_kd.arguments import check_truths, optimizer_parameters
 from probe_kd.data import loader
 from probe_kd.datasets import DataOptions, DataRecord, Datasets, open_datasets
+from probe_kd.engine.arguments import check_truths, optimizer_parameters
+from probe_kd.engine.matching import expand, is_pattern, listed, match
+from probe_kd.engine.models import (
+    breaks_channels_last,
+    build_on_meta,
+    check_import,
+    check_kwargs,
+    checkpoint_gradients,
+    classifiers,
+    load_weights,
+    short,
+)
+from probe_kd.engine.spec import InputSpec, Pair, Schedule, Tap, Trace, value_at
+from probe_kd.engine.surgery import in_pattern
+from probe_kd.engine.tracing import trace
 from probe_kd.errors import (
     DataError,
     LossError,
@@ -32,17 +46,6 @@ from probe_kd.errors import (
 )
 from probe_kd.files.atomic import read_text, reason
 from probe_kd.losses import LOSSES
-from probe_kd.matching import expand, is_pattern, listed, match
-from probe_kd.models import (
-    breaks_channels_last,
-    build_on_meta,
-    check_import,
-    check_kwargs,
-    checkpoint_gradients,
-    classifiers,
-    load_weights,
-    short,
-)
 from probe_kd.objectives import Comparison, Objective
 from probe_kd.plain import Path_
 from probe_kd.recipe import (
@@ -62,9 +65,6 @@ from probe_kd.recipe import (
     schedule,
 )
 from probe_kd.sharing import Sharing, graft, share_convolutions, share_trunk
-from probe_kd.spec import InputSpec, Pair, Schedule, Tap, Trace, value_at
-from probe_kd.surgery import in_pattern
-from probe_kd.tracing import trace
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from ruamel.yaml import YAML
 from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens
 from probe_kd.datasets import DataOptions, InputSize
 from probe_kd.distiller import Block
+from probe_kd.engine.spec import Schedule, Tap
 from probe_kd.errors import CONTROL, LossError, Problem, RecipeError, nearest, nearest_truth
 from probe_kd.files.atomic import read_text, reason
 from probe_kd.plain import (
@@ -46,7 +47,6 @@ from probe_kd.plain import (
     replaced,
 )
 from probe_kd.sharing import Pattern
-from probe_kd.spec import Schedule, Tap
 
 # Columns of metrics.csv that are no losses.
 RESERVED = (

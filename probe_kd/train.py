@@ -37,6 +37,18 @@ from probe_kd.cache import Stored, TeacherCache, key_of
 from probe_kd.data import loader, readable
 from probe_kd.datasets import RECORD, DataRecord
 from probe_kd.distiller import Distiller
+from probe_kd.engine.models import (
+    build_model,
+    check_state,
+    checkpoint_gradients,
+    load_weights,
+    own_tensors,
+    portable,
+    renew_classifier,
+    save_weights,
+    short,
+)
+from probe_kd.engine.spec import InputSpec, Trace
 from probe_kd.errors import DataError, PeerLost, ProbeKDError, RunError, Stopped, WeightsError, for_all
 from probe_kd.files.atomic import MANIFEST, whole_text
 from probe_kd.files.run_folder import (
@@ -62,23 +74,11 @@ from probe_kd.loop import (
     mixed_precision,
     own_accelerator,
 )
-from probe_kd.models import (
-    build_model,
-    check_state,
-    checkpoint_gradients,
-    load_weights,
-    own_tensors,
-    portable,
-    renew_classifier,
-    save_weights,
-    short,
-)
 from probe_kd.objectives import Objective
 from probe_kd.planner import Plan, join
 from probe_kd.recipe import ModelOptions, Recipe, classifier_of, dump, load, parse, rewritten
 from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
 from probe_kd.sharing import Sharing
-from probe_kd.spec import InputSpec, Trace
 from probe_kd.version import __version__
 
 JOURNAL, AVERAGE = "journal.json", "average.safetensors"

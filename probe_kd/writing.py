@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from probe_kd.datasets import EVALUATED, NAMES, TRAINED, check_name
+from probe_kd.engine.models import packages
+from probe_kd.engine.spec import Pair, Tap, Trace
 from probe_kd.errors import DataError, Problem, RecipeError, nearest
 from probe_kd.files.atomic import reason
-from probe_kd.models import packages
 from probe_kd.recipe import parse
-from probe_kd.spec import Pair, Tap, Trace
 
 SMALL = 96  # pixels of a side up to which images are hardly large photographs
 

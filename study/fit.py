@@ -26,13 +26,13 @@ from torch.utils.data import Subset
 
 from probe_kd import Distiller, InputSpec, Objective, Pair, Probe, Tap, load_student, trace
 from probe_kd.data import loader
+from probe_kd.engine.matching import stages
+from probe_kd.engine.models import build_model
+from probe_kd.engine.spec import Layout
 from probe_kd.evaluation import explained_variance, variance_sums
-from probe_kd.matching import stages
-from probe_kd.models import build_model
 from probe_kd.planner import plan
 from probe_kd.recipe import load
 from probe_kd.report import write_metrics
-from probe_kd.spec import Layout
 from study import (
     ALLOWED,
     BUDGETS,

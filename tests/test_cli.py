@@ -18,9 +18,9 @@ from conftest import ROCKET, TINY
 from PIL import Image
 
 from probe_kd.cli import main
+from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError
 from probe_kd.recipe import load
-from probe_kd.tracing import trace
 from probe_kd.writing import METHODS, write_recipe
 
 USER_MODEL = """\

@@ -13,8 +13,8 @@ from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Subset
 
 from probe_kd.data import DataOptions, _mixed, loader, open_datasets, readable
+from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError
-from probe_kd.spec import InputSpec
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from probe_kd import Distiller, evaluate
 from probe_kd.cli import main
 from probe_kd.data import loader
+from probe_kd.engine.models import build_model, save_weights
 from probe_kd.errors import DataError, RunError
 from probe_kd.evaluation import Sums, cka_sums, explained_variance, linear_cka, variance_sums
-from probe_kd.models import build_model, save_weights
 from probe_kd.planner import Plan, plan
 from probe_kd.recipe import dump, parse
 from probe_kd.report import Display, Evaluation, Scores

@@ -24,9 +24,9 @@ from torch import nn
 
 from probe_kd import cli, exporting
 from probe_kd.data import loader
+from probe_kd.engine.models import build_model, read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError
 from probe_kd.exporting import export
-from probe_kd.models import build_model, read_header, save_weights
 from probe_kd.planner import plan
 from probe_kd.recipe import load
 from probe_kd.report import Display

@@ -27,9 +27,9 @@ from timm.data import create_dataset
 from probe_kd import checkpoints, data
 from probe_kd.cache import fingerprint
 from probe_kd.data import DataOptions, Views, _shards_of, loader, open_datasets, readable
+from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError, Stopped
 from probe_kd.shards import _Info, _lengths, open_shards
-from probe_kd.spec import InputSpec
 
 LENGTHS = {"train": (50, 1, 70, 39), "validation": (30, 25)}  # uneven, as shards are
 

@@ -11,7 +11,7 @@ import report
 import torch
 
 import study
-from probe_kd.models import build_model, save_weights
+from probe_kd.engine.models import build_model, save_weights
 from probe_kd.recipe import load
 
 DIGITS = ("data.dataset=sklearn/digits", "data.root=null", "data.train_split=train", "data.views=1")

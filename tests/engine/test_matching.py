@@ -8,8 +8,8 @@ from families import families
 from match_zoo import Score, check_plan, check_step, score
 
 from probe_kd import Trace, match, trace
+from probe_kd.engine.matching import blocks, stages
 from probe_kd.errors import MatchError
-from probe_kd.matching import blocks, stages
 
 # What a person who reads the model's source would write down.
 STAGES = {

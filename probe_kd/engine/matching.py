@@ -14,9 +14,9 @@ from itertools import pairwise
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
 
+from probe_kd.engine.patterns import expression, glob
+from probe_kd.engine.spec import FeatureSpec, Layout, Pair, Tap, Trace
 from probe_kd.errors import MatchError, TapError, demand, nearest
-from probe_kd.patterns import expression, glob
-from probe_kd.spec import FeatureSpec, Layout, Pair, Tap, Trace
 
 T = TypeVar("T")
 Level = Literal["stage", "block"]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from probe_kd.engine.patterns import MAX_LENGTH, expression, glob
 from probe_kd.errors import TapError
-from probe_kd.patterns import MAX_LENGTH, expression, glob
 
 SIGNS = st.text(r"ab.*?[]!-^\&~|()+{}" + "\n é", max_size=12)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from probe_kd.arguments import check_arguments, check_truths
+from probe_kd.engine.arguments import check_arguments, check_truths
 from probe_kd.errors import TraceError, WeightsError, nearest
 from probe_kd.files.atomic import put, read_text, reason
 from probe_kd.files.run_folder import changed, damaged

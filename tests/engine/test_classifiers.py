@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_resume import Quiet
 from torch import nn
 
+from probe_kd.engine.models import load_weights, read_header
 from probe_kd.errors import RecipeError, WeightsError
-from probe_kd.models import load_weights, read_header
 from probe_kd.planner import plan
 from probe_kd.recipe import load, parse
 from probe_kd.sharing import load_student

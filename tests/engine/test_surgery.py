@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from probe_kd import freeze, replace, share
+from probe_kd.engine.surgery import get
 from probe_kd.errors import TapError
-from probe_kd.surgery import get
 
 
 class Wrapped(nn.Module):

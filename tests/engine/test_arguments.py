@@ -12,13 +12,13 @@ import timm
 from conftest import TINY
 from timm.models import build_model_with_cfg
 
-from probe_kd.arguments import COMMON, MAX_NUMBER, PLACES, architecture_parameters, check_arguments, is_truth
+from probe_kd.engine.arguments import COMMON, MAX_NUMBER, PLACES, architecture_parameters, check_arguments, is_truth
+from probe_kd.engine.models import build_on_meta, save_weights
+from probe_kd.engine.tracing import trace
 from probe_kd.errors import RecipeError, TraceError
-from probe_kd.models import build_on_meta, save_weights
 from probe_kd.planner import plan
 from probe_kd.recipe import parse
 from probe_kd.sharing import load_student
-from probe_kd.tracing import trace
 
 # What timm's loader takes, whatever this version of it calls that.
 LOADER = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters} - {"kwargs"}
@@ -75,7 +75,7 @@ def test_the_config_of_a_folder_is_plain_and_small(tmp_path: Path) -> None:
 
 
 def test_a_model_that_would_be_built_for_hours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("probe_kd.models.MAX_CALLS", 12_000)
+    monkeypatch.setattr("probe_kd.engine.models.MAX_CALLS", 12_000)
     for kwargs in (
         {"depth": 10**9},
         {"depth": 10**6, "embed_dim": 64, "num_heads": 1},

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from probe_kd.engine.spec import FeatureSpec, Tap
 from probe_kd.errors import TapError, demand, nearest
-from probe_kd.spec import FeatureSpec, Tap
 
 Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from probe_kd.engine.patterns import glob
 from probe_kd.errors import TapError, nearest
-from probe_kd.patterns import glob
 
 
 def get(model: nn.Module, name: str) -> nn.Module:
