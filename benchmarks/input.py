@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
-from probe_kd.batches import Batches
-from probe_kd.data import DataOptions, loader, open_datasets
+from probe_kd.data.batches import Batches
+from probe_kd.data.loading import DataOptions, loader, open_datasets
 from probe_kd.engine.spec import InputSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

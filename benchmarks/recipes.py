@@ -21,8 +21,8 @@ from measure import Arm, Samples, command, interleaved, options, section
 from rich.console import Console
 from torch import Tensor, nn
 
-from probe_kd.cache import TeacherCache
-from probe_kd.data import _transform
+from probe_kd.data.cache import TeacherCache
+from probe_kd.data.loading import _transform
 from probe_kd.distiller import Distiller
 from probe_kd.engine.models import build_model, save_weights
 from probe_kd.loop import Loop, Phase

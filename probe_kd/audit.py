@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from probe_kd.data import loader
+from probe_kd.data.loading import loader
 from probe_kd.distiller import Distiller
 from probe_kd.errors import RunError
 from probe_kd.loop import Phase, make_optimizer

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from probe_kd.checkpoints import FOLDER as CHECKPOINTS
-from probe_kd.datasets import DataRecord
+from probe_kd.data.datasets import DataRecord
 from probe_kd.engine.matching import blocks, stages
 from probe_kd.engine.models import short
 from probe_kd.engine.spec import Tap, Trace

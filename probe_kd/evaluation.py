@@ -22,8 +22,8 @@ from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
 from probe_kd.adapters import Adapter, ImageView, pooled
-from probe_kd.data import loader, readable
-from probe_kd.datasets import DataRecord
+from probe_kd.data.datasets import DataRecord
+from probe_kd.data.loading import loader, readable
 from probe_kd.distiller import compared, make_adapters
 from probe_kd.engine.models import build_model, load_weights, short
 from probe_kd.engine.probe import Probe

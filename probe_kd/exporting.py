@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from probe_kd.data import loader
-from probe_kd.datasets import DataRecord, open_datasets
+from probe_kd.data.datasets import DataRecord, open_datasets
+from probe_kd.data.loading import loader
 from probe_kd.engine.models import build_on_meta, packages, read_header, save_weights, short
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest

@@ -18,8 +18,8 @@ from accelerate.utils import get_cpu_distributed_information
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from probe_kd.cache import TeacherCache, lengthen, shorten
-from probe_kd.data import Views, loader, mixer, readable
+from probe_kd.data.cache import TeacherCache, lengthen, shorten
+from probe_kd.data.loading import Views, loader, mixer, readable
 from probe_kd.distiller import Distiller
 from probe_kd.engine.models import breaks_channels_last, build_on_meta, module_of, short
 from probe_kd.engine.spec import InputSpec

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from probe_kd.adapters import check_class_map, check_logits
-from probe_kd.data import loader
-from probe_kd.datasets import DataOptions, DataRecord, Datasets, open_datasets
+from probe_kd.data.datasets import DataOptions, DataRecord, Datasets, open_datasets
+from probe_kd.data.loading import loader
 from probe_kd.engine.arguments import check_truths, optimizer_parameters
 from probe_kd.engine.matching import expand, is_pattern, listed, match
 from probe_kd.engine.models import (

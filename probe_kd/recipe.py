@@ -30,7 +30,7 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens
-from probe_kd.datasets import DataOptions, InputSize
+from probe_kd.data.datasets import DataOptions, InputSize
 from probe_kd.distiller import Block
 from probe_kd.engine.spec import Schedule, Tap
 from probe_kd.errors import CONTROL, LossError, Problem, RecipeError, nearest, nearest_truth

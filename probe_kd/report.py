@@ -20,7 +20,7 @@ from rich.text import Text
 
 from probe_kd.adapters import Answer, adapt
 from probe_kd.console import PlainConsole
-from probe_kd.datasets import class_names
+from probe_kd.data.datasets import class_names
 from probe_kd.distiller import answers, make_adapters
 from probe_kd.engine import patterns
 from probe_kd.engine.matching import blocks, stages

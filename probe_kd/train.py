@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from probe_kd import checkpoints
 from probe_kd.adapters import ImageView
-from probe_kd.batches import Batches
-from probe_kd.cache import Stored, TeacherCache, key_of
-from probe_kd.data import loader, readable
-from probe_kd.datasets import RECORD, DataRecord
+from probe_kd.data.batches import Batches
+from probe_kd.data.cache import Stored, TeacherCache, key_of
+from probe_kd.data.datasets import RECORD, DataRecord
+from probe_kd.data.loading import loader, readable
 from probe_kd.distiller import Distiller
 from probe_kd.engine.models import (
     build_model,

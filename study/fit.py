@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from probe_kd import Distiller, InputSpec, Objective, Pair, Probe, Tap, load_student, trace
-from probe_kd.data import loader
+from probe_kd.data.loading import loader
 from probe_kd.engine.matching import stages
 from probe_kd.engine.models import build_model
 from probe_kd.engine.spec import Layout

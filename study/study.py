@@ -32,7 +32,7 @@ from torch import Tensor
 
 from probe_kd import load_student
 from probe_kd.comparing import read_metrics
-from probe_kd.data import loader
+from probe_kd.data.loading import loader
 from probe_kd.planner import Plan, plan
 from probe_kd.recipe import load
 from probe_kd.report import Display, write_metrics

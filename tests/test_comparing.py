@@ -23,7 +23,7 @@ from rich.console import Console
 
 from probe_kd.cli import main
 from probe_kd.comparing import IMAGES, LAYERS, Board, compare
-from probe_kd.data import loader
+from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.page import page, tables, write_page
 from probe_kd.planner import plan

@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from probe_kd import Distiller, InputSpec, Objective, Pair
-from probe_kd.data import DataOptions, loader, open_datasets
+from probe_kd.data.loading import DataOptions, loader, open_datasets
 from probe_kd.evaluation import evaluate
 from probe_kd.loop import Loop
 from probe_kd.planner import plan

@@ -23,7 +23,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from probe_kd import cli, exporting
-from probe_kd.data import loader
+from probe_kd.data.loading import loader
 from probe_kd.engine.models import build_model, read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError
 from probe_kd.exporting import export

@@ -9,7 +9,7 @@ from rich.console import Console
 from ruamel.yaml import YAML
 
 from probe_kd.audit import audit
-from probe_kd.data import DataOptions, open_datasets
+from probe_kd.data.loading import DataOptions, open_datasets
 from probe_kd.engine.matching import match
 from probe_kd.engine.tracing import trace
 from probe_kd.planner import Plan, plan

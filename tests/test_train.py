@@ -23,7 +23,7 @@ from timm.data import Mixup
 from probe_kd import Distiller, InputSpec, Objective, Schedule
 from probe_kd.audit import audit
 from probe_kd.comparing import compare
-from probe_kd.data import DataOptions, loader, mixer
+from probe_kd.data.loading import DataOptions, loader, mixer
 from probe_kd.errors import LossError, RecipeError, RunError
 from probe_kd.loop import Phase, make_optimizer, make_scheduler
 from probe_kd.losses import soft_targets

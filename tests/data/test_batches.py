@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from probe_kd.batches import MOST_WORKERS, worker_count
-from probe_kd.data import DataOptions, loader
+from probe_kd.data.batches import MOST_WORKERS, worker_count
+from probe_kd.data.loading import DataOptions, loader
 from probe_kd.engine.spec import InputSpec
 
 SIZE = InputSpec((3, 16, 16), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from probe_kd.datasets import DataRecord
+from probe_kd.data.datasets import DataRecord
 from probe_kd.errors import DataError, RunError
 from probe_kd.evaluation import evaluate
 from probe_kd.exporting import export

@@ -12,8 +12,8 @@ from conftest import TINY
 from PIL import Image
 from pydantic import ValidationError
 
-from probe_kd.cache import fingerprint
-from probe_kd.datasets import (
+from probe_kd.data.cache import fingerprint
+from probe_kd.data.datasets import (
     DataOptions,
     DataRecord,
     HubImages,
@@ -272,7 +272,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Reader]:
     def create(_: DataOptions, split: str) -> Any:
         return type("Dataset", (), {"reader": splits[split]})
 
-    monkeypatch.setattr("probe_kd.datasets._by_timm", create)
+    monkeypatch.setattr("probe_kd.data.datasets._by_timm", create)
     return splits
 
 

@@ -12,7 +12,7 @@ import torch
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Subset
 
-from probe_kd.data import DataOptions, _mixed, loader, open_datasets, readable
+from probe_kd.data.loading import DataOptions, _mixed, loader, open_datasets, readable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError
 

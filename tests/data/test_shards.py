@@ -24,12 +24,13 @@ from test_processes import close, run_by_two
 from test_resume import After, run, same
 from timm.data import create_dataset
 
-from probe_kd import checkpoints, data
-from probe_kd.cache import fingerprint
-from probe_kd.data import DataOptions, Views, _shards_of, loader, open_datasets, readable
+from probe_kd import checkpoints
+from probe_kd.data import loading as data
+from probe_kd.data.cache import fingerprint
+from probe_kd.data.loading import DataOptions, Views, _shards_of, loader, open_datasets, readable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError, Stopped
-from probe_kd.shards import _Info, _lengths, open_shards
+from probe_kd.data.shards import _Info, _lengths, open_shards
 
 LENGTHS = {"train": (50, 1, 70, 39), "validation": (30, 25)}  # uneven, as shards are
 
@@ -71,7 +72,7 @@ def options(folder: Path, **more: Any) -> DataOptions:
 
 
 def test_the_docs_show_shards_that_are_read() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "running.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "running.md").read_text(encoding="utf-8")
     shown = page.partition("```json\n")[2].partition("```")[0]
     found = _lengths(_Info.model_validate_json(shown).splits)
     assert list(found.values()) == [1024, 413, 360]

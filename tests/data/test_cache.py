@@ -12,8 +12,8 @@ from conftest import TINY, apart
 from safetensors.torch import save_file
 from test_resume import After, Quiet, same, stop
 
-from probe_kd.cache import Stored, TeacherCache, checksums, fingerprint, key_of, lengthen, shorten
-from probe_kd.data import DataOptions, open_datasets
+from probe_kd.data.cache import Stored, TeacherCache, checksums, fingerprint, key_of, lengthen, shorten
+from probe_kd.data.loading import DataOptions, open_datasets
 from probe_kd.errors import RecipeError, RunError
 from probe_kd.planner import plan
 from probe_kd.recipe import parse
