@@ -43,7 +43,7 @@ bench: $(READY)  ## the benchmarks, as ratios against bare loops, 40 minutes; wr
 
 gpu: $(READY)  ## what only a GPU shows, 8 minutes with one; tests and benchmarks at toy size without
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then set -e; \
-		$(BIN)/python -m pytest -m cuda tests/test_cuda.py; \
+		$(BIN)/python -m pytest -m cuda tests/methods/test_cuda.py; \
 		$(BIN)/python benchmarks/step.py --device cuda; \
 		$(BIN)/python benchmarks/input.py --device cuda --workers 1 8 16 --images 2048 --rounds 3; \
 		$(BIN)/python benchmarks/gpu.py --device cuda; \

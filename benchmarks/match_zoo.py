@@ -20,10 +20,10 @@ import torch
 from families import families
 
 from probe_kd import Distiller, Objective, ProbeKDError, Trace, match, trace
-from probe_kd.adapters import adapt
 from probe_kd.engine.matching import stages
 from probe_kd.engine.models import build_model, build_on_meta
 from probe_kd.engine.spec import FeatureSpec
+from probe_kd.methods.adapters import adapt
 
 LOWEST = 4  # features of stride 1 and 2 belong to the stem
 

@@ -139,7 +139,7 @@ def main() -> None:
             ],
         )
     )
-    if wishes.quick:  # the compiler takes a minute, and tests/test_distiller.py has what it computes
+    if wishes.quick:  # the compiler takes a minute, and tests/methods/test_distiller.py has what it computes
         return
     print(
         measure.section(

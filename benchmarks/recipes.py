@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from probe_kd.data.cache import TeacherCache
 from probe_kd.data.loading import _transform
-from probe_kd.distiller import Distiller
 from probe_kd.engine.models import build_model, save_weights
 from probe_kd.loop import Loop, Phase
+from probe_kd.methods.distiller import Distiller
 from probe_kd.planner import Plan, plan
 from probe_kd.recipe import parse
 from probe_kd.report import Display

@@ -10,34 +10,34 @@ from typing import TYPE_CHECKING, Any
 from probe_kd.version import __version__
 
 _HOME = {
-    "Adapter": "adapters",
-    "DistillationTask": "tasks",
-    "Distiller": "distiller",
+    "Adapter": "methods.adapters",
+    "DistillationTask": "methods.timm_task",
+    "Distiller": "methods.distiller",
     "FeatureSpec": "engine.spec",
     "InputSpec": "engine.spec",
     "Layout": "engine.spec",
-    "LOSSES": "losses",
-    "Loss": "losses",
-    "Objective": "objectives",
+    "LOSSES": "methods.losses",
+    "Loss": "methods.losses",
+    "Objective": "methods.objectives",
     "Pair": "engine.spec",
     "Probe": "engine.probe",
     "ProbeKDError": "errors",
     "Tap": "engine.spec",
     "Trace": "engine.spec",
     "Schedule": "engine.spec",
-    "Sharing": "sharing",
-    "adapt": "adapters",
+    "Sharing": "methods.sharing",
+    "adapt": "methods.adapters",
     "compare": "comparing",
     "evaluate": "evaluation",
     "export": "exporting",
     "freeze": "engine.surgery",
-    "graft": "sharing",
-    "load_student": "sharing",
+    "graft": "methods.sharing",
+    "load_student": "methods.sharing",
     "match": "engine.matching",
     "replace": "engine.surgery",
     "share": "engine.surgery",
-    "share_convolutions": "sharing",
-    "share_trunk": "sharing",
+    "share_convolutions": "methods.sharing",
+    "share_trunk": "methods.sharing",
     "trace": "engine.tracing",
 }
 
@@ -75,9 +75,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from probe_kd.adapters import Adapter, adapt
     from probe_kd.comparing import compare
-    from probe_kd.distiller import Distiller
     from probe_kd.engine.matching import match
     from probe_kd.engine.probe import Probe
     from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout, Pair, Schedule, Tap, Trace
@@ -86,10 +84,12 @@ if TYPE_CHECKING:
     from probe_kd.errors import ProbeKDError
     from probe_kd.evaluation import evaluate
     from probe_kd.exporting import export
-    from probe_kd.losses import LOSSES, Loss
-    from probe_kd.objectives import Objective
-    from probe_kd.sharing import Sharing, graft, load_student, share_convolutions, share_trunk
-    from probe_kd.tasks import DistillationTask
+    from probe_kd.methods.adapters import Adapter, adapt
+    from probe_kd.methods.distiller import Distiller
+    from probe_kd.methods.losses import LOSSES, Loss
+    from probe_kd.methods.objectives import Objective
+    from probe_kd.methods.sharing import Sharing, graft, load_student, share_convolutions, share_trunk
+    from probe_kd.methods.timm_task import DistillationTask
 
 
 def __getattr__(name: str) -> Any:

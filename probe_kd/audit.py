@@ -15,9 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from probe_kd.data.loading import loader
-from probe_kd.distiller import Distiller
 from probe_kd.errors import RunError
 from probe_kd.loop import Phase, make_optimizer
+from probe_kd.methods.distiller import Distiller
 from probe_kd.planner import Plan
 from probe_kd.report import Display, Reach, StepCost
 from probe_kd.train import (

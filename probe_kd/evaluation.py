@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from probe_kd.adapters import Adapter, ImageView, pooled
 from probe_kd.data.datasets import DataRecord
 from probe_kd.data.loading import loader, readable
-from probe_kd.distiller import compared, make_adapters
 from probe_kd.engine.models import build_model, load_weights, short
 from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError, RunError, nearest
 from probe_kd.loop import mixed_precision, own_accelerator
-from probe_kd.objectives import Comparison
+from probe_kd.methods.adapters import Adapter, ImageView, pooled
+from probe_kd.methods.distiller import compared, make_adapters
+from probe_kd.methods.objectives import Comparison
 from probe_kd.planner import Plan, join, plan
 from probe_kd.recipe import TeacherOptions, load
 from probe_kd.report import Evaluation, Scores, Similarity

@@ -20,12 +20,12 @@ from torch.utils.data import Dataset
 
 from probe_kd.data.cache import TeacherCache, lengthen, shorten
 from probe_kd.data.loading import Views, loader, mixer, readable
-from probe_kd.distiller import Distiller
 from probe_kd.engine.models import breaks_channels_last, build_on_meta, module_of, short
 from probe_kd.engine.spec import InputSpec
 from probe_kd.engine.surgery import in_pattern
 from probe_kd.errors import RunError, for_all
-from probe_kd.objectives import Objective
+from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.objectives import Objective
 from probe_kd.recipe import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them

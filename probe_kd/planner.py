@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from probe_kd.adapters import check_class_map, check_logits
 from probe_kd.data.datasets import DataOptions, DataRecord, Datasets, open_datasets
 from probe_kd.data.loading import loader
 from probe_kd.engine.arguments import check_truths, optimizer_parameters
@@ -45,8 +44,10 @@ from probe_kd.errors import (
     nearest,
 )
 from probe_kd.files.atomic import read_text, reason
-from probe_kd.losses import LOSSES
-from probe_kd.objectives import Comparison, Objective
+from probe_kd.methods.adapters import check_class_map, check_logits
+from probe_kd.methods.losses import LOSSES
+from probe_kd.methods.objectives import Comparison, Objective
+from probe_kd.methods.sharing import Sharing, graft, share_convolutions, share_trunk
 from probe_kd.plain import Path_
 from probe_kd.recipe import (
     RESERVED,
@@ -64,7 +65,6 @@ from probe_kd.recipe import (
     classifier_of,
     schedule,
 )
-from probe_kd.sharing import Sharing, graft, share_convolutions, share_trunk
 
 
 @dataclass(frozen=True)

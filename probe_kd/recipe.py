@@ -29,12 +29,13 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
-from probe_kd.adapters import Activation, Normalize, Policy, Projector, Tokens
 from probe_kd.data.datasets import DataOptions, InputSize
-from probe_kd.distiller import Block
 from probe_kd.engine.spec import Schedule, Tap
 from probe_kd.errors import CONTROL, LossError, Problem, RecipeError, nearest, nearest_truth
 from probe_kd.files.atomic import read_text, reason
+from probe_kd.methods.adapters import Activation, Normalize, Policy, Projector, Tokens
+from probe_kd.methods.distiller import Block
+from probe_kd.methods.sharing import Pattern
 from probe_kd.plain import (
     MAX_LEVELS,
     Node,
@@ -46,7 +47,6 @@ from probe_kd.plain import (
     read_yaml,
     replaced,
 )
-from probe_kd.sharing import Pattern
 
 # Columns of metrics.csv that are no losses.
 RESERVED = (

@@ -18,16 +18,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column, Table
 from rich.text import Text
 
-from probe_kd.adapters import Answer, adapt
 from probe_kd.console import PlainConsole
 from probe_kd.data.datasets import class_names
-from probe_kd.distiller import answers, make_adapters
 from probe_kd.engine import patterns
 from probe_kd.engine.matching import blocks, stages
 from probe_kd.engine.models import packages
 from probe_kd.engine.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 from probe_kd.errors import MatchError, TapError, nearest, visible
 from probe_kd.files.atomic import check_regular, put
+from probe_kd.methods.adapters import Answer, adapt
+from probe_kd.methods.distiller import answers, make_adapters
 from probe_kd.planner import Plan
 from probe_kd.recipe import RESERVED
 

@@ -31,12 +31,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from probe_kd import checkpoints
-from probe_kd.adapters import ImageView
 from probe_kd.data.batches import Batches
 from probe_kd.data.cache import Stored, TeacherCache, key_of
 from probe_kd.data.datasets import RECORD, DataRecord
 from probe_kd.data.loading import loader, readable
-from probe_kd.distiller import Distiller
 from probe_kd.engine.models import (
     build_model,
     check_state,
@@ -74,11 +72,13 @@ from probe_kd.loop import (
     mixed_precision,
     own_accelerator,
 )
-from probe_kd.objectives import Objective
+from probe_kd.methods.adapters import ImageView
+from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.objectives import Objective
+from probe_kd.methods.sharing import Sharing
 from probe_kd.planner import Plan, join
 from probe_kd.recipe import ModelOptions, Recipe, classifier_of, dump, load, parse, rewritten
 from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
-from probe_kd.sharing import Sharing
 from probe_kd.version import __version__
 
 JOURNAL, AVERAGE = "journal.json", "average.safetensors"

@@ -42,7 +42,7 @@ class Counting(Quiet):
 
 def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, **options: Any) -> int:
     """How many images the teacher ran for, in training steps."""
-    from probe_kd.distiller import Distiller
+    from probe_kd.methods.distiller import Distiller
 
     seen = [0]
     ask = Distiller._ask_teacher

@@ -14,7 +14,7 @@ from families import families
 from torch import Tensor, nn
 
 from probe_kd import FeatureSpec, Layout, Probe, Tap, Trace, trace
-from probe_kd.adapters import ToMap
+from probe_kd.methods.adapters import ToMap
 
 # `feature_info` names no module that runs, or (Hiera) one whose tokens timm sorts anew before it returns them.
 WITHOUT_ORACLE = {

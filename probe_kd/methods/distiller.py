@@ -7,15 +7,15 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from probe_kd.adapters import Adapter, Answer, ImageView
 from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Schedule, Tap, Trace, value_at
 from probe_kd.engine.surgery import detached, get, replaying
 from probe_kd.engine.tracing import refuse_lazy, trace
 from probe_kd.errors import LossError, TraceError, demand
-from probe_kd.losses import check_finite, check_labels
-from probe_kd.objectives import Comparison, Objective
-from probe_kd.sharing import Sharing
+from probe_kd.methods.adapters import Adapter, Answer, ImageView
+from probe_kd.methods.losses import check_finite, check_labels
+from probe_kd.methods.objectives import Comparison, Objective
+from probe_kd.methods.sharing import Sharing
 
 Block = Literal["output", "params", "trunk", "off"]
 

@@ -9,7 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from probe_kd.adapters import (
+from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, value_at
+from probe_kd.errors import LossError, nearest
+from probe_kd.methods.adapters import (
     Activation,
     Adapter,
     Normalize,
@@ -21,9 +23,7 @@ from probe_kd.adapters import (
     adapt_matrices,
     adapt_outputs,
 )
-from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, value_at
-from probe_kd.errors import LossError, nearest
-from probe_kd.losses import LOSSES, Loss
+from probe_kd.methods.losses import LOSSES, Loss
 
 _OUTPUT = Pair(Tap(""), Tap(""))
 # What may be said of how features are brought together, by what a loss reads; the rest has no meaning there.

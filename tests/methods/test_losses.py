@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from probe_kd import LOSSES, Loss
 from probe_kd.errors import LossError
-from probe_kd.losses import attention, cross_entropy, dist, flow_matrix, fsp, gram, hint, logits, soft_targets
+from probe_kd.methods.losses import attention, cross_entropy, dist, flow_matrix, fsp, gram, hint, logits, soft_targets
 
 Array = NDArray[np.float64]
 

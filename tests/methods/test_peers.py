@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from probe_kd.losses import attention, cross_entropy, dist, flow_matrix, fsp, soft_targets
+from probe_kd.methods.losses import attention, cross_entropy, dist, flow_matrix, fsp, soft_targets
 
 mid_level = pytest.importorskip("torchdistill.losses.mid_level")
 LOGITS = {"student_module_path": "x", "student_module_io": "output", "teacher_module_path": "x"} | {

@@ -6,8 +6,8 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from probe_kd.distiller import Distiller
 from probe_kd.errors import LossError, ProbeKDError, demand
+from probe_kd.methods.distiller import Distiller
 
 try:
     from timm.task import TrainingTask

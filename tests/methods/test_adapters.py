@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from probe_kd import FeatureSpec, InputSpec, Layout, Tap, adapt
-from probe_kd.adapters import (
+from probe_kd.errors import AdapterError
+from probe_kd.methods.adapters import (
     ClassToken,
     ImageView,
     Mean,
@@ -26,7 +27,6 @@ from probe_kd.adapters import (
     adapt_outputs,
     semi_orthogonal,
 )
-from probe_kd.errors import AdapterError
 
 BATCH = 3
 KINDS = [

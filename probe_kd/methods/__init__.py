@@ -1,0 +1,1 @@
+"""How a student learns from a teacher: losses, adapters, objectives, sharing, the step."""
