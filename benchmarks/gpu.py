@@ -20,8 +20,8 @@ from rich.console import Console
 
 from probe_kd.engine.models import save_weights
 from probe_kd.loop import Loop
-from probe_kd.planner import plan
-from probe_kd.recipe import parse
+from probe_kd.recipe.options import parse
+from probe_kd.recipe.planner import plan
 from probe_kd.report import Display
 from probe_kd.train import train
 

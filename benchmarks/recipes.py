@@ -26,8 +26,8 @@ from probe_kd.data.loading import _transform
 from probe_kd.engine.models import build_model, save_weights
 from probe_kd.loop import Loop, Phase
 from probe_kd.methods.distiller import Distiller
-from probe_kd.planner import Plan, plan
-from probe_kd.recipe import parse
+from probe_kd.recipe.options import parse
+from probe_kd.recipe.planner import Plan, plan
 from probe_kd.report import Display
 from probe_kd.train import Journal, Run, Subject, accelerating
 

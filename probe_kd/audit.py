@@ -18,7 +18,7 @@ from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.loop import Phase, make_optimizer
 from probe_kd.methods.distiller import Distiller
-from probe_kd.planner import Plan
+from probe_kd.recipe.planner import Plan
 from probe_kd.report import Display, Reach, StepCost
 from probe_kd.train import (
     Journal,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from probe_kd.audit import Audit
     from probe_kd.engine.spec import Trace
     from probe_kd.files.run_folder import Claim
-    from probe_kd.planner import Plan
+    from probe_kd.recipe.planner import Plan
     from probe_kd.report import Display, Idle
 
 app = typer.Typer(
@@ -164,8 +164,8 @@ def match(
     """Pair the layers of a student with those of a teacher, and say why."""
     from probe_kd.engine.matching import match as match_layers
     from probe_kd.engine.models import packages
+    from probe_kd.recipe.scaffold import write_recipe
     from probe_kd.report import pair_rows, pairs_table
-    from probe_kd.writing import write_recipe
 
     _check_recipe_is_new(output, overwrite)
     ours, theirs = _both(student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs)
@@ -203,7 +203,7 @@ def init(
     """Write a commented recipe that runs, for two models, a method and a set of images. Nothing is downloaded."""
     from probe_kd.engine.matching import match as match_layers
     from probe_kd.engine.models import packages
-    from probe_kd.writing import chosen, write_recipe
+    from probe_kd.recipe.scaffold import chosen, write_recipe
 
     found = chosen(method)
     _check_recipe_is_new(output, overwrite)
@@ -263,8 +263,8 @@ def check(
     as they are before training: what each loss gives and moves, and the time and the memory of a step. Images that are
     not there yet are fetched where the recipe says `download: true`.
     """
-    from probe_kd.planner import plan
-    from probe_kd.recipe import load
+    from probe_kd.recipe.options import load
+    from probe_kd.recipe.planner import plan
     from probe_kd.report import (
         cache_lines,
         costs_table,
@@ -340,7 +340,7 @@ def schema(
 
     In a recipe: `# yaml-language-server: $schema=recipe.schema.json`, with the path of the file.
     """
-    from probe_kd.schema import schema as written
+    from probe_kd.recipe.schema import schema as written
 
     text = json.dumps(written(), indent=1)
     if output is None:
@@ -363,8 +363,8 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the results.")] = False,
 ) -> None:
     """Run a recipe: train, evaluate, and write the student as safetensors that timm loads."""
-    from probe_kd.planner import plan
-    from probe_kd.recipe import load
+    from probe_kd.recipe.options import load
+    from probe_kd.recipe.planner import plan
 
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite deletes it; give one of the two")
@@ -660,7 +660,7 @@ def _sides(text: str | None) -> list[int] | None:
 
 def _key_value(text: str) -> tuple[str, Any]:
     """An argument of a model, whose value is YAML as after `--set`."""
-    from probe_kd.plain import read_value
+    from probe_kd.recipe.yaml_tree import read_value
 
     key, sign, value = text.partition("=")
     if not sign or not key:

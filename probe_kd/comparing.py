@@ -26,8 +26,8 @@ from probe_kd.engine.spec import Tap, Trace
 from probe_kd.errors import MatchError, RunError, nearest
 from probe_kd.evaluation import cka_table, vectors
 from probe_kd.files.atomic import put, whole_text
-from probe_kd.planner import Plan, plan
-from probe_kd.recipe import load
+from probe_kd.recipe.options import load
+from probe_kd.recipe.planner import Plan, plan
 from probe_kd.report import MEASURES, Result, Row, doubts
 
 LAYERS = "layers.json"

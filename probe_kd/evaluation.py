@@ -32,8 +32,8 @@ from probe_kd.loop import mixed_precision, own_accelerator
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.distiller import compared, make_adapters
 from probe_kd.methods.objectives import Comparison
-from probe_kd.planner import Plan, join, plan
-from probe_kd.recipe import TeacherOptions, load
+from probe_kd.recipe.options import TeacherOptions, load
+from probe_kd.recipe.planner import Plan, join, plan
 from probe_kd.report import Evaluation, Scores, Similarity
 
 Split = Literal["test", "val", "train", "held_out"]

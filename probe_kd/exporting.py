@@ -25,7 +25,7 @@ from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest
 from probe_kd.files.atomic import whole_bytes, whole_text
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe import ModelOptions, Recipe, dump, load
+from probe_kd.recipe.options import ModelOptions, Recipe, dump, load
 from probe_kd.version import __version__
 
 SUBJECTS = ("student", "student-alone", "teacher", "teacher-alone")

@@ -26,7 +26,7 @@ from probe_kd.engine.surgery import in_pattern
 from probe_kd.errors import RunError, for_all
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.objectives import Objective
-from probe_kd.recipe import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
+from probe_kd.recipe.options import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
 

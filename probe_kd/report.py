@@ -28,8 +28,8 @@ from probe_kd.errors import MatchError, TapError, nearest, visible
 from probe_kd.files.atomic import check_regular, put
 from probe_kd.methods.adapters import Answer, adapt
 from probe_kd.methods.distiller import answers, make_adapters
-from probe_kd.planner import Plan
-from probe_kd.recipe import RESERVED
+from probe_kd.recipe.options import RESERVED
+from probe_kd.recipe.planner import Plan
 
 Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name
 MEASURES = RESERVED[:-1]

@@ -76,8 +76,8 @@ from probe_kd.methods.adapters import ImageView
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
-from probe_kd.planner import Plan, join
-from probe_kd.recipe import ModelOptions, Recipe, classifier_of, dump, load, parse, rewritten
+from probe_kd.recipe.options import ModelOptions, Recipe, classifier_of, dump, load, parse, rewritten
+from probe_kd.recipe.planner import Plan, join
 from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
 from probe_kd.version import __version__
 

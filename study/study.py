@@ -33,8 +33,8 @@ from torch import Tensor
 from probe_kd import load_student
 from probe_kd.comparing import read_metrics
 from probe_kd.data.loading import loader
-from probe_kd.planner import Plan, plan
-from probe_kd.recipe import load
+from probe_kd.recipe.options import load
+from probe_kd.recipe.planner import Plan, plan
 from probe_kd.report import Display, write_metrics
 from probe_kd.train import train
 

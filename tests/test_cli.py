@@ -20,8 +20,8 @@ from PIL import Image
 from probe_kd.cli import main
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError
-from probe_kd.recipe import load
-from probe_kd.writing import METHODS, write_recipe
+from probe_kd.recipe.options import load
+from probe_kd.recipe.scaffold import METHODS, write_recipe
 
 USER_MODEL = """\
 from torch import nn

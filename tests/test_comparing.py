@@ -26,8 +26,8 @@ from probe_kd.comparing import IMAGES, LAYERS, Board, compare
 from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.page import page, tables, write_page
-from probe_kd.planner import plan
-from probe_kd.recipe import load
+from probe_kd.recipe.options import load
+from probe_kd.recipe.planner import plan
 from probe_kd.report import Display
 from probe_kd.train import open_run, train
 

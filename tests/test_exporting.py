@@ -27,8 +27,8 @@ from probe_kd.data.loading import loader
 from probe_kd.engine.models import build_model, read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError
 from probe_kd.exporting import export
-from probe_kd.planner import plan
-from probe_kd.recipe import load
+from probe_kd.recipe.options import load
+from probe_kd.recipe.planner import plan
 from probe_kd.report import Display
 from probe_kd.train import train
 

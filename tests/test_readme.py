@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState, GradientState
 from typer.main import get_command
 
 from probe_kd.cli import app, main
-from probe_kd.planner import plan
-from probe_kd.recipe import parse
+from probe_kd.recipe.options import parse
+from probe_kd.recipe.planner import plan
 
 ROOT = Path(__file__).parents[1]
 STORIES = {"tutorial.md", "howto.md"}  # tests/test_pages.py runs these whole

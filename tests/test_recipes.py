@@ -13,8 +13,8 @@ from probe_kd.data.loading import DataOptions, open_datasets
 from probe_kd.engine.matching import match
 from probe_kd.engine.tracing import trace
 from probe_kd.methods.sharing import load_student
-from probe_kd.planner import Plan, plan
-from probe_kd.recipe import load
+from probe_kd.recipe.options import load
+from probe_kd.recipe.planner import Plan, plan
 from probe_kd.report import Display
 from probe_kd.train import train
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from probe_kd import checkpoints
 from probe_kd.errors import DataError, RunError, Stopped
-from probe_kd.planner import Plan, plan
-from probe_kd.recipe import parse
+from probe_kd.recipe.options import parse
+from probe_kd.recipe.planner import Plan, plan
 from probe_kd.report import Display
 from probe_kd.train import train
 

@@ -12,7 +12,7 @@ import torch
 
 import study
 from probe_kd.engine.models import build_model, save_weights
-from probe_kd.recipe import load
+from probe_kd.recipe.options import load
 
 DIGITS = ("data.dataset=sklearn/digits", "data.root=null", "data.train_split=train", "data.views=1")
 

@@ -27,8 +27,8 @@ from probe_kd.data.loading import DataOptions, loader, mixer
 from probe_kd.errors import LossError, RecipeError, RunError
 from probe_kd.loop import Phase, make_optimizer, make_scheduler
 from probe_kd.methods.losses import soft_targets
-from probe_kd.planner import plan
-from probe_kd.recipe import dump, load, parse
+from probe_kd.recipe.options import dump, load, parse
+from probe_kd.recipe.planner import plan
 from probe_kd.report import Display, doubts, teacher_lines
 from probe_kd.train import Journal, Run, accelerating, train
 

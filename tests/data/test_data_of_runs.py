@@ -13,8 +13,8 @@ from probe_kd.data.datasets import DataRecord
 from probe_kd.errors import DataError, RunError
 from probe_kd.evaluation import evaluate
 from probe_kd.exporting import export
-from probe_kd.planner import plan
-from probe_kd.recipe import parse
+from probe_kd.recipe.planner import plan
+from probe_kd.recipe.options import parse
 from probe_kd.report import Display
 from probe_kd.train import train
 

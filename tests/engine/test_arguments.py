@@ -17,8 +17,8 @@ from probe_kd.engine.models import build_on_meta, save_weights
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import RecipeError, TraceError
 from probe_kd.methods.sharing import load_student
-from probe_kd.planner import plan
-from probe_kd.recipe import parse
+from probe_kd.recipe.options import parse
+from probe_kd.recipe.planner import plan
 
 # What timm's loader takes, whatever this version of it calls that.
 LOADER = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters} - {"kwargs"}

@@ -15,8 +15,8 @@ from torch import nn
 from probe_kd.engine.models import load_weights, read_header
 from probe_kd.errors import RecipeError, WeightsError
 from probe_kd.methods.sharing import load_student
-from probe_kd.planner import plan
-from probe_kd.recipe import load, parse
+from probe_kd.recipe.options import load, parse
+from probe_kd.recipe.planner import plan
 from probe_kd.train import train
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}

@@ -14,8 +14,8 @@ from probe_kd import Distiller, InputSpec, Objective, Pair
 from probe_kd.data.loading import DataOptions, loader, open_datasets
 from probe_kd.evaluation import evaluate
 from probe_kd.loop import Loop
-from probe_kd.planner import plan
-from probe_kd.recipe import parse
+from probe_kd.recipe.options import parse
+from probe_kd.recipe.planner import plan
 from probe_kd.report import Display
 from probe_kd.train import Run, train
 

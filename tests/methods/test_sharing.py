@@ -27,8 +27,8 @@ from probe_kd import (
     trace,
 )
 from probe_kd.errors import LossError, RecipeError, TapError
-from probe_kd.planner import plan
-from probe_kd.recipe import parse
+from probe_kd.recipe.options import parse
+from probe_kd.recipe.planner import plan
 from probe_kd.report import Display
 from probe_kd.train import train
 

@@ -48,8 +48,7 @@ from probe_kd.methods.adapters import check_class_map, check_logits
 from probe_kd.methods.losses import LOSSES
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.sharing import Sharing, graft, share_convolutions, share_trunk
-from probe_kd.plain import Path_
-from probe_kd.recipe import (
+from probe_kd.recipe.options import (
     RESERVED,
     AutoPairs,
     LossOptions,
@@ -65,6 +64,7 @@ from probe_kd.recipe import (
     classifier_of,
     schedule,
 )
+from probe_kd.recipe.yaml_tree import Path_
 
 
 @dataclass(frozen=True)

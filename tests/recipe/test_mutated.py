@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from probe_kd.errors import RecipeError
-from probe_kd.planner import plan
-from probe_kd.recipe import parse
+from probe_kd.recipe.options import parse
+from probe_kd.recipe.planner import plan
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SECONDS, MEGABYTES = 30, 2000  # that one recipe may take of a process, and add to it
 
 WORDS = [

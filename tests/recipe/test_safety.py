@@ -30,9 +30,9 @@ from probe_kd.engine.spec import Tap
 from probe_kd.errors import Problem, RecipeError, RunError, TapError, TraceError, WeightsError
 from probe_kd.files.atomic import MOST_BYTES, MOST_TEXT, whole_text
 from probe_kd.methods.sharing import load_student
-from probe_kd.plain import MAX_LEVELS, MAX_NODES
-from probe_kd.planner import plan
-from probe_kd.recipe import load, parse
+from probe_kd.recipe.options import load, parse
+from probe_kd.recipe.planner import plan
+from probe_kd.recipe.yaml_tree import MAX_LEVELS, MAX_NODES
 from probe_kd.report import Display, write_metrics
 from probe_kd.train import train
 

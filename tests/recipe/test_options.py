@@ -17,9 +17,9 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from probe_kd.errors import RecipeError
-from probe_kd.planner import plan
-from probe_kd.recipe import dump, load, parse
-from probe_kd.schema import SAYS, schema
+from probe_kd.recipe.options import dump, load, parse
+from probe_kd.recipe.planner import plan
+from probe_kd.recipe.schema import SAYS, schema
 
 # (what to replace, by what, the line of the problem, what the message has to say)
 FORM = [
@@ -522,7 +522,7 @@ FREE = {"model_kwargs", "opt_args", "lr_scale", "pairs"}  # whose keys are the u
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+    "path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_the_schema_takes_every_recipe_and_none_with_a_key_that_there_is_not(path: Path) -> None:
     tree = YAML(typ="safe").load(path)

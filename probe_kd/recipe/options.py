@@ -36,7 +36,7 @@ from probe_kd.files.atomic import read_text, reason
 from probe_kd.methods.adapters import Activation, Normalize, Policy, Projector, Tokens
 from probe_kd.methods.distiller import Block
 from probe_kd.methods.sharing import Pattern
-from probe_kd.plain import (
+from probe_kd.recipe.yaml_tree import (
     MAX_LEVELS,
     Node,
     Path_,
