@@ -19,11 +19,11 @@ from input import photographs
 from rich.console import Console
 
 from probe_kd.engine.models import save_weights
-from probe_kd.loop import Loop
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
-from probe_kd.report import Display
-from probe_kd.train import train
+from probe_kd.training.loop import Loop
+from probe_kd.training.report import Display
+from probe_kd.training.run import train
 
 CASES = (("resnet18", "resnet50"), ("vit_small_patch16_224", "vit_base_patch16_224"))
 QUICK = (("resnet10t", "resnet10t"),)

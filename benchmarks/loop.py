@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from probe_kd.loop import make_optimizer
-from probe_kd.report import Display
+from probe_kd.training.loop import make_optimizer
+from probe_kd.training.report import Display
 from recipes import Ours, Plain, one_epoch, settle
 
 RECIPE = """\

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from probe_kd.data.cache import TeacherCache
 from probe_kd.data.loading import _transform
 from probe_kd.engine.models import build_model, save_weights
-from probe_kd.loop import Loop, Phase
 from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import Plan, plan
-from probe_kd.report import Display
-from probe_kd.train import Journal, Run, Subject, accelerating
+from probe_kd.training.loop import Loop, Phase
+from probe_kd.training.report import Display
+from probe_kd.training.run import Journal, Run, Subject, accelerating
 
 HERE = Path(__file__).parents[1] / "recipes"
 Tree = dict[str, Any]

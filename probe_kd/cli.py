@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from probe_kd.audit import Audit
     from probe_kd.engine.spec import Trace
     from probe_kd.files.run_folder import Claim
     from probe_kd.recipe.planner import Plan
-    from probe_kd.report import Display, Idle
+    from probe_kd.training.audit import Audit
+    from probe_kd.training.report import Display, Idle
 
 app = typer.Typer(
     help="Knowledge distillation between any two timm models.",
@@ -137,7 +137,7 @@ def inspect(
 
     Without --all, --glob and --depth: the stage ends (marked) and the blocks. Nothing is downloaded or computed.
     """
-    from probe_kd.report import layer_rows, layers_table
+    from probe_kd.training.report import layer_rows, layers_table
 
     found = _trace(model, input_size, model_kwargs, training=train)
     rows = layer_rows(found, every=all_modules, glob=glob, depth=depth)
@@ -165,7 +165,7 @@ def match(
     from probe_kd.engine.matching import match as match_layers
     from probe_kd.engine.models import packages
     from probe_kd.recipe.scaffold import write_recipe
-    from probe_kd.report import pair_rows, pairs_table
+    from probe_kd.training.report import pair_rows, pairs_table
 
     _check_recipe_is_new(output, overwrite)
     ours, theirs = _both(student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs)
@@ -265,7 +265,7 @@ def check(
     """
     from probe_kd.recipe.options import load
     from probe_kd.recipe.planner import plan
-    from probe_kd.report import (
+    from probe_kd.training.report import (
         cache_lines,
         costs_table,
         data_lines,
@@ -276,7 +276,7 @@ def check(
         plan_table,
         teacher_lines,
     )
-    from probe_kd.report import reach_table as reach
+    from probe_kd.training.report import reach_table as reach
 
     planned = plan(load(recipe, sets=sets or ()), allow_import=_allowed(allow_import))
     console, idle, teacher = _console(), idle_rows(planned), planned.recipe.teacher
@@ -296,7 +296,7 @@ def check(
         _remark(planned.remarks, console)
     found = None
     if gradients or not no_batch:
-        from probe_kd.audit import audit
+        from probe_kd.training.audit import audit
 
         found = audit(planned)
     if as_json:
@@ -371,14 +371,14 @@ def train(
     folder = out or Path("runs") / _name_of_run(recipe)
     source = load(recipe, seed=seed, sets=sets or ())
     console = _console()
-    from probe_kd.report import Display, data_lines, doubts, plan_table, print_student, teacher_lines
+    from probe_kd.training.report import Display, data_lines, doubts, plan_table, print_student, teacher_lines
 
     quiet = quiet or not _speaks()
     display = Display(console, quiet=quiet)
     with _claimed(folder, display, resume=resume, overwrite=overwrite) as claimed:
         with console.status("tracing the models"):
             planned = plan(source, allow_import=_allowed(allow_import))
-        from probe_kd.train import train as run
+        from probe_kd.training.run import train as run
 
         if not quiet:
             console.print(plan_table(planned))
@@ -406,7 +406,7 @@ def train(
 def _claimed(folder: Path, display: "Display", *, resume: bool, overwrite: bool) -> "Iterator[Claim | None]":
     """The folder of results, looked at and locked before anything that takes time, by the first process of a run."""
     from probe_kd.files.run_folder import claim
-    from probe_kd.train import check_folder
+    from probe_kd.training.run import check_folder
 
     if not _speaks():
         yield None
@@ -436,7 +436,7 @@ def evaluate(
     """Measure the models of a run: accuracy, calibration, and the student against its teacher, layer by layer."""
     _check_free(output, overwrite)
     from probe_kd.evaluation import evaluate as measure
-    from probe_kd.report import scores_table, similarity_table
+    from probe_kd.training.report import scores_table, similarity_table
 
     console = _console()
     with console.status("evaluating"):

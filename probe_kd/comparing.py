@@ -18,7 +18,6 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from probe_kd.checkpoints import FOLDER as CHECKPOINTS
 from probe_kd.data.datasets import DataRecord
 from probe_kd.engine.matching import blocks, stages
 from probe_kd.engine.models import short
@@ -28,7 +27,8 @@ from probe_kd.evaluation import cka_table, vectors
 from probe_kd.files.atomic import put, whole_text
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import Plan, plan
-from probe_kd.report import MEASURES, Result, Row, doubts
+from probe_kd.training.checkpoints import FOLDER as CHECKPOINTS
+from probe_kd.training.report import MEASURES, Result, Row, doubts
 
 LAYERS = "layers.json"
 ROLES = ("student alone", "student", "teacher", "teacher alone")  # the second last is the partner, where they share

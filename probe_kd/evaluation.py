@@ -28,13 +28,13 @@ from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError, RunError, nearest
-from probe_kd.loop import mixed_precision, own_accelerator
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.distiller import compared, make_adapters
 from probe_kd.methods.objectives import Comparison
 from probe_kd.recipe.options import TeacherOptions, load
 from probe_kd.recipe.planner import Plan, join, plan
-from probe_kd.report import Evaluation, Scores, Similarity
+from probe_kd.training.loop import mixed_precision, own_accelerator
+from probe_kd.training.report import Evaluation, Scores, Similarity
 
 Split = Literal["test", "val", "train", "held_out"]
 Sums = dict[str, Tensor]

@@ -21,7 +21,7 @@ from rich.text import Text
 from probe_kd.comparing import Board, ClassChange, Curve, Group, Likeness, Standing, losses_of, percent, points
 from probe_kd.errors import RunError, visible
 from probe_kd.files.atomic import put
-from probe_kd.report import GENERATOR, amount
+from probe_kd.training.report import GENERATOR, amount
 from probe_kd.version import __version__
 
 MOST_CLASSES = 20  # that bars are drawn of

@@ -35,8 +35,8 @@ from probe_kd.comparing import read_metrics
 from probe_kd.data.loading import loader
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import Plan, plan
-from probe_kd.report import Display, write_metrics
-from probe_kd.train import train
+from probe_kd.training.report import Display, write_metrics
+from probe_kd.training.run import train
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "study"

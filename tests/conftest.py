@@ -10,7 +10,7 @@ import torch
 
 # Not of this process: a fork of one whose autograd has made its threads cannot train. The server has none.
 apart = multiprocessing.get_context("forkserver")
-apart.set_forkserver_preload(["pytest", "probe_kd.train"])
+apart.set_forkserver_preload(["pytest", "probe_kd.training.run"])
 
 TINY = """\
 student:

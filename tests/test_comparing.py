@@ -28,8 +28,8 @@ from probe_kd.errors import RunError
 from probe_kd.page import page, tables, write_page
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
-from probe_kd.report import Display
-from probe_kd.train import open_run, train
+from probe_kd.training.report import Display
+from probe_kd.training.run import open_run, train
 
 HOSTILE = "<script>alert('1')</script>&\"\x1b[31m"
 ROLES = ("student alone", "student", "teacher")

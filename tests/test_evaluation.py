@@ -30,8 +30,8 @@ from probe_kd.errors import DataError, RunError
 from probe_kd.evaluation import Sums, cka_sums, explained_variance, linear_cka, variance_sums
 from probe_kd.recipe.options import dump, parse
 from probe_kd.recipe.planner import Plan, plan
-from probe_kd.report import Display, Evaluation, Scores
-from probe_kd.train import train
+from probe_kd.training.report import Display, Evaluation, Scores
+from probe_kd.training.run import train
 
 RECIPE = TINY.replace(
     "model: resnet10t\n", "model: resnet10t\n  input_size: [3, 32, 32]\n  mean: [0.3]\n  std: [0.4]\n"

@@ -29,8 +29,8 @@ from probe_kd.errors import ProbeKDError, RunError
 from probe_kd.exporting import export
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
-from probe_kd.report import Display
-from probe_kd.train import train
+from probe_kd.training.report import Display
+from probe_kd.training.run import train
 
 VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]}

@@ -8,15 +8,15 @@ from PIL import Image
 from rich.console import Console
 from ruamel.yaml import YAML
 
-from probe_kd.audit import audit
 from probe_kd.data.loading import DataOptions, open_datasets
 from probe_kd.engine.matching import match
 from probe_kd.engine.tracing import trace
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import Plan, plan
-from probe_kd.report import Display
-from probe_kd.train import train
+from probe_kd.training.audit import audit
+from probe_kd.training.report import Display
+from probe_kd.training.run import train
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))  # the study has tests of its own
 RESNET = {"model": "resnet10t", "model_kwargs": {"channels": [8, 16, 24, 32]}}

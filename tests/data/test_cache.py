@@ -17,7 +17,7 @@ from probe_kd.data.loading import DataOptions, open_datasets
 from probe_kd.errors import RecipeError, RunError
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.options import parse
-from probe_kd.train import train
+from probe_kd.training.run import train
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, 
     else:
         with monkeypatch.context() as patch:
             patch.setattr(Distiller, "_ask_teacher", counted)
-            patch.setattr("probe_kd.train.check_student", lambda *_: None)  # its batch is no training step
+            patch.setattr("probe_kd.training.run.check_student", lambda *_: None)  # its batch is no training step
             train(plan(parse(text)), folder, display, **options)
     return seen[0]
 

@@ -15,8 +15,8 @@ from probe_kd.evaluation import evaluate
 from probe_kd.exporting import export
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.options import parse
-from probe_kd.report import Display
-from probe_kd.train import train
+from probe_kd.training.report import Display
+from probe_kd.training.run import train
 
 RECIPE = """\
 student: {model: resnet10t, model_kwargs: {channels: [8, 8, 16, 16]}}
@@ -100,8 +100,8 @@ def _evaluated(folder: Path) -> None:
 def test_data_that_have_moved_are_evaluated_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits(tmp_path / "images")
     with monkeypatch.context() as patched:
-        patched.setattr("probe_kd.train.write_report", lambda *_: None)  # so that it is not finished
-        patched.setattr("probe_kd.checkpoints.remove", lambda *_: None)
+        patched.setattr("probe_kd.training.run.write_report", lambda *_: None)  # so that it is not finished
+        patched.setattr("probe_kd.training.checkpoints.remove", lambda *_: None)
         run(tmp_path / "images", tmp_path / "run")
     before = evaluate(tmp_path / "run", device="cpu").scores
     (tmp_path / "images").rename(tmp_path / "new: place")
@@ -112,8 +112,8 @@ def test_data_that_have_moved_are_evaluated_and_gone_on_with(tmp_path: Path, mon
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits(tmp_path / "images")
-    monkeypatch.setattr("probe_kd.train.write_report", lambda *_: None)  # so that it is not finished
-    monkeypatch.setattr("probe_kd.checkpoints.remove", lambda *_: None)
+    monkeypatch.setattr("probe_kd.training.run.write_report", lambda *_: None)  # so that it is not finished
+    monkeypatch.setattr("probe_kd.training.checkpoints.remove", lambda *_: None)
     run(tmp_path / "images", tmp_path / "run")
     (tmp_path / "images" / "train" / "class1" / "2.png").unlink()
     with pytest.raises(DataError, match=r"are not those that it was begun with: .* now there are 39 train images"):

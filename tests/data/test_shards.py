@@ -24,7 +24,7 @@ from test_processes import close, run_by_two
 from test_resume import After, run, same
 from timm.data import create_dataset
 
-from probe_kd import checkpoints
+from probe_kd.training import checkpoints
 from probe_kd.data import loading as data
 from probe_kd.data.cache import fingerprint
 from probe_kd.data.loading import DataOptions, Views, _shards_of, loader, open_datasets, readable

@@ -17,7 +17,7 @@ from probe_kd.errors import RecipeError, WeightsError
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.options import load, parse
 from probe_kd.recipe.planner import plan
-from probe_kd.train import train
+from probe_kd.training.run import train
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
 MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {

@@ -22,7 +22,7 @@ from probe_kd.errors import RunError, WeightsError
 from probe_kd.evaluation import evaluate
 from probe_kd.exporting import export
 from probe_kd.files.run_folder import LOCK, Manifest, claim, is_abandoned
-from probe_kd.train import check_folder
+from probe_kd.training.run import check_folder
 
 ALONE = """\
 student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}

@@ -29,8 +29,8 @@ from probe_kd import (
 from probe_kd.errors import LossError, RecipeError, TapError
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
-from probe_kd.report import Display
-from probe_kd.train import train
+from probe_kd.training.report import Display
+from probe_kd.training.run import train
 
 SIZE = (3, 32, 32)
 CHANNELS = {"channels": [8, 16, 24, 32], "num_classes": 10}

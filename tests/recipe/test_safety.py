@@ -33,8 +33,8 @@ from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.options import load, parse
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.yaml_tree import MAX_LEVELS, MAX_NODES
-from probe_kd.report import Display, write_metrics
-from probe_kd.train import train
+from probe_kd.training.report import Display, write_metrics
+from probe_kd.training.run import train
 
 
 class Canary:

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
-from probe_kd.loop import Phase, make_optimizer
 from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.planner import Plan
-from probe_kd.report import Display, Reach, StepCost
-from probe_kd.train import (
+from probe_kd.training.loop import Phase, make_optimizer
+from probe_kd.training.report import Display, Reach, StepCost
+from probe_kd.training.run import (
     Journal,
     Norms,
     Run,

@@ -21,16 +21,16 @@ from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 
 from probe_kd import Distiller, InputSpec, Objective, Schedule
-from probe_kd.audit import audit
 from probe_kd.comparing import compare
 from probe_kd.data.loading import DataOptions, loader, mixer
 from probe_kd.errors import LossError, RecipeError, RunError
-from probe_kd.loop import Phase, make_optimizer, make_scheduler
 from probe_kd.methods.losses import soft_targets
 from probe_kd.recipe.options import dump, load, parse
 from probe_kd.recipe.planner import plan
-from probe_kd.report import Display, doubts, teacher_lines
-from probe_kd.train import Journal, Run, accelerating, train
+from probe_kd.training.audit import audit
+from probe_kd.training.loop import Phase, make_optimizer, make_scheduler
+from probe_kd.training.report import Display, doubts, teacher_lines
+from probe_kd.training.run import Journal, Run, accelerating, train
 
 
 def run(path: Path, folder: Path, display: Display | None = None, **options: bool) -> Journal:

@@ -19,12 +19,12 @@ from conftest import ROCKET, TINY, apart, record
 from rich.console import Console
 from safetensors.torch import load_file
 
-from probe_kd import checkpoints
 from probe_kd.errors import DataError, RunError, Stopped
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import Plan, plan
-from probe_kd.report import Display
-from probe_kd.train import train
+from probe_kd.training import checkpoints
+from probe_kd.training.report import Display
+from probe_kd.training.run import train
 
 # Small batches, so that there are points inside an epoch; dropout, mixing and augmentation, so that every generator is
 # drawn from; accumulation that does not divide the epoch.

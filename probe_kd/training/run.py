@@ -30,7 +30,6 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from probe_kd import checkpoints
 from probe_kd.data.batches import Batches
 from probe_kd.data.cache import Stored, TeacherCache, key_of
 from probe_kd.data.datasets import RECORD, DataRecord
@@ -63,7 +62,14 @@ from probe_kd.files.run_folder import (
     is_abandoned,
     recording,
 )
-from probe_kd.loop import (
+from probe_kd.methods.adapters import ImageView
+from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.objectives import Objective
+from probe_kd.methods.sharing import Sharing
+from probe_kd.recipe.options import ModelOptions, Recipe, classifier_of, dump, load, parse, rewritten
+from probe_kd.recipe.planner import Plan, join
+from probe_kd.training import checkpoints
+from probe_kd.training.loop import (
     Loop,
     Phase,
     cuda_settings,
@@ -72,13 +78,7 @@ from probe_kd.loop import (
     mixed_precision,
     own_accelerator,
 )
-from probe_kd.methods.adapters import ImageView
-from probe_kd.methods.distiller import Distiller
-from probe_kd.methods.objectives import Objective
-from probe_kd.methods.sharing import Sharing
-from probe_kd.recipe.options import ModelOptions, Recipe, classifier_of, dump, load, parse, rewritten
-from probe_kd.recipe.planner import Plan, join
-from probe_kd.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
+from probe_kd.training.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
 from probe_kd.version import __version__
 
 JOURNAL, AVERAGE = "journal.json", "average.safetensors"
