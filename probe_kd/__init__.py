@@ -27,9 +27,9 @@ _HOME = {
     "Schedule": "engine.spec",
     "Sharing": "methods.sharing",
     "adapt": "methods.adapters",
-    "compare": "comparing",
-    "evaluate": "evaluation",
-    "export": "exporting",
+    "compare": "results.comparison",
+    "evaluate": "results.evaluation",
+    "export": "results.export",
     "freeze": "engine.surgery",
     "graft": "methods.sharing",
     "load_student": "methods.sharing",
@@ -75,21 +75,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from probe_kd.comparing import compare
     from probe_kd.engine.matching import match
     from probe_kd.engine.probe import Probe
     from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout, Pair, Schedule, Tap, Trace
     from probe_kd.engine.surgery import freeze, replace, share
     from probe_kd.engine.tracing import trace
     from probe_kd.errors import ProbeKDError
-    from probe_kd.evaluation import evaluate
-    from probe_kd.exporting import export
     from probe_kd.methods.adapters import Adapter, adapt
     from probe_kd.methods.distiller import Distiller
     from probe_kd.methods.losses import LOSSES, Loss
     from probe_kd.methods.objectives import Objective
     from probe_kd.methods.sharing import Sharing, graft, load_student, share_convolutions, share_trunk
     from probe_kd.methods.timm_task import DistillationTask
+    from probe_kd.results.comparison import compare
+    from probe_kd.results.evaluation import evaluate
+    from probe_kd.results.export import export
 
 
 def __getattr__(name: str) -> Any:

@@ -435,7 +435,7 @@ def evaluate(
 ) -> None:
     """Measure the models of a run: accuracy, calibration, and the student against its teacher, layer by layer."""
     _check_free(output, overwrite)
-    from probe_kd.evaluation import evaluate as measure
+    from probe_kd.results.evaluation import evaluate as measure
     from probe_kd.training.report import scores_table, similarity_table
 
     console = _console()
@@ -483,9 +483,9 @@ def compare(
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise RunError(f"{output}: a report is HTML; call it so, as in {output.with_suffix('.html')}, or take --json")
     _check_free(output, overwrite)
-    from probe_kd.comparing import compare as hold
-    from probe_kd.page import as_json as board_as_json
-    from probe_kd.page import tables, write_page
+    from probe_kd.results.comparison import compare as hold
+    from probe_kd.results.html import as_json as board_as_json
+    from probe_kd.results.html import tables, write_page
 
     console = _console()
     with console.status("reading the runs"):
@@ -524,7 +524,7 @@ def export(
 
     config.json, model.safetensors and README.md: `local-dir:` for timm, or to be uploaded to the Hugging Face hub.
     """
-    from probe_kd.exporting import export as write
+    from probe_kd.results.export import export as write
 
     options = {"ema": ema, "reparameterize": reparameterize, "onnx": onnx, "overwrite": overwrite}
     done = write(run, output, subject=subject.value, allow_import=_allowed(allow_import), **options)
@@ -574,9 +574,9 @@ def _again(
 
 def _report(planned: "Plan", folder: Path, console: "Console") -> None:
     """What came of a run that has just ended, also as a file."""
-    from probe_kd.comparing import compare as hold
-    from probe_kd.comparing import measure_layers
-    from probe_kd.page import tables, write_page
+    from probe_kd.results.comparison import compare as hold
+    from probe_kd.results.comparison import measure_layers
+    from probe_kd.results.html import tables, write_page
 
     if planned.teacher is not None:
         with _forgiving("the layers are not compared"), console.status("comparing the layers of student and teacher"):

@@ -31,10 +31,10 @@ from ruamel.yaml import YAML
 from torch import Tensor
 
 from probe_kd import load_student
-from probe_kd.comparing import read_metrics
 from probe_kd.data.loading import loader
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import Plan, plan
+from probe_kd.results.comparison import read_metrics
 from probe_kd.training.report import Display, write_metrics
 from probe_kd.training.run import train
 

@@ -19,9 +19,9 @@ from test_resume import After, Quiet, flip, run, stop, truncate
 
 from probe_kd import cli
 from probe_kd.errors import RunError, WeightsError
-from probe_kd.evaluation import evaluate
-from probe_kd.exporting import export
 from probe_kd.files.run_folder import LOCK, Manifest, claim, is_abandoned
+from probe_kd.results.evaluation import evaluate
+from probe_kd.results.export import export
 from probe_kd.training.run import check_folder
 
 ALONE = """\

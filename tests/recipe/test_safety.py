@@ -23,7 +23,6 @@ from rich.text import Text
 from safetensors.torch import save_file
 
 from probe_kd.cli import main
-from probe_kd.comparing import compare
 from probe_kd.console import PlainConsole
 from probe_kd.engine.models import check_state, read_weights, save_weights
 from probe_kd.engine.spec import Tap
@@ -33,6 +32,7 @@ from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.options import load, parse
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.yaml_tree import MAX_LEVELS, MAX_NODES
+from probe_kd.results.comparison import compare
 from probe_kd.training.report import Display, write_metrics
 from probe_kd.training.run import train
 

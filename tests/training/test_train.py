@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 
 from probe_kd import Distiller, InputSpec, Objective, Schedule
-from probe_kd.comparing import compare
 from probe_kd.data.loading import DataOptions, loader, mixer
 from probe_kd.errors import LossError, RecipeError, RunError
 from probe_kd.methods.losses import soft_targets
 from probe_kd.recipe.options import dump, load, parse
 from probe_kd.recipe.planner import plan
+from probe_kd.results.comparison import compare
 from probe_kd.training.audit import audit
 from probe_kd.training.loop import Phase, make_optimizer, make_scheduler
 from probe_kd.training.report import Display, doubts, teacher_lines

@@ -23,10 +23,10 @@ from probe_kd.engine.matching import blocks, stages
 from probe_kd.engine.models import short
 from probe_kd.engine.spec import Tap, Trace
 from probe_kd.errors import MatchError, RunError, nearest
-from probe_kd.evaluation import cka_table, vectors
 from probe_kd.files.atomic import put, whole_text
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import Plan, plan
+from probe_kd.results.evaluation import cka_table, vectors
 from probe_kd.training.checkpoints import FOLDER as CHECKPOINTS
 from probe_kd.training.report import MEASURES, Result, Row, doubts
 

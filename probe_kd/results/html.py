@@ -18,9 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from probe_kd.comparing import Board, ClassChange, Curve, Group, Likeness, Standing, losses_of, percent, points
 from probe_kd.errors import RunError, visible
 from probe_kd.files.atomic import put
+from probe_kd.results.comparison import Board, ClassChange, Curve, Group, Likeness, Standing, losses_of, percent, points
 from probe_kd.training.report import GENERATOR, amount
 from probe_kd.version import __version__
 
@@ -120,7 +120,7 @@ def write_page(board: Board, path: Path) -> None:
 def page(board: Board) -> str:
     """The board as HTML."""
     environment = Environment(
-        loader=PackageLoader("probe_kd"),
+        loader=PackageLoader("probe_kd.results"),
         autoescape=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
         undefined=StrictUndefined,

@@ -27,9 +27,9 @@ from probe_kd.cli import main
 from probe_kd.data.loading import loader
 from probe_kd.engine.models import build_model, save_weights
 from probe_kd.errors import DataError, RunError
-from probe_kd.evaluation import Sums, cka_sums, explained_variance, linear_cka, variance_sums
 from probe_kd.recipe.options import dump, parse
 from probe_kd.recipe.planner import Plan, plan
+from probe_kd.results.evaluation import Sums, cka_sums, explained_variance, linear_cka, variance_sums
 from probe_kd.training.report import Display, Evaluation, Scores
 from probe_kd.training.run import train
 

@@ -22,12 +22,12 @@ from PIL import Image
 from rich.console import Console
 
 from probe_kd.cli import main
-from probe_kd.comparing import IMAGES, LAYERS, Board, compare
 from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
-from probe_kd.page import page, tables, write_page
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
+from probe_kd.results.comparison import IMAGES, LAYERS, Board, compare
+from probe_kd.results.html import page, tables, write_page
 from probe_kd.training.report import Display
 from probe_kd.training.run import open_run, train
 
@@ -507,8 +507,8 @@ def test_a_report_that_fails_does_not_make_the_run_fail(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no memory for\npictures")
 
-    monkeypatch.setattr("probe_kd.comparing.vectors", broken)
-    monkeypatch.setattr("probe_kd.page.page", broken)
+    monkeypatch.setattr("probe_kd.results.comparison.vectors", broken)
+    monkeypatch.setattr("probe_kd.results.html.page", broken)
     (tmp_path / "r.yaml").write_text(
         ROCKET.replace("epochs: 2", "epochs: 1").replace("hflip: 0.0", "hflip: 0.0, holdout: 0.8")
     )

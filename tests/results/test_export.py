@@ -22,13 +22,14 @@ from timm.layers import BatchNormAct2d
 from timm.models import save_for_hf
 from torch import nn
 
-from probe_kd import cli, exporting
+from probe_kd import cli
 from probe_kd.data.loading import loader
 from probe_kd.engine.models import build_model, read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError
-from probe_kd.exporting import export
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
+from probe_kd.results import export as exporting
+from probe_kd.results.export import export
 from probe_kd.training.report import Display
 from probe_kd.training.run import train
 
