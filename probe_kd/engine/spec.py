@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from math import cos, isfinite, pi
-from typing import Literal, Self
+from operator import index
+from typing import Any, Literal, Self
 
 from probe_kd.errors import DataError, TapError, TraceError, nearest
 
@@ -274,6 +275,42 @@ class Trace:
         return f"{self.model} yields no tensor at '{tap}'; its taps there: {', '.join(map(repr, legal[:8]))}"
 
 
+def _size(given: Any) -> tuple[int, int, int]:
+    """The size of an input, of whatever sequence has three whole numbers. Raises DataError."""
+    try:
+        sides = [index(side) for side in (given if hasattr(given, "__iter__") else [given])]
+    except TypeError:
+        sides = []
+    if len(sides) == 3 and min(sides) > 0 and not any(isinstance(side, bool) for side in given):
+        return sides[0], sides[1], sides[2]
+    near = f"; did you mean (3, {sides[0]}, {sides[-1]})?" if len(sides) in (1, 2) and min(sides) > 0 else ""
+    raise DataError(
+        f"size {given!r} of an input: expected (channels, height, width), three whole numbers above 0, as in "
+        f"(3, 224, 224){near}"
+    )
+
+
+def _numbers(given: Any, name: str) -> tuple[float, ...]:
+    """The numbers of a mean or std: one, or one for each channel, also as a tensor with axes of 1 around them."""
+    values = _squeezed(given)
+    several = hasattr(values, "__iter__") and not isinstance(values, str | bytes | Mapping)
+    found = tuple(map(_squeezed, values)) if several else () if values is None else (values,)
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in found):
+        shown = " ".join(repr(given).split())[:60]
+        raise DataError(
+            f"{name} {shown} of an input: expected a number, or one for each channel, as in (0.5, 0.5, 0.5)"
+        )
+    return found
+
+
+def _squeezed(given: Any) -> Any:
+    """A number, or a list, of an array or tensor; without the lists that hold one list or number and nothing else."""
+    value = given.tolist() if hasattr(given, "tolist") else given
+    while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list | int | float):
+        value = value[0]
+    return value
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """What images a model expects: (channels, height, width), and the mean and standard deviation of its normalisation.
@@ -287,13 +324,13 @@ class InputSpec:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _size(self.size))
         for name in ("mean", "std"):
-            given = getattr(self, name)
-            values = () if given is None else (given,) if isinstance(given, int | float) else tuple(given)
+            values = _numbers(getattr(self, name), name)
             object.__setattr__(self, name, values)
             if values and len(values) not in (1, self.size[0]):
                 raise DataError(f"{name} {values} of an input: expected 1 or {self.size[0]} values, one per channel")
-            if not all(isinstance(value, int | float) and isfinite(value) for value in values):
+            if not all(map(isfinite, values)):
                 raise DataError(f"{name} {values} of an input: expected finite numbers")
         if any(value <= 0 for value in self.std):
             raise DataError(f"std {self.std} of an input: every value has to be positive")

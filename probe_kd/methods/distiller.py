@@ -141,7 +141,22 @@ class Distiller(nn.Module):
     def forward(
         self, images: Tensor, target: Tensor | None = None, told: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor | None]:
-        _check_images(images, self._channels, self.student)
+        _check_images(images, self._channels)
+        self._check_numbers(images)
+        if torch.compiler.is_compiling() or len(images) > 1:
+            return self._step(images, target, told)
+        try:
+            return self._step(images, target, told)
+        except ValueError as refusal:  # torch's, of a norm whose map is 1x1 where one image is alone
+            if "more than 1 value per channel" not in str(refusal):
+                raise
+            raise LossError(
+                "the images are a batch of one, and a batch norm in training has one value for each channel of it, "
+                "whose variance is 0: give batches of 2 at least (`DataLoader(..., drop_last=True)`), larger images, "
+                "or call eval() on the norm"
+            ) from None
+
+    def _step(self, images: Tensor, target: Tensor | None, told: Sequence[Tensor] | None) -> dict[str, Tensor | None]:
         kept: dict[str, Tensor] = {}
         if told is None:
             theirs, known = self._ask_teacher(images)
@@ -175,6 +190,27 @@ class Distiller(nn.Module):
                 f"no gradient reaches the student through {', '.join(map(repr, lost))}: all before it is frozen, or it "
                 "was computed without gradients (reentrant checkpointing: `use_reentrant=False`; `no_grad`; `detach`). "
                 "Train what leads to it, or tap another layer; with all of the student frozen, adapters alone learn"
+            )
+
+    def _check_numbers(self, images: Tensor) -> None:
+        """LossError for images of another type than a model that sees them, and, where it can be read, for NaN.
+
+        A GPU has to be waited for to read it, so there it is the first step that looks.
+        """
+        models = {"student": self.student}
+        if self._teacher_probe is not None:
+            models["teacher"] = self._teacher_probe.model
+        for side, model in models.items():
+            _check_type(images, side, model)
+        readable = type(images) in (Tensor, nn.Parameter) and images.device.type != "meta"
+        if torch.compiler.is_compiling() or not readable or (self._checked and images.device.type != "cpu"):
+            return
+        wrong = ~images.isfinite()
+        if wrong.any():
+            row = int(wrong.flatten(1).any(1).nonzero()[0])
+            raise LossError(
+                f"image {row} of the batch holds {images[wrong][0].item()}, and every loss of it would be no number; "
+                "expected finite numbers. Look at how it is read and normalised (a std of 0, say)"
             )
 
     def _checks_values(self, tensor: Tensor) -> bool:
@@ -544,7 +580,23 @@ def _place(tensor: Tensor) -> tuple[str, int]:
     return str(tensor.device), tensor.data_ptr()
 
 
-def _check_images(images: Tensor, channels: int, student: nn.Module) -> None:
+def _check_type(images: Tensor, side: str, model: nn.Module) -> None:
+    """LossError for floats that no parameter of the model has, unless autocast brings them together."""
+    if any(parameter.dtype == images.dtype for parameter in model.parameters()):
+        return
+    found = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+    if found != images.dtype and (
+        torch.float64 in (found, images.dtype) or not torch.is_autocast_enabled(images.device.type)
+    ):
+        mend = {torch.float32: "images.float()", torch.float64: "images.double()"}.get(found, f"images.to({found})")
+        raise LossError(
+            f"the images are {images.dtype}, and the {side} is not, but {found}; give `{mend}`"
+            + (f", or bring both models to one type (`distiller.to({images.dtype})`)" if side == "teacher" else "")
+            + (f", under `torch.autocast` to compute in {images.dtype}" if images.dtype.itemsize == 2 else "")
+        )
+
+
+def _check_images(images: Tensor, channels: int) -> None:
     """LossError for what is no batch of normalised images of so many channels."""
     if not isinstance(images, Tensor):
         raise LossError(
@@ -559,8 +611,6 @@ def _check_images(images: Tensor, channels: int, student: nn.Module) -> None:
             f"the images are {'x'.join(map(str, images.shape))}; expected batch x {channels} x height x width. Grey "
             "images are not taken as three channels: give `images.expand(-1, 3, -1, -1)`, or a student_input of one"
         )
-    if images.dtype == torch.float64 and not any(p.dtype == images.dtype for p in student.parameters()):
-        raise LossError("the images are torch.float64, and the student is not; give `images.float()`")
 
 
 def _trace_teacher(teacher: nn.Module, wanted: InputSpec | None, given: InputSpec, *, training: bool) -> Trace:

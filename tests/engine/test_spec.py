@@ -1,11 +1,15 @@
-"""Taps: the text form round-trips, and what is no tap is refused."""
+"""Values of a library call. Taps: the text form round-trips, and what is no tap is refused."""
 
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probe_kd import Pair, Tap
-from probe_kd.errors import TapError
+from probe_kd import InputSpec, Pair, Tap
+from probe_kd.errors import DataError, TapError
 
 paths = st.lists(st.text("abcXYZ019_", min_size=1, max_size=6), max_size=4).map(".".join)
 keys = st.text("abcXYZ019_.-", min_size=1, max_size=8).filter(lambda key: not key.isdigit())
@@ -47,3 +51,44 @@ def test_a_pair_reads_text_and_puts_the_student_first() -> None:
     pair = Pair("blocks.5", "layer3", weight=2.0)
     assert (pair.student, pair.teacher) == (Tap("blocks.5"), Tap("layer3"))
     assert str(pair) == "blocks.5 <- layer3"
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [0.5, 0.25, 0.75],
+        np.array([0.5, 0.25, 0.75], np.float32),
+        torch.tensor([0.5, 0.25, 0.75]),
+        torch.tensor([0.5, 0.25, 0.75]).view(1, 3, 1, 1),
+        torch.tensor([0.5, 0.25, 0.75]).view(3, 1, 1),
+        list(torch.tensor([0.5, 0.25, 0.75])),
+    ],
+    ids=["list", "array", "tensor", "broadcast", "of a map", "of tensors"],
+)
+def test_an_input_takes_its_numbers_as_any_sequence_array_or_tensor(numbers: Any) -> None:
+    plain = InputSpec((3, 32, 32), (0.5, 0.25, 0.75), (0.5, 0.25, 0.75))
+    assert InputSpec(torch.Size([3, 32, 32]), numbers, numbers) == plain
+    assert InputSpec([3, np.int64(32), 32], mean=torch.tensor(0.5)) == InputSpec((3, 32, 32), 0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((32,), r"size 32 of an input: expected \(channels, height, width\).*did you mean \(3, 32, 32\)\?"),
+        (((32, 48),), r"size \(32, 48\) of an input.*did you mean \(3, 32, 48\)\?"),
+        (((3, 32, 0),), "three whole numbers above 0"),
+        (((3, 32.5, 32),), "three whole numbers"),
+        (((True, 32, 32),), "three whole numbers"),
+        (("32x32",), "size '32x32' of an input: expected"),
+        ((None,), "size None of an input"),
+        (((3, 32, 32), True), "mean True of an input: expected a number"),
+        (((3, 32, 32), "0.5"), "mean '0.5' of an input: expected a number"),
+        (((3, 32, 32), 0.5, {"r": 0.5}), "std {'r': 0.5} of an input: expected a number"),
+        (((3, 32, 32), torch.zeros(3, 2)), "mean tensor.* of an input: expected a number"),
+        (((3, 32, 32), [0.1, 0.2]), "expected 1 or 3 values"),
+        (((3, 32, 32), float("nan")), "expected finite numbers"),
+    ],
+)
+def test_what_is_no_input_is_refused(arguments: Any, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        InputSpec(*arguments)

@@ -489,8 +489,12 @@ def test_a_lazy_module_is_refused_in_words() -> None:
         (
             torch.zeros(4, 3, 64, 64, dtype=torch.float64),
             None,
-            r"torch.float64, and the student is not; give `images.f",
+            r"torch.float64, and the student is not, but torch.float32; give `images.f",
         ),
+        (torch.zeros(4, 3, 64, 64).half(), None, r"torch.float16, and the student is not.*`images.float.*autocast"),
+        (torch.zeros(4, 3, 64, 64).bfloat16(), None, r"torch.bfloat16, and the student is not"),
+        (torch.zeros(4, 3, 64, 64).index_fill(0, torch.tensor(2), torch.nan), None, "image 2 of the batch holds nan"),
+        (torch.full((4, 3, 64, 64), torch.inf), None, "image 0 of the batch holds inf.*expected finite numbers"),
         (torch.zeros(4, 3, 64, 64), torch.tensor([0, 1, 2, 10]), "label 10 of 10 classes"),
         (torch.zeros(4, 3, 64, 64), torch.tensor([0, 1, 2]), r"a target \(3,\)"),
         (torch.zeros(4, 3, 64, 64), np.zeros(4, np.int64), "the target is a ndarray"),
@@ -504,6 +508,26 @@ def test_a_step_refuses_what_is_no_batch_of_images_and_labels(images: Any, targe
     labels = torch.zeros(4, dtype=torch.long) if target is None else target
     with pytest.raises(LossError, match=says):
         Distiller(student, teacher, [TASK, SOFT], **inputs)(images, labels)
+
+
+def test_a_teacher_of_another_type_than_the_images_is_refused_and_autocast_takes_halves() -> None:
+    student, teacher = models()
+    distiller = Distiller(student, teacher, [TASK, SOFT], **CONFIGURED)
+    images, target = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(distiller(images.bfloat16(), target)["loss"])
+    teacher.bfloat16()
+    with pytest.raises(LossError, match=r"torch.float32, and the teacher is not, but torch.bfloat16.*distiller.to"):
+        distiller(images, target)
+
+
+def test_one_image_is_refused_where_a_norm_in_training_would_have_one_value_of_it() -> None:
+    teacher, images = models()[1], torch.randn(1, 3, 32, 32)
+    small = {"student_input": InputSpec((3, 32, 32)), "teacher_input": InputSpec((3, 32, 32))}
+    distiller = Distiller(timm.create_model("resnet10t", num_classes=10), teacher, [SOFT], **small).train()
+    with pytest.raises(LossError, match=r"the images are a batch of one, and a batch norm in training.*drop_last"):
+        distiller(images)
+    assert torch.isfinite(distiller.eval()(images)["loss"])
 
 
 def test_models_whose_output_is_a_map_are_refused_where_a_loss_reads_outputs() -> None:
