@@ -140,23 +140,31 @@ def _has_values(tensor: Tensor) -> bool:
 def check_finite(loss: str, value: Tensor, student: Tensor, *targets: Tensor) -> None:
     """LossError for a value that is not finite, unless the student's numbers are not: then its training diverged.
 
-    Reads the value, for which a GPU has to be waited for.
+    A student that masks the classes that its teacher masks has not diverged: where the loss has no value for them, that
+    is an error too. Reads the value, for which a GPU has to be waited for.
     """
-    if value.isfinite() or not student.isfinite().all():
+    if value.isfinite() or not (student.isfinite().all() or (value.isnan() and _masked_alike(student, *targets))):
         return
     for target in targets:
         if not target.isfinite().all():
             number = target[~target.isfinite()][0].item()
             raise LossError(
                 f"{loss} is {value.item()}: the teacher's side {tuple(target.shape)} holds {number}. Masked classes "
-                "(-inf) are for `soft_targets` without `standardize` and for `dist`; for others leave them out by a "
-                "`class_map`"
+                "(-inf), whether or not the student masks them too, are for `soft_targets` without `standardize` and "
+                "for `dist`; for others leave them out by a `class_map`"
             )
     largest = max(float(side.abs().max()) for side in (student, *targets))
     raise LossError(
         f"{loss} is {value.item()}: with numbers up to {largest:.0e} it is larger than {value.dtype} holds; "
         "standardise what it compares (`normalize: layer`), or try a smaller learning rate"
     )
+
+
+def _masked_alike(student: Tensor, *targets: Tensor) -> bool:
+    """Whether all that is not finite of the student is -inf, and some of it is so in a target too."""
+    masked = student == -torch.inf
+    alike = any(it.shape == student.shape and bool((masked & (it == -torch.inf)).any()) for it in targets)
+    return alike and bool((masked | student.isfinite()).all())
 
 
 def _same_shape(student: Tensor, teacher: Tensor, what: str) -> None:

@@ -487,8 +487,12 @@ def test_a_masked_teacher_is_refused_where_its_mask_has_no_meaning(form: str) ->
     name, options = FORMS[form]
     v = draw(4, 6, seed=1).float()
     v[:, 2] = -torch.inf
-    with pytest.raises(LossError, match=r"the teacher's side \(4, 6\) holds -?(inf|nan).*Masked classes"):
-        LOSSES[name].function(draw(4, 6).float(), v, **options)
+    z = draw(4, 6).float()
+    for student in (z, z.masked_fill(v == -torch.inf, -torch.inf)):  # that masks them too
+        with pytest.raises(LossError, match=r"the teacher's side \(4, 6\) holds -?(inf|nan).*Masked classes"):
+            LOSSES[name].function(student, v, **options)
+    z[0, 0] = torch.nan  # of a training that diverged, which the loop tells
+    assert LOSSES[name].function(z, v, **options).isnan()
 
 
 @pytest.mark.parametrize(
