@@ -360,7 +360,9 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what a former run left there.")] = False,
     allow_import: AllowImport = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the results.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only the results, and on stderr what changes their meaning.")
+    ] = False,
 ) -> None:
     """Run a recipe: train, evaluate, and write the student as safetensors that timm loads."""
     from probe_kd.recipe.options import load
@@ -387,6 +389,9 @@ def train(
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             for line in data_lines(planned):
                 console.print(line, highlight=False, markup=False)
+        elif _speaks():  # what a figure means is no progress
+            for remark in (*planned.remarks, *planned.datasets.notes):
+                display.say(f"note: {remark}")
         try:
             journal = run(planned, folder, display, resume=resume, overwrite=overwrite, claimed=claimed)
         except (KeyboardInterrupt, Stopped) as stop:

@@ -139,7 +139,10 @@ def readable(batches: Iterable[Any], which: str = "training") -> Iterator[Any]:
         except Exception as refusal:  # datasets, image files and worker processes fail in every way there is
             text = " ".join(str(refusal).split()) or type(refusal).__name__
             text = text.rpartition(f"{type(refusal).__name__}: ")[2]  # without the traceback that a worker sends along
-            raise DataError(f"cannot read a batch of {which} images: {text[-500:]}") from refusal
+            mend = ""
+            if isinstance(refusal, DataError) and "cannot be read: " in text:
+                mend = "; mend or delete it, or leave out all that cannot be read by `data: {on_error: skip}`"
+            raise DataError(f"cannot read a batch of {which} images: {text[-500:]}{mend}") from refusal
         _hear_of_workers_only_when_waiting()
         yield batch
 

@@ -152,8 +152,8 @@ class Distiller(nn.Module):
                 raise
             raise LossError(
                 "the images are a batch of one, and a batch norm in training has one value for each channel of it, "
-                "whose variance is 0: give batches of 2 at least (`DataLoader(..., drop_last=True)`), larger images, "
-                "or call eval() on the norm"
+                "whose variance is 0: give batches of 2 at least (`batch_size`, or `DataLoader(..., "
+                "drop_last=True)`), larger images, or call eval() on the norm"
             ) from None
 
     def _step(self, images: Tensor, target: Tensor | None, told: Sequence[Tensor] | None) -> dict[str, Tensor | None]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from rich.console import Console
 from sklearn.datasets import load_digits
 
+from probe_kd.data.datasets import DataRecord
+from probe_kd.cli import main
 from probe_kd.data.datasets import DataRecord
 from probe_kd.errors import DataError, RunError
 from probe_kd.results.evaluation import evaluate
@@ -56,6 +59,35 @@ def finished(tmp_path: Path) -> tuple[Path, Path]:
     digits(tmp_path / "images")
     run(tmp_path / "images", tmp_path / "run")
     return tmp_path / "images", tmp_path / "run"
+
+
+def test_a_quiet_run_tells_what_changes_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr, and nothing of it among the results; without `skip` an image that cannot be read names the key."""
+    digits(tmp_path / "images")
+    recipe = RECIPE.replace("ROOT", json.dumps(str(tmp_path / "images"))).replace("keep: best", "keep: last")
+    teacher = "teacher: {model: resnet10t, model_kwargs: {channels: [8, 8, 16, 16]}, train: {epochs: 1}}\n"
+    shutil.rmtree(tmp_path / "images" / "validation" / "class2")
+    (tmp_path / "r.yaml").write_text(recipe + teacher)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["probe-kd", "train", "r.yaml", "--quiet"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    shown = capsys.readouterr()
+    for says in (
+        "note: 1 images of train_split cannot be read and are left out: 'class3/broken.png'",
+        "note: val_split 'validation' has no images of 1 of the 5 classes: 'class2'",
+        "note: no loss reads the teacher",
+    ):
+        assert shown.err.count(says) == 1
+        assert says not in shown.out
+    raising = ["r.yaml", "--set", "data.on_error=raise", "--set", "data.batch_size=41"]  # all images
+    for command in (["check", *raising], ["train", *raising, "--out", "other"]):
+        monkeypatch.setattr("sys.argv", ["probe-kd", *command])
+        with pytest.raises(SystemExit):
+            main()
+        assert "broken.png cannot be read: it is empty; mend or delete it, or" in capsys.readouterr().err
 
 
 def test_a_run_measures_two_splits_and_its_classes_are_kept(finished: tuple[Path, Path], tmp_path: Path) -> None:
