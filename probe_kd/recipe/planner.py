@@ -27,6 +27,7 @@ from probe_kd.engine.models import (
     checkpoint_gradients,
     classifiers,
     load_weights,
+    read_weights,
     short,
 )
 from probe_kd.engine.spec import InputSpec, Pair, Schedule, Tap, Trace, value_at
@@ -199,7 +200,12 @@ class _Planner:
         teacher = self._trace_teacher(classes)
         self._check_teacher(teacher, classes)
         if student is not None and classes is not None and student.output.channels != classes:
-            message = f"the student's classifier has {student.output.channels} classes and the data {classes}"
+            message = (
+                f"the student's classifier has {student.output.channels} classes and the data {classes}; leave "
+                "`num_classes` out"
+            )
+            if recipe.student.checkpoint or recipe.student.pretrained:
+                message += ", and give `new_classifier: true` where its weights have others"
             self.problems.append(self.source.problem(("student", "model_kwargs"), message))
         # Without data nobody knows how many classes there are, and what does not fit 1000 would be no mistake.
         self._check_checkpoint("student", student if datasets else None)
@@ -368,8 +374,34 @@ class _Planner:
         elif trace_ is not None:
             with self.at(key, "checkpoint"):
                 meta = build_on_meta(trace_.model, trace_.model_kwargs)
-                left = load_weights(meta, path, classifier_of(model))
+                try:
+                    left = load_weights(meta, path, classifier_of(model))
+                except WeightsError as refusal:
+                    raise WeightsError(f"{refusal}{self._of_other_classes(key, model, meta)}") from None
                 self._tell_new(key, trace_, left, path.name)
+
+    def _of_other_classes(self, key: str, model: ModelOptions, meta: nn.Module) -> str:
+        """What can be done about a checkpoint that differs in its classifier alone; empty for any other."""
+        assert model.checkpoint is not None
+        try:
+            left = load_weights(meta, model.checkpoint, "new where other")
+            found = [read_weights(model.checkpoint).get(name) for name in left]
+        except WeightsError:
+            return ""
+        classes = next((len(tensor) for tensor in found if tensor is not None and tensor.ndim), 0)
+        new = "`new_classifier: true` lets all else be the checkpoint's and a new classifier be trained"
+        if key == "student" or self.recipe.share:
+            return f"; {new}"
+        new = (
+            "`train: {epochs: ...}` gives it a new classifier of the data's classes (always, by `new_classifier: true`)"
+        )
+        if not classes:
+            return f"; {new}"
+        as_it_is = f"`model_kwargs: {{num_classes: {classes}}}` keeps the checkpoint's own {classes} classes"
+        if getattr(model, "class_map", None) is None:
+            as_it_is += ", with a `class_map` of its index of each of the data's classes"
+            return f"; {as_it_is}; or {new}"
+        return f"; {as_it_is}, which the `class_map` then is of"
 
     def _check_classifier(self, key: str, model: ModelOptions, trace_: Trace | None) -> None:
         if not model.new_classifier:

@@ -76,14 +76,26 @@ stages: [{epochs: 1, losses: {task: {loss: cross_entropy}, soft: {loss: soft_tar
 
 def test_a_recipe_says_which_models_get_a_new_classifier(tmp_path: Path) -> None:
     file = saved(build("a linear layer", 7), tmp_path / "w.safetensors")
+    wide = saved(timm.create_model("resnet10t", channels=(8, 8, 8, 16)), tmp_path / "wide.safetensors")
     planned = plan(parse(RECIPE % ("", file, ", train: {epochs: 1}")))
     says = "gets a new classifier (fc) of 10 classes; all else is that of w.safetensors"
     assert planned.new_classifiers == (f"the teacher {says}",)
     both = plan(parse(RECIPE % (f", checkpoint: {file}, new_classifier: true", file, ", train: {epochs: 1}")))
     assert both.new_classifiers == (f"the student {says}", f"the teacher {says}")
     for student, teacher, message in (
-        ("", "", "does not fit ResNet: 'fc.weight' is 7x8"),
-        (f", checkpoint: {file}", ", train: {epochs: 1}", "does not fit ResNet: 'fc.weight' is 7x8"),
+        (
+            "",
+            "",
+            r"does not fit ResNet: 'fc.weight' is 7x8.*\{num_classes: 7\}` .* `class_map` .*; or `train: \{epochs: .*"
+            "`new_classifier: true`",
+        ),
+        ("", f", class_map: {list(range(10))}", r"fc.weight.*; `model_kwargs: \{num_classes: 7\}` [^;]*`class_map`"),
+        (
+            f", checkpoint: {file}",
+            ", train: {epochs: 1}",
+            "does not fit ResNet: 'fc.weight' is 7x8.*; `new_classifier: true` lets all else be the checkpoint's",
+        ),
+        (f", checkpoint: {wide}, new_classifier: true", ", train: {epochs: 1}", r"conv1.weight.* and 12 more\n"),
         ("", ", new_classifier: true", "a new classifier of a teacher that is not trained answers at random"),
         (", new_classifier: true", ", train: {epochs: 1}", "the model has no weights, so that all of it is new"),
     ):
