@@ -522,6 +522,9 @@ def export(
     ] = False,
     onnx: Annotated[bool, typer.Option("--onnx", help="Also model.onnx, checked by onnxruntime.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former export.")] = False,
+    root: Annotated[
+        Path | None, typer.Option(help="Where the data lie, if they have moved: answers are compared on test images.")
+    ] = None,
     allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
@@ -532,7 +535,7 @@ def export(
     from probe_kd.results.export import export as write
 
     options = {"ema": ema, "reparameterize": reparameterize, "onnx": onnx, "overwrite": overwrite}
-    done = write(run, output, subject=subject.value, allow_import=_allowed(allow_import), **options)
+    done = write(run, output, subject=subject.value, root=root, allow_import=_allowed(allow_import), **options)
     if as_json:
         print(json.dumps(asdict(done), indent=1))
         return

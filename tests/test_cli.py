@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from PIL import Image
 from probe_kd.cli import main
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError
-from probe_kd.recipe.options import load
+from probe_kd.recipe.options import command_to_go_on, load
 from probe_kd.recipe.scaffold import METHODS, write_recipe
 
 USER_MODEL = """\
@@ -284,6 +285,8 @@ def test_a_run_that_options_changed_goes_on_with_the_same_options(command: Comma
     assert command("train", "r.yaml", "-q", *options).returncode == 0
     again = command("train", "r.yaml", "-q", "--resume", *options)
     assert "the run is finished" in again.stderr
+    told = shlex.split(command_to_go_on(Path("runs/r")))  # as messages give it, in which the options are already
+    assert "the run is finished" in command(*told[1:]).stderr
     for other in ((), options[:2]):
         result = command("train", "r.yaml", "-q", "--resume", *other)
         assert "the recipe is not the one" in result.stderr

@@ -30,6 +30,7 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from probe_kd.data.datasets import DataOptions, InputSize
+from probe_kd.engine.models import packages
 from probe_kd.engine.spec import Schedule, Tap
 from probe_kd.errors import CONTROL, LossError, Problem, RecipeError, nearest, nearest_truth
 from probe_kd.files.atomic import read_text, reason
@@ -569,6 +570,17 @@ _STEP = r'(?:"[^"]*"|[^=".]+)'  # of a path: a key, in quotes where it has dots
 def dump(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML."""
     return _as_yaml(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def command_to_go_on(folder: Path) -> str:
+    """The command that goes on with the run in a folder, whose own recipe has all that `--set` and `--seed` changed."""
+    try:
+        found = load(folder / "recipe.yaml").recipe
+        allowed = packages(model.model for model in (found.student, found.teacher) if model is not None)
+    except RecipeError:  # which the command tells
+        allowed = []
+    options = "".join(f" --allow-import {package}" for package in allowed)
+    return f"probe-kd train {quote(str(folder / 'recipe.yaml'))} --out {quote(str(folder))}{options} --resume"
 
 
 def rewritten(text: str) -> str:

@@ -24,7 +24,7 @@ from probe_kd.engine.models import short
 from probe_kd.engine.spec import Tap, Trace
 from probe_kd.errors import MatchError, RunError, nearest
 from probe_kd.files.atomic import put, whole_text
-from probe_kd.recipe.options import load
+from probe_kd.recipe.options import command_to_go_on, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.results.evaluation import cka_table, vectors
 from probe_kd.training.checkpoints import FOLDER as CHECKPOINTS
@@ -299,7 +299,7 @@ def _progress(run: _Run) -> str:
     parts = [f"{role} is done" for role in run.results]
     parts += [f"{role} is at epoch {row['epoch']} of stage {row['stage']!r}" for role, row in begun.items()]
     state = ", ".join(parts) or "no epoch is done"
-    return f"{run.folder} has not ended: {state}; go on with probe-kd train RECIPE --out {run.folder} --resume"
+    return f"{run.folder} has not ended: {state}; go on with it: {command_to_go_on(run.folder)}"
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -31,7 +31,7 @@ from probe_kd.errors import DataError, RunError, nearest
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.distiller import compared, make_adapters
 from probe_kd.methods.objectives import Comparison
-from probe_kd.recipe.options import TeacherOptions, load
+from probe_kd.recipe.options import TeacherOptions, command_to_go_on, load
 from probe_kd.recipe.planner import Plan, join, plan
 from probe_kd.training.loop import mixed_precision, own_accelerator
 from probe_kd.training.report import Evaluation, Scores, Similarity
@@ -271,10 +271,7 @@ def _weights_of_student(folder: Path, weights: str | Path | None, *, ema: bool) 
 
 
 def _unfinished(folder: Path, name: str) -> RunError:
-    return RunError(
-        f"the run in {folder} is not finished: it has no {name}; go on with it by probe-kd train RECIPE --out {folder} "
-        "--resume"
-    )
+    return RunError(f"the run in {folder} is not finished: it has no {name}; go on with it: {command_to_go_on(folder)}")
 
 
 def _place(accelerator: Accelerator, device: str | None) -> torch.device:

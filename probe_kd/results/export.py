@@ -25,7 +25,7 @@ from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest
 from probe_kd.files.atomic import whole_bytes, whole_text
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe.options import ModelOptions, Recipe, dump, load
+from probe_kd.recipe.options import ModelOptions, Recipe, command_to_go_on, dump, load
 from probe_kd.version import __version__
 
 SUBJECTS = ("student", "student-alone", "teacher", "teacher-alone")
@@ -114,6 +114,7 @@ def export(
     reparameterize: bool = False,
     onnx: bool = False,
     overwrite: bool = False,
+    root: str | Path | None = None,
     allow_import: Sequence[str] = (),
 ) -> Exported:
     """Write a model of a finished run to `folder`, from which `timm.create_model("local-dir:FOLDER", pretrained=True)`
@@ -123,11 +124,14 @@ def export(
     batch norms that are only of use in training (timm's `reparameterize_model`); `onnx` adds `model.onnx`, float32,
     from normalised images (batch, channels, height, width) to logits (batch, classes). A model of your own function
     has no config of timm, and with `onnx` is written as that alone. `overwrite` replaces a former export
-    and nothing else. `allow_import` names the packages whose functions may be called to build the model.
+    and nothing else. `root` is where the run's data lie, if they have moved: answers are compared on its test images,
+    and without `root` on random ones where these are not there. `allow_import` names the packages whose functions may
+    be called to build the model.
 
     Raises RunError for a run that is not there, not finished or without these weights, a folder that is not free, a
     model that cannot be exported in this form, and answers that are not those of the trained model, of which nothing is
-    left; WeightsError for weights that cannot be read or are of another model; RecipeError for an unreadable recipe.
+    left; WeightsError for weights that cannot be read or are of another model; DataError for a `root` whose images
+    cannot be read; RecipeError for an unreadable recipe.
     """
     run, folder = Path(run), Path(folder)
     if onnx:
@@ -136,14 +140,14 @@ def export(
         _check_place(folder, overwrite)
     except OSError as refusal:
         raise RunError(f"cannot look into {folder}: {refusal.strerror}") from refusal
-    trained = _read(run, subject, ema, allow_import)
+    trained = _read(run, subject, ema, root, allow_import)
     if trained.why_not_timm and not onnx:
         raise RunError(
             f"{trained.weights} {trained.why_not_timm}. probe_kd.load_student({str(trained.weights)!r}, "
             f"allow_import={packages([str(trained.about['model'])])}) builds it; "
             "--onnx exports it as ONNX alone, which needs neither timm nor your code"
         )
-    sample = _sample(trained)
+    sample = _sample(trained, needed=root is not None)
     with _beside(folder) as aside, torch.no_grad():
         expected = _logits(trained.module, sample.images)
         written = _Written(trained.module, trained.kwargs)
@@ -172,14 +176,15 @@ def export(
     )
 
 
-def _read(run: Path, subject: str, ema: bool, allow_import: Sequence[str]) -> _Trained:
+def _read(run: Path, subject: str, ema: bool, root: str | Path | None, allow_import: Sequence[str]) -> _Trained:
     if subject not in SUBJECTS:
         raise RunError(f"subject {subject!r}; expected one of {', '.join(SUBJECTS)}{nearest(subject, SUBJECTS)}")
     if not (run / "recipe.yaml").is_file():
         hint = "; give the folder that its run wrote, as runs/NAME" if run.is_file() else ""
         there = "it has no recipe.yaml" if run.is_dir() else "it is not a folder" if run.exists() else "it is not there"
         raise RunError(f"{run} is not the folder of a run: {there}{hint}")
-    recipe = load(run / "recipe.yaml").recipe
+    sets = () if root is None else (f"data.root={json.dumps(str(root))}",)
+    recipe = load(run / "recipe.yaml", sets=sets).recipe
     weights = run / f"{subject}{'-ema' * ema}.safetensors"
     if not weights.is_file():
         raise RunError(_why_missing(run, weights, subject, ema))
@@ -198,7 +203,7 @@ def _read(run: Path, subject: str, ema: bool, allow_import: Sequence[str]) -> _T
 
 def _why_missing(run: Path, weights: Path, subject: str, ema: bool) -> str:
     if any(run.glob("checkpoint*")):
-        return f"{run} is not finished, and has no {weights.name} yet; go on with `probe-kd train ... --resume`"
+        return f"{run} is not finished, and has no {weights.name} yet; go on with it: {command_to_go_on(run)}"
     found = sorted(file.name for file in run.glob("*.safetensors") if file.stem.removesuffix("-ema") in SUBJECTS)
     has = f"it has {', '.join(found)}" if found else "it has no weights at all"
     if ema and f"{subject}.safetensors" in found:
@@ -241,8 +246,8 @@ def _evaluated_on(recipe: Recipe, subject: str, module: nn.Module) -> InputSpec:
     return replace(given, mean=(given.mean * channels)[:channels], std=(given.std * channels)[:channels])
 
 
-def _sample(trained: _Trained, count: int = 16) -> _Sample:
-    """The first test images of the run; random ones where its data cannot be read any more."""
+def _sample(trained: _Trained, count: int = 16, *, needed: bool = False) -> _Sample:
+    """The first test images of the run; random ones where its data cannot be read any more, unless they are needed."""
     data = trained.recipe.data.model_copy(update={"download": False, "batch_size": count, "workers": 0})
     record = DataRecord.read(trained.run)
     try:
@@ -250,8 +255,11 @@ def _sample(trained: _Trained, count: int = 16) -> _Sample:
         batch = next(iter(loader(datasets.test, data, trained.given, training=False)))
         images: Tensor = batch[0]
     except (ProbeKDError, OSError, StopIteration) as refusal:
+        if needed:
+            raise
         images = torch.randn(count, *trained.given.size, generator=torch.Generator().manual_seed(0))
-        said = f"{count} random images, since the data of the run were not read ({short(refusal)})"
+        moved = "; where they have moved, --root DIR" if trained.recipe.data.root else ""
+        said = f"{count} random images, since the data of the run were not read ({short(refusal)}{moved})"
         return _Sample(images, said, classes=record.classes if record else ())
     pictures = [datasets.test[index][0] for index in range(len(images))] if hasattr(datasets.test, "__len__") else []
     return _Sample(images, f"{len(images)} test images", pictures, datasets.classes)

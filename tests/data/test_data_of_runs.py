@@ -138,6 +138,13 @@ def test_data_that_have_moved_are_evaluated_and_gone_on_with(tmp_path: Path, mon
     before = evaluate(tmp_path / "run", device="cpu").scores
     (tmp_path / "images").rename(tmp_path / "new: place")
     assert evaluate(tmp_path / "run", device="cpu", root=tmp_path / "new: place").scores == before
+    noise = export(tmp_path / "run", tmp_path / "by noise").images
+    assert "random images" in noise
+    assert "--root DIR" in noise
+    done = export(tmp_path / "run", tmp_path / "by images", root=tmp_path / "new: place")
+    assert done.images == "10 test images"
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
+        export(tmp_path / "run", tmp_path / "other", root=tmp_path / "nowhere")
     run(tmp_path / "new: place", tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "summary.json").is_file()
 

@@ -394,7 +394,10 @@ def test_the_command_prints_writes_and_tells_what_it_does_not_know(
         (["nowhere"], "nowhere is not the folder of a run (there is none)"),
         (["ran"], "did you mean 'run'"),
         (["empty"], "it has no recipe.yaml"),
-        (["unfinished"], "has no student.safetensors; go on with it"),
+        (
+            ["unfinished"],
+            "go on with it: probe-kd train unfinished/recipe.yaml --out unfinished --resume",
+        ),
         (["no-teacher"], "has no teacher.safetensors; go on with it"),
         (["run", "--ema"], "kept no moving average"),
         (["run", "--ema", "--weights", "run/student.safetensors"], "give one of the two"),
