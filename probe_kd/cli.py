@@ -282,7 +282,8 @@ def check(
     console, idle, teacher = _console(), idle_rows(planned), planned.recipe.teacher
     if not as_json:
         console.print(models_table(planned))
-        console.print(plan_table(planned))
+        if planned.comparisons:
+            console.print(plan_table(planned))
         if idle:
             console.print(idle_table(idle))
         for line in [
@@ -373,7 +374,7 @@ def train(
     folder = out or Path("runs") / _name_of_run(recipe)
     source = load(recipe, seed=seed, sets=sets or ())
     console = _console()
-    from probe_kd.training.report import Display, data_lines, doubts, plan_table, print_student, teacher_lines
+    from probe_kd.training.report import Display, data_lines, plan_table, print_student, teacher_lines
 
     quiet = quiet or not _speaks()
     display = Display(console, quiet=quiet)
@@ -383,7 +384,8 @@ def train(
         from probe_kd.training.run import train as run
 
         if not quiet:
-            console.print(plan_table(planned))
+            if planned.comparisons:
+                console.print(plan_table(planned))
             _remark(planned.remarks, console)
             for line in teacher_lines(planned):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -393,7 +395,7 @@ def train(
             for remark in (*planned.remarks, *planned.datasets.notes):
                 display.say(f"note: {remark}")
         try:
-            journal = run(planned, folder, display, resume=resume, overwrite=overwrite, claimed=claimed)
+            run(planned, folder, display, resume=resume, overwrite=overwrite, claimed=claimed)
         except (KeyboardInterrupt, Stopped) as stop:
             if _speaks():
                 _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
@@ -402,8 +404,6 @@ def train(
             _report(planned, folder, console)
             if claimed is not None:
                 claimed.check()  # else it would be said where the results are, and they are not there
-            for doubt in doubts({role: result.accuracy for role, result in journal.results.items()}):
-                console.print(doubt, style="yellow", highlight=False)
             print_student(planned, folder, console)
 
 

@@ -240,6 +240,7 @@ class _Split:
     notes: tuple[str, ...] = ()
     rows: tuple[tuple[str, int, int], ...] = ()
     linked: bool = False  # whether links are among its files
+    unfollowed: tuple[str, ...] = ()  # those of the notes that are of links to folders
 
     @property
     def label(self) -> str:
@@ -259,6 +260,16 @@ def open_datasets(options: DataOptions, record: DataRecord | None = None) -> Dat
     The classes are numbered as the training split has them, or as `record` says, which a former run has kept.
     """
     splits = _open_all(options)
+    try:
+        return _checked(options, splits, record)
+    except DataError as refusal:  # what is missing may be behind a link that was not followed
+        links = [note for split in splits for note in split.unfollowed]
+        if not links:
+            raise
+        raise DataError(f"{refusal}; {'; '.join(links[:3])}", refusal.key) from None
+
+
+def _checked(options: DataOptions, splits: list[_Split], record: DataRecord | None) -> Datasets:
     train = splits[0]
     names = record.classes if record is not None and record.classes else train.names
     splits = [
@@ -459,6 +470,7 @@ def _folder(options: DataOptions, key: str, split: str) -> _Split:
         empty=tuple(found.empty),
         notes=tuple(found.notes),
         linked=found.linked,
+        unfollowed=tuple(found.unfollowed),
     )
 
 

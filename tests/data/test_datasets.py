@@ -66,6 +66,20 @@ def test_a_class_that_only_another_split_has_is_refused_by_name(tmp_path: Path) 
     assert refusal.value.key == "val_split"
 
 
+def test_a_class_that_is_a_link_to_another_is_told_where_it_is_missed(tmp_path: Path) -> None:
+    pictures(tmp_path, train_cat=2, train_dog=2, validation_cat=1, validation_lynx=1)
+    lynx = tmp_path / "train" / "lynx"
+    lynx.symlink_to(tmp_path / "train" / "cat")
+    with pytest.raises(
+        DataError, match=f"the class 'lynx', which .*; {lynx} is a link to .*cat, whose images are read al"
+    ):
+        open_datasets(options(tmp_path))
+    pictures(tmp_path, alone_cat=2)
+    (tmp_path / "alone" / "lynx").symlink_to(tmp_path / "alone" / "cat")
+    with pytest.raises(DataError, match=r"of one class only.*lynx is a link to .*, and was not followed"):
+        open_datasets(options(tmp_path, train_split="alone", val_split=None, holdout=0.5))
+
+
 def test_the_classes_of_a_run_serve_data_that_have_lost_one(tmp_path: Path) -> None:
     pictures(tmp_path, train_a=2, train_b=2, train_c=2, validation_b=1, validation_c=1)
     before = open_datasets(options(tmp_path))
