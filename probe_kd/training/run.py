@@ -61,6 +61,7 @@ from probe_kd.files.run_folder import (
     first_changed,
     is_abandoned,
     kind_of,
+    record,
     recording,
 )
 from probe_kd.methods.adapters import ImageView
@@ -86,6 +87,7 @@ from probe_kd.version import __version__
 JOURNAL, AVERAGE = "journal.json", "average.safetensors"
 BEST, BEST_AVERAGE = "best.safetensors", "best-average.safetensors"
 TRACKERS = "trackers"
+TABLES = ("metrics.csv", "summary.csv", "curves.png", "summary.json")
 TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
 # What changes no training image.
 UNSEEN = {
@@ -206,6 +208,7 @@ def train(
         if accelerator.is_main_process:
             with run.writing():
                 write_report(list(journal.results.values()), journal.rows, plan, folder)
+                record(folder, TABLES)  # while the run went on, every checkpoint wrote some of them anew
                 checkpoints.remove(folder)
         accelerator.end_training()
     return journal
