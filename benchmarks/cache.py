@@ -117,10 +117,10 @@ def _told(ours: Ours) -> Arm:
 
     def told(images: Tensor, _: Tensor) -> list[Tensor]:
         if len(images) not in kept:
-            kept[len(images)] = distiller.ask(images)
+            kept[len(images)] = distiller.teacher_targets(images)
         return kept[len(images)]
 
-    loop._told = told  # type: ignore[method-assign]
+    loop._targets = told  # type: ignore[method-assign]
     return lambda: one_epoch(loop, 0)
 
 
@@ -157,7 +157,7 @@ def agree(ours: Ours) -> None:
     images, _, indices = next(iter(loop.batches))
     found = loop.cache.find(indices)
     assert found is not None
-    for kept, given in zip(found, distiller.ask(images), strict=True):
+    for kept, given in zip(found, distiller.teacher_targets(images), strict=True):
         torch.testing.assert_close(kept.to(given.device), given, rtol=1e-5, atol=1e-5)
 
 

@@ -81,7 +81,7 @@ class Ours:
 
     def _stage(self, subject: Subject, phase: Phase, stops: bool, stack: ExitStack) -> tuple[Subject, Distiller, Loop]:
         distiller = self.run.distiller(subject, phase)
-        for probe in filter(None, (distiller._student_probe, distiller._teacher_probe)):
+        for probe in filter(None, (distiller._student_probe, getattr(distiller._teacher, "probe", None))):
             probe.stop_early = stops
         stack.enter_context(distiller.training_only(self.run._reached(distiller, subject)))
         return subject, distiller, self.run._loop(subject, phase, distiller, None)

@@ -108,7 +108,7 @@ class Bench:
     def told(self, distiller: Distiller, name: str) -> list[Tensor]:
         """What the teacher gives at these taps for all training images, asked once."""
         if name not in self.answers:
-            parts = [distiller.ask(batch) for batch in self.train.split(500)]
+            parts = [distiller.teacher_targets(batch) for batch in self.train.split(500)]
             self.answers[name] = [torch.cat(tap) for tap in zip(*parts, strict=True)]
         return self.answers[name]
 

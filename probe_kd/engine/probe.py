@@ -31,7 +31,7 @@ class Probe:
     The first call in each mode (`train`, `eval`) is the rehearsal: the whole model runs, every tap is checked, and the
     taps that a later in-place operation overwrites are found; only those are cloned from then on. Taps given as
     `FeatureSpec`s of a trace were rehearsed there. After it, where `stop_early` and no tap needs the model's own
-    output, the forward ends at the last tap; under `torch.compile` the unused layers disappear as dead code instead.
+    output, the forward ends at the last tap, also where the probe is compiled.
 
     Raises TapError: at once for a module that does not exist; in the rehearsal for a module that is never called, one
     that is called several times without an index, and a value that is not a tensor.
@@ -58,6 +58,7 @@ class Probe:
         self._watched = False  # whether a rehearsal saw the version of every capture
         self._recording = False
         self._may_stop = False
+        self._compiled = False  # whether this call of the probe is compiled as a whole
         self._missing = 0
         self._store: dict[Tap, Tensor | None] = dict.fromkeys(self.taps)
         self._versions: dict[Tap, tuple[Tensor, int]] = {}
@@ -127,6 +128,7 @@ class Probe:
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
         self._open(may_stop=self.stop_early and not self._rehearsing)
+        self._compiled = False
         try:
             with suppress(_AllCaptured):
                 self._forward(args, kwargs)
@@ -136,13 +138,14 @@ class Probe:
         return self._complete(captured)
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
-        # An exception cannot leave a compiled region, so there is no early stop: the compiler drops what no tap needs.
         if self._hooks and not self._attached:
             raise TapError(
                 "this probe runs under torch.compile without its hooks: call probe.attach() before compiling"
             )
-        self._open(may_stop=False)
-        self._forward(args, kwargs)
+        self._open(may_stop=self.stop_early and self.model.training in self._rehearsed)
+        self._compiled = True
+        with suppress(_AllCaptured):  # both ends lie in what is compiled, so that the layers above are in no graph
+            self._forward(args, kwargs)
         return self._complete(self._close_window())
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -221,7 +224,8 @@ class Probe:
         self._missing -= 1
 
     def _stop_if_done(self) -> None:
-        if self._missing == 0 and self._may_stop and not torch.compiler.is_compiling():
+        # No exception leaves a layer that was compiled by itself.
+        if self._missing == 0 and self._may_stop and (self._compiled or not torch.compiler.is_compiling()):
             raise _AllCaptured
 
     def _refuse_overwritten(self) -> None:

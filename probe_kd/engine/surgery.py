@@ -1,7 +1,7 @@
 """Changing a model by name: `replace`, `share`, `share_weights`, `freeze`. Each returns what it displaced.
 
-Two more change a model for the time of a `with` block only: `replaying` lets modules give an answer that is known
-already, and `detached` lets parameters pass no gradient.
+Three more change a model for the time of a `with` block only: `replaying` lets modules give an output that is known
+already, `detached` lets parameters pass no gradient, and `buffers_aside` lets a forward change copies of the buffers.
 """
 
 import copy
@@ -131,11 +131,11 @@ def _prune(module: nn.Module, name: str, kept: set[str]) -> nn.Module:
 
 
 @contextmanager
-def replaying(answers: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+def replaying(outputs: Mapping[nn.Module, Tensor]) -> Iterator[None]:
     """Modules that give these tensors instead of computing: in the block their hooks run, their layers do not."""
-    former = {module: module.__dict__.get("forward") for module in answers}  # as accelerate leaves one
-    for module, answer in answers.items():
-        module.forward = _Answer(answer)
+    former = {module: module.__dict__.get("forward") for module in outputs}  # as accelerate leaves one
+    for module, output in outputs.items():
+        module.forward = _Replay(output)
     try:
         yield
     finally:
@@ -145,12 +145,12 @@ def replaying(answers: Mapping[nn.Module, Tensor]) -> Iterator[None]:
                 module.forward = forward
 
 
-class _Answer:
-    def __init__(self, answer: Tensor) -> None:
-        self.answer = answer
+class _Replay:
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
 
     def __call__(self, *_: Any, **__: Any) -> Tensor:
-        return self.answer
+        return self.output
 
 
 @contextmanager
@@ -170,6 +170,25 @@ def detached(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator
     finally:
         for module, key, parameter in places:
             module._parameters[key] = parameter
+
+
+@contextmanager
+def buffers_aside(module: nn.Module) -> Iterator[None]:
+    """Inside, a forward changes copies of the buffers: running statistics are not counted twice.
+
+    Copies stand in for the buffers, and are not copied back, since autograd refuses a buffer that was written again.
+    """
+    places = [
+        (part, key, buffer) for part in module.modules() for key, buffer in part._buffers.items() if buffer is not None
+    ]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in places}
+    for part, key, buffer in places:
+        part._buffers[key] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for part, key, buffer in places:
+            part._buffers[key] = buffer
 
 
 def in_pattern(name: str, pattern: str) -> bool:

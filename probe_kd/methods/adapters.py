@@ -38,7 +38,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 @dataclass(frozen=True)
-class Answer:
+class Target:
     """What is asked of a frozen teacher and can be kept for the next time, for every image its own.
 
     `name` is that of a tap, or says what was made of some; `shape` is that of one image's.
@@ -51,18 +51,18 @@ class Answer:
 class Adapter(nn.Module):
     """`adapter(student, teacher)` gives both in one form: maps, vectors, or matrices of their channels.
 
-    Only `student_steps` has parameters. `str(adapter)` is the plan. `answer` is what `teacher_steps` give, where it is
+    Only `student_steps` has parameters. `str(adapter)` is the plan. `target` is what `teacher_steps` give, where it is
     smaller than what they take and can be kept instead.
     """
 
     def __init__(
-        self, student_steps: nn.Module, teacher_steps: nn.Module, plan: str, answer: Answer | None = None
+        self, student_steps: nn.Module, teacher_steps: nn.Module, plan: str, target: Target | None = None
     ) -> None:
         super().__init__()
         self.student_steps = student_steps
         self.teacher_steps = teacher_steps
         self.plan = plan
-        self.answer = answer
+        self.target = target
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return self.student_steps(student), self.teacher_steps(teacher)
@@ -177,7 +177,7 @@ def adapt_matrices(
     elif policy == "always" or widths[0] != widths[1]:
         sides[0].project(widths[0], widths[1], fixed=False)
     steps = nn.Sequential(*sides[0].steps), nn.Sequential(*sides[1].steps)
-    return Adapter(*steps, f"{sides[0]} | teacher {sides[1]}", _answer(teacher, sides[1]))
+    return Adapter(*steps, f"{sides[0]} | teacher {sides[1]}", _target(teacher, sides[1]))
 
 
 def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequence[int] | None = None) -> Adapter:
@@ -232,10 +232,10 @@ def check_class_map(class_map: Sequence[int], student: int, teacher: int) -> Non
 def _adapter(ours: "_Plan", theirs: "_Plan") -> Adapter:
     theirs_text = "" if len(theirs.steps) == 0 else f" | teacher {theirs}"
     steps = nn.Sequential(*ours.steps), nn.Sequential(*theirs.steps)
-    return Adapter(*steps, f"{ours}{theirs_text}", _answer([theirs.spec], theirs))
+    return Adapter(*steps, f"{ours}{theirs_text}", _target([theirs.spec], theirs))
 
 
-def _answer(teacher: Sequence[FeatureSpec], plan: "_Plan | _MatrixPlan") -> Answer | None:
+def _target(teacher: Sequence[FeatureSpec], plan: "_Plan | _MatrixPlan") -> Target | None:
     """What these steps give of one image, if that is smaller than the teacher's features and depends on no other image.
 
     Logits are never made smaller: which of them a cache keeps, it has a rule for.
@@ -245,7 +245,7 @@ def _answer(teacher: Sequence[FeatureSpec], plan: "_Plan | _MatrixPlan") -> Answ
         return None
     if prod(plan.shape) >= sum(prod(spec.shape[1:]) for spec in {spec.tap: spec for spec in teacher}.values()):
         return None
-    return Answer(f"{' . '.join(str(spec.tap) for spec in teacher)}: {plan}", plan.shape)
+    return Target(f"{' . '.join(str(spec.tap) for spec in teacher)}: {plan}", plan.shape)
 
 
 def _check_choices(**choices: tuple[str, object]) -> None:

@@ -1,24 +1,34 @@
-"""One training step as one module: the student, its adapters and the objectives, with the teacher at their side."""
+"""One training step as one module: the student, its adapters and the objectives, with a teacher at their side."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from probe_kd.engine.probe import Probe
+from probe_kd.engine.randomness import RandomState
 from probe_kd.engine.spec import InputSpec, Schedule, Tap, Trace, value_at
-from probe_kd.engine.surgery import detached, get, replaying
+from probe_kd.engine.surgery import buffers_aside
 from probe_kd.engine.tracing import refuse_lazy, trace
-from probe_kd.errors import LossError, TraceError, demand
-from probe_kd.methods.adapters import Adapter, Answer, ImageView
+from probe_kd.errors import LossError, demand
+from probe_kd.methods.adapters import ImageView, Target
+from probe_kd.methods.inputs import (
+    AsTraced,
+    check_finite_images,
+    check_images,
+    check_type,
+    own_input,
+    resolve_inputs,
+    trace_teacher,
+)
 from probe_kd.methods.losses.common import check_finite
 from probe_kd.methods.losses.labels import check_labels
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.sharing import Sharing
-
-Block = Literal["output", "params", "trunk", "off"]
+from probe_kd.methods.targets import compared, make_adapters, module_key, targets_of, teacher_side
+from probe_kd.methods.teachers import Block, FrozenTeacher, JointTeacher, NoTeacher, Teacher, TeacherFeatures
 
 
 class Distiller(nn.Module):
@@ -85,45 +95,44 @@ class Distiller(nn.Module):
         self.student = student
         self.teacher = teacher if block else None
         seen = student_trace or trace(student, student_input.size if student_input else None, training=True)
-        given, wanted = _inputs(student, teacher, student_input or InputSpec(seen.input_size), teacher_input)
-        self.student_view = ImageView(given, given) if student_input else _AsTraced(given.size)
+        given, wanted = resolve_inputs(student, teacher, student_input or InputSpec(seen.input_size), teacher_input)
+        self.student_view = ImageView(given, given) if student_input else AsTraced(given.size)
         self._channels = given.size[0]
         taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[0])
         self._student_probe = Probe(student, [seen[tap] for tap in taps])
-        self._teacher_probe: Probe | None = None
+        self._run_student: Callable[[Tensor], dict[Tap, Tensor]] = self._student_probe
+        self._teacher: Teacher = NoTeacher()
         self.adapters = nn.ModuleDict()
-        self._answers: dict[str, Answer] = {}
-        self._frozen: list[nn.Module] = []  # the modules of a teacher that does not train
+        self._targets: dict[str, Target] = {}
         self._checked = False  # whether values on another device than the CPU were looked at, in the first step
-        self.shared: list[nn.Parameter] = []  # that both models have
         if teacher is not None and (block or any(objective.needs_teacher for objective in self.objectives)):
-            known = teacher_trace or _trace_teacher(teacher, teacher_input, given, training=bool(block))
-            self._bring_teacher(teacher, wanted or _own_input(teacher, given, known), given, known)
+            known = teacher_trace or trace_teacher(teacher, teacher_input, given, training=bool(block))
+            self.teacher_view = self._view_of_teacher(given, wanted or own_input(teacher, given, known))
+            self._teacher = self._make_teacher(teacher, known)
             self.adapters = make_adapters(self.objectives, seen, known, class_map)
-            self._answers = answers(self.objectives, self.adapters, known)
+            self._targets = targets_of(self.objectives, self.adapters, known)
+        self.train(self.training)
         self.set_epoch(0, 1)
         # Last, when nothing can be refused any more: a constructor that raises leaves no hook behind.
-        for probe in filter(None, (self._student_probe, self._teacher_probe)):
-            probe.attach()
+        self._student_probe.attach()
+        self._teacher.attach()
 
-    def _bring_teacher(self, teacher: nn.Module, wanted: InputSpec, given: InputSpec, known: Trace) -> None:
-        replayed = self.sharing.replayed if self.sharing else {}
+    def _view_of_teacher(self, given: InputSpec, wanted: InputSpec) -> ImageView:
+        replayed = bool(self.sharing and self.sharing.replayed)
         if replayed and (wanted.mean, wanted.std, wanted.size) != (given.mean, given.std, given.size):
             raise LossError(
                 f"a shared trunk sees one image: the student expects {given} and the teacher {wanted}; give both the "
                 "same size, mean and std"
             )
-        self.teacher_view = ImageView(given, wanted)
+        return ImageView(given, wanted)
+
+    def _make_teacher(self, teacher: nn.Module, known: Trace) -> FrozenTeacher | JointTeacher:
+        replayed = self.sharing.replayed if self.sharing else {}
         taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[1])
-        taps.update(dict.fromkeys(replayed.values()))
-        self._teacher_probe = Probe(teacher, [known[tap] for tap in taps])
-        self._replayed = {get(self.student, name): tap for name, tap in replayed.items()}
-        mine = {id(parameter) for parameter in self.student.parameters()}
-        theirs = list(teacher.parameters())
-        self.shared = [parameter for parameter in theirs if id(parameter) in mine] if self.block else []
-        self._own = [parameter for parameter in theirs if id(parameter) not in mine] if self.block else []
-        self._frozen = [] if self.block else list(teacher.modules())
-        self.train(self.training)
+        probe = Probe(teacher, [known[tap] for tap in dict.fromkeys([*taps, *replayed.values()])])
+        if self.block is None:
+            return FrozenTeacher(probe, self.teacher_view)
+        return JointTeacher(probe, self.teacher_view, self.student, self.block, replayed)
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
         """Move every weight and option that is a `Schedule` to where it is after `epoch` of `epochs`."""
@@ -140,14 +149,14 @@ class Distiller(nn.Module):
         return any(isinstance(value, Schedule) for value in values)
 
     def forward(
-        self, images: Tensor, target: Tensor | None = None, told: Sequence[Tensor] | None = None
+        self, images: Tensor, target: Tensor | None = None, cached_targets: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor | None]:
-        _check_images(images, self._channels)
+        check_images(images, self._channels)
         self._check_numbers(images)
         if torch.compiler.is_compiling() or len(images) > 1:
-            return self._step(images, target, told)
+            return self._step(images, target, cached_targets)
         try:
-            return self._step(images, target, told)
+            return self._step(images, target, cached_targets)
         except ValueError as refusal:  # torch's, of a norm whose map is 1x1 where one image is alone
             if "more than 1 value per channel" not in str(refusal):
                 raise
@@ -157,29 +166,53 @@ class Distiller(nn.Module):
                 "drop_last=True)`), larger images, or call eval() on the norm"
             ) from None
 
-    def _step(self, images: Tensor, target: Tensor | None, told: Sequence[Tensor] | None) -> dict[str, Tensor | None]:
-        kept: dict[str, Tensor] = {}
-        if told is None:
-            theirs, known = self._ask_teacher(images)
-        else:
-            kept = self._recall(told)
-            theirs = known = self._as_features(kept)
-        with self._shared_as_it_is(theirs):
-            ours = self._student_probe(self.student_view(images))
-        self._check_gradients(ours)
-        result: dict[str, Tensor | None] = {}
-        terms = []
-        for index, objective in enumerate(self.objectives):
-            if objective.resolved.reads == "labels":
-                answer = ours if objective.of == "student" else theirs
-                term = self._labels(index, answer[Tap("")], target)
-            else:
-                term = self._comparisons(index, ours, known, kept)
-            result[objective.name] = term
-            terms.append(_weighted(self._weights[index], term))
+    def _step(
+        self, images: Tensor, target: Tensor | None, cached_targets: Sequence[Tensor] | None
+    ) -> dict[str, Tensor | None]:
+        cached = None if cached_targets is None else dict(zip(self.targets, cached_targets, strict=True))
+        teacher = self._teacher.features(images, cached)
+        with self._teacher.around_student(teacher.own):
+            student = self._run_student(self.student_view(images))
+        self._check_gradients(student)
+        terms = {
+            objective.name: self._term(index, student, teacher, target)
+            for index, objective in enumerate(self.objectives)
+        }
         if not torch.compiler.is_compiling():
             self._checked = True
-        return {"loss": _total(terms), "output": ours.get(Tap("")), **result}
+        loss = _total([_weighted(weight, term) for weight, term in zip(self._weights, terms.values(), strict=True)])
+        return {"loss": loss, "output": student.get(Tap("")), **terms}
+
+    def _term(
+        self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures, target: Tensor | None
+    ) -> Tensor:
+        objective = self.objectives[index]
+        if objective.resolved.reads != "labels":
+            return self._comparisons(index, student, teacher)
+        return self._labels(index, (student if objective.of == "student" else teacher.own)[Tap("")], target)
+
+    def _labels(self, index: int, output: Tensor, target: Tensor | None) -> Tensor:
+        objective = self.objectives[index]
+        if target is None:
+            raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
+        if isinstance(objective.loss, str) and self._checks_values(output):
+            check_labels(output, target)
+        return objective.resolved.function(output, target, **self._options[index])
+
+    def _comparisons(self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures) -> Tensor:
+        objective, options = self.objectives[index], self._options[index]
+        if self._teacher.passes_gradient and isinstance(objective.loss, str):  # one of the user's detaches otherwise
+            options = {**options, "block_gradient": False}
+        terms = []
+        for _, comparison, adapter in compared([objective], self.adapters):
+            taken = comparison.features("student", student, matrices=objective.resolved.reads_matrices)
+            target = teacher_side(objective, comparison, adapter, teacher.compared, teacher.targets)
+            sides = adapter.student_steps(taken), target
+            term = objective.resolved.function(*sides, **options)
+            if self._checks_values(term):
+                check_finite(objective.name, term, *sides)
+            terms.append(_weighted(comparison.weight, term))
+        return _total(terms)
 
     def _check_gradients(self, features: Mapping[Tap, Tensor]) -> None:
         """LossError for features of the student that no gradient can pass, though some of the student trains."""
@@ -194,25 +227,14 @@ class Distiller(nn.Module):
             )
 
     def _check_numbers(self, images: Tensor) -> None:
-        """LossError for images of another type than a model that sees them, and, where it can be read, for NaN.
-
-        A GPU has to be waited for to read it, so there it is the first step that looks.
-        """
-        models = {"student": self.student}
-        if self._teacher_probe is not None:
-            models["teacher"] = self._teacher_probe.model
-        for side, model in models.items():
-            _check_type(images, side, model)
+        """Types in every step; NaN where it can be read: a GPU has to be waited for, so there in the first step."""
+        check_type(images, "student", self.student)
+        if isinstance(self._teacher, FrozenTeacher | JointTeacher):
+            check_type(images, "teacher", self._teacher.probe.model)
         readable = type(images) in (Tensor, nn.Parameter) and images.device.type != "meta"
         if torch.compiler.is_compiling() or not readable or (self._checked and images.device.type != "cpu"):
             return
-        wrong = ~images.isfinite()
-        if wrong.any():
-            row = int(wrong.flatten(1).any(1).nonzero()[0])
-            raise LossError(
-                f"image {row} of the batch holds {images[wrong][0].item()}, and every loss of it would be no number; "
-                "expected finite numbers. Look at how it is read and normalised (a std of 0, say)"
-            )
+        check_finite_images(images)
 
     def _checks_values(self, tensor: Tensor) -> bool:
         """Whether values are to be looked at that the losses themselves do not: in the first step on a GPU."""
@@ -233,93 +255,31 @@ class Distiller(nn.Module):
         return lambda name: layers.get(name, last)
 
     @property
-    def frozen_teacher(self) -> nn.Module | None:
-        """The teacher that runs beside this module, where it does not train."""
-        return self._teacher_probe.model if self._teacher_probe and self.block is None else None
+    def shared(self) -> list[nn.Parameter]:
+        """The parameters that both models have, where they train together."""
+        return self._teacher.shared if isinstance(self._teacher, JointTeacher) else []
 
     @property
-    def answers(self) -> tuple[str, ...]:
-        """What `ask` gives, in its order: a tap's name, or what is made of some, where that is smaller to keep."""
-        return tuple(self._answers)
+    def frozen_teacher(self) -> nn.Module | None:
+        """The teacher that runs beside this module, where it does not train."""
+        return self._teacher.probe.model if isinstance(self._teacher, FrozenTeacher) else None
 
-    def ask(self, images: Tensor) -> list[Tensor]:
-        """What a frozen teacher gives for these images, one tensor for each of `answers`; `forward` takes it as `told`.
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What `teacher_targets` gives, in its order: a tap's name, or what is made of some, where that is smaller."""
+        return tuple(self._targets)
 
-        A step that is told what the teacher gave before runs neither the teacher nor the teacher's side of adapters.
+    def teacher_targets(self, images: Tensor) -> list[Tensor]:
+        """What a frozen teacher gives for these images, one tensor for each of `targets`: `forward`'s `cached_targets`.
+
+        A step with them runs neither the teacher nor the teacher's side of adapters.
         """
-        features, _ = self._ask_teacher(images)
-        found = {str(tap): feature for tap, feature in features.items()}
+        teacher = self._teacher.features(images)
+        found = {str(tap): feature for tap, feature in teacher.compared.items()}
         for objective, comparison, adapter in compared(self.objectives, self.adapters):
-            if adapter.answer is not None:
-                found[adapter.answer.name] = _target(objective, comparison, adapter, features, found)
-        return [found[name] for name in self.answers]
-
-    def _recall(self, told: Sequence[Tensor]) -> dict[str, Tensor]:
-        if self.block is not None:
-            raise LossError("the teacher trains too, so what it gave before is not what it gives now")
-        return dict(zip(self.answers, told, strict=True))
-
-    def _as_features(self, kept: Mapping[str, Tensor]) -> dict[Tap, Tensor]:
-        taps = self._teacher_probe.taps if self._teacher_probe else ()
-        return {tap: kept[str(tap)] for tap in taps if str(tap) in kept}
-
-    def _ask_teacher(self, images: Tensor) -> tuple[dict[Tap, Tensor], dict[Tap, Tensor]]:
-        """What the teacher gives, and what of it the student is compared with."""
-        if self._teacher_probe is None:
-            return {}, {}
-        view = self.teacher_view(images)
-        if self.block is None:
-            self._keep_in_eval()
-            # no_grad and not inference_mode: its tensors could not be saved for the student's backward
-            with torch.no_grad():
-                features = self._teacher_probe(view)
-            return features, features
-        teacher = self._teacher_probe.model
-        random = _Random(teacher) if self.block == "params" else None
-        features = self._teacher_probe(view)
-        if self.block in ("output", "trunk"):
-            return features, {tap: feature.detach() for tap, feature in features.items()}
-        if random is None:
-            return features, features
-        # The same forward once more, in which the teacher's own parameters are constants.
-        with random.again(), _buffers_aside(teacher), detached(teacher, self._own):
-            return features, self._teacher_probe(view)
-
-    @contextmanager
-    def _shared_as_it_is(self, theirs: Mapping[Tap, Tensor]) -> Iterator[None]:
-        """Around the student's forward: what the teacher has computed is not computed again, and the block is kept."""
-        if self._teacher_probe is None or self.block is None:
-            yield
-            return
-        blocked = self.block == "trunk"
-        answers = {module: theirs[tap].detach() if blocked else theirs[tap] for module, tap in self._replayed.items()}
-        constants = detached(self.student, self.shared) if blocked else nullcontext()
-        with replaying(answers), constants:
-            yield
-
-    def _labels(self, index: int, output: Tensor, target: Tensor | None) -> Tensor:
-        objective = self.objectives[index]
-        if target is None:
-            raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
-        if isinstance(objective.loss, str) and self._checks_values(output):
-            check_labels(output, target)
-        return objective.resolved.function(output, target, **self._options[index])
-
-    def _comparisons(
-        self, index: int, ours: Mapping[Tap, Tensor], theirs: Mapping[Tap, Tensor], kept: Mapping[str, Tensor]
-    ) -> Tensor:
-        objective, options = self.objectives[index], self._options[index]
-        if self.block in ("params", "off") and isinstance(objective.loss, str):  # one of our own detaches otherwise
-            options = {**options, "block_gradient": False}
-        terms = []
-        for _, comparison, adapter in compared([objective], self.adapters):
-            taken = comparison.features("student", ours, matrices=objective.resolved.reads_matrices)
-            sides = adapter.student_steps(taken), _target(objective, comparison, adapter, theirs, kept)
-            term = objective.resolved.function(*sides, **options)
-            if self._checks_values(term):
-                check_finite(objective.name, term, *sides)
-            terms.append(_weighted(comparison.weight, term))
-        return _total(terms)
+            if adapter.target is not None:
+                found[adapter.target.name] = teacher_side(objective, comparison, adapter, teacher.compared, found)
+        return [found[name] for name in self.targets]
 
     def audit(self, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:
         """The norm of the gradient that each objective, unweighted, gives to each parameter that it reaches.
@@ -328,7 +288,7 @@ class Distiller(nn.Module):
         """
         named = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         found: dict[str, dict[str, float]] = {}
-        with _Random(self).again(), _buffers_aside(self):
+        with RandomState(self).again(), buffers_aside(self):
             result = self(images, target)
             for objective in self.objectives:
                 term = result[objective.name]
@@ -356,26 +316,28 @@ class Distiller(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Sets the student's mode; a frozen teacher stays in eval, or its running statistics would drift."""
         super().train(mode)
-        self._keep_in_eval()
+        self._teacher.keep_in_eval()
         return self
-
-    def _keep_in_eval(self) -> None:
-        """A frozen teacher, which `train()` of a module around both may have reached."""
-        if not torch.compiler.is_compiling() and any(module.training for module in self._frozen):
-            for module in self._frozen:
-                module.training = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._teacher_probe is not None and self.block is None:
-            self._teacher_probe.model._apply(fn)  # type: ignore[no-untyped-call]
+        self._teacher.apply(fn)
         return self
+
+    def compile_models(self, *sides: Literal["student", "teacher"], **options: Any) -> None:
+        """Compile how the models run inside a step, `options` being those of `torch.compile`.
+
+        A model that is compiled by itself would run whole, and move batch statistics above the last tap.
+        """
+        if "student" in sides:
+            self._run_student = torch.compile(self._student_probe, **options)
+        if "teacher" in sides and isinstance(self._teacher, FrozenTeacher | JointTeacher):
+            self._teacher.run = torch.compile(self._teacher.probe, **options)
 
     def close(self) -> None:
         """Take the hooks off both models."""
         self._student_probe.close()
-        if self._teacher_probe is not None:
-            self._teacher_probe.close()
+        self._teacher.close()
 
     @property
     def plan(self) -> list[tuple[str, Comparison, str]]:
@@ -386,116 +348,12 @@ class Distiller(nn.Module):
         ]
 
 
-def make_adapters(
-    objectives: Iterable[Objective], student: Trace, teacher: Trace, class_map: Sequence[int] | None = None
-) -> nn.ModuleDict:
-    """The adapters of every objective, in the order of their comparisons: what `Distiller.adapters` is.
-
-    Raises AdapterError where nothing brings two features together, TapError where no layer is.
-    """
-    found = {
-        _key(objective.name): nn.ModuleList(
-            objective.adapter(comparison, student, teacher, class_map) for comparison in objective.comparisons
-        )
-        for objective in objectives
-    }
-    return nn.ModuleDict(found)
-
-
-def compared(objectives: Iterable[Objective], adapters: nn.ModuleDict) -> list[tuple[Objective, Comparison, Adapter]]:
-    """Every comparison with its objective and its adapter, of those that `make_adapters` made."""
-    found: list[tuple[Objective, Comparison, Adapter]] = []
-    for objective in objectives:
-        key = _key(objective.name)
-        made: Any = adapters[key].children() if key in adapters else ()
-        found += [(objective, *both) for both in zip(objective.comparisons, made, strict=True)]
-    return found
-
-
-def answers(objectives: Iterable[Objective], adapters: nn.ModuleDict, teacher: Trace) -> dict[str, Answer]:
-    """By name, what a teacher that is frozen is asked for by these objectives, and what may be kept of it."""
-    found: dict[str, Answer] = {}
-    for _, comparison, adapter in compared(objectives, adapters):
-        raw = [Answer(str(pair.teacher), tuple(teacher[pair.teacher].shape[1:])) for pair in comparison.pairs]
-        found |= {answer.name: answer for answer in ([adapter.answer] if adapter.answer else raw)}
-    return found
-
-
-def _target(
-    objective: Objective,
-    comparison: Comparison,
-    adapter: Adapter,
-    theirs: Mapping[Tap, Tensor],
-    kept: Mapping[str, Tensor],
-) -> Tensor:
-    """The teacher's side of a comparison: what was kept of it, or else made of the features now."""
-    if adapter.answer is not None and adapter.answer.name in kept:
-        return kept[adapter.answer.name]
-    taken = comparison.features("teacher", theirs, matrices=objective.resolved.reads_matrices)
-    target: Tensor = adapter.teacher_steps(taken)
-    return target
-
-
 def _weighted(weight: float, term: Tensor) -> Tensor:
     return term if weight == 1 else weight * term  # forth and back, a product by one is two kernels for nothing
 
 
 def _total(terms: Sequence[Tensor]) -> Tensor:
     return sum(terms[1:], start=terms[0])
-
-
-class _AsTraced(nn.Module):
-    """Images of the size that the student was traced at, and no other: the teacher's view would not be the same."""
-
-    def __init__(self, size: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[1:]) != self.size:
-            raise LossError(
-                f"the images are {'x'.join(map(str, images.shape[1:]))}, and the student was traced at "
-                f"{'x'.join(map(str, self.size))}; give student_input=InputSpec({tuple(images.shape[1:])}, mean, std)"
-            )
-        return images
-
-
-class _Random:
-    """The random numbers that are drawn next, on the CPU and on a module's GPUs."""
-
-    def __init__(self, module: nn.Module) -> None:
-        places = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
-        self.devices = sorted({place.index for place in places if place.type == "cuda"})
-        self.states = [torch.cuda.get_rng_state(device) for device in self.devices]
-        self.state = torch.get_rng_state()
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Inside, they are drawn once more; what is drawn after it does not notice."""
-        with torch.random.fork_rng(self.devices):
-            torch.set_rng_state(self.state)
-            for device, state in zip(self.devices, self.states, strict=True):
-                torch.cuda.set_rng_state(state, device)
-            yield
-
-
-@contextmanager
-def _buffers_aside(module: nn.Module) -> Iterator[None]:
-    """Inside, a forward changes copies of the buffers: running statistics are not counted twice.
-
-    Copies stand in for the buffers, and are not copied back, since autograd refuses a buffer that was written again.
-    """
-    places = [
-        (part, key, buffer) for part in module.modules() for key, buffer in part._buffers.items() if buffer is not None
-    ]
-    copies = {id(buffer): buffer.clone() for _, _, buffer in places}
-    for part, key, buffer in places:
-        part._buffers[key] = copies[id(buffer)]
-    try:
-        yield
-    finally:
-        for part, key, buffer in places:
-            part._buffers[key] = buffer
 
 
 def _check(
@@ -505,7 +363,7 @@ def _check(
         demand(objective, Objective, "an objective", LossError, 'an Objective, such as Objective("soft_targets")')
     if not objectives:
         raise LossError("a Distiller needs at least one objective")
-    names = [_key(objective.name)[:-1] for objective in objectives]
+    names = [module_key(objective.name)[:-1] for objective in objectives]
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise LossError(f"two objectives are named {', '.join(map(repr, double))}; give each a name of its own")
@@ -522,30 +380,6 @@ def _check(
         raise LossError(
             "the teacher trains too, and no objective is its own; add one of the labels with `of='teacher'`"
         )
-
-
-def _inputs(
-    student: nn.Module, teacher: nn.Module | None, given: InputSpec, wanted: InputSpec | None
-) -> tuple[InputSpec, InputSpec | None]:
-    """How images are normalised for both: as was said, or as timm's config on the model says.
-
-    Raises LossError where one of them says it and the other does not: what the teacher then saw would be a guess.
-    """
-    ours = given.filled(student)
-    theirs = (wanted or InputSpec(given.size)).filled(teacher)
-    if teacher is not None and ours.complete != theirs.complete:
-        side, model = ("student", student) if theirs.complete else ("teacher", teacher)
-        raise LossError(
-            f"nothing says how images are normalised for the {side}, {type(model).__name__}, which has no timm config, "
-            f"and for the other model it is known; give {side}_input=InputSpec({given.size}, mean, std), with 0.0 and "
-            "1.0 for images in [0, 1]"
-        )
-    return ours.or_plain(), wanted and theirs.or_plain()
-
-
-def _own_input(teacher: nn.Module, given: InputSpec, known: Trace) -> InputSpec:
-    own = InputSpec(known.input_size).filled(teacher)
-    return own if own.complete else InputSpec(known.input_size, given.mean, given.std)
 
 
 def _refuse_shared(student: nn.Module, teacher: nn.Module | None, *, frozen: bool) -> None:
@@ -581,48 +415,6 @@ def _place(tensor: Tensor) -> tuple[str, int]:
     return str(tensor.device), tensor.data_ptr()
 
 
-def _check_type(images: Tensor, side: str, model: nn.Module) -> None:
-    """LossError for floats that no parameter of the model has, unless autocast brings them together."""
-    if any(parameter.dtype == images.dtype for parameter in model.parameters()):
-        return
-    found = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-    if found != images.dtype and (
-        torch.float64 in (found, images.dtype) or not torch.is_autocast_enabled(images.device.type)
-    ):
-        mend = {torch.float32: "images.float()", torch.float64: "images.double()"}.get(found, f"images.to({found})")
-        raise LossError(
-            f"the images are {images.dtype}, and the {side} is not, but {found}; give `{mend}`"
-            + (f", or bring both models to one type (`distiller.to({images.dtype})`)" if side == "teacher" else "")
-            + (f", under `torch.autocast` to compute in {images.dtype}" if images.dtype.itemsize == 2 else "")
-        )
-
-
-def _check_images(images: Tensor, channels: int) -> None:
-    """LossError for what is no batch of normalised images of so many channels."""
-    if not isinstance(images, Tensor):
-        raise LossError(
-            f"the images are a {type(images).__name__}; expected a torch.Tensor (torch.from_numpy(...).float())"
-        )
-    if not images.is_floating_point():
-        raise LossError(
-            f"the images are {images.dtype}; expected floats, normalised: `((images / 255) - mean) / std` of pixels"
-        )
-    if images.ndim != 4 or images.shape[1] != channels or not images.numel():
-        raise LossError(
-            f"the images are {'x'.join(map(str, images.shape))}; expected batch x {channels} x height x width. Grey "
-            "images are not taken as three channels: give `images.expand(-1, 3, -1, -1)`, or a student_input of one"
-        )
-
-
-def _trace_teacher(teacher: nn.Module, wanted: InputSpec | None, given: InputSpec, *, training: bool) -> Trace:
-    if wanted is not None:
-        return trace(teacher, wanted.size, training=training)
-    try:
-        return trace(teacher, given.size[1:], training=training)
-    except TraceError:
-        return trace(teacher, training=training)  # built for one size, which is not the student's
-
-
 def _layers(model: nn.Module, coarse: bool) -> dict[str, float]:
     from timm.models import group_parameters
 
@@ -631,8 +423,3 @@ def _layers(model: nn.Module, coarse: bool) -> dict[str, float]:
         raise LossError(f"{type(model).__name__} has no group_matcher, so timm knows no order of its layers")
     found: dict[str, float] = group_parameters(model, matcher(coarse=coarse), reverse=True)
     return found
-
-
-def _key(name: str) -> str:
-    """A module name cannot hold a dot, and must not hide an attribute of ModuleDict."""
-    return f"{name.replace('.', '_')}_"

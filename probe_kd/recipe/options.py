@@ -35,8 +35,8 @@ from probe_kd.engine.spec import Schedule, Tap
 from probe_kd.errors import CONTROL, LossError, Problem, RecipeError, nearest, nearest_truth
 from probe_kd.files.atomic import read_text, reason
 from probe_kd.methods.adapters import Activation, Normalize, Policy, Projector, Tokens
-from probe_kd.methods.distiller import Block
 from probe_kd.methods.sharing import Pattern
+from probe_kd.methods.teachers import Block
 from probe_kd.recipe.yaml_tree import (
     MAX_LEVELS,
     Node,

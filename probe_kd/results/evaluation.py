@@ -30,8 +30,8 @@ from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError, RunError, nearest
 from probe_kd.files.run_folder import runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
-from probe_kd.methods.distiller import compared, make_adapters
 from probe_kd.methods.objectives import Comparison
+from probe_kd.methods.targets import compared, make_adapters
 from probe_kd.recipe.options import TeacherOptions, command_to_go_on, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.sections.sharing import join

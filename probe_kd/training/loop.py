@@ -118,7 +118,8 @@ class Loop:
         self.views = batches.sampler
         self.average = _average(distiller.student, recipe) if averaged else None
         optimizer = make_optimizer(distiller, phase.optimizer)
-        self.compiled = _compile(distiller, recipe.torchcompile)
+        self.compiled = recipe.torchcompile is not None
+        _compile(distiller, recipe.torchcompile)
         self.module, self.optimizer = accelerator.prepare(distiller, optimizer)
         self.batches = batches.prepare(accelerator, memory_format(recipe, accelerator.device))
         self.steps: int = len(self.batches)
@@ -142,7 +143,7 @@ class Loop:
         for step, (images, target, indices) in enumerate(readable(self.batches.skip(first)), first):
             if self.mix is not None:
                 images, target = self.mix(images, target)
-            if self._step(epoch, step, images, target, self._told(images, indices)):
+            if self._step(epoch, step, images, target, self._targets(images, indices)):
                 yield step + 1
 
     def _begin(self, age: int) -> None:
@@ -154,7 +155,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
         self.cache.begin(self.views.view)
 
-    def _told(self, images: Tensor, indices: Tensor) -> list[Tensor] | None:
+    def _targets(self, images: Tensor, indices: Tensor) -> list[Tensor] | None:
         """What the teacher gives for these images: from the cache, or for the cache."""
         if self.cache is None:
             return None
@@ -164,7 +165,7 @@ class Loop:
             return [feature.to(images.device) for feature in found]
         self.asked += len(indices)
         with self.accelerator.autocast():
-            features = self.distiller.ask(images)
+            features = self.distiller.teacher_targets(images)
         return self.cache.keep(indices, features)
 
     @torch.no_grad()
@@ -177,7 +178,7 @@ class Loop:
             return
         images, *_ = self.batches.take(self.views.of(indices.tolist()))
         with self.accelerator.autocast():
-            features = self.distiller.ask(images)
+            features = self.distiller.teacher_targets(images)
         for tap, kept, feature in zip(self.cache.taps, found, features, strict=True):
             given = lengthen(shorten(feature, tap.top_k), tap.shape[-1]) if tap.top_k else feature
             apart = (kept.float() - given.float().cpu()).norm() / given.float().norm().cpu().clamp_min(1e-12)
@@ -188,7 +189,7 @@ class Loop:
                     "its noticing. Delete that folder"
                 )
 
-    def _step(self, epoch: int, step: int, images: Tensor, target: Tensor, told: list[Tensor] | None) -> bool:
+    def _step(self, epoch: int, step: int, images: Tensor, target: Tensor, cached_targets: list[Tensor] | None) -> bool:
         """Forward and backward of one batch. True where the weights were updated with it."""
         self.finished = None
         accumulated = self.phase.grad_accum_steps
@@ -200,7 +201,7 @@ class Loop:
             self.schedule.step_update(update)
         self.distiller.set_epoch(epoch + step / self.steps, self.phase.epochs)
         with nullcontext() if last else self.accelerator.no_sync(self.module):
-            result = self.module(images, target, told)
+            result = self.module(images, target, cached_targets)
             self.accelerator.backward(result["loss"] / group)
         for name in result.keys() - {"output"}:
             self.sums[name] = self.sums.get(name, 0.0) + result[name].detach()
@@ -227,8 +228,8 @@ class Loop:
 
     def close(self) -> None:
         """Leave the models as they were: the next stage reads other layers, which what is compiled would not notice."""
-        for module in self.compiled:
-            module._compiled_call_impl = None
+        if self.compiled:
+            self.distiller._compiled_call_impl = None
             torch.compiler.reset()
 
     @property
@@ -317,20 +318,14 @@ def _unsafe_layer_of(model: str, model_kwargs: str) -> str:
     return breaks_channels_last(build_on_meta(model, json.loads(model_kwargs)))
 
 
-def _compile(distiller: Distiller, options: CompileOptions | None) -> list[nn.Module]:
-    """Compile in place, after the hooks are on. Returns what was compiled."""
+def _compile(distiller: Distiller, options: CompileOptions | None) -> None:
+    """Compile in place, after the hooks are on."""
     if options is None:
-        return []
-    modules = {
-        "step": distiller,
-        "student": distiller.student,
-        "teacher": distiller.frozen_teacher or distiller.teacher,
-    }
-    module = modules[options.target]
-    if module is None:  # a stage that asks no teacher
-        return []
-    module.compile(backend=options.backend, mode=options.mode)
-    return [module]
+        return
+    if options.target == "step":
+        distiller.compile(backend=options.backend, mode=options.mode)
+    else:
+        distiller.compile_models(options.target, backend=options.backend, mode=options.mode)
 
 
 def _average(student: nn.Module, recipe: Recipe) -> Any:

@@ -26,8 +26,8 @@ from probe_kd.engine.models import packages
 from probe_kd.engine.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 from probe_kd.errors import MatchError, TapError, nearest, visible
 from probe_kd.files.atomic import check_regular, put
-from probe_kd.methods.adapters import Answer, adapt
-from probe_kd.methods.distiller import answers, make_adapters
+from probe_kd.methods.adapters import Target, adapt
+from probe_kd.methods.targets import make_adapters, targets_of
 from probe_kd.recipe.options import RESERVED
 from probe_kd.recipe.planner import Plan
 
@@ -443,21 +443,21 @@ def cache_lines(plan: Plan) -> list[str]:
     options, teacher = plan.recipe.teacher, plan.teacher
     if options is None or options.cache is None or teacher is None:
         return []
-    views: dict[Answer, set[int]] = {}
+    views: dict[Target, set[int]] = {}
     age = 0
     for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
         shown = {epoch % (plan.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
         adapters = make_adapters(objectives, plan.trained, teacher, plan.class_map)
-        for answer in answers(objectives, adapters, teacher).values():
-            views.setdefault(answer, set()).update(shown)
+        for target in targets_of(objectives, adapters, teacher).values():
+            views.setdefault(target, set()).update(shown)
         age += stage.epochs
     images, total, lines = len(plan.datasets.train), 0.0, []  # type: ignore[arg-type]
-    for answer, seen in views.items():
-        numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and not answer.name else prod(answer.shape)
+    for target, seen in views.items():
+        numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and not target.name else prod(target.shape)
         size = 4.0 * numbers * images * len(seen)
         total += size
         times = f"{images} images x {len(seen)} views x {numbers} numbers"
-        lines.append(f"  {answer.name or repr('')}: {times} = {size / 1e9:.3g} GB")
+        lines.append(f"  {target.name or repr('')}: {times} = {size / 1e9:.3g} GB")
     new = " (every epoch shows new views; `data.views` or `no_aug` bounds them)" * (plan.recipe.data.num_views is None)
     return [f"The teacher's cache in {options.cache} will hold up to {total / 1e9:.3g} GB{new}:", *lines]
 

@@ -821,17 +821,17 @@ class Run:
     def _cache(self, subject: Subject, distiller: Distiller) -> TeacherCache | None:
         """Where the recipe wants one, and this phase asks a frozen teacher."""
         options, accelerator = self.plan.recipe.teacher, self.accelerator
-        if options is None or options.cache is None or not distiller.answers or self.teacher is None:
+        if options is None or options.cache is None or not distiller.targets or self.teacher is None:
             return None
         given = self.images_for(subject)
         with (
             torch.no_grad(),
             accelerator.autocast(),
         ):  # what it gives, of which shape and precision, is seen and not guessed
-            features = distiller.ask(torch.zeros(2, *given.size, device=accelerator.device))
+            features = distiller.teacher_targets(torch.zeros(2, *given.size, device=accelerator.device))
         taps = [
             Stored(name, tuple(feature.shape[1:]), feature.dtype, None if name else options.cache_top_k)
-            for name, feature in zip(distiller.answers, features, strict=True)
+            for name, feature in zip(distiller.targets, features, strict=True)
         ]
         found: list[Any] = [None]
         cache = TeacherCache(Path(options.cache), taps, len(self.plan.datasets.train))  # type: ignore[arg-type]

@@ -42,14 +42,14 @@ class Counting(Quiet):
 
 def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, **options: Any) -> int:
     """How many images the teacher ran for, in training steps."""
-    from probe_kd.methods.distiller import Distiller
+    from probe_kd.methods.teachers import FrozenTeacher
 
     seen = [0]
-    ask = Distiller._ask_teacher
+    features = FrozenTeacher.features
 
-    def counted(self: Distiller, images: torch.Tensor) -> Any:
-        seen[0] += len(images) if len(images) > 8 else 0  # fewer only look at shapes, or check
-        return ask(self, images)
+    def counted(self: FrozenTeacher, images: torch.Tensor, stored: Any = None) -> Any:
+        seen[0] += len(images) if stored is None and len(images) > 8 else 0  # fewer only look at shapes, or check
+        return features(self, images, stored)
 
     torch.set_num_threads(1)
     display = options.pop("display", None) or Quiet()
@@ -57,7 +57,7 @@ def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, 
         train(plan(parse(text)), folder, display, **options)
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(Distiller, "_ask_teacher", counted)
+            patch.setattr(FrozenTeacher, "features", counted)
             patch.setattr("probe_kd.training.run.check_student", lambda *_: None)  # its batch is no training step
             train(plan(parse(text)), folder, display, **options)
     return seen[0]

@@ -46,7 +46,7 @@ def test_a_step_is_what_a_loop_by_hand_does() -> None:
     student, teacher = models()
     student.train()
     student.load_state_dict(distiller.student.state_dict())
-    teacher.load_state_dict(distiller._teacher_probe.model.state_dict())  # type: ignore[union-attr]
+    teacher.load_state_dict(distiller._teacher.probe.model.state_dict())  # type: ignore[union-attr]
     images, target = batch()
     result = distiller(images, target)
 
@@ -85,7 +85,7 @@ def test_the_result_is_the_contract_of_timms_training_task() -> None:
 
 def test_nothing_changes_the_teacher_and_nobody_sees_it() -> None:
     distiller = distil()
-    teacher = distiller._teacher_probe.model  # type: ignore[union-attr]
+    teacher = distiller._teacher.probe.model  # type: ignore[union-attr]
     before = copy.deepcopy(teacher.state_dict())
     distiller.train()
     assert distiller.student.training
@@ -104,7 +104,7 @@ def test_nothing_changes_the_teacher_and_nobody_sees_it() -> None:
 
 def test_the_teacher_follows_to_another_precision() -> None:
     distiller = distil().double()
-    assert {parameter.dtype for parameter in distiller._teacher_probe.model.parameters()} == {torch.float64}  # type: ignore[union-attr]
+    assert {parameter.dtype for parameter in distiller._teacher.probe.model.parameters()} == {torch.float64}  # type: ignore[union-attr]
     images, target = batch()
     assert distiller(images.double(), target)["loss"].dtype == torch.float64
 
@@ -227,6 +227,44 @@ def test_copies_and_compiled_distillers_do_the_same() -> None:
     assert torch.equal(distiller(images, target)["loss"], expected["loss"])
 
 
+@pytest.mark.parametrize("how", ["step", "models"])
+def test_a_compiled_step_of_hints_runs_no_layer_above_the_last_tap(how: str) -> None:
+    """Dead code would be dropped but for batch norms, whose statistics an eager step does not move."""
+    student = timm.create_model("resnet10t", channels=(8, 8, 16, 16), num_classes=10)
+    teacher = timm.create_model("resnet18", channels=(8, 8, 16, 16), num_classes=10)
+    twin = copy.deepcopy(student)
+    hint = Objective("hint", pairs=[Pair("layer2", "layer2")])
+    eager, compiled = (
+        Distiller(model, teacher, hint, student_input=InputSpec((3, 64, 64), 0.0, 1.0)).train()
+        for model in (student, twin)
+    )
+    compiled.adapters.load_state_dict(eager.adapters.state_dict())
+    torch.compiler.reset()
+    convolutions = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        convolutions.append(sum(node.target is torch.conv2d for node in graph.graph.nodes))
+        return graph.forward
+
+    if how == "step":
+        compiled.compile(backend=backend, fullgraph=True)
+    else:
+        compiled.compile_models("student", "teacher", backend=backend, fullgraph=True)
+    images = torch.randn(4, 3, 64, 64)
+    expected, result = eager(images)["loss"], compiled(images)["loss"]
+    torch.testing.assert_close(result, expected)
+    result.backward()
+    counted = [
+        sum(
+            isinstance(it, nn.Conv2d) for name, it in model.named_modules() if not name.startswith(("layer3", "layer4"))
+        )
+        for model in (student, teacher)
+    ]
+    assert sorted(convolutions) == ([sum(counted) + 1] if how == "step" else sorted(counted))
+    for (name, one), two in zip(student.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, msg=name)
+
+
 def test_losses_are_computed_in_float32_under_autocast() -> None:
     distiller = distil()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -239,7 +277,7 @@ def test_losses_are_computed_in_float32_under_autocast() -> None:
 
 def test_closing_takes_all_hooks_off() -> None:
     distiller = distil()
-    both = [distiller.student, distiller._teacher_probe.model]  # type: ignore[union-attr]
+    both = [distiller.student, distiller._teacher.probe.model]  # type: ignore[union-attr]
     distiller.close()
     assert not any(m._forward_hooks or m._forward_pre_hooks for model in both for m in model.modules())
 
@@ -311,13 +349,13 @@ def test_what_cannot_be_distilled_is_refused_before_the_first_step(make: Any, er
 def test_a_step_that_is_told_what_the_teacher_gave_is_the_step_that_asks(objective: Objective, kept: str) -> None:
     distiller = distil([objective])
     images, target = batch()
-    told = distiller.ask(images)
-    assert distiller.answers == (kept,)
-    assert [tuple(feature.shape[1:]) for feature in told] == [answer.shape for answer in distiller._answers.values()]
-    assert not any(feature.requires_grad for feature in told)
+    cached = distiller.teacher_targets(images)
+    assert distiller.targets == (kept,)
+    assert [tuple(feature.shape[1:]) for feature in cached] == [it.shape for it in distiller._targets.values()]
+    assert not any(feature.requires_grad for feature in cached)
     live = distiller(images, target)
-    with mock.patch.object(Distiller, "_ask_teacher", side_effect=AssertionError("the teacher ran")):
-        again = distiller(images, target, told)
+    with mock.patch.object(distiller._teacher, "run", side_effect=AssertionError("the teacher ran")):
+        again = distiller(images, target, cached)
     assert torch.equal(live["loss"], again["loss"])
     parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     gradients = (torch.autograd.grad(it["loss"], parameters, allow_unused=True) for it in (live, again))
@@ -330,8 +368,8 @@ def test_what_two_losses_take_of_the_teacher_is_asked_for_once() -> None:
     hint = [("blocks.1", "layer1")]
     objectives = [Objective("hint", pairs=hint), Objective("hint", "again", pairs=hint), Objective("logits"), SOFT]
     distiller = distil(objectives)
-    assert distiller.answers == ("layer1: map 16x16 64 -> 8x8", "")
-    assert len(distiller.ask(batch()[0])) == 2
+    assert distiller.targets == ("layer1: map 16x16 64 -> 8x8", "")
+    assert len(distiller.teacher_targets(batch()[0])) == 2
 
 
 CONFIGURED = {"student_input": InputSpec((3, 64, 64)), "teacher_input": InputSpec((3, 64, 64))}
