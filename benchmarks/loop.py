@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from probe_kd.training.loop import make_optimizer
-from probe_kd.training.report import Display
+from probe_kd.training.progress import Progress
 from recipes import Ours, Plain, one_epoch, settle
 
 RECIPE = """\
@@ -85,8 +85,8 @@ class _Bare(nn.Module):
 def as_train(ours: Ours) -> Callable[[], None]:
     """One epoch of `probe-kd train`, with the bar that a terminal would show."""
     loop = ours.stages[0][2]
-    ours.run.display = Display(Console(file=io.StringIO(), force_terminal=True, width=120))
-    ours.run.display.begin("student: stage", loop.phase.epochs, loop.steps, 0)
+    ours.run.progress = Progress(Console(file=io.StringIO(), force_terminal=True, width=120))
+    ours.run.progress.begin("student: stage", loop.phase.epochs, loop.steps, 0)
     return lambda: ours.run._train_epoch(loop, 0) and None
 
 
@@ -135,7 +135,7 @@ def main() -> None:
             "probe-kd's loader": loader_of(parts[2].stages[0][2].batches),
         }
         seen = interleaved(arms, 1 if wishes.quick else wishes.rounds or 15, 1, device)
-        parts[1].run.display.end()
+        parts[1].run.progress.end()
     images = loop.steps * 64
     bases = ["by hand"] * 4 + ["timm's transform in a plain DataLoader"] * 2
     rows = [

@@ -28,8 +28,9 @@ from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.training.loop import Loop, Phase
-from probe_kd.training.report import Display
-from probe_kd.training.run import Journal, Run, Subject, accelerating
+from probe_kd.training.progress import Progress
+from probe_kd.training.run import Run, Subject, accelerating
+from probe_kd.training.state import TrainState
 
 HERE = Path(__file__).parents[1] / "recipes"
 Tree = dict[str, Any]
@@ -71,7 +72,7 @@ class Ours:
         self.plan = _plan(tree, folder)
         self.folder, self.times = folder, 0
         accelerator = stack.enter_context(accelerating(self.plan.recipe))
-        self.run = Run(self.plan, folder, Display(Console(), quiet=True), accelerator, Journal(), None)
+        self.run = Run(self.plan, folder, Progress(Console(), quiet=True), accelerator, TrainState(), None)
         self.stages: list[tuple[Subject, Distiller, Loop]] = []
         for index in range(len(self.plan.recipe.stages)):
             subjects = {subject.role: subject for subject in self.run.subjects()}

@@ -19,9 +19,8 @@ from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.loop import Phase, make_optimizer
-from probe_kd.training.report import Display, Reach, StepCost
+from probe_kd.training.progress import Progress
 from probe_kd.training.run import (
-    Journal,
     Norms,
     Run,
     accelerating,
@@ -32,6 +31,46 @@ from probe_kd.training.run import (
     too_large,
     untrained,
 )
+from probe_kd.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What one loss of one stage does to one part of the models: how many of its parameters it moves, and how much."""
+
+    stage: str
+    loss: str
+    part: str
+    reached: int
+    parameters: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one update of one stage costs and gives, on one real batch, before anything is trained.
+
+    `losses` are the unweighted terms and `loss`, their weighted sum; `seconds` are those of a step when all is warm,
+    `steps` are those of the whole stage. The rest is in bytes: `weights` of both models and the adapters, `activations`
+    what is kept for the backward. `adapter_macs` are of one image.
+    """
+
+    stage: str
+    losses: dict[str, float]
+    images: int
+    steps: int
+    seconds: float
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    adapter_parameters: int
+    adapter_macs: int
+
+    @property
+    def memory(self) -> int:
+        """The bytes of a step; what a library allocates for itself comes on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True)
@@ -52,7 +91,7 @@ def audit(plan: Plan) -> Audit:
     images cannot be read, RunError where a step fails or does not fit into memory.
     """
     with accelerating(plan.recipe) as accelerator:
-        run = Run(plan, Path(), Display(Console(quiet=True), quiet=True), accelerator, Journal())
+        run = Run(plan, Path(), Progress(Console(quiet=True), quiet=True), accelerator, TrainState())
         try:
             with one_step():
                 return _audit(plan, run)

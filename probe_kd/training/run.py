@@ -60,6 +60,7 @@ from probe_kd.files.run_folder import (
     digests_of,
     first_changed,
     is_abandoned,
+    is_measured,
     recording,
 )
 from probe_kd.methods.adapters import ImageView
@@ -78,10 +79,12 @@ from probe_kd.training.loop import (
     mixed_precision,
     own_accelerator,
 )
-from probe_kd.training.report import Display, Result, Row, is_measured, write_metrics, write_report, write_timm_summary
+from probe_kd.training.progress import Progress
+from probe_kd.training.records import write_metrics, write_report, write_timm_summary
+from probe_kd.training.state import JOURNAL, Result, Row, TrainState
 from probe_kd.version import __version__
 
-JOURNAL, AVERAGE = "journal.json", "average.safetensors"
+AVERAGE = "average.safetensors"
 BEST, BEST_AVERAGE = "best.safetensors", "best-average.safetensors"
 TRACKERS = "trackers"
 TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
@@ -111,52 +114,15 @@ class Subject:
         return self.role == "student"
 
 
-@dataclass
-class Journal:
-    """All that a run has to remember besides weights: plain values, written with every checkpoint."""
-
-    results: dict[str, Result] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    role: str = ""
-    phase: int = 0
-    epoch: int = 0  # epochs of this phase that are done
-    step: int = 0  # batches of the epoch after them that are done
-    sums: dict[str, float] = field(default_factory=dict)  # of the losses of these batches
-    seconds: float = 0.0  # spent on this subject
-    best: float | None = None  # the least held-out loss of this phase, where it keeps the best epoch
-
-    def begin(self, role: str) -> None:
-        """A subject begins, unless it is the one that a resumed run stopped at."""
-        if self.role != role:
-            self.role, self.phase, self.epoch, self.step, self.sums = role, 0, 0, 0, {}
-            self.seconds, self.best = 0.0, None
-
-    def begin_phase(self, index: int) -> None:
-        if self.phase != index:
-            self.phase, self.epoch, self.step, self.sums, self.best = index, 0, 0, {}, None
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> "Journal":
-        try:
-            values = json.loads(whole_text(path))
-            results = {role: Result(**result) for role, result in values.pop("results").items()}
-            return cls(results=results, **values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as refusal:
-            raise RunError(f"{path} is not the journal of a run: {refusal}; start anew with --overwrite") from None
-
-
 def train(
     plan: Plan,
     folder: Path,
-    display: Display,
+    progress: Progress,
     *,
     resume: bool = False,
     overwrite: bool = False,
     claimed: Claim | None = None,
-) -> Journal:
+) -> TrainState:
     """Run the plan and write `folder`: recipe.yaml, metrics.csv, and the weights of every subject that was trained.
 
     `resume` goes on after the last checkpoint, as if the run had not stopped, and begins where there is none;
@@ -167,33 +133,33 @@ def train(
     another process of the run ended; DataError where images cannot be read; WeightsError where a file that the run
     goes on from is not as it was written. All of them leave the last checkpoint as it was.
     """
-    with accelerating(plan.recipe, folder) as accelerator, _listening(display) as signals, ExitStack() as after:
+    with accelerating(plan.recipe, folder) as accelerator, _listening(progress) as signals, ExitStack() as after:
         after.enter_context(_with_peers(accelerator, folder))
         if not resume:
-            check_student(plan, accelerator, display)  # before anything is written
+            check_student(plan, accelerator, progress)  # before anything is written
         opened: list[Any] = [None]
         if accelerator.is_main_process:
             try:
                 if claimed is None:
-                    claimed = claim(folder, display.say)
+                    claimed = claim(folder, progress.say)
                     after.callback(claimed.release)
-                opened = [open_run(plan, folder, display, resume=resume, overwrite=overwrite)]
+                opened = [open_run(plan, folder, progress, resume=resume, overwrite=overwrite)]
             except ProbeKDError as refusal:
                 opened = [refusal]
         opened = broadcast_object_list(opened)
         if isinstance(opened[0], ProbeKDError):
             raise for_all(opened[0])
-        journal: Journal
-        journal, checkpoint = opened[0]
+        state: TrainState
+        state, checkpoint = opened[0]
         if plan.recipe.trackers:
             accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
         if settings := describe_device(plan.recipe, accelerator):
-            display.tell(settings)
-        if resume and checkpoint is None and not journal.results:
-            check_student(plan, accelerator, display)
-        run = Run(plan, folder, display, accelerator, journal, checkpoint, signals, claimed=claimed)
+            progress.tell(settings)
+        if resume and checkpoint is None and not state.results:
+            check_student(plan, accelerator, progress)
+        run = Run(plan, folder, progress, accelerator, state, checkpoint, signals, claimed=claimed)
         for subject in run.subjects():
-            result = journal.results.get(subject.role)
+            result = state.results.get(subject.role)
             if result is None:
                 run.train_subject(subject)
             elif result.weights and not subject.learns_from_teacher:
@@ -203,10 +169,10 @@ def train(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with run.writing():
-                write_report(list(journal.results.values()), journal.rows, plan, folder)
+                write_report(list(state.results.values()), state.rows, plan, folder)
                 checkpoints.remove(folder)
         accelerator.end_training()
-    return journal
+    return state
 
 
 def _load_again(model: nn.Module, path: Path) -> None:
@@ -246,9 +212,9 @@ def _is_peer_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "Gloo", "Connection closed"))
 
 
-def check_student(plan: Plan, accelerator: Accelerator, display: Display) -> None:
+def check_student(plan: Plan, accelerator: Accelerator, progress: Progress) -> None:
     """Say and refuse what `probe-kd check` does on a batch, before hours are spent on a teacher. Raises RunError."""
-    run = Run(plan, Path(), Display(Console(quiet=True), quiet=True), accelerator, Journal())
+    run = Run(plan, Path(), Progress(Console(quiet=True), quiet=True), accelerator, TrainState())
     with one_step():
         subject = student_of(run)
         images, target = first_batch(run, subject, most=MOST_TRIED)
@@ -260,7 +226,7 @@ def check_student(plan: Plan, accelerator: Accelerator, display: Display) -> Non
         raise for_all(RunError("; ".join(wrong)))
     if accelerator.is_main_process:
         for remark in remarks:
-            display.say(remark)
+            progress.say(remark)
 
 
 @contextmanager
@@ -371,7 +337,7 @@ def accelerating(recipe: Recipe, folder: Path | None = None) -> Iterator[Acceler
 
 
 @contextmanager
-def _listening(display: Display) -> Iterator[list[int]]:
+def _listening(progress: Progress) -> Iterator[list[int]]:
     """The signals that asked the run to stop, as they come in. A second Ctrl-C does not wait for the update to end."""
     asked: list[int] = []
 
@@ -379,7 +345,7 @@ def _listening(display: Display) -> Iterator[list[int]]:
         if number == signal.SIGINT and asked:
             raise KeyboardInterrupt
         asked.append(number)
-        display.say(f"{signal.Signals(number).name}: stopping after this update, with a checkpoint")
+        progress.say(f"{signal.Signals(number).name}: stopping after this update, with a checkpoint")
 
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield asked
@@ -393,9 +359,9 @@ def _listening(display: Display) -> Iterator[list[int]]:
 
 
 def open_run(
-    plan: Plan, folder: Path, display: Display, *, resume: bool, overwrite: bool
-) -> tuple[Journal, Path | None]:
-    """Prepare a claimed folder, or find what to resume: the journal, and the checkpoint that it was in.
+    plan: Plan, folder: Path, progress: Progress, *, resume: bool, overwrite: bool
+) -> tuple[TrainState, Path | None]:
+    """Prepare a claimed folder, or find what to resume: the state, and the checkpoint that it was in.
 
     Nothing is touched that no run wrote, and nothing of another run unless it was asked for.
     """
@@ -403,17 +369,15 @@ def open_run(
     _check_inputs_outside(plan, folder, resume=resume)
     resolved, inputs = dump(plan.resolved), digests_of(_inputs(plan.recipe))
     if resume and (folder / RECIPE).is_file():
-        checkpoint = _reopen(folder, resolved, inputs, display)
+        checkpoint = _reopen(folder, resolved, inputs, progress)
         if checkpoint is not None:
             known = DataRecord.read(folder)
             if known is not None:
                 known.refuse_others(plan.datasets.record, folder)
-            journal = Journal.read(checkpoint / JOURNAL)
-            batch = f", batch {journal.step}" if journal.step else ""
-            display.say(
-                f"going on with {folder}: {journal.role or 'the next model'}, epochs done {journal.epoch}{batch}"
-            )
-            return journal, checkpoint
+            state = TrainState.read(checkpoint / JOURNAL)
+            batch = f", batch {state.step}" if state.step else ""
+            progress.say(f"going on with {folder}: {state.role or 'the next model'}, epochs done {state.epoch}{batch}")
+            return state, checkpoint
     if resume:
         weights = [name for name in _contents(folder) if name.endswith(".safetensors")]
         if weights:
@@ -421,7 +385,7 @@ def open_run(
                 f"there is no checkpoint in {folder} to resume, but {weights[0]} is there; --overwrite deletes it and "
                 "begins anew"
             )
-        display.say(f"there is no checkpoint in {folder} to resume; beginning anew")
+        progress.say(f"there is no checkpoint in {folder} to resume; beginning anew")
     try:
         clear(folder, _contents(folder))
         Manifest({RECIPE: hashlib.sha256(resolved.encode()).hexdigest()}, inputs).write(folder)
@@ -430,7 +394,7 @@ def open_run(
             plan.datasets.record.write(file)
     except OSError as refusal:
         raise RunError(f"cannot write to {folder}: {refusal.strerror}") from None
-    return Journal(), None
+    return TrainState(), None
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -553,7 +517,7 @@ def _first_difference(before: str, now: str) -> str:
     return "the same lines, with other ends"
 
 
-def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], display: Display) -> Path | None:
+def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], progress: Progress) -> Path | None:
     recipe, manifest = folder / RECIPE, Manifest.read(folder)
     begun_with = _with_root_of(whole_text(recipe), resolved)
     if begun_with != resolved:
@@ -570,7 +534,7 @@ def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], display: Dis
         )
     if (folder / "summary.json").exists():
         raise RunError(f"nothing to resume in {folder}: the run is finished")
-    return checkpoints.newest(folder, display.say)
+    return checkpoints.newest(folder, progress.say)
 
 
 def _with_root_of(begun_with: str, resolved: str) -> str:
@@ -603,9 +567,9 @@ class Run:
 
     plan: Plan
     folder: Path
-    display: Display
+    progress: Progress
     accelerator: Accelerator
-    journal: Journal
+    state: TrainState
     checkpoint: Path | None = None  # to go on from
     signals: list[int] = field(default_factory=list)  # that asked the run to stop
     teacher: Subject | None = None
@@ -691,11 +655,11 @@ class Run:
         return tuple(phases)
 
     def train_subject(self, subject: Subject) -> None:
-        journal = self.journal
-        journal.begin(subject.role)
+        state = self.state
+        state.begin(subject.role)
         average: nn.Module | None = None
-        for index in range(journal.phase, len(subject.phases)):
-            journal.begin_phase(index)
+        for index in range(state.phase, len(subject.phases)):
+            state.begin_phase(index)
             average = self._train_phase(subject, subject.phases[index])
         self._finish(subject, average)
 
@@ -717,20 +681,20 @@ class Run:
             if cache is not None:
                 loop.check_cache()
             self._restore(loop) if self.checkpoint else self.save(loop)
-            after.callback(self.display.end)
-            self.display.begin(f"{subject.role}: {phase.name}", phase.epochs, loop.steps, self.journal.epoch)
-            for epoch in range(self.journal.epoch, phase.epochs):
+            after.callback(self.progress.end)
+            self.progress.begin(f"{subject.role}: {phase.name}", phase.epochs, loop.steps, self.state.epoch)
+            for epoch in range(self.state.epoch, phase.epochs):
                 losses = self._train_epoch(loop, epoch)
                 if phase.keep == "best":
                     losses["held_out_loss"] = self._keep_if_best(loop, subject)
                 self._record(subject, loop, losses)
             if cache is not None:
                 counts = f"{loop.asked} images asked of the teacher, {loop.recalled} known from its cache"
-                self.display.tell(f"{subject.role}: {phase.name}: {counts} in {cache.folder}")
+                self.progress.tell(f"{subject.role}: {phase.name}: {counts} in {cache.folder}")
             self._take_best(loop)
             if subject.role == "student" and self.accelerator.is_main_process and distiller.adapters.state_dict():
                 about = {"stage": phase.name, "probe_kd": __version__}
-                self._write(distiller.adapters, f"adapters-{self.journal.phase}.safetensors", about)
+                self._write(distiller.adapters, f"adapters-{self.state.phase}.safetensors", about)
             return loop.average.module if loop.average else None
 
     def _take_best(self, loop: Loop) -> None:
@@ -745,7 +709,7 @@ class Run:
 
     def _tell_of_damage(self, cache: TeacherCache) -> None:
         if cache.damaged:
-            self.display.say(
+            self.progress.say(
                 f"{cache.damaged} rows of the teacher's cache in {cache.folder} were damaged, and were computed anew; "
                 "look after that disk"
             )
@@ -775,8 +739,8 @@ class Run:
                     loss = distiller(images, target)["loss"]
                 losses.append(accelerator.gather_for_metrics(loss.repeat(len(target))).cpu())
         mean = torch.cat(losses).double().mean().item()
-        if self.journal.best is None or not mean >= self.journal.best:  # also after one that is no number
-            self.journal.best = mean
+        if self.state.best is None or not mean >= self.state.best:  # also after one that is no number
+            self.state.best = mean
             self.best = own_tensors(distiller)
             self.best_average = own_tensors(loop.average.module) if loop.average is not None else {}
         return mean
@@ -840,7 +804,7 @@ class Run:
                 raise RunError(f"cannot write the teacher's cache {cache.folder}: {refusal.strerror}") from refusal
         cache.folder, cache.writes = broadcast_object_list(found)[0]
         if not cache.writes:
-            self.display.say(f"another run writes the teacher's cache in {cache.folder}; this one only reads it")
+            self.progress.say(f"another run writes the teacher's cache in {cache.folder}; this one only reads it")
         return cache
 
     def _depends_on(self, given: InputSpec) -> dict[str, Any]:
@@ -864,14 +828,14 @@ class Run:
         return subject.input.covering(other)
 
     def _train_epoch(self, loop: Loop, epoch: int) -> Row:
-        journal, started = self.journal, time.perf_counter()
-        first, before = journal.step, journal.seconds
+        state, started = self.state, time.perf_counter()
+        first, before = state.step, state.seconds
         if not first:  # else the generators are as the checkpoint found them
             set_seed((self.plan.recipe.seed * 1_000_003 + loop.phase.age + epoch + 1) % 2**31, device_specific=True)
-        loop.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in journal.sums.items()}
+        loop.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in state.sums.items()}
         try:
             for done in loop.run(epoch, first):
-                journal.seconds = before + time.perf_counter() - started
+                state.seconds = before + time.perf_counter() - started
                 self._after_update(loop, done)
         except torch.OutOfMemoryError as refusal:
             raise RunError(too_large(refusal)) from refusal
@@ -879,7 +843,7 @@ class Run:
             self._save_what_is_done(loop)
             raise
         seconds = time.perf_counter() - started
-        journal.seconds, journal.step, journal.sums = before + seconds, 0, {}
+        state.seconds, state.step, state.sums = before + seconds, 0, {}
         loop.average_over_processes()
         images = (loop.steps - first) * self.plan.recipe.data.batch_size * self.accelerator.num_processes
         return {"images_per_second": round(images / seconds, 1), "lr": loop.rate, **self._means(loop, loop.steps)}
@@ -887,8 +851,8 @@ class Run:
     def _after_update(self, loop: Loop, done: int) -> None:
         """Show, save and stop, where it is time to."""
         recipe, processes = self.plan.recipe, self.accelerator.num_processes
-        if self.display.step(done, recipe.data.batch_size * processes):
-            self.display.losses({name: float(total) / done for name, total in sorted(loop.sums.items())})
+        if self.progress.step(done, recipe.data.batch_size * processes):
+            self.progress.losses({name: float(total) / done for name, total in sorted(loop.sums.items())})
         update = -(-done // loop.phase.grad_accum_steps)
         asked = bool(self.signals) if processes == 1 else update % ASK_EVERY == 0 and self._any_asked()
         between = done < loop.steps  # the end of an epoch saves by itself, after it is measured
@@ -907,7 +871,7 @@ class Run:
         if not together and self.accelerator.num_processes > 1:
             return
         if loop.finished is not None:
-            self.journal.step, self.journal.sums = loop.finished, self._means(loop, 1)
+            self.state.step, self.state.sums = loop.finished, self._means(loop, 1)
             self.save(loop)
 
     def _means(self, loop: Loop, count: int) -> dict[str, float]:
@@ -916,35 +880,35 @@ class Run:
         means = {name: float(total) / count for name, total in totals.items()}
         wrong = [name for name, mean in means.items() if not math.isfinite(mean) and name != "loss"]
         if wrong:
-            journal = self.journal
+            state = self.state
             raise RunError(
-                f"{', '.join(map(repr, wrong))} of {journal.role} became {means[wrong[0]]} in epoch "
-                f"{journal.epoch + 1}; try a smaller `lr`, `clip_grad: 1.0`, `normalize: layer`, or `precision: bf16`"
+                f"{', '.join(map(repr, wrong))} of {state.role} became {means[wrong[0]]} in epoch "
+                f"{state.epoch + 1}; try a smaller `lr`, `clip_grad: 1.0`, `normalize: layer`, or `precision: bf16`"
             )
         return means
 
     def _record(self, subject: Subject, loop: Loop, losses: Row) -> None:
         """The end of an epoch: measure, write, save, show."""
-        journal = self.journal
-        journal.epoch += 1
-        due = journal.epoch % self.plan.recipe.val_interval == 0 or journal.epoch == loop.phase.epochs
+        state = self.state
+        state.epoch += 1
+        due = state.epoch % self.plan.recipe.val_interval == 0 or state.epoch == loop.phase.epochs
         average = replace(subject, model=loop.average.module) if loop.average is not None else None
         models = [model for model in (subject.partner, subject, average) if model is not None]
         measured = iter(self._measure(models) if due else ())
         for shown in filter(None, (subject.partner if due else None, subject)):
-            row: Row = {"subject": shown.role, "stage": loop.phase.name, "epoch": journal.epoch}
+            row: Row = {"subject": shown.role, "stage": loop.phase.name, "epoch": state.epoch}
             if due:
                 self.measured[shown.role] = next(measured)
                 row["accuracy"], row["agreement"], _ = self.measured[shown.role]
             if due and shown is subject and average is not None:
                 row["ema_accuracy"] = next(measured)[0]
-            journal.rows.append(row | (losses if shown is subject else {}))
+            state.rows.append(row | (losses if shown is subject else {}))
         self.save(loop)
         self.accelerator.log(
-            {f"{subject.role}/{name}": value for name, value in journal.rows[-1].items() if isinstance(value, float)},
-            step=loop.phase.age + journal.epoch,
+            {f"{subject.role}/{name}": value for name, value in state.rows[-1].items() if isinstance(value, float)},
+            step=loop.phase.age + state.epoch,
         )
-        self.display.epoch(journal.rows[-1])
+        self.progress.epoch(state.rows[-1])
 
     def _measure(self, models: Sequence[Subject], split: MeasuredSplit = "val") -> list[_Measured]:
         """(accuracy, agreement with the teacher, `images` and `right` of every class) on images of a split, of each.
@@ -1027,7 +991,7 @@ class Run:
         accuracy, agreement, classes = measured or self._measure([subject], self._final)[0]
         averaged = replace(subject, model=average) if average is not None else None
         trace_ = subject.trace
-        self.journal.results[subject.role] = Result(
+        self.state.results[subject.role] = Result(
             role=subject.role,
             model=trace_.model,
             model_kwargs=dict(trace_.model_kwargs),
@@ -1035,7 +999,7 @@ class Run:
             macs=trace_.macs,
             accuracy=accuracy,
             agreement=agreement,
-            seconds=round(self.journal.seconds, 2),
+            seconds=round(self.state.seconds, 2),
             weights=self._write_weights(subject) if subject.phases else "",
             ema_accuracy=self._measure([averaged], self._final)[0][0] if averaged else None,
             ema_weights=self._write_weights(averaged, "-ema") if averaged else "",
@@ -1112,7 +1076,7 @@ class Run:
         accelerator.wait_for_everyone()
 
     def _commit(self, aside: Path, loop: Loop) -> None:
-        self.journal.write(aside / JOURNAL)
+        self.state.write(aside / JOURNAL)
         if self.best:
             save_file(self.best, aside / BEST)
         if self.best_average:
@@ -1120,8 +1084,8 @@ class Run:
         if loop.average is not None:
             save_weights(loop.average.module, aside / AVERAGE, {})
         checkpoints.commit(aside, self.plan.recipe.checkpoint_hist)
-        write_metrics(self.journal.rows, self.folder / "metrics.csv")
-        write_timm_summary(self.journal.rows, self.folder / "summary.csv")
+        write_metrics(self.state.rows, self.folder / "metrics.csv")
+        write_timm_summary(self.state.rows, self.folder / "summary.csv")
 
     def _restore(self, loop: Loop) -> None:
         assert self.checkpoint is not None
@@ -1136,7 +1100,7 @@ class Run:
             load_weights(loop.average.module, self.checkpoint / AVERAGE)
         self.accelerator.load_state(str(self.checkpoint))  # last, since it brings the random numbers back
         if former != self.accelerator.num_processes:  # it has none for some of these
-            set_seed((self.plan.recipe.seed * 1_000_003 + self.journal.step) % 2**31, device_specific=True)
+            set_seed((self.plan.recipe.seed * 1_000_003 + self.state.step) % 2**31, device_specific=True)
         self.checkpoint = None
 
     def _share_out(self, loop: Loop, former: int) -> None:
@@ -1144,22 +1108,22 @@ class Run:
 
         Raises RunError where the images that were seen of an epoch are no whole number of updates of these processes.
         """
-        journal, now = self.journal, self.accelerator.num_processes
+        state, now = self.state, self.accelerator.num_processes
         if former == now:
             return
-        step, left = divmod(journal.step * former, now)
+        step, left = divmod(state.step * former, now)
         if left or step % loop.phase.grad_accum_steps:
             raise for_all(
                 RunError(
-                    f"{former} processes had done {journal.step} batches each of epoch {journal.epoch + 1}, which "
+                    f"{former} processes had done {state.step} batches each of epoch {state.epoch + 1}, which "
                     f"{now} cannot go on with at the same image; resume with {former} processes, which may be stopped "
                     "at the end of an epoch"
                 )
             )
-        scale = step / journal.step if journal.step else 1.0
-        journal.step, journal.sums = step, {name: total * scale for name, total in journal.sums.items()}
+        scale = step / state.step if state.step else 1.0
+        state.step, state.sums = step, {name: total * scale for name, total in state.sums.items()}
         if self.accelerator.is_main_process:
-            self.display.say(f"going on with {now} processes instead of {former}, at the same image")
+            self.progress.say(f"going on with {now} processes instead of {former}, at the same image")
 
 
 def too_large(refusal: Exception) -> str:

@@ -23,7 +23,7 @@ from probe_kd.errors import DataError, RunError, Stopped
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.training import checkpoints
-from probe_kd.training.report import Display
+from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
 # Small batches, so that there are points inside an epoch; dropout, mixing and augmentation, so that every generator is
@@ -38,7 +38,7 @@ TOGETHER = ROCKET.replace("batch_size: 512", "batch_size: 256") + "recovery_inte
 STEADY = {"images_per_second"}  # of the columns, what time decides
 
 
-class Quiet(Display):
+class Quiet(Progress):
     """Keeps what it has to say."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ def planned(text: str) -> Plan:
     return plan(parse(text))
 
 
-def run(text: str, folder: Path, display: Display | None = None, **options: bool) -> None:
+def run(text: str, folder: Path, display: Progress | None = None, **options: bool) -> None:
     torch.set_num_threads(1)
     train(planned(text), folder, display or Quiet(), **options)
 

@@ -26,18 +26,20 @@ from probe_kd.errors import LossError, RecipeError, RunError
 from probe_kd.methods.losses import soft_targets
 from probe_kd.recipe.options import dump, load, parse
 from probe_kd.recipe.planner import plan
-from probe_kd.results.comparison import compare
+from probe_kd.results.comparison import compare, doubts
+from probe_kd.tables import teacher_lines
 from probe_kd.training.audit import audit
 from probe_kd.training.loop import Phase, make_optimizer, make_scheduler
-from probe_kd.training.report import Display, doubts, teacher_lines
-from probe_kd.training.run import Journal, Run, accelerating, train
+from probe_kd.training.progress import Progress
+from probe_kd.training.run import Run, accelerating, train
+from probe_kd.training.state import TrainState
 
 
-def run(path: Path, folder: Path, display: Display | None = None, **options: bool) -> Journal:
-    return train(plan(load(path)), folder, display or Display(Console(quiet=True)), **options)
+def run(path: Path, folder: Path, display: Progress | None = None, **options: bool) -> TrainState:
+    return train(plan(load(path)), folder, display or Progress(Console(quiet=True)), **options)
 
 
-class Interrupting(Display):
+class Interrupting(Progress):
     """Stops the run at the end of some epoch, as Ctrl-C does."""
 
     def __init__(self, subject: str, stage: str, epoch: int) -> None:
@@ -135,7 +137,7 @@ seed: 3
     teacher = timm.create_model("resnet10t", num_classes=10).eval()
     save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
     planned = plan(parse(recipe))
-    train(planned, tmp_path / "run", Display(Console(quiet=True)))
+    train(planned, tmp_path / "run", Progress(Console(quiet=True)))
 
     torch.manual_seed(3)
     student = timm.create_model("resnet10t", num_classes=10, stem_type="")
@@ -298,7 +300,7 @@ def test_a_teacher_of_the_students_architecture_begins_with_other_weights_unless
     text = text.replace("{hint:", "{task: {loss: cross_entropy}, hint:")
     planned = plan(parse(f"{text}seed: 3\nbaseline: true\n"))
     with accelerating(planned.recipe) as accelerator:
-        run_ = Run(planned, Path(), Display(Console(quiet=True)), accelerator, Journal())
+        run_ = Run(planned, Path(), Progress(Console(quiet=True)), accelerator, TrainState())
         models = {subject.role: subject.model.state_dict() for subject in run_.subjects()}
     torch.manual_seed(3)
     fresh = timm.create_model("resnet10t", num_classes=10, channels=[8, 16, 24, 32]).state_dict()
@@ -430,7 +432,7 @@ def test_a_fraction_is_trained_on_and_only_some_epochs_are_measured(tiny: Path, 
     assert len(planned.datasets.train) == round(0.5 * 1437)  # type: ignore[arg-type]
     assert planned.datasets.held_out is None
     assert not set(every.train.indices) & set(every.held_out.indices)  # type: ignore[attr-defined,union-attr]
-    train(planned, tmp_path / "run", Display(Console(quiet=True)))
+    train(planned, tmp_path / "run", Progress(Console(quiet=True)))
     rows = [row for row in record(tmp_path / "run") if row["subject"] == "student"]
     assert [row["stage"] + row["epoch"] for row in rows if row["accuracy"]] == ["hint1", "task2", "task3"]
     assert all(float(row["loss"]) > 0 for row in rows)
@@ -450,7 +452,7 @@ def test_a_teacher_that_is_worse_than_the_student_alone_is_remarked() -> None:
     assert "teacher (80.10%) is worse than the student alone (92.00%)" in line
 
 
-class Saying(Display):
+class Saying(Progress):
     def __init__(self) -> None:
         super().__init__(Console(quiet=True), quiet=True)
         self.said: list[str] = []
@@ -475,7 +477,7 @@ def test_what_check_refuses_after_a_batch_training_refuses_before_anything_is_tr
     with pytest.raises(LossError, match="no gradient reaches the student through 'patch_embed@input'") as checked:
         audit(planned)
     with pytest.raises(LossError) as trained:
-        train(planned, tmp_path / "run", Display(Console(quiet=True), quiet=True))
+        train(planned, tmp_path / "run", Progress(Console(quiet=True), quiet=True))
     assert str(trained.value) == str(checked.value)
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
@@ -486,6 +488,6 @@ def test_a_step_that_fails_is_told_by_both(tmp_path: Path) -> None:
     )
     text = f"{cnn}cross_entropy}}}}}}]\ndata: {{dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 1}}\n"
     planned = plan(parse(text))
-    for run in (audit, lambda planned: train(planned, tmp_path / "run", Display(Console(quiet=True), quiet=True))):
+    for run in (audit, lambda planned: train(planned, tmp_path / "run", Progress(Console(quiet=True), quiet=True))):
         with pytest.raises(RunError, match="a step on the first batch of images fails: Expected more than 1 value"):
             run(planned)
