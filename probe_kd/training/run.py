@@ -68,7 +68,8 @@ from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
 from probe_kd.recipe.options import ModelOptions, Recipe, classifier_of, dump, load, parse, rewritten
-from probe_kd.recipe.planner import Plan, join
+from probe_kd.recipe.planner import Plan
+from probe_kd.recipe.sections.sharing import join
 from probe_kd.training import checkpoints
 from probe_kd.training.loop import (
     Loop,

@@ -1,0 +1,79 @@
+"""How a run is executed: `torchcompile`, `channels_last`, `trackers`."""
+
+from collections.abc import Iterator
+
+import torch
+
+from probe_kd.engine.models import breaks_channels_last, build_on_meta
+from probe_kd.errors import nearest
+from probe_kd.recipe.options import CompileOptions, Recipe
+from probe_kd.recipe.sections.mistakes import Mistake
+from probe_kd.recipe.sections.models import Models
+
+
+def check_execution(recipe: Recipe, models: Models) -> list[Mistake]:
+    mistakes = [*_check_trackers(recipe), *_check_layout(recipe, models)]
+    if recipe.torchcompile is not None:
+        mistakes += [*_check_compiler(recipe.torchcompile), *_check_compiled(recipe, recipe.torchcompile)]
+    return mistakes
+
+
+def _check_trackers(recipe: Recipe) -> Iterator[Mistake]:
+    if not recipe.trackers:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(tracker) for tracker in get_available_trackers()]
+    for index, name in enumerate(recipe.trackers):
+        if name not in known:
+            message = f"accelerate has no tracker {name!r}{nearest(name, known)}; it has {', '.join(known)}"
+            yield ("trackers", index), message
+        elif name not in installed:
+            yield ("trackers", index), f"tracker {name!r} is not installed here; `pip install {name}`"
+
+
+def _check_layout(recipe: Recipe, models: Models) -> Iterator[Mistake]:
+    """`channels_last: true` where torch would corrupt the heap: refused, since the run would end without a word."""
+    if not recipe.channels_last or torch.cuda.is_available():
+        return
+    for side, trace_ in (("student", models.student), ("teacher", models.teacher)):
+        layer = breaks_channels_last(build_on_meta(trace_.model, trace_.model_kwargs)) if trace_ else ""
+        if layer:
+            message = (
+                f"with channels last on a CPU the backward of {layer!r} of the {side}, a convolution of kernel 1 "
+                "and stride 2 over few channels, corrupts memory in torch 2.14; leave `channels_last` out"
+            )
+            yield ("channels_last",), message
+
+
+def _check_compiler(options: CompileOptions) -> Iterator[Mistake]:
+    """torch's names of backends and modes."""
+    import torch._dynamo
+
+    backends, modes = torch._dynamo.list_backends(exclude_tags=()), list(torch._inductor.list_mode_options())
+    if options.backend not in backends:
+        message = f"torch.compile has no backend {options.backend!r}{nearest(options.backend, backends)}"
+        yield ("torchcompile", "backend"), message
+    if options.mode is not None and options.mode not in modes:
+        near = f"{nearest(options.mode, modes)}; it has {', '.join(modes)}"
+        yield ("torchcompile", "mode"), f"torch.compile has no mode {options.mode!r}{near}"
+
+
+def _check_compiled(recipe: Recipe, options: CompileOptions) -> Iterator[Mistake]:
+    """What of the recipe does not bear being compiled."""
+    graphs = torch._inductor.list_mode_options().get(options.mode or "", {}).get("triton.cudagraphs")
+    if graphs and any(stage.grad_accum_steps > 1 for stage in recipe.stages):
+        message = (
+            f"mode {options.mode!r} replays CUDA graphs, which write every batch's gradients into the same memory, "
+            "so `grad_accum_steps` would add up the wrong ones; take another mode, or a larger `batch_size`"
+        )
+        yield ("torchcompile", "mode"), message
+    share = recipe.share
+    if share is not None and (share.form in ("trunk", "graft") or share.block in ("params", "trunk")):
+        message = (
+            f"with `share: {{form: {share.form}, block: {share.block}}}` layers give what they gave before, or are "
+            "constants for a while, which compiled code does not notice; leave `torchcompile` out"
+        )
+        yield ("torchcompile",), message
+    if options.target == "teacher" and recipe.teacher is None:
+        yield ("torchcompile", "target"), "there is no teacher to compile"

@@ -1,0 +1,50 @@
+"""`data`: the data sets are opened, and the transforms are tried."""
+
+from contextlib import suppress
+from typing import Any
+
+from PIL import Image
+
+from probe_kd.data.datasets import DataOptions, DataRecord, Datasets, open_datasets
+from probe_kd.data.loading import loader
+from probe_kd.engine.models import short
+from probe_kd.engine.spec import InputSpec
+from probe_kd.errors import DataError
+from probe_kd.recipe.sections.mistakes import Mistake
+
+
+def open_data(data: DataOptions, record: DataRecord | None) -> tuple[Datasets | None, list[Mistake]]:
+    """The data sets, with the classes numbered as the `record` of a former run says, where one is given."""
+    try:
+        return open_datasets(data, record), []
+    except DataError as refusal:
+        key = refusal.key or ("dataset" if data.dataset else "root")
+        return None, [(("data", key), str(refusal))]
+
+
+def check_transforms(data: DataOptions) -> list[Mistake]:
+    try:
+        _try_transforms(data)
+    except DataError as refusal:
+        return [(("data", *_key_to_blame(data)), str(refusal))]
+    return []
+
+
+def _try_transforms(options: DataOptions) -> None:
+    """The transforms of training on one grey image, since timm reads `aa` and others when it makes them."""
+    size = (options.input_size[0], 32, 32)
+    images: Any = [(Image.new("L" if size[0] == 1 else "RGB", (32, 32), 128), 0)]
+    try:
+        next(iter(loader(images, options.model_copy(update={"workers": 0}), InputSpec(size).or_plain(), training=True)))
+    except Exception as refusal:  # timm's and torchvision's have their own words
+        raise DataError(f"the images cannot be transformed as `data` says: {short(refusal)}") from None
+
+
+def _key_to_blame(options: DataOptions) -> list[str]:
+    """Of transforms that are refused: the first key without which they are not, if it is one alone."""
+    usual = DataOptions(input_size=options.input_size)
+    for key in ("aa", "ratio", "scale", "color_jitter", "crop_pct", "reprob"):
+        with suppress(DataError):
+            _try_transforms(options.model_copy(update={key: getattr(usual, key)}))
+            return [key]
+    return []

@@ -1,0 +1,72 @@
+"""`share`: what the two models have in common is tried on models without weights."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from probe_kd.engine.models import build_on_meta
+from probe_kd.engine.spec import InputSpec, Trace
+from probe_kd.engine.tracing import trace
+from probe_kd.methods.sharing import Sharing, graft, share_convolutions, share_trunk
+from probe_kd.recipe.options import Recipe, ShareOptions
+from probe_kd.recipe.sections.mistakes import Mistake, noting
+from probe_kd.recipe.sections.models import Models, input_of_student, input_of_teacher
+
+Joined = tuple[Trace | None, Sharing | None]  # the trace of the student as a graft, and what is shared
+
+
+def try_sharing(recipe: Recipe, models: Models) -> tuple[Joined, list[Mistake]]:
+    share, student, teacher = recipe.share, models.student, models.teacher
+    if share is None:
+        return (None, None), []
+    mistakes: list[Mistake] = []
+    if recipe.teacher is None:
+        mistakes.append((("share",), "there is no `teacher:` to share with"))
+    if student is None or teacher is None:
+        return (None, None), mistakes
+    with noting(mistakes, "share"):
+        built = [build_on_meta(side.model, side.model_kwargs) for side in (student, teacher)]
+        joined, sharing = join(share, built[0], built[1], student, teacher)
+        if share.form != "graft":
+            return (None, sharing), mistakes
+        grown = trace(joined, teacher.input_size, training=True)
+        return (replace(grown, model=f"{student.model} on {teacher.model}"), sharing), mistakes
+    return (None, None), mistakes
+
+
+def join(
+    share: ShareOptions, student: nn.Module, teacher: nn.Module, seen: Trace, known: Trace
+) -> tuple[nn.Module, Sharing | None]:
+    """Let two models have in common what the recipe says. Returns the student to train; the given one is changed.
+
+    Raises TapError where they cannot.
+    """
+    if share.form == "none":
+        return student, None
+    if share.form == "weights":
+        return student, share_convolutions(student, teacher, share.modules or "interval")
+    ours, theirs = share.cut
+    if share.form == "trunk":
+        return student, share_trunk(student, teacher, ours, theirs, seen, known)
+    return graft(student, teacher, ours, theirs, seen, known)
+
+
+def check_trunk_inputs(recipe: Recipe, models: Models) -> list[Mistake]:
+    """A shared trunk runs once, on one image."""
+    if recipe.share is None or recipe.share.form != "trunk" or models.student is None or models.teacher is None:
+        return []
+    ours, theirs = input_of_student(recipe, models.student), input_of_teacher(recipe, models.teacher)
+    if ours == theirs:
+        return []
+    message = (
+        f"a shared trunk sees one image, and the student expects {ours} and the teacher {theirs}; give `mean` "
+        "and `std` of `data`, and `mean`, `std` and `input_size` of `teacher`, so that they agree"
+    )
+    return [(("share",), message)]
+
+
+def input_of_trained(recipe: Recipe, student: Trace, teacher: Trace | None) -> InputSpec:
+    """What the student sees: a graft begins with the teacher's layers, so it sees what the teacher sees."""
+    if teacher is not None and recipe.share is not None and recipe.share.form == "graft":
+        return input_of_teacher(recipe, teacher)
+    return input_of_student(recipe, student)
