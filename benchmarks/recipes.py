@@ -28,8 +28,9 @@ from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.training.loop import Loop, Phase
+from probe_kd.training.processes import accelerating
 from probe_kd.training.progress import Progress
-from probe_kd.training.run import Run, Subject, accelerating
+from probe_kd.training.run import Run, Subject
 from probe_kd.training.state import TrainState
 
 HERE = Path(__file__).parents[1] / "recipes"

@@ -415,7 +415,7 @@ def train(
 def _claimed(folder: Path, progress: "Progress", *, resume: bool, overwrite: bool) -> "Iterator[Claim | None]":
     """The folder of results, looked at and locked before anything that takes time, by the first process of a run."""
     from probe_kd.files.run_folder import claim
-    from probe_kd.training.run import check_folder
+    from probe_kd.training.folder import check_folder
 
     if not _speaks():
         yield None

@@ -34,7 +34,8 @@ from probe_kd.methods.objectives import Comparison
 from probe_kd.recipe.options import TeacherOptions, command_to_go_on, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.sections.sharing import join
-from probe_kd.training.loop import mixed_precision, own_accelerator
+from probe_kd.training.devices import mixed_precision
+from probe_kd.training.processes import own_accelerator
 
 Split = Literal["test", "val", "train", "held_out"]
 Sums = dict[str, Tensor]

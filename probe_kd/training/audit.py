@@ -19,11 +19,11 @@ from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.loop import Phase, make_optimizer
+from probe_kd.training.processes import accelerating
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import (
     Norms,
     Run,
-    accelerating,
     complaints,
     first_batch,
     one_step,

@@ -22,7 +22,7 @@ from probe_kd.errors import RunError, WeightsError
 from probe_kd.files.run_folder import LOCK, Manifest, claim, is_abandoned
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
-from probe_kd.training.run import check_folder
+from probe_kd.training.folder import check_folder
 
 ALONE = """\
 student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}

@@ -28,8 +28,9 @@ from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
 from probe_kd.results.comparison import IMAGES, LAYERS, Board, compare
 from probe_kd.results.html import page, tables, write_page
+from probe_kd.training.folder import open_run
 from probe_kd.training.progress import Progress
-from probe_kd.training.run import open_run, train
+from probe_kd.training.run import train
 
 HOSTILE = "<script>alert('1')</script>&\"\x1b[31m"
 ROLES = ("student alone", "student", "teacher")

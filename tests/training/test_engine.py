@@ -19,7 +19,8 @@ from probe_kd import Distiller, InputSpec, Objective
 from probe_kd.errors import RecipeError
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
-from probe_kd.training.loop import make_optimizer, memory_format
+from probe_kd.training.devices import memory_format
+from probe_kd.training.loop import make_optimizer
 
 SHORT = TINY.replace("baseline: true\n", "").replace("num_heads: 2}", "num_heads: 2}\n  grad_checkpointing: false")
 LOSSES = ("loss", "hint", "task", "soft")
@@ -89,7 +90,7 @@ stages: [{epochs: 1, losses: {task: {loss: cross_entropy}}}]
 """
 STEPS = """
 import sys, timm, torch
-from probe_kd.training.loop import memory_format
+from probe_kd.training.devices import memory_format
 from probe_kd.recipe.options import parse
 torch.set_num_threads(1)
 layout = memory_format(parse(sys.argv[1]).recipe, torch.device("cpu"))

@@ -20,7 +20,7 @@ from test_resume import STEADY, After, count, planned, run, same
 
 from probe_kd.errors import RunError, Stopped
 from probe_kd.training import checkpoints
-from probe_kd.training.loop import own_accelerator
+from probe_kd.training.processes import own_accelerator
 
 
 def _one_of(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...], queue: Any) -> None:

@@ -30,8 +30,9 @@ from probe_kd.results.comparison import compare, doubts
 from probe_kd.tables import teacher_lines
 from probe_kd.training.audit import audit
 from probe_kd.training.loop import Phase, make_optimizer, make_scheduler
+from probe_kd.training.processes import accelerating
 from probe_kd.training.progress import Progress
-from probe_kd.training.run import Run, accelerating, train
+from probe_kd.training.run import Run, train
 from probe_kd.training.state import TrainState
 
 
