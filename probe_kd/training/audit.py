@@ -6,10 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,19 +17,9 @@ from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.loop import Phase, make_optimizer
+from probe_kd.training.models import Models
 from probe_kd.training.processes import accelerating
-from probe_kd.training.progress import Progress
-from probe_kd.training.run import (
-    Norms,
-    Run,
-    complaints,
-    first_batch,
-    one_step,
-    student_of,
-    too_large,
-    untrained,
-)
-from probe_kd.training.state import TrainState
+from probe_kd.training.trial import Norms, complaints, first_batch, one_step, student_of, too_large, untrained
 
 
 @dataclass(frozen=True)
@@ -91,49 +79,49 @@ def audit(plan: Plan) -> Audit:
     images cannot be read, RunError where a step fails or does not fit into memory.
     """
     with accelerating(plan.recipe) as accelerator:
-        run = Run(plan, Path(), Progress(Console(quiet=True), quiet=True), accelerator, TrainState())
+        models = Models(plan, accelerator)
         try:
             with one_step():
-                return _audit(plan, run)
+                return _audit(plan, models)
         except torch.OutOfMemoryError as refusal:
             raise RunError(too_large(refusal)) from refusal
 
 
-def _audit(plan: Plan, run: Run) -> Audit:
-    subject = student_of(run)
-    images, target = first_batch(run, subject)
+def _audit(plan: Plan, models: Models) -> Audit:
+    trained = student_of(models)
+    images, target = first_batch(models, trained)
     found: list[Reach] = []
     costs: list[StepCost] = []
     reach: list[tuple[str, Norms]] = []
-    steps = len(loader(plan.datasets.train, plan.recipe.data, run.images_for(subject), training=True))
-    for phase in subject.phases:
-        distiller = run.distiller(subject, phase)
+    steps = len(loader(plan.datasets.train, plan.recipe.data, models.images_for(trained), training=True))
+    for phase in trained.phases:
+        distiller = models.distiller(trained, phase)
         norms = distiller.train().audit(images, target)
         reach.append((phase.name, norms))
         found += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
         reached = {name for loss in norms.values() for name in loss}
         if reached:
-            costs.append(_cost(run, phase, distiller, images, target, reached, steps))
+            costs.append(_cost(models, phase, distiller, images, target, reached, steps))
         distiller.close()
     wrong = (*_no_numbers(costs), *complaints(reach))
-    return Audit(tuple(found), tuple(costs), wrong, tuple(untrained(run, subject, reach, images, target)))
+    return Audit(tuple(found), tuple(costs), wrong, tuple(untrained(models, trained, reach, images, target)))
 
 
 def _cost(
-    run: Run, phase: Phase, distiller: Distiller, images: Tensor, target: Tensor, reached: set[str], steps: int
+    models: Models, phase: Phase, distiller: Distiller, images: Tensor, target: Tensor, reached: set[str], steps: int
 ) -> StepCost:
     """Two real steps, of which the second is timed; the models are as they were after it."""
     before = copy.deepcopy(distiller.state_dict())
     with distiller.training_only(reached) as moved:
         optimizer = make_optimizer(distiller, phase.optimizer)
         saved: dict[int, int] = {}
-        with FlopCounterMode(display=False) as counter, _counting(distiller, saved), run.accelerator.autocast():
+        with FlopCounterMode(display=False) as counter, _counting(distiller, saved), models.accelerator.autocast():
             result = distiller(images, target)
-        _update(optimizer, result["loss"], run)
+        _update(optimizer, result["loss"], models)
         begun = time.perf_counter()
-        with run.accelerator.autocast():
+        with models.accelerator.autocast():
             loss = distiller(images, target)["loss"]
-        _update(optimizer, loss, run)
+        _update(optimizer, loss, models)
         seconds = time.perf_counter() - begun
     distiller.load_state_dict(before)
     teacher = distiller.frozen_teacher
@@ -159,12 +147,12 @@ def _cost(
     )
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor | None, run: Run) -> None:
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor | None, models: Models) -> None:
     assert loss is not None
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
-    if run.accelerator.device.type == "cuda":
+    if models.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
 
 

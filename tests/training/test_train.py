@@ -30,9 +30,10 @@ from probe_kd.results.comparison import compare, doubts
 from probe_kd.tables import teacher_lines
 from probe_kd.training.audit import audit
 from probe_kd.training.loop import Phase, make_optimizer, make_scheduler
+from probe_kd.training.models import Models
 from probe_kd.training.processes import accelerating
 from probe_kd.training.progress import Progress
-from probe_kd.training.run import Run, train
+from probe_kd.training.run import train
 from probe_kd.training.state import TrainState
 
 
@@ -301,8 +302,7 @@ def test_a_teacher_of_the_students_architecture_begins_with_other_weights_unless
     text = text.replace("{hint:", "{task: {loss: cross_entropy}, hint:")
     planned = plan(parse(f"{text}seed: 3\nbaseline: true\n"))
     with accelerating(planned.recipe) as accelerator:
-        run_ = Run(planned, Path(), Progress(Console(quiet=True)), accelerator, TrainState())
-        models = {subject.role: subject.model.state_dict() for subject in run_.subjects()}
+        models = {trained.role: trained.model.state_dict() for trained in Models(planned, accelerator).in_turn()}
     torch.manual_seed(3)
     fresh = timm.create_model("resnet10t", num_classes=10, channels=[8, 16, 24, 32]).state_dict()
     for role, equal in (("student", True), ("student alone", True), ("teacher", same_init)):
