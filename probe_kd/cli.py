@@ -283,7 +283,8 @@ def check(
     console, idle, teacher = _console(), idle_rows(planned), planned.recipe.teacher
     if not as_json:
         console.print(models_table(planned))
-        console.print(plan_table(planned))
+        if planned.comparisons:
+            console.print(plan_table(planned))
         if idle:
             console.print(idle_table(idle))
         for line in [
@@ -385,7 +386,8 @@ def train(
         from probe_kd.training.run import train as run
 
         if not quiet:
-            console.print(plan_table(planned))
+            if planned.comparisons:
+                console.print(plan_table(planned))
             _remark(planned.remarks, console)
             for line in teacher_lines(planned):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -395,19 +397,15 @@ def train(
             for remark in (*planned.remarks, *planned.datasets.notes):
                 progress.say(f"note: {remark}")
         try:
-            state = run(planned, folder, progress, resume=resume, overwrite=overwrite, claimed=claimed)
+            run(planned, folder, progress, resume=resume, overwrite=overwrite, claimed=claimed)
         except (KeyboardInterrupt, Stopped) as stop:
             if _speaks():
                 _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
             sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
         if _speaks():
-            from probe_kd.results.comparison import doubts
-
             _report(planned, folder, console)
             if claimed is not None:
                 claimed.check()  # else it would be said where the results are, and they are not there
-            for doubt in doubts({role: result.accuracy for role, result in state.results.items()}):
-                console.print(doubt, style="yellow", highlight=False)
             print_student(planned, folder, console)
 
 

@@ -350,6 +350,24 @@ def test_check_tells_the_losses_and_the_cost_of_a_real_step(command: Command, tm
     assert (dry["steps"], dry["gradients"], len(dry["pairs"])) == ([], [], 2)
 
 
+def test_check_remarks_on_an_absurd_learning_rate_and_shows_no_table_of_nothing(
+    command: Command, tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(ALONE)
+    result = command("check", "r.yaml", "--set", "stages.0.optimizer={opt: sgd, lr: 1.0e+30}")
+    assert result.returncode == 0, result.stderr
+    assert "after one update at `lr: 1e+30`; try a smaller one" in result.stdout
+    assert "What is compared" not in result.stdout
+    assert "after one update" not in command("check", "r.yaml").stdout
+
+
+def test_a_teacher_that_is_worse_is_told_once_at_the_end_of_a_run(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(TINY.replace("train: {epochs: 1}", "train: {epochs: 1, optimizer: {lr: 1.0e-9}}"))
+    result = command("train", "r.yaml", "-q", "--set", "stages.1.epochs=6", "--set", "data.batch_size=64")
+    assert result.returncode == 0, result.stderr
+    assert (result.stdout + result.stderr).count("is worse than the student alone") == 1
+
+
 def test_check_says_what_is_compared_and_what_every_loss_moves(command: Command, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(TINY)
     result = command("check", "r.yaml", "--gradients")

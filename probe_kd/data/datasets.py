@@ -1,5 +1,6 @@
 """Datasets: what the `data:` section of a recipe names, opened and checked, with one numbering of the classes."""
 
+import filecmp
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from probe_kd.files.run_folder import Manifest, changed, damaged
 from probe_kd.data.images import EXTENSIONS, FolderImages, decode, open_image, scan_folder
 from probe_kd.data.shards import Shards, open_shards
 
+_Item = TypeVar("_Item")
 RECORD = "data.json"
 _Side = Annotated[int, Field(ge=1, le=16384)]
 
@@ -240,6 +242,7 @@ class _Split:
     notes: tuple[str, ...] = ()
     rows: tuple[tuple[str, int, int], ...] = ()
     linked: bool = False  # whether links are among its files
+    unfollowed: tuple[str, ...] = ()  # those of the notes that are of links to folders
 
     @property
     def label(self) -> str:
@@ -259,6 +262,16 @@ def open_datasets(options: DataOptions, record: DataRecord | None = None) -> Dat
     The classes are numbered as the training split has them, or as `record` says, which a former run has kept.
     """
     splits = _open_all(options)
+    try:
+        return _checked(options, splits, record)
+    except DataError as refusal:  # what is missing may be behind a link that was not followed
+        links = [note for split in splits for note in split.unfollowed]
+        if not links:
+            raise
+        raise DataError(f"{refusal}; {'; '.join(links[:3])}", refusal.key) from None
+
+
+def _checked(options: DataOptions, splits: list[_Split], record: DataRecord | None) -> Datasets:
     train = splits[0]
     names = record.classes if record is not None and record.classes else train.names
     splits = [
@@ -352,7 +365,62 @@ def _open_all(options: DataOptions) -> list[_Split]:
                     f"anything; name other images, or hold some out: `val_split: none` with `holdout: 0.1`",
                     split.key,
                 )
-    return opened
+    return [opened[0], *(_told_of_copies(split, opened[0]) for split in opened[1:])]
+
+
+def _told_of_copies(split: _Split, train: _Split) -> _Split:
+    """The split, with a note where some of its images are training images too. Raises DataError where all are.
+
+    Of a folder, up to 100 images are compared with what has their name and class among the training images.
+    """
+    if not isinstance(split.images, FolderImages):
+        return split
+    compared = _spread(split.images.samples, 100)
+    copies = [os.path.relpath(path, split.images.root) for path in _copies(compared, split.names, train)]
+    if not copies:
+        return split
+    share = f"{len(copies)} of {len(compared)}"
+    if len(copies) == len(compared):
+        raise DataError(
+            f"{split.label} is a copy of the training images: {share} images that were compared are the same bytes as "
+            f"in {train.label} ({copies[0]}, ...), and no figure of images that were trained on means anything; name "
+            "other images, or hold some out: `val_split: none` with `holdout: 0.1`",
+            split.key,
+        )
+    note = f"{share} sampled images of {split.label} are also training images, the same bytes: {_few(copies, 3)}"
+    return replace(split, notes=(*split.notes, note))
+
+
+def _spread(items: Sequence[_Item], most: int) -> list[_Item]:
+    """So many of the items at most, from the first to the last."""
+    count = min(len(items), most)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _copies(compared: Sequence[tuple[str, int]], names: Sequence[str], train: _Split) -> list[str]:
+    """Those of these images that lie in the training split too: of the same name, class and bytes, or one file."""
+    if not isinstance(train.images, FolderImages):
+        return []
+    wanted = {os.path.basename(path) for path, _ in compared}
+    there: dict[tuple[str, str], list[str]] = {}
+    for path, target in train.images.samples:
+        name = path.rpartition(os.sep)[2]
+        if name in wanted:
+            there.setdefault((train.names[target], name), []).append(path)
+    return [
+        path
+        for path, target in compared
+        if any(_same_bytes(path, other) for other in there.get((names[target], os.path.basename(path)), ())[:20])
+    ]
+
+
+def _same_bytes(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other) or (
+            os.path.getsize(path) > 0 and filecmp.cmp(path, other, shallow=False)  # which reads regular files only
+        )
+    except OSError:
+        return False
 
 
 def _overlap(one: _Split, two: _Split) -> bool:
@@ -459,6 +527,7 @@ def _folder(options: DataOptions, key: str, split: str) -> _Split:
         empty=tuple(found.empty),
         notes=tuple(found.notes),
         linked=found.linked,
+        unfollowed=tuple(found.unfollowed),
     )
 
 

@@ -140,13 +140,14 @@ class FolderImages(Dataset[Any]):
 class FolderScan:
     """What lies in the folder of one split: the files of every class, in order, and what is to be told about it.
 
-    `empty` are class folders without images, `notes` sentences for the user.
+    `empty` are class folders without images, `notes` sentences for the user, `unfollowed` those on links.
     """
 
     files: Mapping[str, Sequence[str]]
     empty: Sequence[str]
     notes: Sequence[str]
     linked: bool = False  # whether anything in it is a link
+    unfollowed: Sequence[str] = ()
 
     def samples(self, class_to_idx: Mapping[str, int], *, by_path: bool) -> list[tuple[str, int]]:
         """All files with their class index; in timm's order by path, or class after class as torchvision has it."""
@@ -162,6 +163,7 @@ class _Walk:
     folders: dict[str, list[str]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     unfollowed: list[str] = field(default_factory=list)
+    doubled: dict[str, str] = field(default_factory=dict)  # links to folders that are read anyway
     linked: bool = False
 
 
@@ -187,14 +189,15 @@ def scan_folder(root: str | Path, *, outermost: bool = False) -> FolderScan:
     ordered = sorted(files) if outermost else sorted(files, key=_natural)
     bare = [folder for folder in inside if not walk.images[folder] and (outermost or not walk.folders[folder])]
     empty = dict.fromkeys(label[folder] for folder in bare if label[folder] not in files)
-    notes = _notes(walk, top)
+    unfollowed = _links(walk)
+    notes = [*unfollowed, *_notes(walk, top)]
     nested = next((parts for folder, parts in inside.items() if walk.images[folder] and len(parts) > 1), None)
     if nested and not outermost:
         notes.append(
             f"the classes in {top} are the innermost folders ({nested[-1]!r} of {'/'.join(nested)!r}), as timm has it; "
             "`dataset: torch/image_folder` takes the outermost"
         )
-    return FolderScan({name: files[name] for name in ordered}, sorted(empty), notes, walk.linked)
+    return FolderScan({name: files[name] for name in ordered}, sorted(empty), notes, walk.linked, unfollowed)
 
 
 def _class_names(folders: Mapping[str, str]) -> dict[str, str]:
@@ -230,8 +233,12 @@ def _walk(top: str) -> _Walk:
             folder, real = folders.popleft()
         else:  # after all that is no link, so that an image has the class of the folder that it lies in
             folder, real = links.popleft()
-            if real in seen or real_top.startswith(real.rstrip(os.sep) + os.sep):
+            around = os.path.realpath(os.path.dirname(folder))
+            if real == real_top or f"{around}{os.sep}".startswith(real.rstrip(os.sep) + os.sep):
                 walk.unfollowed.append(folder)
+                continue
+            if real in seen:
+                walk.doubled[folder] = real
                 continue
             seen.add(real)
         walk.images[folder], walk.folders[folder] = [], []
@@ -307,8 +314,17 @@ def _check_innermost(walk: _Walk, inside: Mapping[str, Sequence[str]], label: Ma
             raise DataError(f"there are images in {folder} and in {below} inside it: which is the class? {outer}")
 
 
-def _notes(walk: _Walk, top: str) -> list[str]:
+def _links(walk: _Walk) -> list[str]:
     notes = [f"a link that goes round was not followed: {folder}" for folder in walk.unfollowed]
+    notes += [
+        f"{folder} is a link to {real}, whose images are read already, and was not followed: it is no class of its own"
+        for folder, real in walk.doubled.items()
+    ]
+    return notes
+
+
+def _notes(walk: _Walk, top: str) -> list[str]:
+    notes: list[str] = []
     pictures = {suffix: count for suffix, count in walk.left_out.items() if suffix in _registered()}
     if pictures:
         told = ", ".join(f"{count} {suffix}" for suffix, count in sorted(pictures.items()))

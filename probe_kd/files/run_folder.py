@@ -113,7 +113,7 @@ def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
         made = tuple(path for path in (place, *place.parents) if not path.exists())
         place.mkdir(parents=True, exist_ok=True)
     except OSError as refusal:
-        why = "it is a file" if isinstance(refusal, FileExistsError) else refusal.strerror
+        why = f"it is {kind_of(folder)}" if isinstance(refusal, FileExistsError) else refusal.strerror
         raise RunError(f"cannot write to {folder}: {why}; choose another --out") from None
     claimed = Claim(folder, made)
     if not _is_lock(folder / LOCK):
@@ -136,6 +136,31 @@ def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
     claimed.handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
     claimed.handle.flush()
     return claimed
+
+
+def kind_of(path: Path) -> str:
+    """What is there in the place of a folder, in words."""
+    if path.is_file():
+        return "a file"
+    if path.is_symlink() and not path.exists():
+        return "a link that goes round, or to nothing"
+    return "a folder" if path.is_dir() else "a device or a pipe" if path.exists() else "not there"
+
+
+def why_no_run(folder: Path) -> str:
+    """Why a folder is not that of a run, which has a recipe.yaml."""
+    if not folder.is_dir():
+        return "there is none" if not os.path.lexists(folder) else f"it is {kind_of(folder)}"
+    if not os.path.lexists(folder / RECIPE):
+        return f"it has no {RECIPE}"
+    return f"its {RECIPE} is {kind_of(folder / RECIPE)}, and no file"
+
+
+def runs_beside(folder: Path) -> list[str]:
+    """The names of other folders of runs, where one of them was meant."""
+    beside = folder.absolute().parent
+    found = beside.glob(f"*/{RECIPE}") if beside.is_dir() else ()
+    return [recipe.parent.name for recipe in found if recipe.is_file() and recipe.parent.name != folder.name]
 
 
 def _is_lock(lock: Path) -> bool:

@@ -24,6 +24,7 @@ from probe_kd.engine.models import short
 from probe_kd.engine.spec import Tap, Trace
 from probe_kd.errors import MatchError, RunError, nearest
 from probe_kd.files.atomic import put, whole_text
+from probe_kd.files.run_folder import runs_beside, why_no_run
 from probe_kd.recipe.options import command_to_go_on, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.results.evaluation import cka_table, vectors
@@ -267,10 +268,8 @@ def _measured_now(run: _Run, allow_import: Sequence[str], notes: list[str]) -> L
 def _read(folder: Path) -> _Run:
     recipe = folder / "recipe.yaml"
     if not recipe.is_file():
-        beside = folder.absolute().parent
-        others = [found.parent.name for found in beside.glob("*/recipe.yaml")] if beside.is_dir() else []
-        why = "it has no recipe.yaml" if folder.is_dir() else "a file" if folder.exists() else "there is none"
-        raise RunError(f"{folder} is not the folder of a run ({why}){nearest(folder.name, others)}")
+        near = nearest(folder.name, runs_beside(folder))
+        raise RunError(f"{folder} is not the folder of a run ({why_no_run(folder)}){near}")
     source = load(recipe)
     run = _Run(folder, source.recipe.model_dump(mode="json", exclude_none=True), whole_text(recipe))
     run.rows = read_metrics(folder / "metrics.csv")

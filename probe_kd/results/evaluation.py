@@ -28,6 +28,7 @@ from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError, RunError, nearest
+from probe_kd.files.run_folder import runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.distiller import compared, make_adapters
 from probe_kd.methods.objectives import Comparison
@@ -299,10 +300,8 @@ def _recipe_of(folder: Path) -> Path:
     recipe = folder / "recipe.yaml"
     if recipe.is_file():
         return recipe
-    beside = folder.absolute().parent
-    runs = [found.parent.name for found in beside.glob("*/recipe.yaml")] if beside.is_dir() else []
-    why = "it has no recipe.yaml" if folder.is_dir() else "a file" if folder.exists() else "there is none"
-    raise RunError(f"{folder} is not the folder of a run ({why}){nearest(folder.name, runs)}")
+    near = nearest(folder.name, runs_beside(folder))
+    raise RunError(f"{folder} is not the folder of a run ({why_no_run(folder)}){near}")
 
 
 def _weights_of_student(folder: Path, weights: str | Path | None, *, ema: bool) -> Path:

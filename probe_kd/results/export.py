@@ -24,6 +24,7 @@ from probe_kd.engine.models import build_on_meta, packages, read_header, save_we
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest
 from probe_kd.files.atomic import whole_bytes, whole_text
+from probe_kd.files.run_folder import why_no_run
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.options import ModelOptions, Recipe, command_to_go_on, dump, load
 from probe_kd.version import __version__
@@ -181,8 +182,7 @@ def _read(run: Path, subject: str, ema: bool, root: str | Path | None, allow_imp
         raise RunError(f"subject {subject!r}; expected one of {', '.join(SUBJECTS)}{nearest(subject, SUBJECTS)}")
     if not (run / "recipe.yaml").is_file():
         hint = "; give the folder that its run wrote, as runs/NAME" if run.is_file() else ""
-        there = "it has no recipe.yaml" if run.is_dir() else "it is not a folder" if run.exists() else "it is not there"
-        raise RunError(f"{run} is not the folder of a run: {there}{hint}")
+        raise RunError(f"{run} is not the folder of a run: {why_no_run(run)}{hint}")
     sets = () if root is None else (f"data.root={json.dumps(str(root))}",)
     recipe = load(run / "recipe.yaml", sets=sets).recipe
     weights = run / f"{subject}{'-ema' * ema}.safetensors"

@@ -93,6 +93,7 @@ def _audit(plan: Plan, models: Models) -> Audit:
     found: list[Reach] = []
     costs: list[StepCost] = []
     reach: list[tuple[str, Norms]] = []
+    remarks: list[str] = []
     steps = len(loader(plan.datasets.train, plan.recipe.data, models.images_for(trained), training=True))
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
@@ -101,16 +102,26 @@ def _audit(plan: Plan, models: Models) -> Audit:
         found += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
         reached = {name for loss in norms.values() for name in loss}
         if reached:
-            costs.append(_cost(models, phase, distiller, images, target, reached, steps))
+            costs.append(_cost(models, phase, distiller, images, target, reached, steps, remarks))
         distiller.close()
     wrong = (*_no_numbers(costs), *complaints(reach))
-    return Audit(tuple(found), tuple(costs), wrong, tuple(untrained(models, trained, reach, images, target)))
+    return Audit(tuple(found), tuple(costs), wrong, (*untrained(models, trained, reach, images, target), *remarks))
 
 
 def _cost(
-    models: Models, phase: Phase, distiller: Distiller, images: Tensor, target: Tensor, reached: set[str], steps: int
+    models: Models,
+    phase: Phase,
+    distiller: Distiller,
+    images: Tensor,
+    target: Tensor,
+    reached: set[str],
+    steps: int,
+    remarks: list[str],
 ) -> StepCost:
-    """Two real steps, of which the second is timed; the models are as they were after it."""
+    """Two real steps, of which the second is timed; the models are as they were after it.
+
+    A learning rate at which the first makes the loss no number is remarked on: no error, since it may warm up.
+    """
     before = copy.deepcopy(distiller.state_dict())
     with distiller.training_only(reached) as moved:
         optimizer = make_optimizer(distiller, phase.optimizer)
@@ -123,6 +134,11 @@ def _cost(
             loss = distiller(images, target)["loss"]
         _update(optimizer, loss, models)
         seconds = time.perf_counter() - begun
+        if loss is not None and not loss.isfinite():
+            remarks.append(
+                f"the loss of stage `{phase.name}` is {loss.item()} after one update at `lr: {phase.optimizer.lr:g}`; "
+                "try a smaller one"
+            )
     distiller.load_state_dict(before)
     teacher = distiller.frozen_teacher
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]

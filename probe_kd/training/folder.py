@@ -21,6 +21,7 @@ from probe_kd.files.run_folder import (
     digests_of,
     first_changed,
     is_measured,
+    kind_of,
     recording,
 )
 from probe_kd.recipe.options import Recipe, dump, load, parse, rewritten
@@ -99,7 +100,7 @@ def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], progress: Pr
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Whether a run may begin in this folder, or go on in it. Raises RunError. Nothing is written."""
     if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; choose another --out")
+        raise RunError(f"{folder} is {kind_of(folder)}; choose another --out")
     contents = _contents(folder)
     if not contents or (contents == [MANIFEST] and Manifest.read(folder)):  # one that was killed as it began
         return

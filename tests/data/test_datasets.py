@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from probe_kd.data.datasets import (
 )
 from probe_kd.errors import DataError, RecipeError
 from probe_kd.recipe.planner import plan
-from probe_kd.recipe.options import parse
+from probe_kd.recipe.options import parse, load
 
 
 def pictures(root: Path, **classes: int) -> None:
@@ -64,6 +65,20 @@ def test_a_class_that_only_another_split_has_is_refused_by_name(tmp_path: Path) 
     ) as refusal:
         open_datasets(options(tmp_path))
     assert refusal.value.key == "val_split"
+
+
+def test_a_class_that_is_a_link_to_another_is_told_where_it_is_missed(tmp_path: Path) -> None:
+    pictures(tmp_path, train_cat=2, train_dog=2, validation_cat=1, validation_lynx=1)
+    lynx = tmp_path / "train" / "lynx"
+    lynx.symlink_to(tmp_path / "train" / "cat")
+    with pytest.raises(
+        DataError, match=f"the class 'lynx', which .*; {lynx} is a link to .*cat, whose images are read al"
+    ):
+        open_datasets(options(tmp_path))
+    pictures(tmp_path, alone_cat=2)
+    (tmp_path / "alone" / "lynx").symlink_to(tmp_path / "alone" / "cat")
+    with pytest.raises(DataError, match=r"of one class only.*lynx is a link to .*, and was not followed"):
+        open_datasets(options(tmp_path, train_split="alone", val_split=None, holdout=0.5))
 
 
 def test_the_classes_of_a_run_serve_data_that_have_lost_one(tmp_path: Path) -> None:
@@ -397,3 +412,34 @@ def test_images_of_training_behind_links_are_no_others(tmp_path: Path, whole: bo
             (place / "0.png").symlink_to(tmp_path / "train" / name / "0.png")
     with pytest.raises(DataError, match="has images of train_split"):
         open_datasets(options(tmp_path))
+
+
+@pytest.mark.parametrize("how", [shutil.copy, os.link])
+@pytest.mark.parametrize("key", ["val_split", "test_split"])
+def test_a_split_that_is_a_copy_of_the_training_images_is_refused(tmp_path: Path, how: Any, key: str) -> None:
+    """Copies and hard links, also where the classes of the split lie deeper, and more images than are compared."""
+    pictures(tmp_path, train_a=60, train_b=60, validation_a=1, validation_b=1)
+    for name in "ab":
+        (tmp_path / "copy" / "deep" / name).mkdir(parents=True)
+        for image in (tmp_path / "train" / name).iterdir():
+            how(image, tmp_path / "copy" / "deep" / name / image.name)
+    with pytest.raises(
+        DataError, match=rf"{key} 'copy' is a copy of the training images: 100 of 100 .*0\.png.*`holdout: 0.1`"
+    ) as refusal:
+        open_datasets(options(tmp_path, **{key: "copy"}))
+    assert refusal.value.key == key
+
+
+def test_some_copies_of_training_images_are_counted(tmp_path: Path) -> None:
+    pictures(tmp_path, train_a=9, train_b=9, validation_a=9, validation_b=9)
+    assert not any("the same bytes" in note for note in open_datasets(options(tmp_path)).notes)
+    for name, count in (("a", 3), ("b", 1)):
+        for number in range(count):
+            shutil.copy(tmp_path / "train" / name / f"{number}.png", tmp_path / "validation" / name)
+    other = tmp_path / "validation" / "b" / "8.png"
+    other.write_bytes((tmp_path / "train" / "a" / "7.png").read_bytes())  # of another name
+    (note,) = (note for note in open_datasets(options(tmp_path)).notes if "the same bytes" in note)
+    assert note.startswith("4 of 18 sampled images of val_split 'validation' are also training images")
+    assert note.endswith(": 'a/0.png', 'a/1.png', 'a/2.png' and 1 more")
+    (tmp_path / "r.yaml").write_text(TINY.replace("dataset: sklearn/digits", f"root: {tmp_path}"))
+    assert note in plan(load(tmp_path / "r.yaml")).datasets.notes

@@ -294,3 +294,13 @@ def test_a_lock_behind_a_link_is_not_written_to(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="was written by no run"):
         claim(tmp_path / "run", print)
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [("loop", "it is a link that goes round, or to nothing"), ("/dev/null", "it is a device or a pipe")],
+)
+def test_what_stands_in_the_place_of_a_folder_is_called_what_it_is(tmp_path: Path, out: str, says: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RunError, match=f"cannot write to .*{out}: {says}; choose another --out"):
+        claim(tmp_path / out, print)

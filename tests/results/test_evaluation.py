@@ -404,6 +404,9 @@ def test_the_command_prints_writes_and_tells_what_it_does_not_know(
         (["nowhere"], "nowhere is not the folder of a run (there is none)"),
         (["ran"], "did you mean 'run'"),
         (["empty"], "it has no recipe.yaml"),
+        (["odd"], "odd is not the folder of a run (its recipe.yaml is a folder, and no file)\n"),
+        (["round"], "round is not the folder of a run (it is a link that goes round, or to nothing)"),
+        (["/dev/null"], "/dev/null is not the folder of a run (it is a device or a pipe)"),
         (
             ["unfinished"],
             "go on with it: probe-kd train unfinished/recipe.yaml --out unfinished --resume",
@@ -426,6 +429,8 @@ def test_what_cannot_be_evaluated_is_one_clear_error(
     monkeypatch.chdir(tmp_path)
     name = arguments[0] if arguments[0] in ("unfinished", "no-teacher", "other-adapters") else "run"
     (tmp_path / "empty").mkdir()
+    (tmp_path / "odd" / "recipe.yaml").mkdir(parents=True)
+    (tmp_path / "round").symlink_to("round")
     write_run(tmp_path / name, TINY, adapters=False)
     if name == "other-adapters":
         save_weights(nn.Linear(2, 2), tmp_path / name / "adapters-0.safetensors", {})
@@ -434,7 +439,7 @@ def test_what_cannot_be_evaluated_is_one_clear_error(
         (tmp_path / name / missing).unlink()
     code, _, said = command(*arguments)
     assert (code, "Traceback" in said) == (2, False), said
-    assert says in " ".join(said.split())
+    assert says in " ".join(said.split()) + "\n"
 
 
 def test_labels_that_are_no_classes_are_told(made: tuple[Path, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
