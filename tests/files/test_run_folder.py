@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from running import After, Quiet, flip, run, stop, truncate
 from safetensors.torch import load_file, save_file
-from test_resume import After, Quiet, flip, run, stop, truncate
 
 from probe_kd import cli
 from probe_kd.errors import RunError, WeightsError

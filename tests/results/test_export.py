@@ -15,9 +15,9 @@ import pytest
 import timm
 import torch
 from conftest import GRAFT, TINY
+from pages import commands
 from PIL import Image
 from rich.console import Console
-from test_readme import commands
 from timm.layers import BatchNormAct2d
 from timm.models import save_for_hf
 from torch import nn

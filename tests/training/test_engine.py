@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import GRAFT, ROCKET, TINY, TRUNK, record
+from conftest import GRAFT, ROCKET, TINY, TRUNK, Command, record
+from running import planned, run
 from safetensors.torch import load_file
-from test_cli import Command, command  # noqa: F401
-from test_resume import planned, run
 
 from probe_kd import Distiller, InputSpec, Objective
 from probe_kd.errors import RecipeError
@@ -199,7 +198,7 @@ def test_what_compiled_code_would_not_notice_is_refused(text: str) -> None:
 
 
 def test_check_says_what_does_not_run_and_how_much_a_cache_will_hold(
-    command: Command,  # noqa: F811
+    command: Command,
     tmp_path: Path,
 ) -> None:
     text = SHORT.replace("  train: {epochs: 1}", "  train: {epochs: 1}\n  cache: C").replace(
