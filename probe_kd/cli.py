@@ -279,7 +279,7 @@ def check(
     )
     from probe_kd.tables import reach_table as reach
 
-    planned = plan(load(recipe, sets=sets or ()), allow_import=_allowed(allow_import))
+    planned = plan(load(recipe, sets=sets or (), tolerant=True), allow_import=_allowed(allow_import))
     console, idle, teacher = _console(), idle_rows(planned), planned.recipe.teacher
     if not as_json:
         console.print(models_table(planned))
@@ -373,7 +373,7 @@ def train(
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite deletes it; give one of the two")
     folder = out or Path("runs") / _name_of_run(recipe)
-    source = load(recipe, seed=seed, sets=sets or ())
+    source = load(recipe, seed=seed, sets=sets or (), tolerant=True)
     console = _console()
     from probe_kd.tables import data_lines, plan_table, print_student, teacher_lines
     from probe_kd.training.progress import Progress

@@ -237,6 +237,13 @@ def recording(folder: Path, name: str) -> Iterator[Path]:
     manifest.write(folder)
 
 
+def record(folder: Path, names: Iterable[str]) -> None:
+    """Put into the manifest what these files are, which are written again no more."""
+    manifest = Manifest.read(folder) or Manifest()
+    manifest.files |= {name: digest_of(folder / name) for name in names if (folder / name).is_file()}
+    manifest.write(folder)
+
+
 def changed(path: Path) -> bool:
     """Whether a file is not what the run that owns its folder wrote. False where no run tells what it wrote."""
     manifest = Manifest.read(path.parent)

@@ -425,12 +425,18 @@ class Recipe(_Section):
 
 @dataclass(frozen=True)
 class Source:
-    """A recipe with the files and options that it came from, which know the place of every key."""
+    """A recipe with the files and options that it came from, which know the place of every key.
+
+    `form` are its mistakes of form, where it was read with `tolerant`: then `recipe` is what is left without them, and
+    `broken` has the places that are not as they were written.
+    """
 
     recipe: Recipe
     name: str
     node: Node
     texts: Mapping[str, str]
+    form: tuple[Problem, ...] = ()
+    broken: tuple[Path_, ...] = ()
 
     def problem(self, where: Path_, message: str) -> Problem:
         return locate(self.node, where)[1].problem(message)
@@ -439,18 +445,19 @@ class Source:
         return RecipeError(self.name, list(dict.fromkeys(problems)), self.texts)
 
 
-def load(path: str | Path, seed: int | None = None, sets: Sequence[str] = ()) -> Source:
+def load(path: str | Path, seed: int | None = None, sets: Sequence[str] = (), *, tolerant: bool = False) -> Source:
     """Read a recipe file, and those that it extends.
 
     `sets` change it, each as `stages.0.epochs=5`, with a value in YAML; `seed` replaces its own.
 
-    Raises RecipeError with every problem of form: YAML, keys, types, bounds.
+    Raises RecipeError with every problem of form: YAML, keys, types, bounds. With `tolerant`, they are in `form` of
+    what is returned, as long as a recipe is left without them, so that `plan` can tell what else is wrong beside them.
     """
     try:
         text = read_text(Path(path))
     except (OSError, ValueError) as refusal:
         raise RecipeError(str(path), [Problem(f"cannot read the recipe: {reason(refusal)}{_beside(path)}")]) from None
-    source = parse(text, str(path), sets)
+    source = parse(text, str(path), sets, tolerant=tolerant)
     return source if seed is None else replace(source, recipe=source.recipe.model_copy(update={"seed": seed}))
 
 
@@ -463,13 +470,14 @@ def _beside(path: str | Path) -> str:
         return ""
 
 
-def parse(text: str, name: str = "recipe", sets: Sequence[str] = ()) -> Source:
+def parse(text: str, name: str = "recipe", sets: Sequence[str] = (), *, tolerant: bool = False) -> Source:
     """`load` from text; what it extends lies beside the file `name`. Nothing that it names is imported or built."""
     reading = _Reading(name)
     node = reading.file(text.removeprefix("\ufeff"), name, ())
     for option in sets:
         node = reading.option(node, option)
-    return Source(reading.recipe(node), name, node, reading.texts)
+    recipe, form, broken = reading.recipe(node, tolerant=tolerant)
+    return Source(recipe, name, node, reading.texts, tuple(form), tuple(broken))
 
 
 class _Reading:
@@ -548,19 +556,73 @@ class _Reading:
             self.problems.append(value.problem(refusal.args[0]))
             return node
 
-    def recipe(self, node: Node) -> Recipe:
-        """Strictly: text is no number, and neither is true. As JSON, since only there a list is a tuple as well."""
-        try:
-            recipe = Recipe.model_validate_json(json.dumps(node.plain), strict=True)
-        except ValidationError as refusal:
-            flawed = {(problem.source, problem.line, problem.column) for problem in self.problems}
-            errors = [error for error in refusal.errors() if error["type"] != "json_invalid"]  # half characters: flaws
-            found = [_form_problem(node, error) for error in errors if not _is_echo(error, errors)]
-            told = [it for it in found if (it.source, it.line, it.column) not in flawed]
-            self.stop(*told or [Problem("this is no recipe")] * (not self.problems))
-        if self.problems:
-            self.stop()
-        return recipe
+    def recipe(self, node: Node, *, tolerant: bool) -> tuple[Recipe, list[Problem], list[Path_]]:
+        """Strictly: text is no number, and neither is true. With the mistakes of form, where they are tolerated."""
+        values = node.plain
+        recipe, errors = _validated(values)
+        found = [_form_problem(node, error) for error in errors if not _is_echo(error, errors)]
+        flawed = {(problem.source, problem.line, problem.column) for problem in self.problems}
+        form = [it for it in found if (it.source, it.line, it.column) not in flawed]
+        if not (errors or self.problems):
+            assert recipe is not None
+            return recipe, [], []
+        broken: list[Path_] = []
+        if tolerant and not self.problems:
+            recipe, broken = _without(node, values, errors)
+        if recipe is None or self.problems:
+            self.stop(*form or [Problem("this is no recipe")] * (not self.problems))
+        return recipe, form, broken
+
+
+def _validated(values: Any) -> tuple[Recipe | None, list[Any]]:
+    """The recipe, or pydantic's errors. As JSON, since only there a list is a tuple as well."""
+    try:
+        return Recipe.model_validate_json(json.dumps(values), strict=True), []
+    except ValidationError as refusal:
+        # Half characters are no JSON, and flaws already.
+        errors = [error for error in refusal.errors() if error["type"] != "json_invalid"]
+        return None, errors or [{"type": "none", "loc": (), "msg": "this is no recipe", "input": None}]
+
+
+def _without(node: Node, values: Any, errors: Sequence[Any]) -> tuple[Recipe | None, list[Path_]]:
+    """The recipe without what is wrong in it, None where none is left, and the places that were changed."""
+    broken: list[Path_] = []
+    for _ in range(3):  # what is left after a mistake may be another
+        for error in reversed(errors):
+            steps, _ = locate(node, error["loc"])
+            if not _mend(values, steps, error):  # of what is missing, the section is left out
+                return None, broken
+            legal = _fields_at(error["loc"][:-1]) if error["type"] == "extra_forbidden" else {}
+            meant = [(*steps[:-1], key) for key in legal if f"'{key}'" in nearest(str(steps[-1]), legal)]
+            broken += [steps, *meant]
+        recipe, errors = _validated(values)
+        if recipe is not None:
+            return recipe, broken
+    return None, broken
+
+
+# A number out of bounds becomes the bound, or the next whole number inside.
+_BOUNDS = {
+    "greater_than_equal": ("ge", 0),
+    "greater_than": ("gt", 1),
+    "less_than_equal": ("le", 0),
+    "less_than": ("lt", -1),
+}
+
+
+def _mend(values: Any, steps: Path_, error: Any) -> bool:
+    """Put something legal in the place of a mistake, or nothing. False where that would change what else is meant."""
+    *way, last = steps or ("",)
+    for step in way:
+        values = values[step]
+    if not steps or isinstance(values, list) or last not in values:  # without an item, the others have other places
+        return False
+    key, beside = _BOUNDS.get(error["type"], ("", 0))
+    if key:
+        values[last] = error["ctx"][key] + beside
+    else:
+        del values[last]
+    return True
 
 
 MAX_FILES = 8  # that extend each other

@@ -6,7 +6,7 @@ one needs what another found, and raises one RecipeError with all that is wrong,
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from probe_kd.data.datasets import DataRecord, Datasets
 from probe_kd.engine.spec import InputSpec, Pair, Trace
@@ -15,11 +15,12 @@ from probe_kd.methods.sharing import Sharing
 from probe_kd.recipe.options import PairOptions, Recipe, Source
 from probe_kd.recipe.sections.execution import check_execution
 from probe_kd.recipe.sections.images import check_transforms, open_data
-from probe_kd.recipe.sections.losses import Planned, check_baseline, find_adapters, make_objectives
+from probe_kd.recipe.sections.losses import Planned, check_baseline, check_sides, find_adapters, make_objectives
 from probe_kd.recipe.sections.mistakes import Mistake
 from probe_kd.recipe.sections.models import (
     Models,
     check_inputs,
+    check_name,
     check_student,
     check_teacher,
     check_weights,
@@ -30,6 +31,7 @@ from probe_kd.recipe.sections.models import (
 from probe_kd.recipe.sections.pairs import Expansion, Paired, check_use, expansions, find_pairs
 from probe_kd.recipe.sections.sharing import check_trunk_inputs, input_of_trained, try_sharing
 from probe_kd.recipe.sections.stages import check_stages, check_warmup
+from probe_kd.recipe.yaml_tree import Path_
 
 
 @dataclass(frozen=True)
@@ -101,52 +103,118 @@ def _written(pair: Pair) -> str | PairOptions:
     return str(pair.teacher) if plain else PairOptions.model_validate(long)
 
 
+class _Found(NamedTuple):
+    """What the sections of a recipe stand for, as far as each could be found."""
+
+    datasets: Datasets | None
+    models: Models
+    new_classifiers: list[str]
+    class_map: tuple[int, ...] | None
+    grown: Trace | None
+    sharing: Sharing | None
+    paired: Paired
+    objectives: list[list[Objective]]
+    comparisons: list[Planned]
+
+
 def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord | None = None) -> Plan:
     """Check a recipe against its models and data.
 
     Functions of your own that it names as models are imported and called only where `allow_import` names their package
     or module. The classes have the numbers that the `record` of a former run says, where one is given. Raises
-    RecipeError with all problems that do not hide each other.
+    RecipeError with all problems that do not hide each other, those of form that `source` has too.
     """
-    recipe, data = source.recipe, source.recipe.data
-    datasets, mistakes = open_data(data, record)
+    recipe = source.recipe
+    if source.form:
+        _raise(source, _beside_form(source, allow_import, record))
+    found, mistakes = _find(recipe, allow_import, record)
+    _raise(source, mistakes)
+    _raise(source, check_trunk_inputs(recipe, found.models))
+    student, teacher = found.models.student, found.models.teacher
+    assert found.datasets is not None
+    assert student is not None
+    return Plan(
+        recipe=recipe,
+        datasets=found.datasets,
+        student=student,
+        teacher=teacher,
+        student_input=input_of_trained(recipe, student, teacher),
+        teacher_input=input_of_teacher(recipe, teacher) if teacher else None,
+        pairs=found.paired.pairs or (),
+        objectives=tuple(tuple(stage) for stage in found.objectives),
+        comparisons=tuple(found.comparisons),
+        class_map=found.class_map,
+        sharing=found.sharing,
+        grown=found.grown,
+        expansions=tuple(expansions(recipe, found.paired)),
+        new_classifiers=tuple(found.new_classifiers),
+    )
+
+
+def _raise(source: Source, mistakes: Sequence[Mistake]) -> None:
+    problems = [*source.form, *(source.problem(where, message) for where, message in mistakes)]
+    if problems:
+        raise source.error(problems)
+
+
+def _find(recipe: Recipe, allow_import: Sequence[str], record: DataRecord | None) -> tuple[_Found, list[Mistake]]:
+    datasets, mistakes = open_data(recipe.data, record)
     models, more = trace_models(recipe, datasets.num_classes if datasets else None, allow_import)
     mistakes += more + check_student(recipe, models) + check_teacher(recipe, models)
-    told, more = _check_weights(recipe, models, record)
+    new_classifiers, more = _check_weights(recipe, models, record)
     mistakes += more + check_baseline(recipe) + check_execution(recipe, models) + check_stages(recipe, models.student)
-    mistakes += check_warmup(recipe, datasets) + check_transforms(data) + check_inputs(recipe, models)
+    mistakes += check_warmup(recipe, datasets) + check_transforms(recipe.data) + check_inputs(recipe, models)
     class_map, more = read_class_map(recipe, models)
     mistakes += more
     (grown, sharing), more = try_sharing(recipe, models)
     mistakes += more
     paired, objectives, comparisons, more = _plan_losses(recipe, models, grown, class_map)
-    mistakes += more
-    _raise(source, mistakes)
-    mistakes += check_trunk_inputs(recipe, models)
-    _raise(source, mistakes)
-    assert datasets is not None
-    assert models.student is not None
-    return Plan(
-        recipe=recipe,
-        datasets=datasets,
-        student=models.student,
-        teacher=models.teacher,
-        student_input=input_of_trained(recipe, models.student, models.teacher),
-        teacher_input=input_of_teacher(recipe, models.teacher) if models.teacher else None,
-        pairs=paired.pairs or (),
-        objectives=tuple(tuple(stage) for stage in objectives),
-        comparisons=tuple(comparisons),
-        class_map=class_map,
-        sharing=sharing,
-        grown=grown,
-        expansions=tuple(expansions(recipe, paired)),
-        new_classifiers=tuple(told),
-    )
+    found = _Found(datasets, models, new_classifiers, class_map, grown, sharing, paired, objectives, comparisons)
+    return found, mistakes + more
 
 
-def _raise(source: Source, mistakes: Sequence[Mistake]) -> None:
-    if mistakes:
-        raise source.error([source.problem(where, message) for where, message in mistakes])
+def _beside_form(source: Source, allow_import: Sequence[str], record: DataRecord | None) -> list[Mistake]:
+    """What else is wrong, beside the form: nothing of the broken places, and nothing that may follow from them."""
+    recipe, broken = source.recipe, source.broken
+    if any(map(_hides_others, broken)):
+        mistakes = _check_names(recipe, allow_import)
+        if not any(place[:1] == ("data",) for place in broken):
+            mistakes += open_data(recipe.data, record)[1]
+    else:
+        _, mistakes = _find(recipe, allow_import, record)
+    # Whether a schedule fits its epochs, say, is seen again when all numbers are there.
+    of_numbers = {"scheduler", "epochs", "batch_size"}
+    return [
+        (where, message)
+        for where, message in mistakes
+        if not any(where[: len(place)] == place for place in broken) and not of_numbers & {*where}
+    ]
+
+
+def _hides_others(place: Path_) -> bool:
+    """Whether models, data, pairs or losses are others without the value at this place."""
+    section, key, *rest = (*place, "", "")
+    if section == "stages":
+        return "losses" in rest and (len(place) < 5 or place[4] in ("loss", "of", "between"))
+    if section == "data":
+        return key in _DATA_ITSELF
+    return section in ("student", "pairs", "share") or (section == "teacher" and key != "train")
+
+
+_DATA_ITSELF = {
+    *("dataset", "root", "train_split", "val_split", "test_split", "num_classes", "input_size", "holdout", "fraction"),
+}
+
+
+def _check_names(recipe: Recipe, allow_import: Sequence[str]) -> list[Mistake]:
+    """What needs neither models nor data: whether what is named is there."""
+    mistakes = check_name("student", recipe.student, allow_import)
+    if recipe.teacher is not None:
+        mistakes += check_name("teacher", recipe.teacher, allow_import)
+    for index in range(len(recipe.stages)):
+        mistakes += make_objectives(recipe, index, None, "")[1]
+    unknown = Models(None, None, None)
+    return mistakes + check_execution(recipe, unknown) + check_stages(recipe, None)
 
 
 def _check_weights(recipe: Recipe, models: Models, record: DataRecord | None) -> tuple[list[str], list[Mistake]]:
@@ -166,7 +234,7 @@ def _plan_losses(
     for index in range(len(recipe.stages)):
         made, more = make_objectives(recipe, index, paired.compared, "body." if grown else "")
         objectives.append(made)
-        mistakes += more
+        mistakes += more + check_sides(recipe, index, made)
     mistakes += check_use(recipe, paired, objectives)
     # Outputs are compared only where the number of classes is known.
     of_layers = [[it for it in stage if it.resolved.reads != "outputs"] for stage in objectives]

@@ -1,4 +1,4 @@
-"""The loop of one phase: batches, updates, averages. What is measured, saved and shown between them is `train.py`'s.
+"""The loop of one phase: batches, updates, averages. What is measured, saved and shown between them is `run.py`'s.
 
 It is the loop that timm's training script has: the same order of operations, and the same parts of timm.
 """
@@ -26,7 +26,7 @@ from probe_kd.training.devices import memory_format
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of one subject. `age` counts the epochs of the recipe before it, which decides what images it sees."""
+    """One stage of one model. `age` counts the epochs of the recipe before it, which decides what images it sees."""
 
     name: str
     epochs: int

@@ -14,6 +14,8 @@ from probe_kd.recipe.options import RESERVED
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.state import MEASURES, Result, Row
 
+TABLES = ("metrics.csv", "summary.csv", "curves.png", "summary.json")
+
 
 def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, folder: Path) -> None:
     """The tables, the curves, and the summary for other programs, which marks the run as finished."""
@@ -35,7 +37,7 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, fol
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:
-    """One line per epoch of every subject, a column for whatever any of them measured."""
+    """One line per epoch of every model, a column for whatever any of them measured."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     aside = path.with_suffix(".partial")
     with aside.open("w", newline="", encoding="utf-8") as file:
@@ -70,16 +72,16 @@ def _in_percent(row: Row) -> Row:
 
 
 def draw_curves(rows: Sequence[Row], path: Path, split: str = "Test") -> None:
-    """Accuracy of every subject by epoch, on the images of `split`, and the loss terms of the student."""
+    """Accuracy of every model by epoch, on the images of `split`, and the loss terms of the student."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for subject in dict.fromkeys(row["subject"] for row in rows):
-        epochs = enumerate((row for row in rows if row["subject"] == subject), 1)
+    for role in dict.fromkeys(row["subject"] for row in rows):
+        epochs = enumerate((row for row in rows if row["subject"] == role), 1)
         points = [(epoch, 100 * row["accuracy"]) for epoch, row in epochs if "accuracy" in row]
         if points:
-            left.plot(*zip(*points, strict=True), label=subject)
+            left.plot(*zip(*points, strict=True), label=role)
     left.set(title=f"{split} accuracy", xlabel="epoch", ylabel="%")
     own = [row for row in rows if row["subject"] == "student"]
     for term in dict.fromkeys(key for row in own for key in row if key not in {*MEASURES, "loss"}):

@@ -24,7 +24,7 @@ from torch import nn
 from probe_kd.data.cache import TeacherCache
 from probe_kd.engine.models import load_weights
 from probe_kd.errors import DataError, ProbeKDError, RunError, Stopped, WeightsError, for_all
-from probe_kd.files.run_folder import Claim, claim
+from probe_kd.files.run_folder import Claim, claim, record
 from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.options import dump
 from probe_kd.recipe.planner import Plan
@@ -36,7 +36,7 @@ from probe_kd.training.loop import Loop, Phase
 from probe_kd.training.models import STUDENT_ALONE, TEACHER_ALONE, Models, TrainedModel
 from probe_kd.training.processes import accelerating, listening, with_peers
 from probe_kd.training.progress import Progress
-from probe_kd.training.records import write_report
+from probe_kd.training.records import TABLES, write_report
 from probe_kd.training.saving import Saver
 from probe_kd.training.scoring import Scorer
 from probe_kd.training.state import Result, Row, TrainState
@@ -96,6 +96,7 @@ def train(
         if accelerator.is_main_process:
             with saver.writing():
                 write_report(list(state.results.values()), state.rows, plan, folder)
+                record(folder, TABLES)  # while the run went on, every checkpoint wrote some of them anew
                 checkpoints.remove(folder)
         accelerator.end_training()
     return state

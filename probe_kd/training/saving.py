@@ -1,4 +1,7 @@
-"""How a run is saved and goes on: checkpoints, the best epoch, and the weights that it leaves."""
+"""How a run is saved and goes on: checkpoints, the best epoch, and the weights that it leaves.
+
+`checkpoints.py` makes a folder of files whole or absent; here is what stands in it.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

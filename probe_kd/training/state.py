@@ -16,7 +16,7 @@ MEASURES = RESERVED[:-1]
 
 @dataclass
 class Result:
-    """What came of one subject of a run.
+    """What came of one model of a run.
 
     `accuracy` and `agreement` (with the teacher's answers) are shares of the test images, in 0..1; `seconds` were spent
     in training; `weights` is the file in the run's folder, empty where nothing was trained. Those with `ema` are of the
@@ -49,11 +49,11 @@ class TrainState:
     epoch: int = 0  # epochs of this phase that are done
     step: int = 0  # batches of the epoch after them that are done
     sums: dict[str, float] = field(default_factory=dict)  # of the losses of these batches
-    seconds: float = 0.0  # spent on this subject
+    seconds: float = 0.0  # spent on this model
     best: float | None = None  # the least held-out loss of this phase, where it keeps the best epoch
 
     def begin(self, role: str) -> None:
-        """A subject begins, unless it is the one that a resumed run stopped at."""
+        """A model begins, unless it is the one that a resumed run stopped at."""
         if self.role != role:
             self.role, self.phase, self.epoch, self.step, self.sums = role, 0, 0, 0, {}
             self.seconds, self.best = 0.0, None

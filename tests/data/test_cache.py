@@ -150,8 +150,8 @@ def test_the_key_changes_with_all_that_it_depends_on(tmp_path: Path) -> None:
 
 def test_a_folder_of_images_is_known_by_its_files(tmp_path: Path) -> None:
     digits = open_datasets(DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))).train
-    for split in ("train", "validation"):
-        for index in range(200):
+    for split, first in (("train", 0), ("validation", 200)):
+        for index in range(first, first + 200):
             path = tmp_path / split / str(digits[index][1])
             path.mkdir(parents=True, exist_ok=True)
             digits[index][0].save(path / f"{index}.png")

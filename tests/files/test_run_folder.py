@@ -135,6 +135,15 @@ OWN = {
         lambda folder: (folder / "report.html").symlink_to(folder / "metrics.csv"),
         r"holds more than .*report.html",
     ),
+    "a table that was edited": (
+        lambda folder: edit(folder / "metrics.csv"),
+        r"metrics.csv is damaged, or was replaced",
+    ),
+    "curves of another": (
+        lambda folder: (folder / "curves.png").write_bytes(b"mine"),
+        r"curves.png is damaged, or was replaced",
+    ),
+    "a summary that was edited": (lambda folder: edit(folder / "summary.json"), r"summary.json is damaged"),
     "a manifest of something else": (lambda folder: (folder / "manifest.json").write_text("{}"), "cannot be known"),
 }
 
@@ -272,7 +281,8 @@ def test_what_lies_in_the_way_is_told_before_the_models_are_traced(
 def test_the_manifest_names_what_the_run_wrote(finished: Path) -> None:
     manifest = Manifest.read(finished)
     assert manifest is not None
-    assert manifest.files.keys() == {"recipe.yaml", "data.json", "student.safetensors"}
+    tables = {"metrics.csv", "summary.csv", "curves.png", "summary.json"}
+    assert manifest.files.keys() == {"recipe.yaml", "data.json", "student.safetensors", *tables}
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in manifest.files.values())
     assert json.loads((finished / "manifest.json").read_text())["written_by"] == "probe-kd"
 

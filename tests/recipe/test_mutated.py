@@ -104,7 +104,8 @@ def told_or_planned(tree: Any) -> bool:
     begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused: RecipeError | None = None
     try:
-        plan(parse(json.dumps(tree), "r.yaml"))  # JSON is YAML, but for NaN and Infinity, which are text there
+        # JSON is YAML, but for NaN and Infinity, which are text there.
+        plan(parse(json.dumps(tree), "r.yaml", tolerant=True))
     except RecipeError as refusal:
         refused = refusal
     if refused is not None:

@@ -265,6 +265,58 @@ def test_all_mistakes_of_form_are_told_together_each_once() -> None:
     ]
 
 
+def told(text: str) -> list[str]:
+    """The problems of a recipe that is read and planned, without their places in the file."""
+    with pytest.raises(RecipeError) as caught:
+        plan(parse(text, "my.yaml", tolerant=True))
+    return [problem.message.partition(";")[0] for problem in caught.value.problems]
+
+
+FORM_AND_MEANING = {
+    "numbers hide nothing": (
+        [("batch_size: 256", "batch_size: -3"), ("resnet10t", "resnet10x"), ("loss: hint", "loss: hintt")],
+        [
+            "timm has no model 'resnet10x'",
+            "`data.batch_size`: expected a number greater than or equal to 1, got -3",
+            "there is no loss 'hintt'",
+        ],
+    ),
+    "layers are looked for beside a wrong number": (
+        [("epochs: 2", "epochs: 0"), ("blocks.1: layer3", "blocks.1: layer7")],
+        [
+            "resnet10t has no module 'layer7'",
+            "`stages.1.epochs`: expected a number greater than or equal to 1, got 0",
+        ],
+    ),
+    "a teacher that is misspelt is not also missing": (
+        [("teacher:", "techer:"), ("loss: soft_targets", "loss: soft_target")],
+        ["unknown key `techer`", "there is no loss 'soft_target'"],
+    ),
+    "data that cannot be read are not also without classes": (
+        [("dataset: sklearn/digits", "dataset: 3"), ("resnet10t", "resnet10x")],
+        ["timm has no model 'resnet10x'", "`data.dataset`: expected text, got 3"],
+    ),
+    "a schedule is not measured by an epoch count that is wrong": (
+        [("epochs: 2", "epochs: -1\n    scheduler: {warmup_epochs: 1}"), ("baseline: true", "trackers: [tensorbord]")],
+        [
+            "accelerate has no tracker 'tensorbord'",
+            "`stages.1.epochs`: expected a number greater than or equal to 1, got -1",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), FORM_AND_MEANING.values(), ids=FORM_AND_MEANING)
+def test_mistakes_of_form_and_of_meaning_are_told_together_without_what_follows_from_them(
+    changes: list[tuple[str, str]], expected: list[str]
+) -> None:
+    text = TINY
+    for before, after in changes:
+        assert before in text
+        text = text.replace(before, after)
+    assert told(text) == expected
+
+
 CHILD = """\
 extends: base.yaml
 data: {batch_size: 128, hflip: 0.25}

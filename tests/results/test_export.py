@@ -205,7 +205,7 @@ def test_class_names_and_no_paths_of_this_machine(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         for index in range(10):
             (tmp_path / "pets" / split / f"{'zyxwvutsrq'[index]}-cat").mkdir(parents=True)
-            picture = np.random.default_rng(index).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            picture = np.random.default_rng(index + len(split)).integers(0, 256, (20, 30, 3), dtype=np.uint8)
             Image.fromarray(picture).save(tmp_path / "pets" / split / f"{'zyxwvutsrq'[index]}-cat" / "0.png")
     write_run(tmp_path / "run", "resnet10t", SMALL, (3, 32, 32))
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()

@@ -42,8 +42,6 @@ def make_objectives(
     if not stage.losses:
         message = f"stage `{stage.name}` has no losses; give at least `losses: {{task: {{loss: cross_entropy}}}}`"
         mistakes.append((("stages", index), message))
-    if recipe.share and objectives:
-        mistakes += _check_both_train(index, stage, objectives)
     return objectives, mistakes
 
 
@@ -59,14 +57,24 @@ def _make_objective(
     with noting(mistakes, *where, *_place_of_mistake(options)):
         objective = _objective(name, options, pairs, body)
         objective.check_batch(recipe.data.batch_size)
-    if objective is None:
-        return [], mistakes
-    if objective.needs_teacher and recipe.teacher is None:
-        mistakes.append((where, f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"))
-    elif objective.of == "teacher" and recipe.share is None:
-        message = f"loss `{name}` is `of: teacher`, which learns only where both train together; give `share`"
-        mistakes.append((where, message))
-    return [objective], mistakes
+    return [objective] if objective else [], mistakes
+
+
+def check_sides(recipe: Recipe, index: int, objectives: Sequence[Objective]) -> list[Mistake]:
+    """Whether there is a teacher for the losses of a stage that read one or train it."""
+    where: Path_ = ("stages", index, "losses")
+    mistakes: list[Mistake] = []
+    for objective in objectives:
+        name = objective.name
+        if objective.needs_teacher and recipe.teacher is None:
+            message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"
+            mistakes.append(((*where, name), message))
+        elif objective.of == "teacher" and recipe.share is None:
+            message = f"loss `{name}` is `of: teacher`, which learns only where both train together; give `share`"
+            mistakes.append(((*where, name), message))
+    if recipe.share and objectives:
+        mistakes += _check_both_train(index, recipe.stages[index], objectives)
+    return mistakes
 
 
 def _check_both_train(index: int, stage: StageOptions, objectives: Sequence[Objective]) -> list[Mistake]:

@@ -66,19 +66,24 @@ def _trace(
         kwargs.setdefault("num_classes", classes)  # a pretrained teacher keeps its head, if it is not trained on
     if size[0] != 3:
         kwargs.setdefault("in_chans", size[0])
-    mistakes: list[Mistake] = []
+    mistakes = check_name(side, model, allow_import) or _wrong_kwargs(side, model)
+    if mistakes:
+        return None, mistakes
     with noting(mistakes, side, "model"):
-        check_import(model.model, allow_import)
-        check_kwargs(model.model, {})
-        mistakes += _wrong_kwargs(side, model)
-        if mistakes:
-            return None, mistakes
         found = trace(model.model, size, training=training, model_kwargs=kwargs)
         if model.grad_checkpointing:
             found = _trace_checkpointing(found)
         _check_output(found, side)
         return found, []
     return None, mistakes
+
+
+def check_name(side: Side, model: ModelOptions, allow_import: Sequence[str]) -> list[Mistake]:
+    mistakes: list[Mistake] = []
+    with noting(mistakes, side, "model"):
+        check_import(model.model, allow_import)
+        check_kwargs(model.model, {})
+    return mistakes
 
 
 def _wrong_kwargs(side: Side, model: ModelOptions) -> list[Mistake]:
