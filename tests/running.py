@@ -23,6 +23,17 @@ from probe_kd.training import checkpoints
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
+HINT_ONLY = """\
+student: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32]}}
+teacher: {model: resnet18, model_kwargs: {channels: [8, 16, 24, 48]}, train: {epochs: 1}}
+data: {dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 256, hflip: 0.0, holdout: 0.2}
+pairs: {layer2: layer2}
+stages:
+  - name: hint
+    epochs: 2
+    losses: {hint: {loss: hint, activation: tap}}
+    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.5}
+"""
 STEADY = {"images_per_second"}  # of the columns, what time decides
 
 

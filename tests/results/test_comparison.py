@@ -26,7 +26,7 @@ from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
-from probe_kd.results.comparison import IMAGES, LAYERS, Board, compare
+from probe_kd.results.comparison import IMAGES, LAYERS, Board, compare, doubts
 from probe_kd.results.html import page, tables, write_page
 from probe_kd.training.folder import open_run
 from probe_kd.training.progress import Progress
@@ -548,3 +548,12 @@ def test_a_browser_shows_it_in_the_colours_of_the_reader(
     assert other.sum() > 1500
     blue = np.array([116, 186, 245] if dark else [11, 95, 165])
     assert (seen == blue).all(2).sum() > 1000
+
+
+def test_a_teacher_that_is_worse_than_the_student_alone_is_remarked() -> None:
+    def said(teacher: float, alone: float) -> list[str]:
+        return doubts({"teacher": teacher, "student alone": alone})
+
+    assert said(0.9, 0.8) == said(0.8, 0.8) == doubts({"teacher": 0.1}) == []
+    (line,) = said(0.801, 0.92)
+    assert "teacher (80.10%) is worse than the student alone (92.00%)" in line
