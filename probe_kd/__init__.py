@@ -16,8 +16,8 @@ _HOME = {
     "FeatureSpec": "engine.spec",
     "InputSpec": "engine.spec",
     "Layout": "engine.spec",
-    "LOSSES": "methods.losses",
-    "Loss": "methods.losses",
+    "LOSSES": "methods.losses.table",
+    "Loss": "methods.losses.table",
     "Objective": "methods.objectives",
     "Pair": "engine.spec",
     "Probe": "engine.probe",
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
     from probe_kd.errors import ProbeKDError
     from probe_kd.methods.adapters import Adapter, adapt
     from probe_kd.methods.distiller import Distiller
-    from probe_kd.methods.losses import LOSSES, Loss
+    from probe_kd.methods.losses.table import LOSSES, Loss
     from probe_kd.methods.objectives import Objective
     from probe_kd.methods.sharing import Sharing, graft, load_student, share_convolutions, share_trunk
     from probe_kd.methods.timm_task import DistillationTask

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout
 from probe_kd.errors import AdapterError
-from probe_kd.methods.losses import flow_matrix, positions, to_one_grid
+from probe_kd.methods.losses.maps import positions, to_one_grid
+from probe_kd.methods.losses.matrices import flow_matrix
 
 Policy = Literal["auto", "always", "never", "fixed"]
 Tokens = Literal["drop", "cls", "pool"]

@@ -13,7 +13,8 @@ from probe_kd.engine.surgery import detached, get, replaying
 from probe_kd.engine.tracing import refuse_lazy, trace
 from probe_kd.errors import LossError, TraceError, demand
 from probe_kd.methods.adapters import Adapter, Answer, ImageView
-from probe_kd.methods.losses import check_finite, check_labels
+from probe_kd.methods.losses.common import check_finite
+from probe_kd.methods.losses.labels import check_labels
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.sharing import Sharing
 

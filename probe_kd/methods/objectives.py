@@ -23,7 +23,7 @@ from probe_kd.methods.adapters import (
     adapt_matrices,
     adapt_outputs,
 )
-from probe_kd.methods.losses import LOSSES, Loss
+from probe_kd.methods.losses.table import LOSSES, Loss
 
 _OUTPUT = Pair(Tap(""), Tap(""))
 # What may be said of how features are brought together, by what a loss reads; the rest has no meaning there.

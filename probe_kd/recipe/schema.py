@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from probe_kd.methods.losses import LOSSES, Loss
+from probe_kd.methods.losses.table import LOSSES, Loss
 from probe_kd.recipe.options import LossOptions, Recipe, Scheduled
 
 Schema = dict[str, Any]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from probe_kd import LOSSES, Distiller, InputSpec, Objective, Pair, Schedule, match, trace
 from probe_kd.errors import AdapterError, LossError, ProbeKDError, TapError, TraceError
-from probe_kd.methods.losses import flow_matrix, fsp
+from probe_kd.methods.losses.matrices import flow_matrix, fsp
 
 SMALL_VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 10}
 HINT = Objective("hint", pairs=[Pair("blocks.1", "layer2"), Pair("blocks.3", "layer4", weight=0.5)], weight=2.0)

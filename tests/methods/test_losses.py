@@ -14,7 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from probe_kd import LOSSES, Loss
 from probe_kd.errors import LossError
-from probe_kd.methods.losses import attention, cross_entropy, dist, flow_matrix, fsp, gram, hint, logits, soft_targets
+from probe_kd.methods.losses.features import hint
+from probe_kd.methods.losses.labels import cross_entropy
+from probe_kd.methods.losses.maps import attention
+from probe_kd.methods.losses.matrices import flow_matrix, fsp, gram
+from probe_kd.methods.losses.outputs import dist, logits, soft_targets
 
 Array = NDArray[np.float64]
 

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from probe_kd.methods.losses import attention, cross_entropy, dist, flow_matrix, fsp, soft_targets
+from probe_kd.methods.losses.labels import cross_entropy
+from probe_kd.methods.losses.maps import attention
+from probe_kd.methods.losses.matrices import flow_matrix, fsp
+from probe_kd.methods.losses.outputs import dist, soft_targets
 
 mid_level = pytest.importorskip("torchdistill.losses.mid_level")
 LOGITS = {"student_module_path": "x", "student_module_io": "output", "teacher_module_path": "x"} | {

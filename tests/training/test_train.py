@@ -24,7 +24,7 @@ from timm.data import Mixup
 from probe_kd import Distiller, InputSpec, Objective, Schedule
 from probe_kd.data.loading import DataOptions, loader, mixer
 from probe_kd.errors import RecipeError, RunError
-from probe_kd.methods.losses import soft_targets
+from probe_kd.methods.losses.outputs import soft_targets
 from probe_kd.recipe.options import dump, load, parse
 from probe_kd.recipe.planner import plan
 from probe_kd.results.comparison import compare

@@ -7,6 +7,7 @@ from conftest import TINY
 from rich.console import Console
 from running import HINT_ONLY, Quiet
 
+from probe_kd import Distiller
 from probe_kd.errors import LossError, RunError
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
@@ -36,12 +37,13 @@ def test_what_check_refuses_after_a_batch_training_refuses_before_anything_is_tr
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
-def test_a_step_that_fails_is_told_by_both(tmp_path: Path) -> None:
-    cnn = (
-        "student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}\nstages: [{epochs: 1, losses: {t: {loss: "
-    )
-    text = f"{cnn}cross_entropy}}}}}}]\ndata: {{dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 1}}\n"
-    planned = plan(parse(text))
-    for run in (audit, lambda planned: train(planned, tmp_path / "run", Progress(Console(quiet=True), quiet=True))):
-        with pytest.raises(RunError, match="a step on the first batch of images fails: Expected more than 1 value"):
+def test_a_step_that_fails_is_told_by_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("no kernel for this")
+
+    planned = plan(parse(HINT_ONLY))
+    monkeypatch.setattr(Distiller, "audit", fails)
+    for run in (audit, lambda planned: train(planned, tmp_path / "run", Quiet())):
+        with pytest.raises(RunError, match="a step on the first batch of images fails: no kernel for this"):
             run(planned)
+    assert not (tmp_path / "run").exists()

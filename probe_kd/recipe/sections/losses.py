@@ -8,7 +8,7 @@ import torch
 
 from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, value_at
 from probe_kd.errors import LossError
-from probe_kd.methods.losses import LOSSES
+from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.recipe.options import RESERVED, LossOptions, Recipe, StageOptions, schedule
 from probe_kd.recipe.sections.mistakes import Mistake, noting

@@ -24,7 +24,7 @@ from probe_kd.engine.tracing import trace
 from probe_kd.errors import TraceError, WeightsError, nearest
 from probe_kd.files.atomic import read_text, reason
 from probe_kd.methods.adapters import check_class_map, check_logits
-from probe_kd.methods.losses import LOSSES
+from probe_kd.methods.losses.table import LOSSES
 from probe_kd.recipe.options import ModelOptions, Recipe, TeacherOptions, classifier_of
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 

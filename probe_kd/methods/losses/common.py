@@ -1,0 +1,180 @@
+"""What all losses have in common: float32, the gradient block, reductions, and checks of types and shapes."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from typing import Any, Literal, ParamSpec
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from probe_kd.errors import LossError
+
+Reduction = Literal["sum", "mean"]
+P = ParamSpec("P")
+
+
+def in_float32(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
+    """Promote every tensor argument to float32 at least, and leave autocast. Without `promote`, only leave it.
+
+    The tensors are positional only: one given by keyword would pass by here, and keep its type and its gradient.
+    """
+
+    @wraps(function)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        device: str = args[0].device.type  # type: ignore[attr-defined]
+        # Where there is none to leave, the context is left out: entering one takes longer than a small kernel.
+        outside = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with outside:
+            return function(*(map(_promote, args) if promote else args), **kwargs)
+
+    return computed
+
+
+def _promote(value: Any) -> Any:
+    if value.dtype == torch.float32 or not value.is_floating_point():
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def check_reduction(reduction: Reduction) -> None:
+    if reduction not in ("sum", "mean"):
+        raise LossError(
+            f"reduction {reduction!r}: expected 'sum' or 'mean' (over one image's event; the batch is averaged)"
+        )
+
+
+def squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
+    """The squared differences of one image's event, summed or averaged; then the mean over the batch.
+
+    torch's own kernel, since a difference, a square and two means written out hold five tensors of a feature's size at
+    once on the way back, where it holds one, and take twice its time.
+    """
+    check_reduction(reduction)
+    if {student.dtype.itemsize, teacher.dtype.itemsize} in ({2}, {2, 4}):
+        total: Tensor = _SquaresOfHalf.apply(student, teacher)
+        return total / (student.numel() if reduction == "mean" else len(student))
+    if reduction == "mean":  # events of one batch are of one size, so the mean of their means is that of all
+        return F.mse_loss(student, teacher).clone()  # the number that torch gives still holds the squares' memory
+    return F.mse_loss(student, teacher, reduction="sum") / len(student)
+
+
+class _SquaresOfHalf(torch.autograd.Function):
+    """The sum of squared differences, taken in float32, of two tensors of which one at least is in half precision.
+
+    For the way back it keeps the two as they are, which is half of what promoting them first would keep.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        return student.to(torch.float32, copy=True).sub_(teacher).square_().sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        student, teacher = ctx.saved_tensors
+        difference = student.to(torch.float32, copy=True).sub_(teacher).mul_(2 * gradient)
+        teachers = difference.neg().to(teacher.dtype) if ctx.needs_input_grad[1] else None
+        return difference.to(student.dtype), teachers
+
+
+def loss_function(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
+    """A loss in float32 that detaches all but its first argument, the student, unless `block_gradient` is False.
+
+    Without `promote` it gets its tensors as they are, and computes in float32 by itself.
+    """
+    computed = in_float32(function, promote=promote)
+
+    @wraps(function)
+    def blocked(student: Tensor, *targets: Tensor, block_gradient: bool = True, **options: Any) -> Tensor:
+        check_tensors(function.__name__, student, targets)
+        given = [target.detach() for target in targets] if block_gradient else targets
+        value = computed(student, *given, **options)  # type: ignore[arg-type]
+        if has_values(value):
+            check_finite(function.__name__, value, student, *targets)
+        return value
+
+    return blocked  # type: ignore[return-value]
+
+
+def check_tensors(loss: str, *given: Tensor | Sequence[Tensor]) -> None:
+    student, others = given
+    for side, tensor in (("student", student), *(("target", other) for other in others)):
+        if not isinstance(tensor, Tensor):
+            raise LossError(f"{loss}: the {side} is a {type(tensor).__name__}; expected a torch.Tensor")
+    assert isinstance(student, Tensor)
+    if not student.is_floating_point():
+        raise LossError(f"{loss}: the student's side {tuple(student.shape)} is {student.dtype}; expected real numbers")
+    for other in others:
+        if other.device != student.device:
+            raise LossError(f"{loss}: the student is on {student.device} and the target on {other.device}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether the values can be read without waiting for a device, or for the compiler, which has none."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_finite(loss: str, value: Tensor, student: Tensor, *targets: Tensor) -> None:
+    """LossError for a value that is not finite, unless the student's numbers are not: then its training diverged.
+
+    A student that masks the classes that its teacher masks has not diverged: where the loss has no value for them, that
+    is an error too. Reads the value, for which a GPU has to be waited for.
+    """
+    if value.isfinite() or not (student.isfinite().all() or (value.isnan() and _masked_alike(student, *targets))):
+        return
+    for target in targets:
+        if not target.isfinite().all():
+            number = target[~target.isfinite()][0].item()
+            raise LossError(
+                f"{loss} is {value.item()}: the teacher's side {tuple(target.shape)} holds {number}. Masked classes "
+                "(-inf), whether or not the student masks them too, are for `soft_targets` without `standardize` and "
+                "for `dist`; for others leave them out by a `class_map`"
+            )
+    largest = max(float(side.abs().max()) for side in (student, *targets))
+    raise LossError(
+        f"{loss} is {value.item()}: with numbers up to {largest:.0e} it is larger than {value.dtype} holds; "
+        "standardise what it compares (`normalize: layer`), or try a smaller learning rate"
+    )
+
+
+def _masked_alike(student: Tensor, *targets: Tensor) -> bool:
+    """Whether all that is not finite of the student is -inf, and some of it is so in a target too."""
+    masked = student == -torch.inf
+    alike = any(it.shape == student.shape and bool((masked & (it == -torch.inf)).any()) for it in targets)
+    return alike and bool((masked | student.isfinite()).all())
+
+
+def check_same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
+    if not teacher.is_floating_point():
+        raise LossError(f"{what}: the teacher's side {tuple(teacher.shape)} is {teacher.dtype}; expected real numbers")
+    if student.shape != teacher.shape:
+        raise LossError(
+            f"{what}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape; "
+            "bring them together with probe_kd.adapt(student_spec, teacher_spec)"
+        )
+    if student.ndim == 0 or student.numel() == 0:
+        raise LossError(f"{what}: student {tuple(student.shape)} and teacher hold nothing to compare in a batch")
+
+
+def check_rows(loss: str, student: Tensor) -> None:
+    """The classes are axis 1 of two; of maps and tokens a softmax over axis 1 would be a number, and another loss."""
+    if student.ndim == 2 and student.numel() > 0:
+        return
+    flat = {3: "tokens: `logits.flatten(0, 1)`", 4: "maps: `logits.permute(0, 2, 3, 1).flatten(0, 2)`"}
+    how = f"; make one row of each position first, for {flat[student.ndim]}" if student.ndim in flat else ""
+    raise LossError(f"{loss}: logits {tuple(student.shape)}; expected (batch, classes), one row an image{how}")
+
+
+def check_outputs(loss: str, student: Tensor, teacher: Tensor) -> None:
+    check_same_shape(student, teacher, loss)
+    check_rows(loss, student)
+
+
+def power_of_two(numbers: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
+    """The power of two above each of these positive numbers, 1 for zero: a division by it rounds nothing."""
+    numbers = numbers.detach().masked_fill(numbers == 0, 0.5)
+    return numbers / torch.frexp(numbers).mantissa

@@ -1,0 +1,79 @@
+"""Losses of a model's outputs and the labels."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from probe_kd.errors import LossError
+from probe_kd.methods.losses.common import check_rows, check_tensors, has_values, loss_function
+
+
+@loss_function
+def cross_entropy(
+    student: Float[Tensor, "batch classes"],
+    target: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
+    /,
+    *,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """-sum_i y_i log softmax(z)_i, summed over the classes and averaged over the batch.
+
+    `target` is class indices, or one distribution per image as Mixup and CutMix make them. `label_smoothing` mixes in
+    the uniform distribution (Szegedy et al. 2016, sec. 7). Raises LossError for a target that is neither: several
+    labels an image, say, which are no distribution.
+    """
+    check_rows("cross_entropy", student)
+    _check_target(student.shape, target)
+    if not 0 <= label_smoothing <= 1:
+        raise LossError(f"cross_entropy: label_smoothing {label_smoothing}; expected a share between 0 and 1")
+    if has_values(target):
+        check_values(student.shape[1], target)
+    if not target.is_floating_point():
+        target = target.long()
+    return F.cross_entropy(student, target, label_smoothing=label_smoothing)
+
+
+def _check_target(logits: Sequence[int], target: Tensor) -> None:
+    """LossError for a target whose shape or type is neither that of class indices nor of distributions."""
+    kind = "probabilities" if target.is_floating_point() else "class indices"
+    expected = tuple(logits) if target.is_floating_point() else tuple(logits[:1])
+    if target.dtype == torch.bool or target.is_complex() or tuple(target.shape) != expected:
+        raise LossError(
+            f"cross_entropy: logits {tuple(logits)} with a target {tuple(target.shape)} of {target.dtype}; expected "
+            f"{tuple(logits[:1])} class indices (whole numbers) or {tuple(logits)} probabilities"
+            + (f", and {kind} are {expected}" if target.dtype != torch.bool else "")
+        )
+
+
+def check_labels(logits: Tensor, target: Tensor) -> None:
+    """All that `cross_entropy` asks of a target, the values too. LossError where it is another."""
+    check_tensors("cross_entropy", logits, [target])
+    check_rows("cross_entropy", logits)
+    _check_target(logits.shape, target)
+    check_values(logits.shape[1], target)
+
+
+def check_values(classes: int, target: Tensor) -> None:
+    """LossError for class indices out of range, and for rows that are no distribution over the classes.
+
+    Reads the values, for which a GPU has to be waited for.
+    """
+    if not target.is_floating_point():
+        wrong = target[(target < 0) | (target >= classes)]
+        if len(wrong):
+            raise LossError(f"cross_entropy: label {wrong[0].item()} of {classes} classes; expected 0 to {classes - 1}")
+        return
+    sums = target.sum(1, dtype=torch.promote_types(target.dtype, torch.float32))
+    loose = 1e-3 if target.dtype in (torch.float32, torch.float64) else 2e-2
+    rows = ((target < 0).any(1) | ~((sums - 1).abs() <= loose)).nonzero()
+    if len(rows):
+        row = int(rows[0])
+        raise LossError(
+            f"cross_entropy: row {row} of the target sums to {sums[row].item():.4g}, least "
+            f"{target[row].min().item():.4g}; expected a distribution, which is not "
+            "negative and sums to 1. Several labels an image are "
+            "none: `target / target.sum(1, keepdim=True)` is one"
+        )

@@ -1,0 +1,87 @@
+"""Losses of matrices that are made of a map, or of two: FSP and Gram."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probe_kd.errors import LossError
+from probe_kd.methods.losses.common import (
+    Reduction,
+    check_reduction,
+    check_same_shape,
+    in_float32,
+    loss_function,
+    squared_error,
+)
+from probe_kd.methods.losses.maps import positions, to_one_grid
+
+
+@loss_function
+def fsp(
+    student: Float[Tensor, "batch m n"],
+    teacher: Float[Tensor, "batch m n"],
+    /,
+    *,
+    relative: bool = False,
+    reduction: Reduction = "sum",
+) -> Float[Tensor, ""]:
+    """||G(student) - G(teacher)||_F^2 of two FSP matrices, as `flow_matrix` makes them.
+
+    FSP, Yim et al. 2017 (CVPR), eq. 2. `relative` divides by the variance of the teacher's matrices over the batch,
+    sum over the matrix of Var(G_ij): then 1 is the loss of a student that knows the mean matrix and nothing else, and
+    1 minus the loss is the share of the variance that is explained. The paper's form grows with the fourth power of the
+    activations, and the matrix after a ReLU is for the most part constant. `relative` needs two images at least;
+    teacher's matrices that do not vary at all are their own measure.
+    """
+    return _matrices("fsp", student, teacher, relative, reduction)
+
+
+@loss_function
+def gram(
+    student: Float[Tensor, "batch channels channels"],
+    teacher: Float[Tensor, "batch channels channels"],
+    /,
+    *,
+    relative: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, ""]:
+    """||G(student) - G(teacher)||_F^2 of the Gram matrices of a map with itself.
+
+    The style loss of Gatys et al. 2016 (CVPR), eq. 4, between two networks: theirs has 1/4 before the mean. `relative`
+    is that of `fsp`.
+    """
+    return _matrices("gram", student, teacher, relative, reduction)
+
+
+def _matrices(loss: str, student: Tensor, teacher: Tensor, relative: bool, reduction: Reduction) -> Tensor:
+    check_same_shape(student, teacher, loss)
+    if student.ndim != 3:
+        raise LossError(f"{loss}: matrices {tuple(student.shape)}; expected (batch, m, n), as `flow_matrix` makes them")
+    if not relative:
+        return squared_error(student, teacher, reduction)
+    check_reduction(reduction)  # a share of the variance is the same in either
+    if relative is not True:
+        raise LossError(f"{loss}: relative {relative!r}: expected true or false")
+    if len(teacher) < 2:
+        raise LossError(f"{loss}: `relative` divides by the variance over a batch, and this one has a single image")
+    variance, square = teacher.var(0).sum(), teacher.square().sum() / len(teacher)
+    rounding = (4 * torch.finfo(teacher.dtype).eps) ** 2 * square
+    divisor = torch.where(variance > rounding, variance, torch.where(square > 0, square, 1.0))
+    return squared_error(student, teacher, "sum") / divisor
+
+
+@in_float32
+def flow_matrix(
+    first: Float[Tensor, "batch m h1 w1"], second: Float[Tensor, "batch n h2 w2"], /
+) -> Float[Tensor, "batch m n"]:
+    """G = sum over positions of F1 F2^T / (h w): the FSP matrix of two maps (Yim et al. 2017, eq. 1).
+
+    Where the grids differ, as in a block that downsamples, the larger is max-pooled to the smaller, as in the paper.
+    """
+    if not first.ndim == second.ndim == 4 or len(first) != len(second) or not first.numel() * second.numel():
+        raise LossError(
+            "flow_matrix: expected two maps (batch, channels, height, width) of one batch, the input and the output of "
+            f"a block, got {tuple(first.shape)} and {tuple(second.shape)}"
+        )
+    first, second = (positions(map_) for map_ in to_one_grid(first, second))
+    return (first.transpose(1, 2) @ second).div_(first.shape[1])  # in place: no second matrix

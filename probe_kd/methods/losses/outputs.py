@@ -1,0 +1,199 @@
+"""Losses of both models' outputs."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from probe_kd.errors import LossError
+from probe_kd.methods.losses.common import Reduction, check_outputs, loss_function, power_of_two, squared_error
+
+
+@loss_function
+def soft_targets(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    /,
+    *,
+    temperature: float = 4.0,
+    standardize: bool = False,
+) -> Float[Tensor, ""]:
+    """T^2 KL(softmax(v/T) || softmax(z/T)), summed over the classes and averaged over the batch.
+
+    Hinton, Vinyals and Dean 2015 (arXiv 1503.02531), sec. 2; z are the student's logits, v the teacher's. The KL
+    divergence stands for the paper's cross entropy, from which it differs by a constant, so that it is 0 at equality.
+    T^2 keeps the gradient's size when T changes. There is no `reduction`: a mean over the classes, which many
+    implementations take, divides the paper's loss by their number once too often.
+
+    `standardize` takes the z-score of each image's logits first, so that a student need not reach the teacher's scale
+    (Sun et al. 2024, arXiv 2403.01427, with a temperature of about 2 and a weight of about 9). Equal logits, as of a
+    classifier that starts at zero, have z-scores of 0. A class that the teacher masks by -inf counts for nothing.
+    """
+    check_outputs("soft_targets", student, teacher)
+    _check_temperature("soft_targets", temperature)
+    if standardize:
+        student, teacher = _standardize(student), _standardize(teacher)
+    dtype = student.dtype
+    student, teacher = _in_float64(temperature, student, teacher)
+    log_p = F.log_softmax(student / temperature, dim=1)
+    log_q = F.log_softmax(teacher / temperature, dim=1)
+    # A class that the teacher masks (-inf) adds 0 log 0 = 0, whatever the student says of it.
+    log_p = log_p.masked_fill(log_q == -torch.inf, 0.0)
+    log_q = log_q.clamp_min(torch.finfo(log_q.dtype).min)
+    return (temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)).to(dtype)
+
+
+@loss_function
+def logits(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    /,
+    *,
+    center: bool = False,
+    standardize: bool = False,
+    reduction: Reduction = "mean",
+) -> Float[Tensor, ""]:
+    """||z - v||^2 of the pre-softmax logits.
+
+    Ba and Caruana 2014 (arXiv 1312.6184), eq. 1, which has 1/2 before the sum: weight 0.5 with `reduction="sum"`.
+    `center` takes the mean over the classes from both, to which a softmax is blind; then 1/(2 C) of the sum over C
+    classes is the limit of `soft_targets` for a high temperature (Hinton et al. 2015, sec. 2.1; Kim et al. 2021, arXiv
+    2105.08919). `standardize` also divides by the standard deviation over the classes (Sun et al. 2024).
+    """
+    check_outputs("logits", student, teacher)
+    if standardize:
+        student, teacher = _standardize(student), _standardize(teacher)
+    elif center:
+        student, teacher = _centre(student), _centre(teacher)
+    return squared_error(student, teacher, reduction)
+
+
+@loss_function
+def dist(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    /,
+    *,
+    temperature: float = 1.0,
+    inter: float = 1.0,
+    intra: float = 1.0,
+) -> Float[Tensor, ""]:
+    """T^2 times inter (1 - r over an image's classes) + intra (1 - r over a class's images); r is Pearson's.
+
+    DIST, Huang et al. 2022 (arXiv 2205.10536), eq. 6 to 10, on probabilities at temperature T; `inter` and `intra` are
+    its beta and gamma. A strong teacher's order of the classes is asked for, and not its numbers. The second part
+    compares the images of a batch with each other, so it needs two at least. Equal probabilities, as of a classifier
+    that starts at zero, go with nothing: their r is 0.
+    """
+    check_outputs("dist", student, teacher)
+    _check_temperature("dist", temperature)
+    if intra and len(student) < 2:
+        raise LossError(
+            "dist: `intra` compares the images of a batch with each other, and this one has a single image; give "
+            "larger batches, or `intra: 0`"
+        )
+    dtype = student.dtype
+    student, teacher = _in_float64(temperature, student, teacher)
+    p, q = (student / temperature).softmax(1), (teacher / temperature).softmax(1)
+    value = inter * (1 - _pearson(p, q, temperature)).mean()
+    if intra:
+        value = value + intra * (1 - _pearson(p.T, q.T, temperature)).mean()
+    return (temperature**2 * value).to(dtype)
+
+
+def _check_temperature(loss: str, temperature: float) -> None:
+    if not isinstance(temperature, int | float) or not 0 < temperature < torch.inf:
+        raise LossError(f"{loss}: temperature {temperature}; it has to be positive, and finite")
+
+
+def _in_float64(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
+    """The logits in float64 where the temperature is so high that T^2 makes the rounding of float32 the loss.
+
+    At T = 1e4 the probabilities differ by 1e-4 of themselves, and T^2 = 1e8 times the rounding of float32 is 10. Below
+    20 it is less than 1e-4. (Apple's GPUs have no float64.)
+    """
+    return tuple(it.double() if temperature > 20 and it.device.type != "mps" else it for it in logits)
+
+
+def _standardize(logits: Float[Tensor, "batch classes"], eps: float = 1e-7) -> Float[Tensor, "batch classes"]:
+    """The z-scores of each row; zeros for equal logits, which have none, with the gradient of logits / _FLAT."""
+    freedom = min(1, logits.shape[1] - 1)
+    with torch.no_grad():
+        deviation = logits.std(1, correction=freedom, keepdim=True)
+        equal = deviation <= _rounding(logits).clamp_min(16 * torch.finfo(logits.dtype).tiny ** 0.5)
+    logits = _damped(logits, deviation.masked_fill(equal, 0.0) / _FLAT)
+    deviation, mean = torch.std_mean(logits, 1, correction=freedom, keepdim=True)
+    # eps is a share of a deviation that is small itself.
+    divisor = (deviation + eps * (100 * deviation).clamp_max(1)).masked_fill(equal, _FLAT)
+    return _without_value(logits - mean, equal) / divisor
+
+
+def _centre(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+    centred = logits - logits.mean(1, keepdim=True)
+    return _without_value(centred, centred.detach().abs().amax(1, keepdim=True) <= _rounding(logits.detach()))
+
+
+def _pearson(
+    a: Float[Tensor, "rows n"], b: Float[Tensor, "rows n"], temperature: float, eps: float = 1e-8
+) -> Float[Tensor, " rows"]:
+    return F.cosine_similarity(_centred(a, temperature, eps), _centred(b, temperature, eps), dim=1, eps=eps)
+
+
+def _centred(rows: Float[Tensor, "rows n"], temperature: float, eps: float) -> Float[Tensor, "rows n"]:
+    """The rows without their mean, each scaled to about 1, which no correlation notices, but `eps` would.
+
+    The gradient of flat rows is damped, those of a deviation below 1.5 of their mean at T = 1 (less where there are so
+    few numbers that it cannot be reached). Equal numbers are zeros, with the gradient of numbers / their length.
+    """
+    with torch.no_grad():
+        centred = rows - rows.mean(1, keepdim=True)
+        largest = centred.abs().amax(1, keepdim=True)
+        equal = largest <= _rounding(rows)
+        variation = rows.std(1, correction=0, keepdim=True) / rows.mean(1, keepdim=True)
+        flat = min(1.5, (rows.shape[1] - 1) ** 0.5 / 2) / temperature
+        scale = torch.where(equal, rows.norm(dim=1, keepdim=True) / eps, power_of_two(largest))
+    rows = _damped(rows, variation.masked_fill(equal, 0.0) / max(flat, eps))
+    centred = rows - rows.mean(1, keepdim=True)
+    return _without_value(centred, equal) / scale.masked_fill(scale == 0, 1.0)
+
+
+class _Damped(torch.autograd.Function):
+    """The same numbers, with a gradient that is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return numbers.view_as(numbers)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradients[0] * factor, None
+
+
+def _damped(rows: Float[Tensor, "rows n"], share: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows n"]:
+    """Rows whose gradient is multiplied by `share` where that is less than 1, and not 0.
+
+    A loss that divides a row by its deviation has a gradient that grows without end as the row becomes flat, which is
+    how a classifier that starts at (or near) zero begins. Then the first steps are all that an optimizer with a memory,
+    as AdamW, ever sees. The value is the formula's; the gradient keeps its direction, and grows no further.
+    """
+    if not rows.requires_grad:
+        return rows
+    damped: Tensor = _Damped.apply(rows, torch.where(share > 0, share.clamp_max(1), 1.0))
+    return damped
+
+
+_FLAT = 0.5  # the deviation of an image's logits below which the gradient of their z-scores is damped
+
+
+def _rounding(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows 1"]:
+    """What numbers of this size differ by where they are equal."""
+    return 4 * torch.finfo(rows.dtype).eps * rows.abs().amax(1, keepdim=True)
+
+
+def _without_value(centred: Float[Tensor, "rows n"], equal: Tensor) -> Float[Tensor, "rows n"]:
+    """Rows of equal numbers are zero after their mean is taken out, and not its rounding; their gradient stays."""
+    return torch.where(equal, centred - centred.detach(), centred)

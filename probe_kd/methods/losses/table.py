@@ -1,0 +1,99 @@
+"""All losses by their names, and what each of them reads."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from math import isfinite
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin
+
+from torch import Tensor
+
+from probe_kd.errors import LossError, nearest, nearest_truth
+from probe_kd.methods.losses.features import hint
+from probe_kd.methods.losses.labels import cross_entropy
+from probe_kd.methods.losses.maps import attention
+from probe_kd.methods.losses.matrices import fsp, gram
+from probe_kd.methods.losses.outputs import dist, logits, soft_targets
+
+Reads = Literal["labels", "outputs", "features", "maps", "grams", "flows"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what it reads.
+
+    `labels`: logits and the target; `outputs`: both models' logits. Of every pair of layers, `features`: both features
+    in one shape; `maps`: both at one grid, each with its own channels; `grams`: the matrix of each feature with itself;
+    `flows`: the matrix between the input and the output of the two modules.
+    """
+
+    function: Callable[..., Tensor]
+    reads: Reads
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether it compares pairs of layers."""
+        return self.reads not in ("labels", "outputs")
+
+    @property
+    def reads_matrices(self) -> bool:
+        """Whether it compares matrices, which are made of the maps at both ends of a flow."""
+        return self.reads in ("flows", "grams")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of its options."""
+        parameters = signature(self.function).parameters.items()
+        return tuple(name for name, value in parameters if value.kind is Parameter.KEYWORD_ONLY)
+
+    def check_options(self, name: str, options: Mapping[str, Any], beside: Sequence[str] = ()) -> None:
+        """LossError for options that the function does not have, with the nearest that it has, or that stand beside."""
+        known = f"; it has {', '.join(self.options)}" if self.options else "; it has none"
+        wrong = [option for option in options if option not in self.options]
+        if wrong:
+            hints = [f"{option!r}{nearest(option, (*self.options, *beside))}" for option in wrong]
+            raise LossError(f"loss {name!r} has no option {'; and none '.join(hints)}{known}")
+
+    def check_values(self, name: str, options: Mapping[str, Any]) -> None:
+        """LossError for a value that is not of the option's type."""
+        for option, value in options.items():
+            expected = self.refusal(option, value)
+            if expected:
+                raise LossError(f"{name!r}: {option} is {value!r}; expected {expected}")
+
+    def refusal(self, option: str, value: Any) -> str:
+        """What is expected instead of the value: a truth, a number, one of a few words; empty where it will do.
+
+        Other types are the function's own matter. A word where a truth is expected would do as a truth, and silently.
+        """
+        known = signature(self.function).parameters
+        return _refusal(value, known[option].annotation) if option in known else ""
+
+
+def _refusal(value: Any, annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        words = get_args(annotation)
+        near = nearest(value, words) if isinstance(value, str) else ""
+        return "" if value in words else f"{' or '.join(map(repr, words))}{near}"
+    if annotation is bool:
+        return "" if isinstance(value, bool) else f"true or false{nearest_truth(value)}"
+    if annotation in (int, float):
+        kinds = (int,) if annotation is int else (int, float)
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and isfinite(value)
+        return "" if fits else "a whole number" if annotation is int else "a finite number"
+    return ""
+
+
+LOSSES: Mapping[str, Loss] = MappingProxyType(
+    {
+        "cross_entropy": Loss(cross_entropy, "labels"),
+        "soft_targets": Loss(soft_targets, "outputs"),
+        "logits": Loss(logits, "outputs"),
+        "dist": Loss(dist, "outputs"),
+        "hint": Loss(hint, "features"),
+        "fsp": Loss(fsp, "flows"),
+        "gram": Loss(gram, "grams"),
+        "attention": Loss(attention, "maps"),
+    }
+)
