@@ -76,7 +76,7 @@ def measured(name: str, losses: dict[str, Any], wishes: Any) -> list[list[object
         agree(kept)
         if wishes.profile:
             profiled(arms["cached, every other"])
-        seen = interleaved(arms, 1 if wishes.quick else wishes.rounds or 7, 1, str(kept.run.accelerator.device))
+        seen = interleaved(arms, 1 if wishes.quick else wishes.rounds or 7, 1, str(kept.models.accelerator.device))
         assert loop.cache is not None
         size = sum(tap.bytes for tap in loop.cache.taps) / 1000
         images = loop.steps * loop.batches.loader.total_batch_size

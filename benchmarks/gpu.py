@@ -22,7 +22,7 @@ from probe_kd.engine.models import save_weights
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
 from probe_kd.training.loop import Loop
-from probe_kd.training.report import Display
+from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
 CASES = (("resnet18", "resnet50"), ("vit_small_patch16_224", "vit_base_patch16_224"))
@@ -86,7 +86,7 @@ def of_recipe(case: tuple[str, str], folder: Path, size: int, batch: int, epochs
     text = RECIPE.format(
         student=student, teacher=teacher, weights=weights, root=folder, size=size, batch=batch, epochs=epochs
     )
-    planned, quiet = plan(parse(text, "gpu.yaml")), Display(Console(quiet=True), quiet=True)
+    planned, quiet = plan(parse(text, "gpu.yaml")), Progress(Console(quiet=True), quiet=True)
     with tempfile.TemporaryDirectory() as place:
         rows = train(planned, Path(place) / "run", quiet).rows
         rate = float([row for row in rows if row["subject"] == "student"][-1]["images_per_second"])  # type: ignore[arg-type]

@@ -24,7 +24,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from probe_kd.training.loop import make_optimizer
-from probe_kd.training.report import Display
+from probe_kd.training.progress import Progress
+from probe_kd.training.run import Run
+from probe_kd.training.saving import Saver
+from probe_kd.training.scoring import Scorer
+from probe_kd.training.state import TrainState
 from recipes import Ours, Plain, one_epoch, settle
 
 RECIPE = """\
@@ -45,8 +49,8 @@ stages:
 def by_hand(ours: Ours, device: str, loader: Any = None) -> Callable[[], None]:
     """One epoch of plain PyTorch, over the images of a plain loader or of this one."""
     _, distiller, loop = ours.stages[0]
-    assert ours.run.teacher is not None
-    student, teacher = copy.deepcopy(distiller.student).train(), copy.deepcopy(ours.run.teacher.model).eval()
+    assert ours.models.teacher is not None
+    student, teacher = copy.deepcopy(distiller.student).train(), copy.deepcopy(ours.models.teacher.model).eval()
     view = copy.deepcopy(distiller.teacher_view)
     batches = loader or plain_loader(ours)
     optimizer = make_optimizer(_Bare(student), loop.phase.optimizer)  # type: ignore[arg-type]
@@ -82,12 +86,14 @@ class _Bare(nn.Module):
         self.student, self.teacher, self.adapters = student, None, nn.ModuleDict()
 
 
-def as_train(ours: Ours) -> Callable[[], None]:
+def as_train(ours: Ours) -> tuple[Callable[[], None], Progress]:
     """One epoch of `probe-kd train`, with the bar that a terminal would show."""
-    loop = ours.stages[0][2]
-    ours.run.display = Display(Console(file=io.StringIO(), force_terminal=True, width=120))
-    ours.run.display.begin("student: stage", loop.phase.epochs, loop.steps, 0)
-    return lambda: ours.run._train_epoch(loop, 0) and None
+    loop, models = ours.stages[0][2], ours.models
+    progress = Progress(Console(file=io.StringIO(), force_terminal=True, width=120))
+    saver = Saver(ours.plan, models.accelerator, TrainState(), progress, ours.folder)
+    run = Run(models, Scorer(models), saver, progress, [])
+    progress.begin("student: stage", loop.phase.epochs, loop.steps, 0)
+    return lambda: run._train_epoch(loop, 0) and None, progress
 
 
 def loader_of(batches: Any) -> Callable[[], None]:
@@ -101,12 +107,12 @@ def loader_of(batches: Any) -> Callable[[], None]:
 def agree(ours: Ours) -> None:
     """The loss by hand is the Distiller's, and so is its gradient."""
     _, distiller, loop = ours.stages[0]
-    assert ours.run.teacher is not None
+    assert ours.models.teacher is not None
     images, target, _ = next(iter(loop.batches))
     weights = [parameter for parameter in distiller.student.parameters() if parameter.requires_grad]
     result = distiller.train()(images, target)["loss"]
     with torch.no_grad():
-        told = ours.run.teacher.model.eval()(distiller.teacher_view(images))
+        told = ours.models.teacher.model.eval()(distiller.teacher_view(images))
     expected = by_hand_loss(distiller.student(distiller.student_view(images)), told, target)
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(torch.autograd.grad(result, weights), torch.autograd.grad(expected, weights))
@@ -124,18 +130,19 @@ def main() -> None:
             place.mkdir()
             parts.append(Ours(tree, place, stack))
         agree(parts[0])
-        device = str(parts[0].run.accelerator.device)
+        device = str(parts[0].models.accelerator.device)
         loop = parts[0].stages[0][2]
+        with_bar, progress = as_train(parts[1])
         arms = {
             "by hand": by_hand(parts[2], device),
             "by hand, with probe-kd's loader": by_hand(parts[2], device, parts[2].stages[0][2].batches),
             "`train` without its bar": lambda: one_epoch(loop, 0),
-            "`train` with its bar": as_train(parts[1]),
+            "`train` with its bar": with_bar,
             "timm's transform in a plain DataLoader": loader_of(plain_loader(parts[2])),
             "probe-kd's loader": loader_of(parts[2].stages[0][2].batches),
         }
         seen = interleaved(arms, 1 if wishes.quick else wishes.rounds or 15, 1, device)
-        parts[1].run.display.end()
+        progress.end()
     images = loop.steps * 64
     bases = ["by hand"] * 4 + ["timm's transform in a plain DataLoader"] * 2
     rows = [

@@ -27,9 +27,13 @@ from probe_kd.engine.models import build_model, save_weights
 from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import Plan, plan
+from probe_kd.training.caching import open_cache
 from probe_kd.training.loop import Loop, Phase
-from probe_kd.training.report import Display
-from probe_kd.training.run import Journal, Run, Subject, accelerating
+from probe_kd.training.models import Models, TrainedModel
+from probe_kd.training.processes import accelerating
+from probe_kd.training.progress import Progress
+from probe_kd.training.run import loop_of
+from probe_kd.training.trial import reached
 
 HERE = Path(__file__).parents[1] / "recipes"
 Tree = dict[str, Any]
@@ -70,41 +74,42 @@ class Ours:
     def __init__(self, tree: Tree, folder: Path, stack: ExitStack, *, stops: bool = True) -> None:
         self.plan = _plan(tree, folder)
         self.folder, self.times = folder, 0
-        accelerator = stack.enter_context(accelerating(self.plan.recipe))
-        self.run = Run(self.plan, folder, Display(Console(), quiet=True), accelerator, Journal(), None)
-        self.stages: list[tuple[Subject, Distiller, Loop]] = []
+        self.models = Models(self.plan, stack.enter_context(accelerating(self.plan.recipe)))
+        self.stages: list[tuple[TrainedModel, Distiller, Loop]] = []
         for index in range(len(self.plan.recipe.stages)):
-            subjects = {subject.role: subject for subject in self.run.subjects()}
-            self.run.teacher = subjects.get("teacher")
-            subject = subjects["student"]
-            self.stages.append(self._stage(subject, subject.phases[index], stops, stack))
+            models = {trained.role: trained for trained in self.models.in_turn()}
+            self.models.teacher = models.get("teacher")
+            student = models["student"]
+            self.stages.append(self._stage(student, student.phases[index], stops, stack))
 
-    def _stage(self, subject: Subject, phase: Phase, stops: bool, stack: ExitStack) -> tuple[Subject, Distiller, Loop]:
-        distiller = self.run.distiller(subject, phase)
+    def _stage(
+        self, trained: TrainedModel, phase: Phase, stops: bool, stack: ExitStack
+    ) -> tuple[TrainedModel, Distiller, Loop]:
+        distiller = self.models.distiller(trained, phase)
         for probe in filter(None, (distiller._student_probe, getattr(distiller._teacher, "probe", None))):
             probe.stop_early = stops
-        stack.enter_context(distiller.training_only(self.run._reached(distiller, subject)))
-        return subject, distiller, self.run._loop(subject, phase, distiller, None)
+        stack.enter_context(distiller.training_only(reached(self.models, trained, distiller)))
+        return trained, distiller, loop_of(self.models, trained, phase, distiller, None)
 
     def __call__(self) -> None:
         """All epochs of all stages; a cache begins empty."""
         self.times += 1
-        for subject, distiller, loop in self.stages:
+        for trained, distiller, loop in self.stages:
             with ExitStack() as stack:
-                loop.cache = self.cache(subject, distiller)
+                loop.cache = self.cache(trained, distiller)
                 if loop.cache is not None:
                     stack.callback(loop.cache.close)
                 for epoch in range(loop.phase.epochs):
                     one_epoch(loop, epoch)
 
-    def cache(self, subject: Subject, distiller: Distiller) -> TeacherCache | None:
+    def cache(self, trained: TrainedModel, distiller: Distiller) -> TeacherCache | None:
         wish = self.plan.recipe.teacher
         if wish is None or wish.cache is None:
             return None
         fresh = wish.model_copy(update={"cache": str(self.folder / f"cache-{self.times}")})
         recipe = self.plan.recipe.model_copy(update={"teacher": fresh})
-        self.run.plan = replace(self.plan, recipe=recipe)
-        return self.run._cache(subject, distiller)
+        models = replace(self.models, plan=replace(self.plan, recipe=recipe))
+        return open_cache(models, trained, distiller, Progress(Console(), quiet=True))
 
 
 def one_epoch(loop: Loop, epoch: int) -> None:
@@ -139,9 +144,9 @@ class Theirs:
         import torchdistill.core.distillation as peer
 
         self.boxes: list[tuple[Any, int]] = []
-        for subject, distiller, loop in ours.stages:
-            assert ours.run.teacher is not None
-            models = copy.deepcopy(distiller.student), copy.deepcopy(ours.run.teacher.model)
+        for trained, distiller, loop in ours.stages:
+            assert ours.models.teacher is not None
+            models = copy.deepcopy(distiller.student), copy.deepcopy(ours.models.teacher.model)
             for model in models:  # copies carry hooks that do nothing
                 for part in model.modules():
                     part._forward_hooks.clear()
@@ -149,8 +154,8 @@ class Theirs:
                 model.requires_grad_(True)
             student, teacher = models
             config = _config(distiller, loop, cut)
-            images = {"train": Plain(ours, subject)}
-            device = ours.run.accelerator.device
+            images = {"train": Plain(ours, trained)}
+            device = ours.models.accelerator.device
             box = peer.get_distillation_box(teacher.eval(), student, images, config, device, None, False, 1.0)
             self.boxes.append((box, loop.phase.epochs))
 
@@ -169,9 +174,9 @@ class Theirs:
 class Plain(torch.utils.data.Dataset[Any]):
     """Images through timm's transform, one by one, as timm's own datasets do it."""
 
-    def __init__(self, ours: Ours, subject: Subject) -> None:
+    def __init__(self, ours: Ours, trained: TrainedModel) -> None:
         self.images = ours.plan.datasets.train
-        self.transform = _transform(ours.plan.recipe.data, ours.run.images_for(subject), True)
+        self.transform = _transform(ours.plan.recipe.data, ours.models.images_for(trained), True)
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
@@ -365,7 +370,7 @@ def measure(tree: Tree, wishes: Any) -> tuple[Samples, int]:
         for peer in peers.values():
             assert isinstance(peer, Theirs)
             agree(ours, peer)
-        device = str(ours.run.accelerator.device)
+        device = str(ours.models.accelerator.device)
         images = sum(
             loop.phase.epochs * loop.steps * loop.batches.loader.total_batch_size for _, _, loop in ours.stages
         )

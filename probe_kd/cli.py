@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from probe_kd.engine.spec import Trace
     from probe_kd.files.run_folder import Claim
     from probe_kd.recipe.planner import Plan
+    from probe_kd.tables import Idle
     from probe_kd.training.audit import Audit
-    from probe_kd.training.report import Display, Idle
+    from probe_kd.training.progress import Progress
 
 app = typer.Typer(
     help="Knowledge distillation between any two timm models.",
@@ -137,7 +138,7 @@ def inspect(
 
     Without --all, --glob and --depth: the stage ends (marked) and the blocks. Nothing is downloaded or computed.
     """
-    from probe_kd.training.report import layer_rows, layers_table
+    from probe_kd.tables import layer_rows, layers_table
 
     found = _trace(model, input_size, model_kwargs, training=train)
     rows = layer_rows(found, every=all_modules, glob=glob, depth=depth)
@@ -165,7 +166,7 @@ def match(
     from probe_kd.engine.matching import match as match_layers
     from probe_kd.engine.models import packages
     from probe_kd.recipe.scaffold import write_recipe
-    from probe_kd.training.report import pair_rows, pairs_table
+    from probe_kd.tables import pair_rows, pairs_table
 
     _check_recipe_is_new(output, overwrite)
     ours, theirs = _both(student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs)
@@ -265,7 +266,7 @@ def check(
     """
     from probe_kd.recipe.options import load
     from probe_kd.recipe.planner import plan
-    from probe_kd.training.report import (
+    from probe_kd.tables import (
         cache_lines,
         costs_table,
         data_lines,
@@ -276,7 +277,7 @@ def check(
         plan_table,
         teacher_lines,
     )
-    from probe_kd.training.report import reach_table as reach
+    from probe_kd.tables import reach_table as reach
 
     planned = plan(load(recipe, sets=sets or (), tolerant=True), allow_import=_allowed(allow_import))
     console, idle, teacher = _console(), idle_rows(planned), planned.recipe.teacher
@@ -374,11 +375,12 @@ def train(
     folder = out or Path("runs") / _name_of_run(recipe)
     source = load(recipe, seed=seed, sets=sets or (), tolerant=True)
     console = _console()
-    from probe_kd.training.report import Display, data_lines, plan_table, print_student, teacher_lines
+    from probe_kd.tables import data_lines, plan_table, print_student, teacher_lines
+    from probe_kd.training.progress import Progress
 
     quiet = quiet or not _speaks()
-    display = Display(console, quiet=quiet)
-    with _claimed(folder, display, resume=resume, overwrite=overwrite) as claimed:
+    progress = Progress(console, quiet=quiet)
+    with _claimed(folder, progress, resume=resume, overwrite=overwrite) as claimed:
         with console.status("tracing the models"):
             planned = plan(source, allow_import=_allowed(allow_import))
         from probe_kd.training.run import train as run
@@ -393,9 +395,9 @@ def train(
                 console.print(line, highlight=False, markup=False)
         elif _speaks():  # what a figure means is no progress
             for remark in (*planned.remarks, *planned.datasets.notes):
-                display.say(f"note: {remark}")
+                progress.say(f"note: {remark}")
         try:
-            run(planned, folder, display, resume=resume, overwrite=overwrite, claimed=claimed)
+            run(planned, folder, progress, resume=resume, overwrite=overwrite, claimed=claimed)
         except (KeyboardInterrupt, Stopped) as stop:
             if _speaks():
                 _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
@@ -408,15 +410,15 @@ def train(
 
 
 @contextmanager
-def _claimed(folder: Path, display: "Display", *, resume: bool, overwrite: bool) -> "Iterator[Claim | None]":
+def _claimed(folder: Path, progress: "Progress", *, resume: bool, overwrite: bool) -> "Iterator[Claim | None]":
     """The folder of results, looked at and locked before anything that takes time, by the first process of a run."""
     from probe_kd.files.run_folder import claim
-    from probe_kd.training.run import check_folder
+    from probe_kd.training.folder import check_folder
 
     if not _speaks():
         yield None
         return
-    claimed = claim(folder, display.say)
+    claimed = claim(folder, progress.say)
     try:
         check_folder(folder, resume=resume, overwrite=overwrite)
         yield claimed
@@ -441,7 +443,7 @@ def evaluate(
     """Measure the models of a run: accuracy, calibration, and the student against its teacher, layer by layer."""
     _check_free(output, overwrite)
     from probe_kd.results.evaluation import evaluate as measure
-    from probe_kd.training.report import scores_table, similarity_table
+    from probe_kd.tables import scores_table, similarity_table
 
     console = _console()
     with console.status("evaluating"):

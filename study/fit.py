@@ -32,7 +32,7 @@ from probe_kd.engine.spec import Layout
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
 from probe_kd.results.evaluation import explained_variance, variance_sums
-from probe_kd.training.report import write_metrics
+from probe_kd.training.records import write_metrics
 from study import (
     ALLOWED,
     BUDGETS,

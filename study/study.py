@@ -35,7 +35,8 @@ from probe_kd.data.loading import loader
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.results.comparison import read_metrics
-from probe_kd.training.report import Display, write_metrics
+from probe_kd.training.progress import Progress
+from probe_kd.training.records import write_metrics
 from probe_kd.training.run import train
 
 ROOT = Path(__file__).parents[1]
@@ -152,7 +153,7 @@ def run(recipe: Path, seed: int, sets: Sequence[str], folder: Path) -> dict[str,
     """Train, or go on, or find it done. Returns its summary by role, with accuracies on the held-out images."""
     summary = folder / "summary.json"
     if not summary.exists():
-        train(planned(recipe, seed, sets), folder, Display(Console(quiet=True)), resume=folder.exists())
+        train(planned(recipe, seed, sets), folder, Progress(Console(quiet=True)), resume=folder.exists())
     results: list[dict[str, Any]] = json.loads(summary.read_text(encoding="utf-8"))["results"]
     return {result["role"]: result for result in results}
 

@@ -8,17 +8,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
-from conftest import ROCKET, TINY
+from conftest import ROCKET, TINY, Command
 from PIL import Image
 
-from probe_kd.cli import main
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError
 from probe_kd.recipe.options import command_to_go_on, load
@@ -50,34 +47,6 @@ student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}
 data: {dataset: sklearn/digits, input_size: [3, 8, 8], batch_size: 1024}
 stages: [{epochs: 2, losses: {task: {loss: cross_entropy}}}]
 """
-
-
-@dataclass
-class Outcome:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Command = Callable[..., Outcome]
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`command("inspect", "resnet18")` as in a shell in `tmp_path`, without the seconds of a new process."""
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["probe-kd", *arguments])
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Outcome(code, *capsys.readouterr())
-
-    return call
 
 
 def test_help_answers_at_once_without_torch() -> None:

@@ -43,6 +43,15 @@ def test_a_file_imports_only_from_files_above_it_in_the_list(file: str) -> None:
     assert others - set(LISTED[: LISTED.index(file)]) == set()
 
 
+def test_results_read_what_a_run_wrote_and_nothing_of_how_it_trained() -> None:
+    read = set[str]()
+    for file in FILES:
+        if file.startswith("results/"):
+            read |= imported(ast.parse((PACKAGE / f"{file}.py").read_text(encoding="utf-8")))
+    reached = {name for name in read if name.startswith("training/")}
+    assert reached == {f"training/{name}" for name in ("state", "checkpoints", "devices", "processes")}
+
+
 def test_no_folder_imports_its_own_names_from_the_package() -> None:
     """The public names are loaded from the files: a file that took them from the package would import upwards."""
     for file in FILES:

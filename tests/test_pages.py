@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from probe_kd.cli import main
-from probe_kd.training.report import Evaluation, Scores
+from probe_kd.results.evaluation import Evaluation, Scores
 
 DOCS = Path(__file__).parents[1] / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)

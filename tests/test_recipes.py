@@ -15,7 +15,7 @@ from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.training.audit import audit
-from probe_kd.training.report import Display
+from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))  # the study has tests of its own
@@ -122,7 +122,7 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs_end_to_end(recipe: Path, pair: str, pictures: Path, tmp_path: Path) -> None:
     planned = written(toy(recipe, pictures, *PAIRS[pair]), tmp_path / "r.yaml")
-    journal = train(planned, tmp_path / "run", Display(Console(quiet=True)))
+    journal = train(planned, tmp_path / "run", Progress(Console(quiet=True)))
     assert journal.results["student"].weights == "student.safetensors"
     losses = [row for row in journal.rows if row["subject"] == "student"]
     assert len(losses) == len(planned.recipe.stages)

@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import IO
 
 from probe_kd.errors import RunError
-from probe_kd.files.atomic import MANIFEST, digest_of, put, whole_text
+from probe_kd.files.atomic import MANIFEST, check_regular, digest_of, put, whole_text
 
 LOCK = ".lock"
 RECIPE = "recipe.yaml"
+GENERATOR = "probe-kd "  # by which a report names its maker
+_MOST_BYTES = 10_000_000  # of an evaluation, which has a few kB
+EVALUATION = {"run", "split", "images", "scores", "pairs"}  # the keys of what `eval -o` writes
 _OPEN = set[IO[str]]()  # the locks that this process holds
 
 
@@ -274,3 +277,16 @@ def clear(folder: Path, names: Iterable[str]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def is_measured(file: Path) -> bool:
+    """Whether a file was written by `eval -o` or `compare -o`, whatever it is called: its contents say so."""
+    try:
+        check_regular(file)
+        if file.suffix.lower() in (".html", ".htm"):
+            with file.open(encoding="utf-8") as page:
+                return f'<meta name="generator" content="{GENERATOR}' in page.read(2000)
+        found = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < _MOST_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() == EVALUATION

@@ -29,7 +29,7 @@ from probe_kd.recipe.options import command_to_go_on, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.results.evaluation import cka_table, vectors
 from probe_kd.training.checkpoints import FOLDER as CHECKPOINTS
-from probe_kd.training.report import MEASURES, Result, Row, doubts
+from probe_kd.training.state import MEASURES, Result, Row
 
 LAYERS = "layers.json"
 ROLES = ("student alone", "student", "teacher", "teacher alone")  # the second last is the partner, where they share
@@ -299,6 +299,18 @@ def _progress(run: _Run) -> str:
     parts += [f"{role} is at epoch {row['epoch']} of stage {row['stage']!r}" for role, row in begun.items()]
     state = ", ".join(parts) or "no epoch is done"
     return f"{run.folder} has not ended: {state}; go on with it: {command_to_go_on(run.folder)}"
+
+
+def doubts(accuracies: Mapping[str, float]) -> list[str]:
+    """What in the accuracies of a run's subjects says that it cannot have taught what was hoped for."""
+    teacher, alone = (accuracies.get(role) for role in ("teacher", "student alone"))
+    if teacher is None or alone is None or teacher >= alone:
+        return []
+    return [
+        f"The teacher ({teacher:.2%}) is worse than the student alone ({alone:.2%}), so there is "
+        "little to learn from it: train it longer, or give it other weights, another learning rate or the right mean "
+        "and std."
+    ]
 
 
 def read_metrics(path: Path) -> list[Row]:

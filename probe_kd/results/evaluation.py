@@ -35,13 +35,62 @@ from probe_kd.methods.targets import compared, make_adapters
 from probe_kd.recipe.options import TeacherOptions, command_to_go_on, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.sections.sharing import join
-from probe_kd.training.loop import mixed_precision, own_accelerator
-from probe_kd.training.report import Evaluation, Scores, Similarity
+from probe_kd.training.devices import mixed_precision
+from probe_kd.training.processes import own_accelerator
 
 Split = Literal["test", "val", "train", "held_out"]
 Sums = dict[str, Tensor]
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 _CONSTANT = 1e-12  # a variance below this share of the mean square is rounding: float32 features differ by 1e-7
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model answers, over all images of a split.
+
+    `top1`, `top5` (None where there are no more than five classes) and `agreement` are shares in 0..1, `nll` and `kl`
+    nats per image, `calibration_error` is the expected one. `agreement` and `kl` are against the teacher, and None for
+    a teacher or without one. `weights` names the file in the run's folder, or what else the model was loaded from.
+    """
+
+    role: str
+    model: str
+    weights: str
+    top1: float
+    nll: float
+    calibration_error: float
+    top5: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """How alike a layer of the student and one of the teacher are; `note` says why something is not known.
+
+    `cka` is linear CKA in 0..1, `cka_alone` that of the student alone, and `explained_variance` the share of the
+    teacher's side that the adapter of this loss explains, at most 1. Layers that no loss compares have no `stage`.
+    """
+
+    stage: str
+    loss: str
+    student: str
+    teacher: str
+    cka: float | None
+    cka_alone: float | None
+    explained_variance: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured: `scores` of every model, the student first, and what is known of each pair."""
+
+    run: str
+    split: str
+    images: int
+    scores: tuple[Scores, ...]
+    pairs: tuple[Similarity, ...]
 
 
 def evaluate(

@@ -18,10 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from probe_kd.console import amount
 from probe_kd.errors import RunError, visible
 from probe_kd.files.atomic import put
+from probe_kd.files.run_folder import GENERATOR
 from probe_kd.results.comparison import Board, ClassChange, Curve, Group, Likeness, Standing, losses_of, percent, points
-from probe_kd.training.report import GENERATOR, amount
 from probe_kd.version import __version__
 
 MOST_CLASSES = 20  # that bars are drawn of

@@ -6,10 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,19 +17,48 @@ from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.loop import Phase, make_optimizer
-from probe_kd.training.report import Display, Reach, StepCost
-from probe_kd.training.run import (
-    Journal,
-    Norms,
-    Run,
-    accelerating,
-    complaints,
-    first_batch,
-    one_step,
-    student_of,
-    too_large,
-    untrained,
-)
+from probe_kd.training.models import Models
+from probe_kd.training.processes import accelerating
+from probe_kd.training.trial import Norms, complaints, first_batch, one_step, student_of, too_large, untrained
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What one loss of one stage does to one part of the models: how many of its parameters it moves, and how much."""
+
+    stage: str
+    loss: str
+    part: str
+    reached: int
+    parameters: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one update of one stage costs and gives, on one real batch, before anything is trained.
+
+    `losses` are the unweighted terms and `loss`, their weighted sum; `seconds` are those of a step when all is warm,
+    `steps` are those of the whole stage. The rest is in bytes: `weights` of both models and the adapters, `activations`
+    what is kept for the backward. `adapter_macs` are of one image.
+    """
+
+    stage: str
+    losses: dict[str, float]
+    images: int
+    steps: int
+    seconds: float
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    adapter_parameters: int
+    adapter_macs: int
+
+    @property
+    def memory(self) -> int:
+        """The bytes of a step; what a library allocates for itself comes on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True)
@@ -52,37 +79,37 @@ def audit(plan: Plan) -> Audit:
     images cannot be read, RunError where a step fails or does not fit into memory.
     """
     with accelerating(plan.recipe) as accelerator:
-        run = Run(plan, Path(), Display(Console(quiet=True), quiet=True), accelerator, Journal())
+        models = Models(plan, accelerator)
         try:
             with one_step():
-                return _audit(plan, run)
+                return _audit(plan, models)
         except torch.OutOfMemoryError as refusal:
             raise RunError(too_large(refusal)) from refusal
 
 
-def _audit(plan: Plan, run: Run) -> Audit:
-    subject = student_of(run)
-    images, target = first_batch(run, subject)
+def _audit(plan: Plan, models: Models) -> Audit:
+    trained = student_of(models)
+    images, target = first_batch(models, trained)
     found: list[Reach] = []
     costs: list[StepCost] = []
     reach: list[tuple[str, Norms]] = []
     remarks: list[str] = []
-    steps = len(loader(plan.datasets.train, plan.recipe.data, run.images_for(subject), training=True))
-    for phase in subject.phases:
-        distiller = run.distiller(subject, phase)
+    steps = len(loader(plan.datasets.train, plan.recipe.data, models.images_for(trained), training=True))
+    for phase in trained.phases:
+        distiller = models.distiller(trained, phase)
         norms = distiller.train().audit(images, target)
         reach.append((phase.name, norms))
         found += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
         reached = {name for loss in norms.values() for name in loss}
         if reached:
-            costs.append(_cost(run, phase, distiller, images, target, reached, steps, remarks))
+            costs.append(_cost(models, phase, distiller, images, target, reached, steps, remarks))
         distiller.close()
     wrong = (*_no_numbers(costs), *complaints(reach))
-    return Audit(tuple(found), tuple(costs), wrong, (*untrained(run, subject, reach, images, target), *remarks))
+    return Audit(tuple(found), tuple(costs), wrong, (*untrained(models, trained, reach, images, target), *remarks))
 
 
 def _cost(
-    run: Run,
+    models: Models,
     phase: Phase,
     distiller: Distiller,
     images: Tensor,
@@ -99,13 +126,13 @@ def _cost(
     with distiller.training_only(reached) as moved:
         optimizer = make_optimizer(distiller, phase.optimizer)
         saved: dict[int, int] = {}
-        with FlopCounterMode(display=False) as counter, _counting(distiller, saved), run.accelerator.autocast():
+        with FlopCounterMode(display=False) as counter, _counting(distiller, saved), models.accelerator.autocast():
             result = distiller(images, target)
-        _update(optimizer, result["loss"], run)
+        _update(optimizer, result["loss"], models)
         begun = time.perf_counter()
-        with run.accelerator.autocast():
+        with models.accelerator.autocast():
             loss = distiller(images, target)["loss"]
-        _update(optimizer, loss, run)
+        _update(optimizer, loss, models)
         seconds = time.perf_counter() - begun
         if loss is not None and not loss.isfinite():
             remarks.append(
@@ -136,12 +163,12 @@ def _cost(
     )
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor | None, run: Run) -> None:
+def _update(optimizer: torch.optim.Optimizer, loss: Tensor | None, models: Models) -> None:
     assert loss is not None
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     optimizer.zero_grad()
-    if run.accelerator.device.type == "cuda":
+    if models.accelerator.device.type == "cuda":
         torch.cuda.synchronize()
 
 

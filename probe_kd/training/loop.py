@@ -1,84 +1,32 @@
-"""The loop of one phase: batches, updates, averages. What is measured, saved and shown between them is `train.py`'s.
+"""The loop of one phase: batches, updates, averages. What is measured, saved and shown between them is `run.py`'s.
 
 It is the loop that timm's training script has: the same order of operations, and the same parts of timm.
 """
 
-import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import get_cpu_distributed_information
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from probe_kd.data.cache import TeacherCache, lengthen, shorten
 from probe_kd.data.loading import Views, loader, mixer, readable
-from probe_kd.engine.models import breaks_channels_last, build_on_meta, module_of, short
 from probe_kd.engine.spec import InputSpec
 from probe_kd.engine.surgery import in_pattern
-from probe_kd.errors import RunError, for_all
+from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.objectives import Objective
 from probe_kd.recipe.options import CompileOptions, OptimizerOptions, Recipe, SchedulerOptions
-
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
-
-
-@contextmanager
-def own_accelerator(**wishes: Any) -> Iterator[Accelerator]:
-    """accelerate for a while. What it settles is settled for the whole process, so it is taken back at the end.
-
-    Unless somebody outside has settled it before, who may still want it. Several processes on a machine without GPUs
-    talk by gloo. Raises RunError where a launcher started several processes that accelerate cannot bring together.
-    """
-    alone = not AcceleratorState._shared_state
-    launched = launched_processes()
-    if launched > 1 and not torch.accelerator.is_available():
-        wishes["cpu"] = True  # without it, or ACCELERATE_USE_CPU, accelerate overlooks what torchrun has set
-    try:
-        try:
-            accelerator = Accelerator(**wishes)
-        except RuntimeError as refusal:  # of torch.distributed
-            raise RunError(f"cannot bring {launched} processes together: {short(refusal)}") from refusal
-        if launched not in (1, accelerator.num_processes):
-            raise for_all(
-                RunError(
-                    f"{launched} processes were started (WORLD_SIZE), but accelerate counts "
-                    f"{accelerator.num_processes}, so that each would train by itself; start them by torchrun or "
-                    "`accelerate launch`, one for each device, or unset WORLD_SIZE"
-                )
-            )
-        yield accelerator
-    finally:
-        if alone:
-            GradientState._reset_state()
-            AcceleratorState._reset_state()
-
-
-def launched_processes() -> int:
-    """How many processes a launcher says that it started: torchrun, accelerate launch, or mpirun. Raises RunError."""
-    try:
-        found = get_cpu_distributed_information()
-    except ValueError:
-        raise RunError("RANK and WORLD_SIZE have to be whole numbers; unset them, or start by torchrun") from None
-    if found.world_size > 1 and not any(name in os.environ for name in RANKS):
-        raise RunError(
-            f"WORLD_SIZE says that this is one of {found.world_size} processes, and RANK is not there to say which; "
-            "start them by torchrun or `accelerate launch`, or unset WORLD_SIZE"
-        )
-    return max(int(found.world_size), 1)
+from probe_kd.training.devices import memory_format
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage of one subject. `age` counts the epochs of the recipe before it, which decides what images it sees."""
+    """One stage of one model. `age` counts the epochs of the recipe before it, which decides what images it sees."""
 
     name: str
     epochs: int
@@ -236,86 +184,6 @@ class Loop:
     def rate(self) -> float:
         """The learning rate of what is not scaled down."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
-
-
-def mixed_precision(recipe: Recipe, device_type: str) -> str | None:
-    """What accelerate is asked for: what the recipe says; else bf16 on a GPU whose cores compute in it.
-
-    None leaves the choice to accelerate, whose own setting (`accelerate launch --mixed_precision`) goes before bf16.
-    """
-    if recipe.precision or device_type != "cuda" or os.environ.get("ACCELERATE_MIXED_PRECISION"):
-        return recipe.precision
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-
-
-def _in_half(recipe: Recipe, device_type: str) -> bool:
-    chosen = mixed_precision(recipe, device_type) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return chosen in ("bf16", "fp16")
-
-
-@contextmanager
-def cuda_settings(recipe: Recipe) -> Iterator[None]:
-    """Inside, what cuDNN and cuBLAS are set to for a run; they are settings of the process, and are given back.
-
-    Convolutions are timed once for every shape (`cudnn.benchmark`). Under autocast, what is left in float32 is
-    multiplied in TensorFloat32: the losses' matrices, whose products are exact where features were captured in bf16.
-    """
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision(recipe.matmul_precision or ("high" if _in_half(recipe, "cuda") else before[1]))
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before[0]
-        torch.set_float32_matmul_precision(before[1])
-
-
-def describe_device(recipe: Recipe, accelerator: Accelerator) -> str:
-    """What a run on a GPU is set to, in one line; empty on a CPU."""
-    if accelerator.device.type != "cuda":
-        return ""
-    layout = "channels last" if memory_format(recipe, accelerator.device) is torch.channels_last else "channels first"
-    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    products = torch.get_float32_matmul_precision()
-    return (
-        f"{torch.cuda.get_device_name(accelerator.device)}: {precision}, {layout}, float32 matrix products in "
-        f"{products!r} precision, cuDNN benchmark on; `precision`, `channels_last` and `matmul_precision` change it"
-    )
-
-
-def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
-    """How models and images lie in memory: as the recipe says, or channels last where convolutions are faster so.
-
-    That was measured on the CPU (benchmarks/modes.py) and on a GPU in half precision (benchmarks/gpu.py). A model of
-    your own is left as it is: `x.view(len(x), -1)` behind a convolution fails with channels last. On a CPU so is a
-    model with a layer whose backward would corrupt the heap.
-    """
-    last = recipe.channels_last
-    if last is None:
-        models = [options.model for options in (recipe.student, recipe.teacher) if options is not None]
-        faster = device.type == "cpu" or (device.type == "cuda" and _in_half(recipe, "cuda"))
-        last = faster and not any(map(module_of, models))
-        last = last and not (device.type == "cpu" and unsafe_layer(recipe))
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def unsafe_layer(recipe: Recipe) -> str:
-    """The first layer of the recipe's models, as `student.NAME`, that must not lie channels last on a CPU, or empty."""
-    for side in ("student", "teacher"):
-        options = getattr(recipe, side)
-        if options is not None and not module_of(options.model):
-            name = _unsafe_layer_of(options.model, json.dumps(options.model_kwargs, sort_keys=True, default=list))
-            if name:
-                return f"{side}.{name}"
-    return ""
-
-
-@cache
-def _unsafe_layer_of(model: str, model_kwargs: str) -> str:
-    return breaks_channels_last(build_on_meta(model, json.loads(model_kwargs)))
 
 
 def _compile(distiller: Distiller, options: CompileOptions | None) -> None:

@@ -10,7 +10,7 @@ import timm
 import torch
 from conftest import TINY, apart
 from safetensors.torch import save_file
-from test_resume import After, Quiet, same, stop
+from running import After, Quiet, same, stop
 
 from probe_kd.data.cache import Stored, TeacherCache, checksums, fingerprint, key_of, lengthen, shorten
 from probe_kd.data.loading import DataOptions, open_datasets

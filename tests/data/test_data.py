@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from running import epoch_of
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Subset
 
@@ -104,12 +105,6 @@ def test_a_jitter_of_nothing_is_left_out_and_changes_nothing(folder: Path) -> No
         assert torch.equal(ours.take([(index, seed)])[0][0], theirs.dataset[index][0])
 
 
-def epoch_of(dataset: Any, age: int, seed: int = 0, **options: Any) -> list[torch.Tensor]:
-    wanted = DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8), **{"batch_size": 16, **options})
-    batches = loader(dataset, wanted, InputSpec((3, 8, 8)), training=True, seed=seed)
-    batches.sampler.begin(age)  # type: ignore[attr-defined]
-    parts = list(zip(*batches, strict=True))
-    return [torch.cat(part) for part in parts]
 
 
 def test_what_is_seen_follows_from_seed_and_age_alone() -> None:

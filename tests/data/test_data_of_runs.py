@@ -18,7 +18,7 @@ from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.options import parse
-from probe_kd.training.report import Display
+from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
 RECIPE = """\
@@ -49,7 +49,7 @@ def digits(root: Path) -> None:
 
 
 def run(root: Path, folder: Path, **options: bool) -> None:
-    display = Display(Console(quiet=True), quiet=True)
+    display = Progress(Console(quiet=True), quiet=True)
     train(plan(parse(RECIPE.replace("ROOT", json.dumps(str(root))))), folder, display, **options)
 
 

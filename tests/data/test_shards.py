@@ -19,9 +19,7 @@ from conftest import TINY
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
-from test_data import epoch_of
-from test_processes import close, run_by_two
-from test_resume import After, run, same
+from running import After, close, epoch_of, run, run_by_two, same
 from timm.data import create_dataset
 
 from probe_kd.training import checkpoints

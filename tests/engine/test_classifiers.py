@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from running import Quiet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_resume import Quiet
 from torch import nn
 
 from probe_kd.engine.models import load_weights, read_header

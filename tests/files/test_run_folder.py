@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from running import After, Quiet, flip, run, stop, truncate
 from safetensors.torch import load_file, save_file
-from test_resume import After, Quiet, flip, run, stop, truncate
 
 from probe_kd import cli
 from probe_kd.errors import RunError, WeightsError
 from probe_kd.files.run_folder import LOCK, Manifest, claim, is_abandoned
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
-from probe_kd.training.run import check_folder
+from probe_kd.training.folder import check_folder
 
 ALONE = """\
 student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}

@@ -16,7 +16,7 @@ from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
 from probe_kd.results.evaluation import evaluate
 from probe_kd.training.loop import Loop
-from probe_kd.training.report import Display
+from probe_kd.training.progress import Progress
 from probe_kd.training.run import Run, train
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
@@ -108,7 +108,7 @@ def test_batches_have_the_bits_that_a_cpu_gives_them(training: bool) -> None:
 
 def run(folder: Path, **changes: Any) -> Any:
     planned = plan(parse(yaml.safe_dump(RECIPE | changes), "gpu.yaml"))
-    return train(planned, folder, Display(Console(quiet=True), quiet=True))
+    return train(planned, folder, Progress(Console(quiet=True), quiet=True))
 
 
 @pytest.mark.parametrize(

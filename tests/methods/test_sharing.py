@@ -29,7 +29,7 @@ from probe_kd import (
 from probe_kd.errors import LossError, RecipeError, TapError
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
-from probe_kd.training.report import Display
+from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
 SIZE = (3, 32, 32)
@@ -274,8 +274,8 @@ def test_a_teacher_that_trains_needs_a_loss_and_one_that_does_not_has_none() -> 
         Distiller(student, teacher, [LIGHT, BOOSTER], block="output", sharing=sharing, **inputs)
 
 
-def go(text: str, folder: Path, display: Display | None = None, **options: bool) -> Any:
-    return train(plan(parse(text)), folder, display or Display(Console(quiet=True)), **options)
+def go(text: str, folder: Path, display: Progress | None = None, **options: bool) -> Any:
+    return train(plan(parse(text)), folder, display or Progress(Console(quiet=True)), **options)
 
 
 @pytest.mark.parametrize("text", [ROCKET, TRUNK, GRAFT], ids=["weights", "trunk", "graft"])
@@ -285,7 +285,7 @@ def test_a_rocket_run_tells_what_the_booster_lost_and_resumes_exactly(tmp_path: 
     assert all(result.accuracy > 0 for result in journal.results.values())
     assert record(tmp_path / "whole")[-1]["subject"] == "student"
 
-    class Stop(Display):
+    class Stop(Progress):
         def epoch(self, row: dict[str, Any]) -> None:
             if (row["subject"], row["epoch"]) == ("student", 1):
                 raise KeyboardInterrupt

@@ -33,7 +33,8 @@ from probe_kd.recipe.options import load, parse
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.yaml_tree import MAX_LEVELS, MAX_NODES
 from probe_kd.results.comparison import compare
-from probe_kd.training.report import Display, write_metrics
+from probe_kd.training.progress import Progress
+from probe_kd.training.records import write_metrics
 from probe_kd.training.run import train
 
 
@@ -405,7 +406,7 @@ stages: [{epochs: 2, losses: {task: {loss: cross_entropy}}}]
 """
 
 
-class Stop(Display):
+class Stop(Progress):
     def epoch(self, row: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
@@ -433,7 +434,7 @@ def test_a_run_does_not_go_on_from_code(canary: Path, tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=f"cannot go on from .*{name}.*posix.system"):
             check_state(folder)
         with pytest.raises(WeightsError, match=f"cannot go on from .*{name}"):
-            train(planned, tmp_path / "run", Display(Console(quiet=True)), resume=True)
+            train(planned, tmp_path / "run", Progress(Console(quiet=True)), resume=True)
         (folder / name).write_bytes(written)
         sign(folder, name)
 

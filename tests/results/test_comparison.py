@@ -26,10 +26,11 @@ from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
-from probe_kd.results.comparison import IMAGES, LAYERS, Board, compare
+from probe_kd.results.comparison import IMAGES, LAYERS, Board, compare, doubts
 from probe_kd.results.html import page, tables, write_page
-from probe_kd.training.report import Display
-from probe_kd.training.run import open_run, train
+from probe_kd.training.folder import open_run
+from probe_kd.training.progress import Progress
+from probe_kd.training.run import train
 
 HOSTILE = "<script>alert('1')</script>&\"\x1b[31m"
 ROLES = ("student alone", "student", "teacher")
@@ -402,7 +403,7 @@ def test_a_teacher_that_knew_less_than_the_student_alone_is_remarked(seeds: Call
 
 
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
-    class Stopping(Display):
+    class Stopping(Progress):
         def epoch(self, row: dict[str, object]) -> None:
             if row["subject"] == "student alone":
                 raise KeyboardInterrupt
@@ -492,10 +493,10 @@ def test_what_eval_and_compare_leave_in_a_run_does_not_keep_it_from_being_overwr
     for name, text in (("notes.json", '{"scores": 1}'), ("notes.html", "<p>years of work")):
         (run / name).write_text(text)
         with pytest.raises(RunError, match=rf"holds more than a run writes \({name}\)"):
-            open_run(planned, run, Display(Console(quiet=True)), resume=False, overwrite=True)
+            open_run(planned, run, Progress(Console(quiet=True)), resume=False, overwrite=True)
         assert (run / "scores.json").exists()
         (run / name).unlink()
-    open_run(planned, run, Display(Console(quiet=True)), resume=False, overwrite=True)
+    open_run(planned, run, Progress(Console(quiet=True)), resume=False, overwrite=True)
     assert {file.name for file in run.iterdir()} == {"recipe.yaml", "manifest.json", "data.json"}
 
 
@@ -547,3 +548,12 @@ def test_a_browser_shows_it_in_the_colours_of_the_reader(
     assert other.sum() > 1500
     blue = np.array([116, 186, 245] if dark else [11, 95, 165])
     assert (seen == blue).all(2).sum() > 1000
+
+
+def test_a_teacher_that_is_worse_than_the_student_alone_is_remarked() -> None:
+    def said(teacher: float, alone: float) -> list[str]:
+        return doubts({"teacher": teacher, "student alone": alone})
+
+    assert said(0.9, 0.8) == said(0.8, 0.8) == doubts({"teacher": 0.1}) == []
+    (line,) = said(0.801, 0.92)
+    assert "teacher (80.10%) is worse than the student alone (92.00%)" in line

@@ -27,10 +27,19 @@ from probe_kd.cli import main
 from probe_kd.data.loading import loader
 from probe_kd.engine.models import build_model, save_weights
 from probe_kd.errors import DataError, RunError
+from probe_kd.files.run_folder import is_measured
 from probe_kd.recipe.options import dump, parse
 from probe_kd.recipe.planner import Plan, plan
-from probe_kd.results.evaluation import Sums, cka_sums, explained_variance, linear_cka, variance_sums
-from probe_kd.training.report import Display, Evaluation, Scores
+from probe_kd.results.evaluation import (
+    Evaluation,
+    Scores,
+    Sums,
+    cka_sums,
+    explained_variance,
+    linear_cka,
+    variance_sums,
+)
+from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
 RECIPE = TINY.replace(
@@ -252,7 +261,7 @@ SMALLER = TINY.replace("epochs: 2", "epochs: 1").replace(
     "text", [SMALLER, GRAFT.replace("epochs: 2", "epochs: 1") + "baseline: true\n"], ids=["smaller teacher", "graft"]
 )
 def test_a_run_is_measured_as_the_training_loop_measured_it(tmp_path: Path, text: str) -> None:
-    results = train(plan(parse(text)), tmp_path / "run", Display(Console(quiet=True))).results
+    results = train(plan(parse(text)), tmp_path / "run", Progress(Console(quiet=True))).results
     found = by_role(evaluate(tmp_path / "run"))
     assert found.keys() == results.keys()
     for role, row in found.items():
@@ -363,6 +372,7 @@ def test_the_command_prints_writes_and_tells_what_it_does_not_know(
     folder = tmp_path / "run"
     write_run(folder, TINY, adapters=False)
     code, shown, _ = command(folder, "-o", tmp_path / "new" / "found.json", "--device", "cpu")
+    assert is_measured(tmp_path / "new" / "found.json"), "else --overwrite would take it for a stranger's file"
     assert code == 0
     for part in (
         "student alone",

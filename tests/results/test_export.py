@@ -15,9 +15,9 @@ import pytest
 import timm
 import torch
 from conftest import GRAFT, TINY
+from pages import commands
 from PIL import Image
 from rich.console import Console
-from test_readme import commands
 from timm.layers import BatchNormAct2d
 from timm.models import save_for_hf
 from torch import nn
@@ -30,7 +30,7 @@ from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
 from probe_kd.results import export as exporting
 from probe_kd.results.export import export
-from probe_kd.training.report import Display
+from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
 VIT = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -172,7 +172,7 @@ def test_every_subject_of_a_real_run(tmp_path: Path) -> None:
     """Trained by the loop, with a teacher that sees other sizes than the student."""
     teacher = f"resnet10t\n  model_kwargs: {SMALL}\n  input_size: [3, 32, 32]\n  mean: [0.1, 0.2, 0.3]\n"
     (tmp_path / "r.yaml").write_text(TINY.replace("resnet10t\n", teacher))
-    train(plan(load(tmp_path / "r.yaml")), tmp_path / "run", Display(Console(quiet=True)))
+    train(plan(load(tmp_path / "r.yaml")), tmp_path / "run", Progress(Console(quiet=True)))
     for subject, size in (("student", 16), ("student-alone", 16), ("teacher", 32)):
         done = export(tmp_path / "run", tmp_path / subject, subject=subject)
         model = timm.create_model(f"local-dir:{tmp_path / subject}", pretrained=True)
@@ -291,7 +291,7 @@ def test_a_model_of_ones_own_goes_to_onnx_alone(tmp_path: Path, monkeypatch: pyt
 
 def test_a_graft_is_refused_and_its_teacher_is_not(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(GRAFT.replace("epochs: 2", "epochs: 1"))
-    train(plan(load(tmp_path / "r.yaml")), tmp_path / "run", Display(Console(quiet=True)))
+    train(plan(load(tmp_path / "r.yaml")), tmp_path / "run", Progress(Console(quiet=True)))
     with pytest.raises(RunError, match=r"is a graft.*probe_kd.load_student"):
         export(tmp_path / "run", tmp_path / "out", onnx=True)
     assert export(tmp_path / "run", tmp_path / "out", subject="teacher-alone").difference == 0.0

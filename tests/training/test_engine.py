@@ -1,25 +1,20 @@
 """What a recipe may say of how it is run: compiled, checkpointed, in another precision or layout, with trackers."""
 
 import csv
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 from conftest import GRAFT, ROCKET, TINY, TRUNK, record
+from running import run
 from safetensors.torch import load_file
-from test_cli import Command, command  # noqa: F401
-from test_resume import planned, run
 
 from probe_kd import Distiller, InputSpec, Objective
 from probe_kd.errors import RecipeError
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
-from probe_kd.training.loop import make_optimizer, memory_format
+from probe_kd.training.loop import make_optimizer
 
 SHORT = TINY.replace("baseline: true\n", "").replace("num_heads: 2}", "num_heads: 2}\n  grad_checkpointing: false")
 LOSSES = ("loss", "hint", "task", "soft")
@@ -70,46 +65,6 @@ def test_channels_last_is_another_order_of_the_same_numbers(eager: Path, tmp_pat
     alike(
         tmp_path / "run", eager, weights=False
     )  # Adam's first steps have the size of the rate, however small a gradient
-
-
-def test_channels_last_is_the_default_of_timms_models_on_the_cpu() -> None:
-    own = SHORT.replace("model: resnet10t", "model: torchvision.models:resnet18")
-    assert own != SHORT
-    last, first = torch.channels_last, torch.contiguous_format
-    for text, device, expected in ((SHORT, "cpu", last), (own, "cpu", first), (SHORT, "cuda", first)):
-        assert memory_format(parse(text).recipe, torch.device(device)) == expected
-    for wish, expected in (("true", last), ("false", first)):
-        assert memory_format(parse(f"{own}channels_last: {wish}\n").recipe, torch.device("cuda")) == expected
-
-
-NARROW = """\
-student: {model: resnet18, model_kwargs: {channels: [6, 10, 14, 20]}}
-data: {dataset: sklearn/digits, input_size: [3, 32, 32]}
-stages: [{epochs: 1, losses: {task: {loss: cross_entropy}}}]
-"""
-STEPS = """
-import sys, timm, torch
-from probe_kd.training.loop import memory_format
-from probe_kd.recipe.options import parse
-torch.set_num_threads(1)
-layout = memory_format(parse(sys.argv[1]).recipe, torch.device("cpu"))
-model = timm.create_model("resnet18", channels=[6, 10, 14, 20], num_classes=10).to(memory_format=layout)
-for size in range(60):
-    model(torch.randn(16, 3, 32, 32 + size % 3).contiguous(memory_format=layout)).sum().backward()
-"""
-
-
-def test_a_model_whose_backward_corrupts_memory_with_channels_last_is_trained_without() -> None:
-    """torch 2.14.1 writes past the end for convolutions of kernel 1 and stride 2 over fewer than 8 channels."""
-    process = subprocess.run([sys.executable, "-c", STEPS, NARROW], capture_output=True, timeout=300)
-    assert process.returncode == 0, process.stderr.decode()[-500:]
-    wide = NARROW.replace("[6, 10, 14, 20]", "[16, 16, 24, 32]")
-    for text, expected in ((NARROW, torch.contiguous_format), (wide, torch.channels_last)):
-        assert memory_format(parse(text).recipe, torch.device("cpu")) == expected
-    assert plan(parse(f"{NARROW}channels_last: false\n"))
-    if not torch.cuda.is_available():
-        with pytest.raises(RecipeError, match=r"the backward of 'layer2.0.downsample.0' of the student"):
-            plan(parse(f"{NARROW}channels_last: true\n"))
 
 
 @pytest.mark.parametrize(
@@ -195,31 +150,3 @@ def test_names_that_torch_or_accelerate_do_not_know_are_refused_in_the_plan(line
 def test_what_compiled_code_would_not_notice_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="which compiled code does not notice; leave `torchcompile` out"):
         plan(parse(text + "torchcompile: {target: student}\n"))
-
-
-def test_check_says_what_does_not_run_and_how_much_a_cache_will_hold(
-    command: Command,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    text = SHORT.replace("  train: {epochs: 1}", "  train: {epochs: 1}\n  cache: C").replace(
-        "  hflip", "  views: 2\n  hflip"
-    )
-    (tmp_path / "r.yaml").write_text(text)
-    result = command("check", "r.yaml", "--json")
-    assert result.returncode == 0, result.stderr
-    rows: list[dict[str, Any]] = json.loads(result.stdout)["not_run"]
-    assert [(row["stage"], row["side"], row["last"]) for row in rows] == [
-        ("hint", "student", "blocks.1"),
-        ("hint", "teacher", "layer3"),
-    ]
-    assert {"layer4", "fc"} <= set(rows[1]["modules"])
-    teacher = planned(SHORT).teacher
-    assert teacher is not None
-    above = sum(teacher.modules[name].macs for name in ("layer4", "fc"))
-    assert rows[1]["share"] == pytest.approx(above / teacher.macs, rel=1e-6)
-    shown = command("check", "r.yaml").stdout
-    assert "layer4" in shown
-    # the hint in one epoch sees view 0, the task in two views 1 and 0
-    numbers = [teacher[name].shape[1:] for name in ("layer2", "layer3")]
-    size = 4 * 1437 * (sum(torch.Size(shape).numel() for shape in numbers) + 2 * 10)
-    assert f"will hold up to {size / 1e9:.3g} GB:" in shown

@@ -4,66 +4,19 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState
-from conftest import GRAFT, ROCKET, TINY, TRUNK, apart, record
+from conftest import GRAFT, ROCKET, TINY, TRUNK, record
+from running import After, close, count, finish, planned, run, run_by_two, run_with, same, start
 from safetensors.torch import load_file
-from test_resume import STEADY, After, count, planned, run, same
 
 from probe_kd.errors import RunError, Stopped
 from probe_kd.training import checkpoints
-from probe_kd.training.loop import own_accelerator
-
-
-def _one_of(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...], queue: Any) -> None:
-    """What torchrun sets on a machine without GPUs, and then the work."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    AcceleratorState._reset_state(reset_partial_state=True)  # what the imports found out
-    try:
-        work(*arguments)
-        queue.put("done")
-    except (RunError, Stopped) as refusal:
-        queue.put(f"{type(refusal).__name__}: {refusal}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def start(work: Callable[..., None], *arguments: Any) -> tuple[list[Any], Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = apart.Queue()
-    processes = [apart.Process(target=_one_of, args=(rank, port, work, arguments, queue)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    return processes, queue
-
-
-def finish(processes: list[Any], queue: Any) -> list[str]:
-    said = [queue.get(timeout=240) for _ in processes]
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    return said
-
-
-def run_by_two(text: str, folder: Path, **options: bool) -> list[str]:
-    planned(text)
-    return finish(*start(_resumable, text, folder, options))
-
-
-def _resumable(text: str, folder: Path, options: dict[str, bool]) -> None:
-    run(text, folder, **options)
+from probe_kd.training.processes import own_accelerator
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -82,21 +35,6 @@ def alike(tmp_path: Path) -> str:
     save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
     text = TINY.replace("  train: {epochs: 1}", f"  checkpoint: {tmp_path / 'teacher.safetensors'}")
     return text.replace("baseline: true\n", "") + "model_ema: {decay: 0.5}\n"
-
-
-def close(one: Path, two: Path, tolerance: float) -> None:
-    """The same losses, and the same weights but for rounding."""
-    rows = [[{k: v for k, v in row.items() if k not in STEADY} for row in record(folder)] for folder in (one, two)]
-    assert len(rows[0]) == len(rows[1])
-    for ours, theirs in zip(*rows, strict=True):
-        for key in ours:
-            if key in ("loss", "task", "soft", "hint", "lr") and ours[key]:
-                assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=tolerance), key
-            elif "accuracy" in key or key == "agreement":
-                assert abs(float(ours[key] or 0) - float(theirs[key] or 0)) <= 1 / 360 + 1e-9, key
-    for name, tensor in load_file(one / "student.safetensors").items():
-        other = load_file(two / "student.safetensors")[name]
-        torch.testing.assert_close(tensor, other, rtol=0.02, atol=2e-4, msg=name)
 
 
 def test_two_processes_train_what_one_does_with_the_whole_batch(alike: str, tmp_path: Path) -> None:
@@ -126,7 +64,7 @@ def test_models_that_train_together_do_so_in_two_processes(text: str, tmp_path: 
 def test_two_processes_that_are_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
     text = TINY.replace("batch_size: 256", "batch_size: 24") + "recovery_interval: 7\n"
     assert run_by_two(text, tmp_path / "whole") == ["done", "done"]
-    processes, queue = start(_resumable, text, tmp_path / "parts", {})
+    processes, queue = start(run_with, text, tmp_path / "parts", {})
     while count(tmp_path / "parts") < 3:
         time.sleep(0.01)
     os.kill(processes[1].pid, signal.SIGTERM)  # one is enough: they ask each other
@@ -150,7 +88,7 @@ stages:
 
 def test_a_peer_that_is_killed_ends_the_other_in_words(tmp_path: Path) -> None:
     planned(SMALL)
-    processes, queue = start(_resumable, SMALL.replace("epochs: 2", "epochs: 2000"), tmp_path / "run", {})
+    processes, queue = start(run_with, SMALL.replace("epochs: 2", "epochs: 2000"), tmp_path / "run", {})
     while not (tmp_path / "run" / "metrics.csv").exists():
         time.sleep(0.01)
     os.kill(processes[0].pid, signal.SIGKILL)

@@ -14,17 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import ROCKET, TINY, apart, record
-from rich.console import Console
-from safetensors.torch import load_file
+from conftest import ROCKET, TINY, apart
+from running import After, count, flip, run, same, stop, truncate
 
 from probe_kd.errors import DataError, RunError, Stopped
-from probe_kd.recipe.options import parse
-from probe_kd.recipe.planner import Plan, plan
 from probe_kd.training import checkpoints
-from probe_kd.training.report import Display
-from probe_kd.training.run import train
 
 # Small batches, so that there are points inside an epoch; dropout, mixing and augmentation, so that every generator is
 # drawn from; accumulation that does not divide the epoch.
@@ -35,30 +29,6 @@ WILD = (
 )
 WILD += "model_ema: {decay: 0.9}\nrecovery_interval: 2\ncheckpoint_hist: 3\n"
 TOGETHER = ROCKET.replace("batch_size: 512", "batch_size: 256") + "recovery_interval: 1\n"
-STEADY = {"images_per_second"}  # of the columns, what time decides
-
-
-class Quiet(Display):
-    """Keeps what it has to say."""
-
-    def __init__(self) -> None:
-        super().__init__(Console(quiet=True), quiet=True)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    tell = say
-
-
-@cache
-def planned(text: str) -> Plan:
-    return plan(parse(text))
-
-
-def run(text: str, folder: Path, display: Display | None = None, **options: bool) -> None:
-    torch.set_num_threads(1)
-    train(planned(text), folder, display or Quiet(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +43,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return place
 
     return ran
-
-
-def same(one: Path, two: Path) -> None:
-    """The same weights to the bit, and the same metrics."""
-    files = {file.name for file in one.glob("*.safetensors")}
-    assert files == {file.name for file in two.glob("*.safetensors")}
-    for file in files:
-        ours, theirs = load_file(one / file), load_file(two / file)
-        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), file
-    rows = [[{k: v for k, v in row.items() if k not in STEADY} for row in record(folder)] for folder in (one, two)]
-    assert rows[0] == rows[1]
-
-
-def count(folder: Path) -> int:
-    try:
-        names = [Path(name).stem for name in os.listdir(folder / checkpoints.FOLDER)]
-    except FileNotFoundError:  # not there yet, or deleted by a run that ends
-        return 0
-    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def killed_after(text: str, folder: Path, saves: int, delay: float) -> bool:
@@ -120,39 +71,6 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     assert kills >= 3
     same(tmp_path / "parts", expected)
     assert not (tmp_path / "parts" / checkpoints.FOLDER).exists()
-
-
-class After(Quiet):
-    """Does something once, at the end of so many epochs, or after so many updates of all."""
-
-    def __init__(self, what: Callable[[], Any], *, epochs: int = 0, updates: int = 0) -> None:
-        super().__init__()
-        self.what, self.epochs_left, self.updates_left = what, epochs, updates
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        self.epochs_left -= 1
-        if self.epochs_left == 0:
-            self.what()
-
-    def step(self, done: int, images: int) -> bool:
-        self.updates_left -= 1
-        if self.updates_left == 0:
-            self.what()
-        return False
-
-
-def stop() -> None:
-    raise KeyboardInterrupt
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "one bit", "lost"])

@@ -17,27 +17,31 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, record
 from rich.console import Console
+from running import HINT_ONLY
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 
 from probe_kd import Distiller, InputSpec, Objective, Schedule
 from probe_kd.data.loading import DataOptions, loader, mixer
-from probe_kd.errors import LossError, RecipeError, RunError
+from probe_kd.errors import RecipeError, RunError
 from probe_kd.methods.losses.outputs import soft_targets
 from probe_kd.recipe.options import dump, load, parse
 from probe_kd.recipe.planner import plan
 from probe_kd.results.comparison import compare
-from probe_kd.training.audit import audit
+from probe_kd.tables import teacher_lines
 from probe_kd.training.loop import Phase, make_optimizer, make_scheduler
-from probe_kd.training.report import Display, doubts, teacher_lines
-from probe_kd.training.run import Journal, Run, accelerating, train
+from probe_kd.training.models import Models
+from probe_kd.training.processes import accelerating
+from probe_kd.training.progress import Progress
+from probe_kd.training.run import train
+from probe_kd.training.state import TrainState
 
 
-def run(path: Path, folder: Path, display: Display | None = None, **options: bool) -> Journal:
-    return train(plan(load(path)), folder, display or Display(Console(quiet=True)), **options)
+def run(path: Path, folder: Path, display: Progress | None = None, **options: bool) -> TrainState:
+    return train(plan(load(path)), folder, display or Progress(Console(quiet=True)), **options)
 
 
-class Interrupting(Display):
+class Interrupting(Progress):
     """Stops the run at the end of some epoch, as Ctrl-C does."""
 
     def __init__(self, subject: str, stage: str, epoch: int) -> None:
@@ -135,7 +139,7 @@ seed: 3
     teacher = timm.create_model("resnet10t", num_classes=10).eval()
     save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
     planned = plan(parse(recipe))
-    train(planned, tmp_path / "run", Display(Console(quiet=True)))
+    train(planned, tmp_path / "run", Progress(Console(quiet=True)))
 
     torch.manual_seed(3)
     student = timm.create_model("resnet10t", num_classes=10, stem_type="")
@@ -212,19 +216,6 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny: Path, tmp_path: Path) -> None:
     assert journal["epoch"] >= 1
 
 
-HINT_ONLY = """\
-student: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32]}}
-teacher: {model: resnet18, model_kwargs: {channels: [8, 16, 24, 48]}, train: {epochs: 1}}
-data: {dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 256, hflip: 0.0, holdout: 0.2}
-pairs: {layer2: layer2}
-stages:
-  - name: hint
-    epochs: 2
-    losses: {hint: {loss: hint, activation: tap}}
-    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.5}
-"""
-
-
 def student_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "student.safetensors")
 
@@ -298,8 +289,7 @@ def test_a_teacher_of_the_students_architecture_begins_with_other_weights_unless
     text = text.replace("{hint:", "{task: {loss: cross_entropy}, hint:")
     planned = plan(parse(f"{text}seed: 3\nbaseline: true\n"))
     with accelerating(planned.recipe) as accelerator:
-        run_ = Run(planned, Path(), Display(Console(quiet=True)), accelerator, Journal())
-        models = {subject.role: subject.model.state_dict() for subject in run_.subjects()}
+        models = {trained.role: trained.model.state_dict() for trained in Models(planned, accelerator).in_turn()}
     torch.manual_seed(3)
     fresh = timm.create_model("resnet10t", num_classes=10, channels=[8, 16, 24, 32]).state_dict()
     for role, equal in (("student", True), ("student alone", True), ("teacher", same_init)):
@@ -430,7 +420,7 @@ def test_a_fraction_is_trained_on_and_only_some_epochs_are_measured(tiny: Path, 
     assert len(planned.datasets.train) == round(0.5 * 1437)  # type: ignore[arg-type]
     assert planned.datasets.held_out is None
     assert not set(every.train.indices) & set(every.held_out.indices)  # type: ignore[attr-defined,union-attr]
-    train(planned, tmp_path / "run", Display(Console(quiet=True)))
+    train(planned, tmp_path / "run", Progress(Console(quiet=True)))
     rows = [row for row in record(tmp_path / "run") if row["subject"] == "student"]
     assert [row["stage"] + row["epoch"] for row in rows if row["accuracy"]] == ["hint1", "task2", "task3"]
     assert all(float(row["loss"]) > 0 for row in rows)
@@ -439,53 +429,3 @@ def test_a_fraction_is_trained_on_and_only_some_epochs_are_measured(tiny: Path, 
     (group,) = compare([tmp_path / "run"]).groups
     (curve,) = [curve for curve in group.curves if (curve.role, curve.measure) == ("student", "accuracy")]
     assert [epoch for epoch, *_ in curve.points] == [1, 3, 4]
-
-
-def test_a_teacher_that_is_worse_than_the_student_alone_is_remarked() -> None:
-    def said(teacher: float, alone: float) -> list[str]:
-        return doubts({"teacher": teacher, "student alone": alone})
-
-    assert said(0.9, 0.8) == said(0.8, 0.8) == doubts({"teacher": 0.1}) == []
-    (line,) = said(0.801, 0.92)
-    assert "teacher (80.10%) is worse than the student alone (92.00%)" in line
-
-
-class Saying(Display):
-    def __init__(self) -> None:
-        super().__init__(Console(quiet=True), quiet=True)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
-def test_what_check_remarks_on_after_a_batch_training_does_too(tmp_path: Path) -> None:
-    planned = plan(parse(HINT_ONLY.replace("epochs: 2", "epochs: 1")))
-    found, display = audit(planned), Saying()
-    assert (found.wrong, len(found.remarks)) == ((), 1)
-    assert found.remarks[0].startswith("no loss of any stage trains student.fc.bias")
-    train(planned, tmp_path / "run", display)
-    assert display.said == [*found.remarks]
-
-
-def test_what_check_refuses_after_a_batch_training_refuses_before_anything_is_trained(tmp_path: Path) -> None:
-    pairs = "  blocks.0: layer2\n  blocks.1: layer3\n"
-    text = TINY.replace(pairs, "  patch_embed@input: {teacher: conv1@input, policy: never}\n")
-    planned = plan(parse(text))
-    with pytest.raises(LossError, match="no gradient reaches the student through 'patch_embed@input'") as checked:
-        audit(planned)
-    with pytest.raises(LossError) as trained:
-        train(planned, tmp_path / "run", Display(Console(quiet=True), quiet=True))
-    assert str(trained.value) == str(checked.value)
-    assert not list((tmp_path / "run").glob("*.safetensors"))
-
-
-def test_a_step_that_fails_is_told_by_both(tmp_path: Path) -> None:
-    cnn = (
-        "student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}\nstages: [{epochs: 1, losses: {t: {loss: "
-    )
-    text = f"{cnn}cross_entropy}}}}}}]\ndata: {{dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 1}}\n"
-    planned = plan(parse(text))
-    for run in (audit, lambda planned: train(planned, tmp_path / "run", Display(Console(quiet=True), quiet=True))):
-        with pytest.raises(RunError, match="a step on the first batch of images fails: Expected more than 1 value"):
-            run(planned)

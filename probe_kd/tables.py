@@ -1,0 +1,372 @@
+"""What the commands print of models, plans, audits and evaluations."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from math import prod
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from probe_kd.console import amount, duration, size, table_of
+from probe_kd.engine import patterns
+from probe_kd.engine.matching import blocks, stages
+from probe_kd.engine.models import packages
+from probe_kd.engine.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
+from probe_kd.errors import MatchError, TapError, nearest
+from probe_kd.methods.adapters import Target, adapt
+from probe_kd.methods.targets import make_adapters, targets_of
+from probe_kd.recipe.planner import Plan
+
+if TYPE_CHECKING:  # what they import takes a second, and `inspect` needs none of it
+    from probe_kd.results.evaluation import Evaluation
+    from probe_kd.training.audit import Reach, StepCost
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a model as `inspect` shows it; `note` says what to know before tapping it."""
+
+    mark: str
+    tap: str
+    kind: str
+    layout: str
+    shape: tuple[int, ...]
+    reduction: float | None
+    parameters: int
+    macs: int
+    note: str
+
+
+def layer_rows(
+    trace: Trace, *, every: bool = False, glob: str | None = None, depth: int | None = None
+) -> list[LayerRow]:
+    """The stage ends and blocks of a trace; or all of its modules, or those that `glob` and `depth` leave.
+
+    Raises TapError for a glob that no module matches.
+    """
+    marks = _marks(trace)
+    named = patterns.glob(glob) if glob is not None else None
+    narrowed = glob is not None or depth is not None
+    found: list[tuple[int, LayerRow]] = []
+    for name, module in trace.modules.items():
+        if (named is not None and not named(name)) or (depth is not None and module.depth > depth):
+            continue
+        specs = [spec for spec in trace.specs if spec.tap.module == name and spec.tap.port == "output"]
+        shown = [spec for spec in specs if every or narrowed or spec.tap in marks]
+        found += [(spec.order, _layer_row(spec, module, marks)) for spec in shown]
+        found += [(-1, _silent_row(module))] * (not specs and (every or narrowed))
+    if glob is not None and not found:
+        raise TapError(f"no module of {trace.model} is named {glob!r}{nearest(glob, trace.modules)}")
+    if not (every or narrowed):  # the choice reads in the order of the forward, the whole in that of the modules
+        found.sort(key=lambda item: item[0])
+    return [row for _, row in found]
+
+
+def _marks(trace: Trace) -> dict[Tap, str]:
+    try:
+        ends = {spec.tap: "stage" for spec in stages(trace)}
+    except MatchError:  # a model without stages still has layers to show
+        ends = {}
+    return {spec.tap: "block" for spec in blocks(trace)} | ends | {trace.output.tap: "output"}
+
+
+def _layer_row(spec: FeatureSpec, module: ModuleSpec, marks: Mapping[Tap, str]) -> LayerRow:
+    notes = [f"called {spec.calls} times"] * (spec.calls > 1) + ["overwritten later, so cloned"] * spec.clone
+    notes += [f"{spec.prefix_tokens} prefix tokens"] * bool(spec.prefix_tokens)
+    return LayerRow(
+        mark=marks.get(spec.tap, ""),
+        tap=str(spec.tap),
+        kind=module.kind,
+        layout=str(spec.layout),
+        shape=spec.shape[1:],
+        reduction=spec.reduction,
+        parameters=module.parameters,
+        macs=module.macs,
+        note=", ".join(notes),
+    )
+
+
+def _silent_row(module: ModuleSpec) -> LayerRow:
+    note = module.silent or "yields no tensor"
+    return LayerRow("", module.name, module.kind, "", (), None, module.parameters, module.macs, note)
+
+
+def layers_table(trace: Trace, rows: Iterable[LayerRow]) -> Table:
+    """What `inspect` prints."""
+    size = "x".join(map(str, trace.input_size))
+    title = f"{escape(trace.model)}  {size}  {amount(trace.parameters)} parameters  {amount(trace.macs)} MACs"
+    table = table_of(title, "tap", "module", "layout", "shape>", "stride>", "parameters>", "MACs>", "note")
+    table.caption = "shapes without the batch; ● stage end, ○ block: what `match` chooses from; ◆ the output"
+    signs = {"stage": "[bold green]●[/]", "block": "○", "output": "◆"}
+    for row in rows:
+        table.add_row(
+            f"{signs.get(row.mark, ' ')} {escape(row.tap or repr(''))}",
+            row.kind,
+            row.layout,
+            "x".join(map(str, row.shape)),
+            "" if row.reduction is None else f"{row.reduction:.3g}",
+            amount(row.parameters),
+            amount(row.macs),
+            row.note,
+            style="bold" if row.mark in ("stage", "output") else "",
+        )
+    return table
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One pair as `match` shows it."""
+
+    student: str
+    student_feature: str
+    teacher: str
+    teacher_feature: str
+    adapter: str
+    reason: str
+
+
+def pair_rows(pairs: Iterable[Pair], student: Trace, teacher: Trace) -> list[PairRow]:
+    """The pairs with what they yield and how that is brought together for a hint."""
+    rows = []
+    for pair in pairs:
+        ours, theirs = student[pair.student], teacher[pair.teacher]
+        adapter = str(adapt(ours, theirs))
+        row = PairRow(str(pair.student), ours.describe(), str(pair.teacher), theirs.describe(), adapter, pair.reason)
+        rows.append(row)
+    return rows
+
+
+def pairs_table(student: str, teacher: str, rows: Iterable[PairRow]) -> Table:
+    """What `match` prints."""
+    table = table_of(
+        escape(f"{student} <- {teacher}"), "student layer", "yields", "teacher layer", "yields", "adapter", "reason"
+    )
+    for row in rows:
+        table.add_row(*map(escape, astuple(row)))
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a recipe is about to do: every comparison, with its adapter."""
+    table = table_of("What is compared: student <- teacher", "stage", "loss", "weight>", "layers", "adapter")
+    for item in plan.comparisons:
+        table.add_row(
+            *map(escape, (item.stage, item.objective.name, _weight(item.objective.weight))),
+            *map(escape, (str(item.comparison), item.adapter)),
+        )
+    return table
+
+
+def _weight(weight: float | Schedule) -> str:
+    return f"{weight.start:g} to {weight.end:g}" if isinstance(weight, Schedule) else f"{weight:g}"
+
+
+def models_table(plan: Plan) -> Table:
+    """The models of a recipe, and what each sees."""
+    table = table_of("Models", "", "model", "sees", "parameters>", "MACs>")
+    sides = [("student", plan.trained, plan.student_input)]
+    if plan.teacher and plan.teacher_input:
+        sides.append(("teacher", plan.teacher, plan.teacher_input))
+    for role, trace, given in sides:
+        sees = f"{'x'.join(map(str, given.size))}, mean {_numbers(given.mean)}, std {_numbers(given.std)}"
+        table.add_row(role, escape(trace.model), sees, amount(trace.parameters), amount(trace.macs))
+    table.caption = f"shared by {plan.sharing}" if plan.sharing else None
+    return table
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in values)
+
+
+def teacher_lines(plan: Plan) -> list[str]:
+    """Which models get a new classifier; that a teacher which has weights is trained on, and at which learning rate."""
+    teacher, lines = plan.recipe.teacher, list(plan.new_classifiers)
+    if teacher is None or teacher.train is None or not (teacher.pretrained or teacher.checkpoint):
+        return lines
+    train = teacher.train
+    return [
+        *lines,
+        f"the teacher has weights, and is first fine-tuned: {train.epochs} epochs, lr {train.optimizer.lr:g}",
+    ]
+
+
+def data_lines(plan: Plan) -> list[str]:
+    """Which images a run measures on, and what else is to be known of its data."""
+    return [f"data: {text}" for text in (plan.datasets.measured_on, *plan.datasets.notes)]
+
+
+@dataclass(frozen=True)
+class Idle:
+    """What of one model one stage does not run, since no loss looks that far up; and what share of its MACs that is."""
+
+    stage: str
+    side: str
+    last: str
+    modules: tuple[str, ...]
+    share: float
+
+
+def idle_rows(plan: Plan) -> list[Idle]:
+    """Of every stage, the layers that do not run at all, because the forward stops at the last tap."""
+    rows = []
+    for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
+        for index, (side, trace) in enumerate((("student", plan.trained), ("teacher", plan.teacher))):
+            taps = [tap for objective in objectives for tap in objective.taps[index]]
+            # A trunk or a graft takes the other model's layers as well, so that there both run whole.
+            if trace is None or not taps or plan.sharing or any(tap.is_output for tap in taps):
+                continue
+            last = max((trace[tap] for tap in taps), key=lambda spec: spec.order)
+            above = [module for module in trace.modules.values() if module.first > last.order]
+            names = {module.name for module in above}
+            top = [module for module in above if module.parent not in names]
+            saved = sum(module.macs for module in top)
+            row = Idle(stage.name, side, str(last.tap), tuple(m.name for m in top), saved / max(trace.macs, 1))
+            rows += [row] * bool(top)
+    return rows
+
+
+def idle_table(rows: Iterable[Idle]) -> Table:
+    """What `check` prints of them."""
+    table = table_of(
+        "Not run: above the last layer that a loss reads", "stage", "model", "last", "not run", "of its MACs>"
+    )
+    for row in rows:
+        table.add_row(*map(escape, (row.stage, row.side, row.last, ", ".join(row.modules))), f"{row.share:.0%}")
+    return table
+
+
+def cache_lines(plan: Plan) -> list[str]:
+    """What the teacher's cache will hold in the end, at four bytes a number; nothing where there is none."""
+    options, teacher = plan.recipe.teacher, plan.teacher
+    if options is None or options.cache is None or teacher is None:
+        return []
+    views: dict[Target, set[int]] = {}
+    age = 0
+    for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
+        shown = {epoch % (plan.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
+        adapters = make_adapters(objectives, plan.trained, teacher, plan.class_map)
+        for target in targets_of(objectives, adapters, teacher).values():
+            views.setdefault(target, set()).update(shown)
+        age += stage.epochs
+    images, total, lines = len(plan.datasets.train), 0.0, []  # type: ignore[arg-type]
+    for target, seen in views.items():
+        numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and not target.name else prod(target.shape)
+        size = 4.0 * numbers * images * len(seen)
+        total += size
+        times = f"{images} images x {len(seen)} views x {numbers} numbers"
+        lines.append(f"  {target.name or repr('')}: {times} = {size / 1e9:.3g} GB")
+    new = " (every epoch shows new views; `data.views` or `no_aug` bounds them)" * (plan.recipe.data.num_views is None)
+    return [f"The teacher's cache in {options.cache} will hold up to {total / 1e9:.3g} GB{new}:", *lines]
+
+
+def reach_table(rows: Iterable["Reach"]) -> Table:
+    """What every loss moves, and how much: the norm of its gradient, unweighted."""
+    table = table_of("Gradients on one batch, before training", "stage", "loss", "moves", "parameters>", "norm>")
+    for row in rows:
+        table.add_row(row.stage, row.loss, row.part, f"{row.reached}/{row.parameters}", f"{row.norm:.3g}")
+    return table
+
+
+def losses_table(rows: Iterable["StepCost"], *, trains_teacher: bool) -> Table:
+    """What every loss gives on one batch, before training, and what its stage weighs them to."""
+    table = table_of("Losses on one batch, before training", "stage", "loss", "value>")
+    if trains_teacher:
+        table.caption = "The teacher is not trained yet: what its answers decide will have other values."
+    for row in rows:
+        for name, value in sorted(row.losses.items(), key=lambda item: item[0] == "loss"):
+            table.add_row(row.stage, "weighted sum" if name == "loss" else name, f"{value:.4g}")
+    return table
+
+
+def costs_table(rows: Sequence["StepCost"]) -> Table:
+    """What a step of the student's stages costs on this machine: time and memory, and the adapters' share."""
+    columns = ("stage", "step>", "images/s>", "steps>", "stage takes>", "memory>", "of it activations>", "adapters>")
+    table = table_of(f"A step of {rows[0].images} images, on this machine", *columns)
+    for row in rows:
+        table.add_row(
+            row.stage,
+            f"{row.seconds * 1000:.3g} ms",
+            f"{row.images / row.seconds:.3g}",
+            str(row.steps),
+            duration(row.seconds * row.steps),
+            size(row.memory),
+            size(row.activations),
+            f"{amount(row.adapter_parameters)}, {amount(row.adapter_macs)} MACs" if row.adapter_parameters else "none",
+        )
+    return table
+
+
+def scores_table(found: "Evaluation") -> Table:
+    """What every model of a run answers, and how near that is to the teacher."""
+    columns = ("model", "weights", "top-1>", "top-5>", "NLL>", "calibration error>", "agreement>", "KL>")
+    table = table_of(f"{found.run}: {found.images} images ({found.split})", "", *columns)
+    for row in found.scores:
+        table.add_row(
+            row.role,
+            *map(escape, (row.model, row.weights)),
+            *(_share(row.top1), _share(row.top5), _decimals(row.nll), _share(row.calibration_error)),
+            *(_share(row.agreement), _decimals(row.kl)),
+        )
+    table.caption = "NLL, and KL(teacher || student), in nats per image; calibration error: expected, 15 bins, l1"
+    if any(row.role == "teacher alone" for row in found.scores):
+        table.caption += "; agreement and KL are with the teacher that trained with the student"
+    return table
+
+
+def similarity_table(found: "Evaluation") -> Table:
+    """How alike the compared layers of student and teacher are."""
+    alone = any(row.cka_alone is not None for row in found.pairs)
+    columns = ("loss", "student layer", "teacher layer", "CKA>", *["CKA alone>"] * alone, "explained variance>", "note")
+    table = table_of("Features: student <- teacher", "stage", *columns)
+    for row in found.pairs:
+        table.add_row(
+            *map(escape, (row.stage, row.loss, row.student, row.teacher)),
+            *(_decimals(value) for value in (row.cka, *[row.cka_alone] * alone, row.explained_variance)),
+            escape(row.note),
+        )
+    table.caption = (
+        "CKA: linear, of each feature's mean over positions. Explained variance: of the teacher's feature, after the "
+        "adapter as the end of its stage left it. The student is as it finally is, also for earlier stages."
+    )
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def _decimals(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def print_student(plan: Plan, folder: Path, console: Console) -> None:
+    """The end of a run: where it is, how to load the student, and what else one may do with it."""
+    student = plan.student
+    arguments = "".join(f", {key}={value!r}" for key, value in student.model_kwargs.items())
+    weights = folder / "student.safetensors"
+    timms = plan.grown is None and ":" not in student.model.removeprefix("hf-hub:").removeprefix("local-dir:")
+    line = f"  timm.create_model({student.model!r}, checkpoint_path={str(weights)!r}{arguments})"
+    line = line if timms else f"  probe_kd.load_student({str(weights)!r}{_allowing(plan)})"
+    first = f"Results in {folder}. " + ("The student is plain timm:" if timms else "The student:")
+    for text in (first, line, _next_commands(plan, folder, timms=timms)):
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _next_commands(plan: Plan, folder: Path, *, timms: bool) -> str:
+    """In one line, to be copied."""
+    names = [found.model for found in (plan.student, plan.teacher) if found]
+    allowed = "".join(f" --allow-import {package}" for package in packages(names))
+    run = quote(str(folder))
+    export = f"probe-kd export {run} -o DIR{'' if timms else ' --onnx'}{allowed}"  # what timm cannot build goes to ONNX
+    return f"Next: probe-kd eval {run}{allowed} | {export} | probe-kd compare {run} ..."
+
+
+def _allowing(plan: Plan) -> str:
+    """What `load_student` has to be told for models that are functions of one's own."""
+    traces = [plan.student] + [plan.teacher] * (plan.grown is not None and plan.teacher is not None)
+    allowed = packages(found.model for found in traces if found)
+    return f", allow_import={allowed}" if allowed else ""

@@ -1,0 +1,77 @@
+"""The teacher's cache of one phase: which features it holds, and what they depend on."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+
+from probe_kd.data.cache import Stored, TeacherCache, key_of
+from probe_kd.engine.models import portable
+from probe_kd.engine.spec import InputSpec
+from probe_kd.errors import RunError
+from probe_kd.methods.distiller import Distiller
+from probe_kd.training.models import Models, TrainedModel
+from probe_kd.training.progress import Progress
+
+# What changes no training image.
+UNSEEN = {
+    *("batch_size", "workers", "views", "download", "root", "num_classes"),
+    *("val_split", "test_split", "on_error"),
+}
+
+
+def open_cache(models: Models, trained: TrainedModel, distiller: Distiller, progress: Progress) -> TeacherCache | None:
+    """Where the recipe wants one, and this phase asks a frozen teacher."""
+    options, accelerator = models.plan.recipe.teacher, models.accelerator
+    if options is None or options.cache is None or not distiller.targets or models.teacher is None:
+        return None
+    given = models.images_for(trained)
+    with (
+        torch.no_grad(),
+        accelerator.autocast(),
+    ):  # what it gives, of which shape and precision, is seen and not guessed
+        features = distiller.teacher_targets(torch.zeros(2, *given.size, device=accelerator.device))
+    taps = [
+        Stored(name, tuple(feature.shape[1:]), feature.dtype, None if name else options.cache_top_k)
+        for name, feature in zip(distiller.targets, features, strict=True)
+    ]
+    found: list[Any] = [None]
+    cache = TeacherCache(Path(options.cache), taps, len(models.plan.datasets.train))  # type: ignore[arg-type]
+    if accelerator.is_main_process:
+        key, depends = key_of(models.teacher.model, models.plan.datasets.train, _depends_on(models, given))
+        cache.folder = cache.folder / key
+        try:
+            found = [(cache.folder, cache.lock())]
+            (cache.folder / "depends-on.json").write_text(depends, encoding="utf-8")
+        except OSError as refusal:
+            raise RunError(f"cannot write the teacher's cache {cache.folder}: {refusal.strerror}") from refusal
+    cache.folder, cache.writes = broadcast_object_list(found)[0]
+    if not cache.writes:
+        progress.say(f"another run writes the teacher's cache in {cache.folder}; this one only reads it")
+    return cache
+
+
+def _depends_on(models: Models, given: InputSpec) -> dict[str, Any]:
+    """What decides what the teacher sees, and how it computes."""
+    recipe, teacher = models.plan.recipe, models.teacher
+    assert teacher is not None
+    data = recipe.data.model_dump(mode="json", exclude=UNSEEN)
+    model, kwargs = portable(teacher.trace.model, teacher.trace.model_kwargs)
+    return {
+        "model": model,
+        "model_kwargs": kwargs,
+        "seed": None if recipe.data.no_aug else recipe.seed,
+        "views": {**data, "given": asdict(given), "teacher": asdict(teacher.input)},
+        "precision": str(models.accelerator.mixed_precision),
+        "device": models.accelerator.device.type,
+    }
+
+
+def tell_of_damage(cache: TeacherCache, progress: Progress) -> None:
+    if cache.damaged:
+        progress.say(
+            f"{cache.damaged} rows of the teacher's cache in {cache.folder} were damaged, and were computed anew; "
+            "look after that disk"
+        )

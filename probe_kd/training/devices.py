@@ -1,0 +1,93 @@
+"""How a run computes on its device: in which precision, with which settings of torch, and in which order of memory."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from accelerate import Accelerator
+
+from probe_kd.engine.models import breaks_channels_last, build_on_meta, module_of
+from probe_kd.recipe.options import Recipe
+
+
+def mixed_precision(recipe: Recipe, device_type: str) -> str | None:
+    """What accelerate is asked for: what the recipe says; else bf16 on a GPU whose cores compute in it.
+
+    None leaves the choice to accelerate, whose own setting (`accelerate launch --mixed_precision`) goes before bf16.
+    """
+    if recipe.precision or device_type != "cuda" or os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        return recipe.precision
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def _in_half(recipe: Recipe, device_type: str) -> bool:
+    chosen = mixed_precision(recipe, device_type) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return chosen in ("bf16", "fp16")
+
+
+@contextmanager
+def cuda_settings(recipe: Recipe) -> Iterator[None]:
+    """Inside, what cuDNN and cuBLAS are set to for a run; they are settings of the process, and are given back.
+
+    Convolutions are timed once for every shape (`cudnn.benchmark`). Under autocast, what is left in float32 is
+    multiplied in TensorFloat32: the losses' matrices, whose products are exact where features were captured in bf16.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision(recipe.matmul_precision or ("high" if _in_half(recipe, "cuda") else before[1]))
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+def describe_device(recipe: Recipe, accelerator: Accelerator) -> str:
+    """What a run on a GPU is set to, in one line; empty on a CPU."""
+    if accelerator.device.type != "cuda":
+        return ""
+    layout = "channels last" if memory_format(recipe, accelerator.device) is torch.channels_last else "channels first"
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    products = torch.get_float32_matmul_precision()
+    return (
+        f"{torch.cuda.get_device_name(accelerator.device)}: {precision}, {layout}, float32 matrix products in "
+        f"{products!r} precision, cuDNN benchmark on; `precision`, `channels_last` and `matmul_precision` change it"
+    )
+
+
+def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
+    """How models and images lie in memory: as the recipe says, or channels last where convolutions are faster so.
+
+    That was measured on the CPU (benchmarks/modes.py) and on a GPU in half precision (benchmarks/gpu.py). A model of
+    your own is left as it is: `x.view(len(x), -1)` behind a convolution fails with channels last. On a CPU so is a
+    model with a layer whose backward would corrupt the heap.
+    """
+    last = recipe.channels_last
+    if last is None:
+        models = [options.model for options in (recipe.student, recipe.teacher) if options is not None]
+        faster = device.type == "cpu" or (device.type == "cuda" and _in_half(recipe, "cuda"))
+        last = faster and not any(map(module_of, models))
+        last = last and not (device.type == "cpu" and unsafe_layer(recipe))
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def unsafe_layer(recipe: Recipe) -> str:
+    """The first layer of the recipe's models, as `student.NAME`, that must not lie channels last on a CPU, or empty."""
+    for side in ("student", "teacher"):
+        options = getattr(recipe, side)
+        if options is not None and not module_of(options.model):
+            name = _unsafe_layer_of(options.model, json.dumps(options.model_kwargs, sort_keys=True, default=list))
+            if name:
+                return f"{side}.{name}"
+    return ""
+
+
+@cache
+def _unsafe_layer_of(model: str, model_kwargs: str) -> str:
+    return breaks_channels_last(build_on_meta(model, json.loads(model_kwargs)))

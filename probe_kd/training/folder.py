@@ -1,0 +1,221 @@
+"""The folder of a run: whether a run may begin in it, go on in it, or overwrite what is there."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+from probe_kd.data.datasets import RECORD, DataRecord
+from probe_kd.errors import ProbeKDError, RunError
+from probe_kd.files.atomic import MANIFEST, whole_text
+from probe_kd.files.run_folder import (
+    LOCK,
+    RECIPE,
+    Manifest,
+    changed,
+    clear,
+    damaged,
+    digests_of,
+    first_changed,
+    is_measured,
+    kind_of,
+    recording,
+)
+from probe_kd.recipe.options import Recipe, dump, load, parse, rewritten
+from probe_kd.recipe.planner import Plan
+from probe_kd.training import checkpoints
+from probe_kd.training.processes import TRACKERS
+from probe_kd.training.progress import Progress
+from probe_kd.training.state import JOURNAL, TrainState
+
+_WEIGHTS = r"(student|teacher)(-alone)?(-ema)?|adapters-\d+"
+_TABLE_OR_PARTIAL = (
+    r"(manifest|data|summary|layers)\.json|recipe\.yaml|(metrics|summary)\.csv|curves\.png|report\.html"
+    rf"|({_WEIGHTS}|metrics|summary)\.partial|(manifest\.json|layers\.json|report\.html)\.partial"
+)
+
+
+def open_run(
+    plan: Plan, folder: Path, progress: Progress, *, resume: bool, overwrite: bool
+) -> tuple[TrainState, Path | None]:
+    """Prepare a claimed folder, or find what to resume: the state, and the checkpoint that it was in.
+
+    Nothing is touched that no run wrote, and nothing of another run unless it was asked for.
+    """
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    _check_inputs_outside(plan, folder, resume=resume)
+    resolved, inputs = dump(plan.resolved), digests_of(_inputs(plan.recipe))
+    if resume and (folder / RECIPE).is_file():
+        checkpoint = _reopen(folder, resolved, inputs, progress)
+        if checkpoint is not None:
+            known = DataRecord.read(folder)
+            if known is not None:
+                known.refuse_others(plan.datasets.record, folder)
+            state = TrainState.read(checkpoint / JOURNAL)
+            batch = f", batch {state.step}" if state.step else ""
+            progress.say(f"going on with {folder}: {state.role or 'the next model'}, epochs done {state.epoch}{batch}")
+            return state, checkpoint
+    if resume:
+        weights = [name for name in _contents(folder) if name.endswith(".safetensors")]
+        if weights:
+            raise RunError(
+                f"there is no checkpoint in {folder} to resume, but {weights[0]} is there; --overwrite deletes it and "
+                "begins anew"
+            )
+        progress.say(f"there is no checkpoint in {folder} to resume; beginning anew")
+    try:
+        clear(folder, _contents(folder))
+        Manifest({RECIPE: hashlib.sha256(resolved.encode()).hexdigest()}, inputs).write(folder)
+        (folder / RECIPE).write_text(resolved, encoding="utf-8")
+        with recording(folder, RECORD) as file:
+            plan.datasets.record.write(file)
+    except OSError as refusal:
+        raise RunError(f"cannot write to {folder}: {refusal.strerror}") from None
+    return TrainState(), None
+
+
+def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], progress: Progress) -> Path | None:
+    recipe, manifest = folder / RECIPE, Manifest.read(folder)
+    begun_with = _with_root_of(whole_text(recipe), resolved)
+    if begun_with != resolved:
+        raise RunError(
+            f"the recipe is not the one that {folder} was begun with ({recipe}); it then had "
+            f"{_first_difference(begun_with, resolved)}. Give the same recipe and options "
+            "again, or another folder by --out; --overwrite deletes that run and begins anew"
+        )
+    other = first_changed(manifest.inputs, inputs) if manifest is not None else ""
+    if other:
+        raise RunError(
+            f"{other} is not the file that {folder} was begun with: its contents have changed since. Put the former "
+            "file back, or choose another --out; --overwrite deletes that run and begins anew"
+        )
+    if (folder / "summary.json").exists():
+        raise RunError(f"nothing to resume in {folder}: the run is finished")
+    return checkpoints.newest(folder, progress.say)
+
+
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run may begin in this folder, or go on in it. Raises RunError. Nothing is written."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is {kind_of(folder)}; choose another --out")
+    contents = _contents(folder)
+    if not contents or (contents == [MANIFEST] and Manifest.read(folder)):  # one that was killed as it began
+        return
+    foreign = foreign_files(folder, contents)
+    if foreign:
+        raise RunError(foreign)
+    if not (resume or overwrite):
+        raise RunError(
+            f"{folder} is not empty; go on with it by --resume, replace it by --overwrite, or choose another --out"
+        )
+
+
+def _contents(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK) if folder.is_dir() else []
+
+
+def foreign_files(folder: Path, contents: Sequence[str]) -> str:
+    """What in a folder no run wrote, in words; empty where all of it is a run's."""
+    manifest = Manifest.read(folder)
+    kept = "and will be neither resumed nor overwritten; choose another --out"
+    if manifest is None and MANIFEST in contents:
+        return f"{folder / MANIFEST} is damaged, or not of a run: what else is there cannot be known, {kept}"
+    if manifest is None and RECIPE in contents and not _is_old_run(folder):
+        return f"{folder / RECIPE} was written by no run, {kept}"
+    if manifest is None and RECIPE not in contents:
+        return f"{folder} is not the folder of a run (it has no recipe.yaml), {kept}"
+    foreign = [name for name in contents if not _is_of_run(folder / name, manifest)]
+    if foreign:
+        return f"{folder} holds more than a run writes ({', '.join(foreign[:3])}), {kept}"
+    other = next((name for name in contents if name != MANIFEST and changed(folder / name)), "")
+    if other == RECIPE:
+        return f"{folder / RECIPE} was changed since a run wrote it, {kept}, or put it back"
+    return damaged(folder / other) if other else ""
+
+
+def _is_of_run(file: Path, manifest: Manifest | None) -> bool:
+    """Whether a run wrote a file or folder, or `eval -o` and `compare -o` did about it.
+
+    Weights are its own where the manifest names them; the tables and folders have names that nothing else has there.
+    """
+    if file.is_symlink():
+        return False
+    if file.is_dir():
+        names = [entry.name for entry in file.iterdir()] if file.name == checkpoints.FOLDER else []
+        return file.name == TRACKERS or (
+            file.name == checkpoints.FOLDER and all(re.match(r"\d{6}", it) for it in names)
+        )
+    if file.name in ("report.html", "layers.json"):
+        return is_measured(file) if file.suffix == ".html" else _is_json(file)
+    if file.suffix == ".safetensors":
+        named = re.fullmatch(_WEIGHTS, file.stem)
+        return bool(named) and (manifest is None or file.name in manifest.files)
+    return bool(re.fullmatch(_TABLE_OR_PARTIAL, file.name)) or is_measured(file)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(whole_text(file)), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_old_run(folder: Path) -> bool:
+    """Whether a run from before there were manifests wrote the recipe: no line of it is as a person writes it.
+
+    It has every default written out, in the form that ruamel.yaml gives it, and beside it are metrics or a checkpoint.
+    """
+    beside = (folder / "metrics.csv").is_file() or any(folder.glob(f"{checkpoints.FOLDER}/*/{MANIFEST}"))
+    try:
+        text = whole_text(folder / RECIPE)
+        source = load(folder / RECIPE)
+    except (OSError, ValueError, ProbeKDError):
+        return False
+    written = source.recipe.model_fields_set >= {"student", "data", "pairs", "stages", "baseline", "seed"}
+    return beside and written and rewritten(text) == text
+
+
+def _inputs(recipe: Recipe) -> list[str]:
+    """The files that a recipe names and a run reads."""
+    teacher = recipe.teacher
+    named = [recipe.student.checkpoint, teacher and teacher.checkpoint, teacher and teacher.class_map]
+    return [name for name in named if isinstance(name, str)]
+
+
+def _check_inputs_outside(plan: Plan, folder: Path, *, resume: bool) -> None:
+    """Raises RunError where --overwrite would delete what the recipe reads."""
+    place = Path(os.path.realpath(folder))
+    cache = plan.recipe.teacher.cache if plan.recipe.teacher else None
+    if cache and Path(os.path.realpath(cache)).is_relative_to(place):
+        raise RunError(
+            f"the teacher's cache {cache} lies in the folder of results, {folder}, which a run must have for itself; "
+            "give another folder as `teacher.cache`"
+        )
+    for name in _inputs(plan.recipe):
+        if not resume and Path(os.path.realpath(name)).is_relative_to(place):
+            raise RunError(
+                f"the recipe reads {name}, which lies in the folder of results, {folder}, and would be overwritten; "
+                "choose another --out"
+            )
+
+
+def _first_difference(before: str, now: str) -> str:
+    """Of two recipes, the first lines that are not the same."""
+    for old, new in zip_longest(before.splitlines(), now.splitlines(), fillvalue="nothing"):
+        if old != new:
+            return f"`{old.strip()}` where there now is `{new.strip()}`"
+    return "the same lines, with other ends"
+
+
+def _with_root_of(begun_with: str, resolved: str) -> str:
+    """The recipe that a run was begun with, where its data have moved to: that they are the same, `data.json` tells."""
+    try:
+        before, now = parse(begun_with).recipe, parse(resolved).recipe
+    except ProbeKDError:  # of another version
+        return begun_with
+    if before.data.root == now.data.root or not (before.data.root and now.data.root):
+        return begun_with
+    return dump(before.model_copy(update={"data": before.data.model_copy(update={"root": now.data.root})}))

@@ -1,0 +1,162 @@
+"""Which models a run trains, in which order and in which phases; each is built when its turn comes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from probe_kd.engine.models import build_model, checkpoint_gradients, load_weights, renew_classifier
+from probe_kd.engine.spec import InputSpec, Trace
+from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.objectives import Objective
+from probe_kd.methods.sharing import Sharing
+from probe_kd.recipe.options import ModelOptions, classifier_of
+from probe_kd.recipe.planner import Plan
+from probe_kd.recipe.sections.sharing import join
+from probe_kd.training.devices import memory_format
+from probe_kd.training.loop import Phase
+
+TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A model to be trained, and how. `partner` is the teacher that trains with it, and `sharing` what they share."""
+
+    role: str
+    model: nn.Module
+    trace: Trace
+    input: InputSpec
+    phases: tuple[Phase, ...]
+    partner: "TrainedModel | None" = None
+    sharing: Sharing | None = None
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        return self.role == "student"
+
+
+@dataclass
+class Models:
+    """The models of one run on their device. `teacher` is the one that the others learn from, once there is one."""
+
+    plan: Plan
+    accelerator: Accelerator
+    teacher: TrainedModel | None = None
+
+    def in_turn(self) -> Iterator[TrainedModel]:
+        """Each is built when its turn comes."""
+        plan, recipe = self.plan, self.plan.recipe
+        if recipe.teacher is not None:
+            yield self._teacher(TEACHER_ALONE if recipe.share else "teacher")
+        if recipe.baseline:
+            model = self._build(recipe.student, plan.student, recipe.seed)
+            phases = self._stages(alone="student")
+            yield TrainedModel(STUDENT_ALONE, model, plan.student, self._input_alone(), phases)
+        model, partner, sharing = self._build(recipe.student, plan.student, recipe.seed), None, None
+        if recipe.share and plan.teacher:
+            self.teacher = partner = self._teacher("teacher")
+            set_seed(recipe.seed)  # of a graft's adapter
+            model, sharing = join(recipe.share, model, partner.model, plan.student, plan.teacher)
+            self._to_device(model)
+        yield TrainedModel("student", model, plan.trained, plan.student_input, self._stages(), partner, sharing)
+
+    def distiller(self, trained: TrainedModel, phase: Phase) -> Distiller:
+        needed = trained.partner or any(objective.needs_teacher for objective in phase.objectives)
+        teacher = self.teacher if needed else None
+        share = self.plan.recipe.share
+        set_seed(self.plan.recipe.seed)  # of the adapters
+        distiller = Distiller(
+            trained.model,
+            teacher.model if teacher else None,
+            phase.objectives,
+            student_input=trained.input,
+            teacher_input=teacher.input if teacher else None,
+            student_trace=trained.trace if trained.trace.training else None,
+            teacher_trace=teacher.trace if teacher else None,
+            class_map=self.plan.class_map,
+            block=share.block if share and trained.partner else None,
+            sharing=trained.sharing,
+        )
+        return distiller.to(self.accelerator.device)
+
+    def images_for(self, trained: TrainedModel) -> InputSpec:
+        """Normalised for this model, and as large as the larger model wants: each takes its own view of them."""
+        other = self.teacher.input if self.teacher and trained.role != "teacher" else trained.input
+        return trained.input.covering(other)
+
+    def _teacher(self, role: str) -> TrainedModel:
+        plan, options = self.plan, self.plan.recipe.teacher
+        assert options is not None
+        assert plan.teacher is not None
+        assert plan.teacher_input is not None
+        phases: tuple[Phase, ...] = ()
+        if options.train is not None:
+            wish = options.train
+            labels = Objective("cross_entropy", "task", options={"label_smoothing": wish.label_smoothing})
+            phases = (Phase("train", wish.epochs, (labels,), wish.optimizer, wish.scheduler),)
+        elif role == TEACHER_ALONE and not (options.pretrained or options.checkpoint):
+            phases = self._stages(alone="teacher")
+        seed = plan.recipe.seed if options.same_init else teacher_seed(plan.recipe.seed)
+        return TrainedModel(role, self._build(options, plan.teacher, seed), plan.teacher, plan.teacher_input, phases)
+
+    def _input_alone(self) -> InputSpec:
+        """What the plain student sees: the size that the recipe gives, also where a graft sees the teacher's."""
+        return replace(self.plan.student_input, size=self.plan.student.input_size)
+
+    def _stages(self, alone: str = "") -> tuple[Phase, ...]:
+        """The recipe's stages; for a model alone, what of them it can learn from labels."""
+        phases, age = [], 0
+        for stage, objectives in zip(self.plan.recipe.stages, self.plan.objectives, strict=True):
+            kept = _labels_only(objectives, alone) if alone else objectives
+            phase = Phase(
+                name=stage.name,
+                epochs=stage.epochs,
+                objectives=kept,
+                optimizer=stage.optimizer.model_copy(update={"lr_scale": {}}) if alone else stage.optimizer,
+                scheduler=stage.scheduler,
+                clip_grad=stage.clip_grad,
+                grad_accum_steps=stage.grad_accum_steps,
+                keep=stage.keep,
+                age=age,
+            )
+            phases += [phase] * bool(kept)
+            age += stage.epochs
+        return tuple(phases)
+
+    def _build(self, options: ModelOptions, trace_: Trace, seed: int) -> nn.Module:
+        set_seed(seed)
+        model = build_model(trace_.model, trace_.model_kwargs, pretrained=options.pretrained)
+        if options.pretrained and options.new_classifier:
+            set_seed(seed)
+            renew_classifier(model, build_model(trace_.model, trace_.model_kwargs))
+        if options.grad_checkpointing:
+            checkpoint_gradients(model, trace_.model)
+        if options.checkpoint:
+            load_weights(model, options.checkpoint, classifier_of(options))
+        return self._to_device(model)
+
+    def _to_device(self, model: nn.Module) -> nn.Module:
+        model = model.to(self.accelerator.device)
+        return model.to(memory_format=memory_format(self.plan.recipe, self.accelerator.device))
+
+
+def teacher_seed(seed: int) -> int:
+    """What a teacher's first weights follow from: far from the seed of any student, which are small numbers.
+
+    Of one seed, a teacher and a student of one architecture would begin with the same weights, so that their agreement
+    would be no evidence.
+    """
+    return (seed + 2**31) % 2**32
+
+
+def _labels_only(objectives: Sequence[Objective], side: str) -> tuple[Objective, ...]:
+    """What a model alone can learn from. A single loss weighs 1: less would only be a smaller learning rate."""
+    labels = [
+        replace(objective, of="student")
+        for objective in objectives
+        if objective.resolved.reads == "labels" and objective.of == side
+    ]
+    return (replace(labels[0], weight=1.0),) if len(labels) == 1 else tuple(labels)

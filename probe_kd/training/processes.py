@@ -1,0 +1,143 @@
+"""The processes of a run: how they begin together and lose each other, and the signals that ask them to stop."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import get_cpu_distributed_information
+
+from probe_kd.engine.models import short
+from probe_kd.errors import PeerLost, RunError, for_all
+from probe_kd.files.run_folder import is_abandoned
+from probe_kd.recipe.options import Recipe
+from probe_kd.training.devices import cuda_settings, mixed_precision
+from probe_kd.training.progress import Progress
+
+TRACKERS = "trackers"
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
+
+
+@contextmanager
+def accelerating(recipe: Recipe, folder: Path | None = None) -> Iterator[Accelerator]:
+    """The accelerator of one run, as its recipe wishes. Raises RunError for what cannot be had."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    wishes: dict[str, Any] = {"mixed_precision": mixed_precision(recipe, device_type)}
+    if folder is not None and recipe.trackers:
+        wishes |= {"log_with": list(recipe.trackers), "project_dir": str(folder / TRACKERS)}
+    with ExitStack() as stack:
+        stack.enter_context(cuda_settings(recipe))
+        try:
+            accelerator = stack.enter_context(own_accelerator(**wishes))
+        except (ValueError, ImportError) as refusal:  # fp16 without a GPU, say
+            raise RunError(f"accelerate cannot begin with precision {recipe.precision}: {short(refusal)}") from refusal
+        kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise RunError(
+                f"accelerate is set to {kind}, which cuts a model's parameters up and gathers them layer by layer; "
+                "captured layers, shared weights and a teacher beside the student do not survive that. Run with plain "
+                "DDP (`accelerate launch --multi_gpu`, or torchrun), with `grad_checkpointing: true` where memory is "
+                "short"
+            )
+        yield accelerator
+
+
+@contextmanager
+def own_accelerator(**wishes: Any) -> Iterator[Accelerator]:
+    """accelerate for a while. What it settles is settled for the whole process, so it is taken back at the end.
+
+    Unless somebody outside has settled it before, who may still want it. Several processes on a machine without GPUs
+    talk by gloo. Raises RunError where a launcher started several processes that accelerate cannot bring together.
+    """
+    alone = not AcceleratorState._shared_state
+    launched = launched_processes()
+    if launched > 1 and not torch.accelerator.is_available():
+        wishes["cpu"] = True  # without it, or ACCELERATE_USE_CPU, accelerate overlooks what torchrun has set
+    try:
+        try:
+            accelerator = Accelerator(**wishes)
+        except RuntimeError as refusal:  # of torch.distributed
+            raise RunError(f"cannot bring {launched} processes together: {short(refusal)}") from refusal
+        if launched not in (1, accelerator.num_processes):
+            raise for_all(
+                RunError(
+                    f"{launched} processes were started (WORLD_SIZE), but accelerate counts "
+                    f"{accelerator.num_processes}, so that each would train by itself; start them by torchrun or "
+                    "`accelerate launch`, one for each device, or unset WORLD_SIZE"
+                )
+            )
+        yield accelerator
+    finally:
+        if alone:
+            GradientState._reset_state()
+            AcceleratorState._reset_state()
+
+
+def launched_processes() -> int:
+    """How many processes a launcher says that it started: torchrun, accelerate launch, or mpirun. Raises RunError."""
+    try:
+        found = get_cpu_distributed_information()
+    except ValueError:
+        raise RunError("RANK and WORLD_SIZE have to be whole numbers; unset them, or start by torchrun") from None
+    if found.world_size > 1 and not any(name in os.environ for name in RANKS):
+        raise RunError(
+            f"WORLD_SIZE says that this is one of {found.world_size} processes, and RANK is not there to say which; "
+            "start them by torchrun or `accelerate launch`, or unset WORLD_SIZE"
+        )
+    return max(int(found.world_size), 1)
+
+
+@contextmanager
+def with_peers(accelerator: Accelerator, folder: Path) -> Iterator[None]:
+    """Turn what torch raises where another process of the run has ended into PeerLost.
+
+    The first process says it, or, where that was killed, one of those that are left.
+    """
+    try:
+        yield
+    except Exception as refusal:
+        if accelerator.num_processes == 1 or not is_peer_lost(refusal):
+            raise
+        lost = PeerLost(
+            f"another of the {accelerator.num_processes} processes of this run has ended or was killed, so this one "
+            f"ends too. The last checkpoint in {folder} is whole; go on by --resume"
+        )
+        lost.in_all_processes = not accelerator.is_main_process and not is_abandoned(folder)
+        raise lost from refusal
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Gloo has no error of its own for it."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "Gloo", "Connection closed"))
+
+
+@contextmanager
+def listening(progress: Progress) -> Iterator[list[int]]:
+    """The signals that asked the run to stop, as they come in. A second Ctrl-C does not wait for the update to end."""
+    asked: list[int] = []
+
+    def ask(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        progress.say(f"{signal.Signals(number).name}: stopping after this update, with a checkpoint")
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield asked
+        return
+    former = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,96 @@
+"""What a terminal shows of a run while it trains."""
+
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from probe_kd.console import PlainConsole
+from probe_kd.training.state import MEASURES, Row
+
+
+class Progress:
+    """How a run shows itself while it goes on: a bar per stage in a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+        self.console = console
+        self.quiet = quiet
+        self.bar: Bar | None = None
+        self.task = TaskID(0)
+        self.shown = 0.0  # when something was last shown
+        self.title, self.epochs, self.images, self.started = "", 0, 0, 0.0
+        self.steps = self.before = self.done = 0  # batches of an epoch, in former epochs, and in this one
+        self.text = ""
+        self.accuracy = ""
+
+    def begin(self, title: str, epochs: int, steps: int, done: int) -> None:
+        """A stage begins: so many epochs of so many steps, the first `done` of them done before."""
+        self.title, self.epochs, self.images = title, epochs, 0
+        self.steps, self.before, self.done = steps, done * steps, 0
+        self.started = self.shown = time.monotonic()
+        self.text = self.accuracy = ""
+        if self.console.is_terminal and not self.quiet:
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[epoch]}/{task.fields[epochs]}"),
+                TextColumn("{task.fields[losses]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+            )
+            self.bar = Bar(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task(
+                title, total=epochs * steps, completed=done * steps, epochs=epochs, epoch=done, losses=""
+            )
+
+    def step(self, done: int, images: int) -> bool:
+        """So many batches of the epoch are done, of so many images each.
+
+        True when losses are wanted, for which the caller has to wait for the GPU.
+        """
+        self.images += (done - self.done) * images
+        self.done = done
+        if self.bar is None:
+            return False
+        self.bar.update(self.task, completed=self.before + done)
+        due = time.monotonic() - self.shown > 0.5
+        if due:
+            self.shown = time.monotonic()
+        return due
+
+    def say(self, text: str) -> None:
+        """Something that has to be read, also where the run is quiet."""
+        PlainConsole(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+
+    def tell(self, text: str) -> None:
+        """Something that is good to know, where the run is not quiet."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def losses(self, terms: Mapping[str, float]) -> None:
+        """The mean losses of the epoch so far."""
+        self.text = " ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        if self.bar is not None:
+            self.bar.update(self.task, losses=self._status())
+
+    def epoch(self, row: Row) -> None:
+        """An epoch is done and measured."""
+        self.before, self.done = self.before + self.steps, 0
+        self.accuracy = f"[green]accuracy {row['accuracy']:.1%}[/]" if "accuracy" in row else self.accuracy
+        self.losses({name: value for name, value in row.items() if name not in MEASURES})
+        if self.bar is not None:
+            self.bar.update(self.task, epoch=row["epoch"], losses=self._status())
+        elif not self.quiet and (row["epoch"] == self.epochs or time.monotonic() - self.shown > 5):
+            self.shown = time.monotonic()
+            self.console.print(f"{self.title}  {row['epoch']}/{self.epochs}  {self._status()}", highlight=False)
+
+    def _status(self) -> str:
+        rate = self.images / max(time.monotonic() - self.started, 1e-9)
+        return "  ".join(part for part in (self.text, self.accuracy, f"{rate:,.0f} images/s") if part)
+
+    def end(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -1,0 +1,187 @@
+"""How a run is saved and goes on: checkpoints, the best epoch, and the weights that it leaves.
+
+`checkpoints.py` makes a folder of files whole or absent; here is what stands in it.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from probe_kd.engine.models import check_state, load_weights, own_tensors, portable, save_weights, short
+from probe_kd.errors import RunError, for_all
+from probe_kd.files.run_folder import Claim, recording
+from probe_kd.recipe.planner import Plan
+from probe_kd.training import checkpoints
+from probe_kd.training.loop import Loop
+from probe_kd.training.models import TrainedModel
+from probe_kd.training.processes import is_peer_lost
+from probe_kd.training.progress import Progress
+from probe_kd.training.records import write_metrics, write_timm_summary
+from probe_kd.training.state import JOURNAL, TrainState
+from probe_kd.version import __version__
+
+AVERAGE = "average.safetensors"
+BEST, BEST_AVERAGE = "best.safetensors", "best-average.safetensors"
+
+
+@dataclass
+class Saver:
+    """What writes into the folder of a run, and brings back what a checkpoint holds.
+
+    `best` are the weights of the best epoch so far, in a phase that keeps it, and `best_average` the moving average of
+    the same epoch.
+    """
+
+    plan: Plan
+    accelerator: Accelerator
+    state: TrainState
+    progress: Progress
+    folder: Path
+    checkpoint: Path | None = None  # to go on from, until it is restored
+    claimed: Claim | None = None  # in the process that writes
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_average: dict[str, Tensor] = field(default_factory=dict)
+
+    def save(self, loop: Loop) -> None:
+        """Write a checkpoint. Raises RunError where the disk takes none; the one before it is as it was."""
+        accelerator = self.accelerator
+        if loop.cache is not None:
+            loop.cache.flush()
+        try:
+            if self.claimed is not None:
+                self.claimed.check()
+            aside: list[Any] = [checkpoints.begin(self.folder) if accelerator.is_main_process else None]
+            broadcast_object_list(aside)
+            # Not as safetensors, which would leave out one of two names of a tensor that two models share, and not
+            # always the same one. It is read with `weights_only`.
+            accelerator.save_state(str(aside[0]), safe_serialization=False)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                self._commit(aside[0], loop)
+        except Exception as refusal:  # torch and safetensors have errors of their own for a full disk
+            if isinstance(refusal, RunError) or is_peer_lost(refusal):
+                raise
+            raise RunError(
+                f"cannot write a checkpoint to {self.folder}: {short(refusal)}; the one before it is whole. Make room, "
+                "and go on with --resume"
+            ) from refusal
+        accelerator.wait_for_everyone()
+
+    def _commit(self, aside: Path, loop: Loop) -> None:
+        self.state.write(aside / JOURNAL)
+        if self.best:
+            save_file(self.best, aside / BEST)
+        if self.best_average:
+            save_file(self.best_average, aside / BEST_AVERAGE)
+        if loop.average is not None:
+            save_weights(loop.average.module, aside / AVERAGE, {})
+        checkpoints.commit(aside, self.plan.recipe.checkpoint_hist)
+        write_metrics(self.state.rows, self.folder / "metrics.csv")
+        write_timm_summary(self.state.rows, self.folder / "summary.csv")
+
+    def restore(self, loop: Loop) -> None:
+        assert self.checkpoint is not None
+        check_state(self.checkpoint)
+        former = len(list(self.checkpoint.glob("random_states_*.pkl")))
+        self._share_out(loop, former)
+        self.best, self.best_average = (
+            load_file(self.checkpoint / name) if (self.checkpoint / name).exists() else {}
+            for name in (BEST, BEST_AVERAGE)
+        )
+        if loop.average is not None:
+            load_weights(loop.average.module, self.checkpoint / AVERAGE)
+        self.accelerator.load_state(str(self.checkpoint))  # last, since it brings the random numbers back
+        if former != self.accelerator.num_processes:  # it has none for some of these
+            set_seed((self.plan.recipe.seed * 1_000_003 + self.state.step) % 2**31, device_specific=True)
+        self.checkpoint = None
+
+    def _share_out(self, loop: Loop, former: int) -> None:
+        """Go on at the same image where there are more or fewer processes than before.
+
+        Raises RunError where the images that were seen of an epoch are no whole number of updates of these processes.
+        """
+        state, now = self.state, self.accelerator.num_processes
+        if former == now:
+            return
+        step, left = divmod(state.step * former, now)
+        if left or step % loop.phase.grad_accum_steps:
+            raise for_all(
+                RunError(
+                    f"{former} processes had done {state.step} batches each of epoch {state.epoch + 1}, which "
+                    f"{now} cannot go on with at the same image; resume with {former} processes, which may be stopped "
+                    "at the end of an epoch"
+                )
+            )
+        scale = step / state.step if state.step else 1.0
+        state.step, state.sums = step, {name: total * scale for name, total in state.sums.items()}
+        if self.accelerator.is_main_process:
+            self.progress.say(f"going on with {now} processes instead of {former}, at the same image")
+
+    def keep_if_best(self, loop: Loop, loss: float) -> None:
+        """Keep the weights of the epoch of a phase whose held-out loss is the least so far."""
+        if self.state.best is None or not loss >= self.state.best:  # also after one that is no number
+            self.state.best = loss
+            self.best = own_tensors(loop.distiller)
+            self.best_average = own_tensors(loop.average.module) if loop.average is not None else {}
+
+    def take_best(self, loop: Loop) -> bool:
+        """Go back to the best epoch of a phase that kept it, the moving average too. Whether there was one."""
+        if not self.best:
+            return False
+        loop.distiller.load_state_dict(self.best)
+        if loop.average is not None and self.best_average:
+            loop.average.module.load_state_dict(self.best_average)
+        self.best, self.best_average = {}, {}
+        return True
+
+    def write_weights(self, trained: TrainedModel, end: str = "") -> str:
+        trace_, name = trained.trace, f"{trained.role.replace(' ', '-')}{end}.safetensors"
+        model, kwargs = portable(trace_.model, trace_.model_kwargs)
+        about = {"model": model, "model_kwargs": kwargs, "probe_kd": __version__}
+        if self.accelerator.is_main_process:
+            self.write(trained.model, name, about | _about_graft(self.plan, trained))
+        return name
+
+    def write(self, model: nn.Module, name: str, about: Mapping[str, Any]) -> None:
+        with self.writing(), recording(self.folder, name) as path:
+            save_weights(model, path, about)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises RunError where the folder has vanished, or does not take what is written to it."""
+        try:
+            if self.claimed is not None:
+                self.claimed.check()
+            yield
+        except OSError as refusal:
+            raise RunError(
+                f"cannot write to {self.folder}: {refusal.strerror}. Mend that, and go on by --resume from the last "
+                "checkpoint"
+            ) from refusal
+
+
+def _about_graft(plan: Plan, trained: TrainedModel) -> dict[str, Any]:
+    """What `load_student` needs to build a student that is no single model of timm."""
+    share = plan.recipe.share
+    if not (share and share.form == "graft" and plan.teacher and trained.role == "student"):
+        return {}
+    sides = {"student": (plan.student, share.cut[0]), "teacher": (plan.teacher, share.cut[1])}
+    named = {side: portable(trace_.model, trace_.model_kwargs) for side, (trace_, _) in sides.items()}
+    return {
+        "graft": {
+            side: {
+                "model": named[side][0],
+                "model_kwargs": named[side][1],
+                "input_size": list(trace_.input_size),
+                "at": str(at),
+            }
+            for side, (trace_, at) in sides.items()
+        }
+    }

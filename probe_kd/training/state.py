@@ -1,0 +1,75 @@
+"""What a run remembers besides weights: the results so far, the rows of its tables, and where it stands."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from probe_kd.errors import RunError
+from probe_kd.files.atomic import whole_text
+from probe_kd.recipe.options import RESERVED
+
+JOURNAL = "journal.json"  # in every checkpoint
+Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name
+MEASURES = RESERVED[:-1]
+
+
+@dataclass
+class Result:
+    """What came of one model of a run.
+
+    `accuracy` and `agreement` (with the teacher's answers) are shares of the test images, in 0..1; `seconds` were spent
+    in training; `weights` is the file in the run's folder, empty where nothing was trained. Those with `ema` are of the
+    moving average. `images` are the test images of every class, and `right` those of them that it answers rightly.
+    """
+
+    role: str
+    model: str
+    model_kwargs: dict[str, Any]
+    parameters: int
+    macs: int
+    accuracy: float
+    agreement: float | None
+    seconds: float
+    weights: str
+    ema_accuracy: float | None = None
+    ema_weights: str = ""
+    images: list[int] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
+
+
+@dataclass
+class TrainState:
+    """All that a run has to remember besides weights: plain values, written with every checkpoint."""
+
+    results: dict[str, Result] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    role: str = ""
+    phase: int = 0
+    epoch: int = 0  # epochs of this phase that are done
+    step: int = 0  # batches of the epoch after them that are done
+    sums: dict[str, float] = field(default_factory=dict)  # of the losses of these batches
+    seconds: float = 0.0  # spent on this model
+    best: float | None = None  # the least held-out loss of this phase, where it keeps the best epoch
+
+    def begin(self, role: str) -> None:
+        """A model begins, unless it is the one that a resumed run stopped at."""
+        if self.role != role:
+            self.role, self.phase, self.epoch, self.step, self.sums = role, 0, 0, 0, {}
+            self.seconds, self.best = 0.0, None
+
+    def begin_phase(self, index: int) -> None:
+        if self.phase != index:
+            self.phase, self.epoch, self.step, self.sums, self.best = index, 0, 0, {}, None
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> "TrainState":
+        try:
+            values = json.loads(whole_text(path))
+            results = {role: Result(**result) for role, result in values.pop("results").items()}
+            return cls(results=results, **values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as refusal:
+            raise RunError(f"{path} is not the journal of a run: {refusal}; start anew with --overwrite") from None

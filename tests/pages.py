@@ -1,0 +1,20 @@
+"""The README and the docs, as tests read them."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STORIES = {"tutorial.md", "howto.md"}  # tests/test_pages.py runs these whole
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page and number, text) of every fenced block of a language."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    found = [(page.name, fence.findall(page.read_text(encoding="utf-8"))) for page in PAGES if page.name not in STORIES]
+    return [(f"{name} {number}", text) for name, texts in found for number, text in enumerate(texts)]
+
+
+def commands(verb: str) -> list[str]:
+    lines = [line.partition("   #")[0].strip() for _, text in blocks("sh") for line in text.splitlines()]
+    return [line for line in lines if line.startswith(f"probe-kd {verb} ")]
