@@ -490,19 +490,19 @@ def compare(
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise RunError(f"{output}: a report is HTML; call it so, as in {output.with_suffix('.html')}, or take --json")
     _check_free(output, overwrite)
-    from probe_kd.results.comparison import compare as hold
-    from probe_kd.results.html import as_json as board_as_json
+    from probe_kd.results.comparison import compare as compare_runs
+    from probe_kd.results.html import as_json as comparison_as_json
     from probe_kd.results.html import tables, write_page
 
     console = _console()
     with console.status("reading the runs"):
-        board = hold(runs, layers=layers, allow_import=_allowed(allow_import))
+        comparison = compare_runs(runs, layers=layers, allow_import=_allowed(allow_import))
     if as_json:
-        print(board_as_json(board))
+        print(comparison_as_json(comparison))
     else:
-        _show(console, tables(board))
+        _show(console, tables(comparison))
     if output is not None:
-        write_page(board, output)
+        write_page(comparison, output)
         _say(f"wrote {output}", sys.stderr if as_json else None)
 
 
@@ -584,7 +584,7 @@ def _again(
 
 def _report(planned: "Plan", folder: Path, console: "Console") -> None:
     """What came of a run that has just ended, also as a file."""
-    from probe_kd.results.comparison import compare as hold
+    from probe_kd.results.comparison import compare as compare_runs
     from probe_kd.results.comparison import measure_layers
     from probe_kd.results.html import tables, write_page
 
@@ -592,9 +592,9 @@ def _report(planned: "Plan", folder: Path, console: "Console") -> None:
         with _forgiving("the layers are not compared"), console.status("comparing the layers of student and teacher"):
             measure_layers(planned, folder)
     with _forgiving("not all of the results can be shown"):
-        board = hold([folder])
-        _show(console, tables(board))
-        write_page(board, folder / "report.html")
+        comparison = compare_runs([folder])
+        _show(console, tables(comparison))
+        write_page(comparison, folder / "report.html")
 
 
 @contextmanager

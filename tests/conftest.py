@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import frozen  # noqa: F401
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from probe_kd.cli import main
 
 # Not of this process: a fork of one whose autograd has made its threads cannot train. The server has none.
 apart = multiprocessing.get_context("forkserver")
-apart.set_forkserver_preload(["pytest", "probe_kd.training.run"])
+apart.set_forkserver_preload(["pytest", "frozen"])
 
 TINY = """\
 student:
@@ -27,7 +28,8 @@ teacher:
 data:
   dataset: sklearn/digits
   input_size: [3, 16, 16]
-  batch_size: 256
+  fraction: 0.25
+  batch_size: 64
   hflip: 0.0
 pairs:
   blocks.0: layer2
@@ -49,7 +51,7 @@ stages:
 ROCKET = """\
 student: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32]}}
 teacher: {model: resnet18, model_kwargs: {channels: [8, 16, 24, 32], stem_width: 32, stem_type: deep_tiered}}
-data: {dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 512, hflip: 0.0}
+data: {dataset: sklearn/digits, input_size: [3, 16, 16], fraction: 0.25, batch_size: 128, hflip: 0.0}
 share: {form: weights, modules: interval}
 stages:
   - epochs: 2

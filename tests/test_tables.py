@@ -34,5 +34,5 @@ def test_check_says_what_does_not_run_and_how_much_a_cache_will_hold(
     assert "layer4" in shown
     # the hint in one epoch sees view 0, the task in two views 1 and 0
     numbers = [teacher[name].shape[1:] for name in ("layer2", "layer3")]
-    size = 4 * 1437 * (sum(torch.Size(shape).numel() for shape in numbers) + 2 * 10)
+    size = 4 * 359 * (sum(torch.Size(shape).numel() for shape in numbers) + 2 * 10)
     assert f"will hold up to {size / 1e9:.3g} GB:" in shown

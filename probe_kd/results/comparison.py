@@ -1,7 +1,7 @@
 """Runs beside each other: what came of each subject over seeds, what the recipes differ in, how alike the layers are.
 
 The folders of the runs are read and no model is built, so this takes as long for a hundred runs as for one. The
-exception is the likeness of layers, for which both models have to look at images: a run measures it at its end, and
+exception is the similarity of layers, for which both models have to look at images: a run measures it at its end, and
 leaves the figures in `layers.json`.
 """
 
@@ -33,7 +33,7 @@ from probe_kd.training.state import MEASURES, Result, Row
 
 LAYERS = "layers.json"
 ROLES = ("student alone", "student", "teacher", "teacher alone")  # the second last is the partner, where they share
-IMAGES, SECONDS = 512, 10.0  # that the likeness of layers is measured on, and may take
+IMAGES, SECONDS = 512, 10.0  # that the similarity of layers is measured on, and may take
 MOST_LAYERS = 24  # of a model, above which its stage ends stand for its blocks
 UNCOMPARED = {"subject", "stage", "epoch", "images_per_second"}
 
@@ -50,7 +50,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Standing:
+class ModelSummary:
     """What came of one subject in the runs of one recipe.
 
     `accuracy`, `ema_accuracy` (of the moving average) and `agreement` with the teacher are shares of the test images in
@@ -93,7 +93,7 @@ class ClassChange:
 
 
 @dataclass(frozen=True)
-class Likeness:
+class LayerSimilarity:
     """Linear CKA of layers of the student (rows) and of the teacher (columns), each in the order of its forward.
 
     It is of one vector per image, the mean over positions, of so many test images; None where a layer gives the same
@@ -120,11 +120,11 @@ class Group:
     name: str
     runs: tuple[str, ...]
     seeds: tuple[int, ...]
-    standings: tuple[Standing, ...]
+    summaries: tuple[ModelSummary, ...]
     gain: Spread | None
     curves: tuple[Curve, ...] = ()
     classes: tuple[ClassChange, ...] = ()
-    likeness: Likeness | None = None
+    similarity: LayerSimilarity | None = None
     pairs: tuple[tuple[str, str], ...] = ()
     recipe: str = ""
 
@@ -138,7 +138,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Board:
+class RunComparison:
     """What `compare` found: groups of runs, what their recipes differ in, and what to know about it."""
 
     groups: tuple[Group, ...]
@@ -156,7 +156,7 @@ class _Run:
     results: dict[str, Result] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
-    likeness: Likeness | None = None
+    similarity: LayerSimilarity | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -173,12 +173,12 @@ class _Run:
         return next((row for row in reversed(self.rows) if row["subject"] == role and "accuracy" in row), None)
 
 
-def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: Sequence[str] = ()) -> Board:
+def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: Sequence[str] = ()) -> RunComparison:
     """Hold the runs in these folders, as `probe-kd train` wrote them, beside each other.
 
-    Runs whose resolved recipes are the same but for `seed` are one group. `layers` measures the likeness of the layers
-    of student and teacher where the run has not done so at its end; only that builds models, of which `allow_import`
-    names the packages that functions of one's own may come from. A run that has not ended is shown as far as it is.
+    Runs whose resolved recipes are the same but for `seed` are one group. `layers` measures the similarity of the
+    layers of student and teacher where the run has not done so at its end; only that builds models, and `allow_import`
+    names the packages that custom functions may come from. A run that has not ended is shown as far as it is.
 
     Raises RunError for a folder that is no run, or holds files that are damaged, and where nothing is measured yet;
     RecipeError for a recipe that this version does not read.
@@ -199,20 +199,20 @@ def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: S
     if not any(run.results or run.rows for run in found):
         raise RunError(f"nothing is measured yet in {', '.join(str(run.folder) for run in found)}: no epoch is done")
     for run in found if layers else ():
-        run.likeness = run.likeness or _measured_now(run, allow_import, notes)
+        run.similarity = run.similarity or _measured_now(run, allow_import, notes)
     names = _names(list(groups.values()))
     shown = tuple(_group(name, members) for name, members in zip(names, groups.values(), strict=True))
     for group in shown:
-        means = {standing.role: standing.accuracy.mean for standing in group.standings if not standing.unfinished}
+        means = {summary.role: summary.accuracy.mean for summary in group.summaries if not summary.unfinished}
         notes += [f"{group.name}: {doubt}" for doubt in doubts(means)]
-    return Board(
+    return RunComparison(
         shown,
         tuple(_differences([members[0].recipe for members in groups.values()])),
         tuple(notes),
     )
 
 
-def measure_layers(planned: Plan, run: Path) -> Likeness:
+def measure_layers(planned: Plan, run: Path) -> LayerSimilarity:
     """How alike the layers of the student and of the teacher of a finished run are, by at most IMAGES and SECONDS.
 
     The layers are the blocks of each model, or its stage ends where it has many blocks, and those that are paired.
@@ -225,7 +225,7 @@ def measure_layers(planned: Plan, run: Path) -> Likeness:
     theirs = _layers(planned.teacher, [pair.teacher for pair in planned.pairs])
     student, teacher = vectors(planned, run, ours, theirs, images=IMAGES, seconds=SECONDS)
     cells = cka_table(list(student.values()), list(teacher.values()))
-    found = Likeness(
+    found = LayerSimilarity(
         images=len(next(iter(student.values()), ())),
         student=tuple(map(_shown, student)),
         teacher=tuple(map(_shown, teacher)),
@@ -256,7 +256,7 @@ def _shown(tap: Tap) -> str:
     return str(tap) or "output"
 
 
-def _measured_now(run: _Run, allow_import: Sequence[str], notes: list[str]) -> Likeness | None:
+def _measured_now(run: _Run, allow_import: Sequence[str], notes: list[str]) -> LayerSimilarity | None:
     if "student" not in run.results or "teacher" not in run.recipe:
         why = "its student is not trained yet" if "teacher" in run.recipe else "it has no teacher"
         notes.append(f"{run.folder}: layers are not compared, since {why}")
@@ -288,7 +288,7 @@ def _read(folder: Path) -> _Run:
             run.results = _results({"results": list(dict(found.get("results", {})).values())}, newest)
         run.notes.append(_progress(run))
     if (folder / LAYERS).is_file():
-        run.likeness = _likeness(folder / LAYERS)
+        run.similarity = _likeness(folder / LAYERS)
     return run
 
 
@@ -378,9 +378,9 @@ def _results(found: Mapping[str, Any], path: Path) -> dict[str, Result]:
     return {result.role: result for result in results}
 
 
-def _likeness(path: Path) -> Likeness:
+def _likeness(path: Path) -> LayerSimilarity:
     try:
-        found: Likeness = TypeAdapter(Likeness).validate_python(_json(path))
+        found: LayerSimilarity = TypeAdapter(LayerSimilarity).validate_python(_json(path))
     except ValidationError as refusal:
         raise _damaged(path, ValueError(refusal.errors()[0]["msg"])) from None
     if {len(found.student)} != {len(found.cka)} or {len(row) for row in found.cka} - {len(found.teacher)}:
@@ -417,18 +417,18 @@ def _beginning(names: Sequence[str]) -> str:
 
 def _group(name: str, members: Sequence[_Run]) -> Group:
     roles = [role for role in ROLES if any(role in run.results or run.last(role) for run in members)]
-    standings = [_standing(role, members) for role in roles]
+    summaries = [_summary_of(role, members) for role in roles]
     both = [run.results for run in members if {"student", "student alone"} <= run.results.keys()]
     gains = [results["student"].accuracy - results["student alone"].accuracy for results in both]
     return Group(
         name=name,
         runs=tuple(_printable(str(run.folder)) for run in members),
         seeds=tuple(run.seed for run in members),
-        standings=tuple(standings),
+        summaries=tuple(summaries),
         gain=_spread(gains),
         curves=tuple(_curves(members)),
         classes=tuple(_classes(members)),
-        likeness=_mean_likeness([run.likeness for run in members if run.likeness]),
+        similarity=_mean_likeness([run.similarity for run in members if run.similarity]),
         pairs=tuple(_pairs(members[0].recipe.get("pairs"))),
         recipe=members[0].text,
     )
@@ -441,7 +441,7 @@ def _pairs(found: Any) -> Iterator[tuple[str, str]]:
             yield _printable(ours) or "output", _printable(theirs) or "output"
 
 
-def _standing(role: str, members: Sequence[_Run]) -> Standing:
+def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
     """Of the runs that have finished the subject; where none has, of the last epochs so far."""
     done = [run.results[role] for run in members if role in run.results]
     if not done:
@@ -450,10 +450,12 @@ def _standing(role: str, members: Sequence[_Run]) -> Standing:
         side = members[0].recipe.get(role.split()[0], {})
         accuracy, agreement = (_spread([row[key] for row in rows if key in row]) for key in ("accuracy", "agreement"))
         assert accuracy is not None
-        return Standing(role, _printable(str(side.get("model"))), accuracy, agreement, None, None, None, None, where)
+        return ModelSummary(
+            role, _printable(str(side.get("model"))), accuracy, agreement, None, None, None, None, where
+        )
     accuracy = _spread([result.accuracy for result in done])
     assert accuracy is not None
-    return Standing(
+    return ModelSummary(
         role=role,
         model=done[0].model,
         accuracy=accuracy,
@@ -517,7 +519,7 @@ def _tell_classes(run: _Run) -> bool:
     return count > 0 and all(found and len(found.images) == len(found.right) == count for found in both)
 
 
-def _mean_likeness(found: Sequence[Likeness]) -> Likeness | None:
+def _mean_likeness(found: Sequence[LayerSimilarity]) -> LayerSimilarity | None:
     """Over seeds, cell by cell, of the runs that looked at the same layers."""
     if not found:
         return None
@@ -528,7 +530,7 @@ def _mean_likeness(found: Sequence[Likeness]) -> Likeness | None:
         for row in range(len(first.student))
     ]
     images = min(other.images for other in same)
-    return Likeness(images, first.student, first.teacher, tuple(map(tuple, cells)), first.pairs)
+    return LayerSimilarity(images, first.student, first.teacher, tuple(map(tuple, cells)), first.pairs)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

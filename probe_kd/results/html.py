@@ -1,4 +1,4 @@
-"""A board of runs as people see it: tables for a terminal, and one HTML file that needs nothing else.
+"""A comparison of runs as people see it: tables for a terminal, and one HTML file that needs nothing else.
 
 The file loads nothing and runs nothing, and its own policy forbids both. All that comes out of a run's folder reaches
 it through a template that escapes. The drawings are SVG in the colours of the page, so that they are dark where the
@@ -22,7 +22,17 @@ from probe_kd.console import amount
 from probe_kd.errors import RunError, visible
 from probe_kd.files.atomic import put
 from probe_kd.files.run_folder import GENERATOR
-from probe_kd.results.comparison import Board, ClassChange, Curve, Group, Likeness, Standing, losses_of, percent, points
+from probe_kd.results.comparison import (
+    ClassChange,
+    Curve,
+    Group,
+    LayerSimilarity,
+    ModelSummary,
+    RunComparison,
+    losses_of,
+    percent,
+    points,
+)
 from probe_kd.version import __version__
 
 MOST_CLASSES = 20  # that bars are drawn of
@@ -34,24 +44,24 @@ WIDTH = 480.0  # of a drawing: on a narrow telephone it is as wide as this, so t
 Place = tuple[float, float]
 
 
-def tables(board: Board) -> Iterator[Table | Text | str]:
+def tables(comparison: RunComparison) -> Iterator[Table | Text | str]:
     """What a terminal shows: a table for every group, then lines of text."""
-    for group in board.groups:
+    for group in comparison.groups:
         about = f"{' <- '.join(models_of(group)) or 'nothing is measured yet'}; {seeds_of(group)}"
         yield Text.assemble((group.name, "bold"), f": {about}")
-        if group.standings:
+        if group.summaries:
             yield _table(group)
-        yield from (f"  {row.role}: {fewer_seeds(row, group)}" for row in group.standings if fewer_seeds(row, group))
+        yield from (f"  {row.role}: {fewer_seeds(row, group)}" for row in group.summaries if fewer_seeds(row, group))
         if group.gain:
             yield f"  the student over the student alone: {points(group.gain)}"
         yield from (f"  {line}" for line in [_cost_of_sharing(group)] if line)
-    if board.differences:
-        yield f"The recipes of {' | '.join(group.name for group in board.groups)} differ in:"
-    for difference in board.differences[:12]:
+    if comparison.differences:
+        yield f"The recipes of {' | '.join(group.name for group in comparison.groups)} differ in:"
+    for difference in comparison.differences[:12]:
         yield f"  {difference.key}: {' | '.join(value or '-' for value in difference.values)}"
-    if len(board.differences) > 12:
-        yield f"  and {len(board.differences) - 12} more; -o FILE.html or --json has them all"
-    yield from (f"note: {note}" for note in board.notes)
+    if len(comparison.differences) > 12:
+        yield f"  and {len(comparison.differences) - 12} more; -o FILE.html or --json has them all"
+    yield from (f"note: {note}" for note in comparison.notes)
 
 
 def _table(group: Group) -> Table:
@@ -60,7 +70,7 @@ def _table(group: Group) -> Table:
     table.add_column("", no_wrap=True, min_width=13)
     for column in ("accuracy", "agreement", "parameters", "MACs", "time"):
         table.add_column(column, justify="right", no_wrap=True)
-    for row in group.standings:
+    for row in group.summaries:
         size = [amount(value) if value is not None else "" for value in (row.parameters, row.macs)]
         seconds = f"{row.seconds.mean:,.0f} s" if row.seconds else row.unfinished and "so far"
         table.add_row(escape(row.role), percent(row.accuracy), percent(row.agreement), *size, seconds)
@@ -71,7 +81,7 @@ def _table(group: Group) -> Table:
 
 def models_of(group: Group) -> list[str]:
     """The student's name, and the teacher's."""
-    names = {row.role.removesuffix(" alone"): row.model for row in group.standings}
+    names = {row.role.removesuffix(" alone"): row.model for row in group.summaries}
     return [names[side] for side in ("student", "teacher") if side in names]
 
 
@@ -82,7 +92,7 @@ def seeds_of(group: Group) -> str:
     return f"seed {seeds}" if len(group.seeds) == 1 else f"{len(group.seeds)} seeds ({seeds}){spread}"
 
 
-def fewer_seeds(row: Standing, group: Group) -> str:
+def fewer_seeds(row: ModelSummary, group: Group) -> str:
     """What to know of a subject that not every run of its group has finished."""
     count, every = len(row.accuracy.values), len(group.seeds)
     if row.unfinished:
@@ -92,7 +102,7 @@ def fewer_seeds(row: Standing, group: Group) -> str:
 
 def _cost_of_sharing(group: Group) -> str:
     """What training with a student did to a teacher, where it did."""
-    by_role = {row.role: row.accuracy.mean for row in group.standings}
+    by_role = {row.role: row.accuracy.mean for row in group.summaries}
     if not {"teacher", "teacher alone"} <= by_role.keys():
         return ""
     change = 100 * (by_role["teacher"] - by_role["teacher alone"])
@@ -102,24 +112,24 @@ def _cost_of_sharing(group: Group) -> str:
     return f"training with the student, the teacher {word} {abs(change):.2f} points of accuracy"
 
 
-def as_json(board: Board) -> str:
-    """The whole board for other programs, without NaN, which JSON has not."""
-    return json.dumps(json.loads(json.dumps(asdict(board)), parse_constant=lambda _: None), indent=1)
+def as_json(comparison: RunComparison) -> str:
+    """The whole comparison for other programs, without NaN, which JSON has not."""
+    return json.dumps(json.loads(json.dumps(asdict(comparison)), parse_constant=lambda _: None), indent=1)
 
 
-def write_page(board: Board, path: Path) -> None:
-    """Write the board as one HTML file. Raises RunError where it cannot be written."""
+def write_page(comparison: RunComparison, path: Path) -> None:
+    """Write the comparison as one HTML file. Raises RunError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.partial")
-        aside.write_text(page(board), encoding="utf-8")
+        aside.write_text(page(comparison), encoding="utf-8")
         put(aside, path)
     except OSError as refusal:
         raise RunError(f"cannot write {path}: {refusal.strerror}") from None
 
 
-def page(board: Board) -> str:
-    """The board as HTML."""
+def page(comparison: RunComparison) -> str:
+    """The comparison as HTML."""
     environment = Environment(
         loader=PackageLoader("probe_kd.results"),
         autoescape=True,
@@ -129,12 +139,12 @@ def page(board: Board) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"amount": amount, "percent": percent, "points": points, "signed": _signed}
-    sections = [_section(group, number) for number, group in enumerate(board.groups)]
+    sections = [_section(group, number) for number, group in enumerate(comparison.groups)]
     return environment.get_template("report.html").render(
-        board=board,
+        comparison=comparison,
         sections=sections,
-        title=", ".join(group.name for group in board.groups[:3]) + " ..." * (len(board.groups) > 3),
-        overview=_overview(board) if len(board.groups) > 1 else None,
+        title=", ".join(group.name for group in comparison.groups[:3]) + " ..." * (len(comparison.groups) > 3),
+        overview=_overview(comparison) if len(comparison.groups) > 1 else None,
         generator=f"{GENERATOR}{__version__}",
         most_classes=MOST_CLASSES,
     )
@@ -148,8 +158,8 @@ def _section(group: Group, number: int) -> dict[str, Any]:
         _chart(f"accuracy-{number}", "Accuracy on the test images", "%", accuracy, 100.0, lambda curve: curve.role),
         _chart(f"losses-{number}", "Losses of the student, not weighted", "", losses, 1.0, lambda curve: curve.measure),
     ]
-    likeness = group.likeness
-    pairs = likeness.pairs if likeness else group.pairs
+    similarity = group.similarity
+    pairs = similarity.pairs if similarity else group.pairs
     return {
         "group": group,
         "number": number,
@@ -157,10 +167,10 @@ def _section(group: Group, number: int) -> dict[str, Any]:
         "seeds": seeds_of(group),
         "cost": _cost_of_sharing(group),
         "charts": [chart for chart in charts if chart],
-        "arcs": _arcs(group, likeness, pairs) if pairs and len(models_of(group)) > 1 else None,
-        "heat": _heat(likeness) if likeness else None,
+        "arcs": _arcs(group, similarity, pairs) if pairs and len(models_of(group)) > 1 else None,
+        "heat": _heat(similarity) if similarity else None,
         "bars": _bars(group.classes[:MOST_CLASSES]) if group.classes else None,
-        "by_role": {row.role: row for row in group.standings},
+        "by_role": {row.role: row for row in group.summaries},
     }
 
 
@@ -262,24 +272,24 @@ def _step(low: float, high: float) -> float:
     return next(part * power for part in (1, 2, 5, 10) if part * power >= rough * 0.999)
 
 
-def _overview(board: Board) -> dict[str, Any]:
+def _overview(comparison: RunComparison) -> dict[str, Any]:
     """The accuracy of every subject in every group on one scale, each seed as a dot."""
-    rows = [(group, standing) for group in board.groups for standing in group.standings]
-    values = [100 * value for _, standing in rows for value in standing.accuracy.values]
+    rows = [(group, summary) for group in comparison.groups for summary in group.summaries]
+    values = [100 * value for _, summary in rows for value in summary.accuracy.values]
     frame = (128.0, WIDTH - 24)
     marks, x = _scale(min(values), max(values), frame[0], frame[1], False)
     y, drawn = 8.0, []
-    for group in board.groups:
+    for group in comparison.groups:
         y += 20
         heading, lines = (y, _cut(group.name, 56)), []
-        for standing in group.standings:
+        for summary in group.summaries:
             y += 21
-            spread = standing.accuracy
+            spread = summary.accuracy
             lines.append(
                 {
                     "y": y,
-                    "role": standing.role,
-                    "style": ROLE_STYLES[standing.role],
+                    "role": summary.role,
+                    "style": ROLE_STYLES[summary.role],
                     "mean": x(100 * spread.mean),
                     "ends": (x(100 * spread.low), x(100 * spread.high)),
                     "dots": [x(100 * value) for value in spread.values],
@@ -290,11 +300,11 @@ def _overview(board: Board) -> dict[str, Any]:
     return {"groups": drawn, "marks": marks, "frame": frame, "bottom": y, "height": y + 40, "width": WIDTH}
 
 
-def _arcs(group: Group, likeness: Likeness | None, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _arcs(group: Group, similarity: LayerSimilarity | None, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Two columns of layers, the first at the top, and an arc for every pair; as thick as both are alike, if known."""
     sides = (
-        [likeness.student, likeness.teacher]
-        if likeness
+        [similarity.student, similarity.teacher]
+        if similarity
         else [tuple(dict.fromkeys(side)) for side in zip(*pairs, strict=True)]
     )
     height = 26.0 * max(map(len, sides))
@@ -309,7 +319,7 @@ def _arcs(group: Group, likeness: Likeness | None, pairs: Sequence[tuple[str, st
     arcs = []
     for pair in (pair for pair in pairs if pair[0] in sides[0] and pair[1] in sides[1]):
         start, end = places[0][pair[0]], places[1][pair[1]]
-        alike = likeness.of(pair) if likeness else None
+        alike = similarity.of(pair) if similarity else None
         way = f"M166 {start:.1f} C240 {start:.1f} 240 {end:.1f} 314 {end:.1f}"
         text = "" if alike is None else f"{alike:.2f}"
         thick = 1.5 if alike is None else 1.5 + 10 * alike
@@ -318,11 +328,11 @@ def _arcs(group: Group, likeness: Likeness | None, pairs: Sequence[tuple[str, st
     return {"columns": columns, "arcs": arcs, "models": models, "height": 52 + height, "width": WIDTH}
 
 
-def _heat(likeness: Likeness) -> dict[str, Any]:
+def _heat(similarity: LayerSimilarity) -> dict[str, Any]:
     """Student layers down, teacher layers across."""
-    names = [_cut(name, 19) for name in likeness.student]
+    names = [_cut(name, 19) for name in similarity.student]
     left, top, wide, high = 20.0 + 6.8 * max(map(len, names), default=0), 96.0, 40.0, 26.0
-    pairs = set(likeness.pairs)
+    pairs = set(similarity.pairs)
     cells = [
         {
             "x": left + wide * column,
@@ -332,18 +342,18 @@ def _heat(likeness: Likeness) -> dict[str, Any]:
             "deep": "" if value is None or value < HALF else "half" if value < DEEP else "deep",
             "paired": (ours, theirs) in pairs,
         }
-        for row, (ours, values) in enumerate(zip(likeness.student, likeness.cka, strict=True))
-        for column, (theirs, value) in enumerate(zip(likeness.teacher, values, strict=True))
+        for row, (ours, values) in enumerate(zip(similarity.student, similarity.cka, strict=True))
+        for column, (theirs, value) in enumerate(zip(similarity.teacher, values, strict=True))
     ]
-    width = max(left + wide * len(likeness.teacher) + 40, 260)
+    width = max(left + wide * len(similarity.teacher) + 40, 260)
     return {
         "cells": sorted(cells, key=lambda cell: bool(cell["paired"])),  # whose frames lie above the others
         "rows": [(top + high * (row + 0.5), name) for row, name in enumerate(names)],
-        "columns": [(left + wide * (column + 0.5), _cut(name, 19)) for column, name in enumerate(likeness.teacher)],
+        "columns": [(left + wide * (column + 0.5), _cut(name, 19)) for column, name in enumerate(similarity.teacher)],
         "size": (wide, high),
         "corner": (left, top),
         "width": width,
-        "height": top + high * len(likeness.student) + 8,
+        "height": top + high * len(similarity.student) + 8,
         "best": max((cell["value"] for cell in cells if cell["value"] is not None), default=None),
     }
 

@@ -102,7 +102,7 @@ def test_rows_that_are_damaged_are_asked_again_and_told(recipe: str, tmp_path: P
     text, said = cached(recipe, tmp_path / "cache"), Quiet()
     run(text, tmp_path / "run")
     for path in (tmp_path / "cache").glob("*/layer3/000000.*"):
-        rows = np.fromfile(path, dtype=np.int64).reshape(1437, -1)
+        rows = np.fromfile(path, dtype=np.int64).reshape(359, -1)
         if path.suffix == ".rows":
             filled = np.flatnonzero(rows.any(1))[:40]
             rows[filled[:, None], [0, 1]] = rows[filled[:, None], [1, 0]]
@@ -115,7 +115,7 @@ def test_rows_that_are_damaged_are_asked_again_and_told(recipe: str, tmp_path: P
     (told,) = [line for line in said.said if "were damaged" in line]
     assert int(told.split()[0]) >= 40
     (path,) = (tmp_path / "cache").glob("*/layer3/000000.rows")
-    assert not np.array_equal(np.fromfile(path, dtype=np.int64).reshape(1437, -1), written), "they are written anew"
+    assert not np.array_equal(np.fromfile(path, dtype=np.int64).reshape(359, -1), written), "they are written anew"
 
 
 def test_a_cache_that_holds_something_else_is_noticed(recipe: str, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_cache_that_holds_something_else_is_noticed(recipe: str, tmp_path: Pat
     text = cached(recipe, tmp_path / "cache")
     run(text, tmp_path / "run")
     for path in (tmp_path / "cache").glob("*/layer3/000000.rows"):
-        rows = np.fromfile(path, dtype=np.float32).reshape(1437, -1) * np.float32(1.1)
+        rows = np.fromfile(path, dtype=np.float32).reshape(359, -1) * np.float32(1.1)
         rows.tofile(path)
         sums = path.with_suffix(".sums")
         known = np.fromfile(sums, dtype=np.int64)
@@ -181,7 +181,7 @@ def test_a_run_on_top_k_logits_replays_to_the_bit_and_keeps_little(recipe: str, 
     run(text, tmp_path / "again")
     same(tmp_path / "first", tmp_path / "again")
     (rows, *_) = (tmp_path / "cache").glob("*/output top 3/*.rows")
-    assert rows.stat().st_size == 1437 * 7 * 4
+    assert rows.stat().st_size == 359 * 7 * 4
 
 
 def test_bf16_features_are_kept_as_they_are(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def recipe(written: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), file)
     text = TINY.replace("train: {epochs: 1}", f"checkpoint: {file}").replace("baseline: true\n", "")
     text = text.replace("sklearn/digits", f"wds/digits\n  root: {written}\n  num_classes: 10")
-    text = text.replace("batch_size: 256", "batch_size: 32\n  holdout: 0.1\n  views: 2\n  reprob: 0.5")
+    text = text.replace("batch_size: 64", "batch_size: 8\n  holdout: 0.1\n  views: 2\n  reprob: 0.5")
     return text.partition("  - name: task")[0].replace("epochs: 1", "epochs: 2")
 
 

@@ -26,7 +26,7 @@ from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.recipe.options import load
 from probe_kd.recipe.planner import plan
-from probe_kd.results.comparison import IMAGES, LAYERS, Board, compare, doubts
+from probe_kd.results.comparison import IMAGES, LAYERS, RunComparison, compare, doubts
 from probe_kd.results.html import page, tables, write_page
 from probe_kd.training.folder import open_run
 from probe_kd.training.progress import Progress
@@ -104,9 +104,9 @@ def reseed(folder: Path, seed: int) -> None:
         writer.writerows(rows)
 
 
-def shown(board: Board, width: int = 80) -> str:
+def shown(comparison: RunComparison, width: int = 80) -> str:
     console = Console(file=StringIO(), width=width, force_terminal=True, _environ={"NO_COLOR": "1"})
-    for part in tables(board):
+    for part in tables(comparison):
         console.print(part, markup=False, highlight=False, soft_wrap=not hasattr(part, "columns"))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -119,12 +119,12 @@ def last_epochs(folders: list[Path], role: str, measure: str) -> np.ndarray:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_table_is_what_numpy_finds_in_the_metrics(seeds: Callable[[int], list[Path]], count: int) -> None:
     folders = seeds(count)
-    board = compare(folders[::-1])
-    (group,) = board.groups
+    comparison = compare(folders[::-1])
+    (group,) = comparison.groups
     assert (group.seeds, group.name) == (tuple(range(count))[::-1], "run" if count > 1 else "run-0")
-    assert [row.role for row in group.standings] == list(ROLES)
-    told = shown(board)
-    for row in group.standings:
+    assert [row.role for row in group.summaries] == list(ROLES)
+    told = shown(comparison)
+    for row in group.summaries:
         for measure, spread in (("accuracy", row.accuracy), ("agreement", row.agreement)):
             if row.role == "teacher" and measure == "agreement":
                 assert spread is None
@@ -212,12 +212,12 @@ def test_layers_are_measured_where_a_run_has_not(trained: tuple[Path, str], seed
     (folder,) = seeds(1)
     (folder / LAYERS).unlink()
     without = compare([folder])
-    assert without.groups[0].likeness is None
+    assert without.groups[0].similarity is None
     text = page(without)
     assert "not measured" in read(text).text
     assert 'class="arc unknown"' in text
-    again = compare([folder], layers=True).groups[0].likeness
-    assert again == compare([trained[0]]).groups[0].likeness
+    again = compare([folder], layers=True).groups[0].similarity
+    assert again == compare([trained[0]]).groups[0].similarity
     assert (folder / LAYERS).is_file()
 
 
@@ -273,7 +273,7 @@ def read(text: str) -> Reader:
 
 
 @pytest.fixture
-def hostile(seeds: Callable[[int], list[Path]]) -> Board:
+def hostile(seeds: Callable[[int], list[Path]]) -> RunComparison:
     """Two groups: three seeds, and one with names that somebody chose to do harm."""
     folders = seeds(3)
     evil = folders[0].parent / "<img src=x onerror=alert(1)>"
@@ -287,7 +287,7 @@ def hostile(seeds: Callable[[int], list[Path]]) -> Board:
     return compare([*folders, evil])
 
 
-def test_the_page_can_be_read_by_everybody(hostile: Board) -> None:
+def test_the_page_can_be_read_by_everybody(hostile: RunComparison) -> None:
     reader = read(page(hostile))
     assert reader.all("html")[0][0]["lang"] == "en"
     assert reader.all("title")[0][1]
@@ -311,7 +311,7 @@ def test_the_page_can_be_read_by_everybody(hostile: Board) -> None:
             assert given.get("aria-label") or ids[given["aria-labelledby"]]
 
 
-def test_the_page_loads_and_runs_nothing(hostile: Board) -> None:
+def test_the_page_loads_and_runs_nothing(hostile: RunComparison) -> None:
     text = page(hostile)
     reader = read(text)
     assert {tag for tag, _, _ in reader.elements} & {
@@ -343,7 +343,7 @@ def contrast(first: np.ndarray, second: np.ndarray) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_every_colour_can_be_told_from_the_page_light_and_dark(hostile: Board) -> None:
+def test_every_colour_can_be_told_from_the_page_light_and_dark(hostile: RunComparison) -> None:
     """4.5 for letters, 3 for lines (WCAG 2.2, AA)."""
     text = page(hostile)
     blocks = re.findall(r":root \{(.*?)\}", text, re.DOTALL)
@@ -365,7 +365,7 @@ def test_every_colour_can_be_told_from_the_page_light_and_dark(hostile: Board) -
             assert contrast(np.full(3, 255.0 * white), cell) >= 4.5, (dark, value)
 
 
-def test_a_terminal_of_80_columns_folds_no_name_and_shows_no_colour(hostile: Board) -> None:
+def test_a_terminal_of_80_columns_folds_no_name_and_shows_no_colour(hostile: RunComparison) -> None:
     text = shown(hostile)
     bare = re.sub(r"\x1b\[[01]?m", "", text)
     assert "\x1b" not in bare
@@ -382,10 +382,12 @@ def test_a_terminal_of_80_columns_folds_no_name_and_shows_no_colour(hostile: Boa
 def test_runs_of_one_seed_count_once(seeds: Callable[[int], list[Path]]) -> None:
     first, second = seeds(2)
     shutil.copytree(second, second.parent / "twin")
-    board = compare([first, second, second.parent / "twin", f"{first}/"])
-    assert board.groups[0].seeds == (0, 1)
-    assert [note for note in board.notes if "twin is left out" in note and "run-1" in note] == [board.notes[0]]
-    assert board.notes[1:] == compare([first, second]).notes
+    comparison = compare([first, second, second.parent / "twin", f"{first}/"])
+    assert comparison.groups[0].seeds == (0, 1)
+    assert [note for note in comparison.notes if "twin is left out" in note and "run-1" in note] == [
+        comparison.notes[0]
+    ]
+    assert comparison.notes[1:] == compare([first, second]).notes
 
 
 def test_a_teacher_that_knew_less_than_the_student_alone_is_remarked(seeds: Callable[[int], list[Path]]) -> None:
@@ -411,14 +413,14 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path: Path) -> No
     (tmp_path / "tiny.yaml").write_text(SMALL)
     with pytest.raises(KeyboardInterrupt):
         train(plan(load(tmp_path / "tiny.yaml")), tmp_path / "run", Stopping(Console(quiet=True)))
-    board = compare([tmp_path / "run"])
-    assert "teacher is done, student alone is at epoch 1 of stage 'task'" in board.notes[0]
-    assert "--resume" in board.notes[0]
-    alone, teacher = board.groups[0].standings
+    comparison = compare([tmp_path / "run"])
+    assert "teacher is done, student alone is at epoch 1 of stage 'task'" in comparison.notes[0]
+    assert "--resume" in comparison.notes[0]
+    alone, teacher = comparison.groups[0].summaries
     assert (alone.role, alone.unfinished, alone.parameters) == ("student alone", "epoch 1 of stage 'task'", None)
     assert (teacher.role, teacher.unfinished) == ("teacher", "")
-    assert "not finished" in shown(board)
-    assert "student" in read(page(board)).text
+    assert "not finished" in shown(comparison)
+    assert "student" in read(page(comparison)).text
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "metrics.csv").unlink()
     with pytest.raises(RunError, match=r"nothing is measured yet in .*no epoch is done"):
@@ -476,7 +478,7 @@ def test_what_cannot_be_compared_is_told(command: Command, tmp_path: Path, train
         assert (status, says in stderr) == (2, True), stderr
     assert (tmp_path / "there.html").read_text() == "precious"
     _, stdout, stderr = command("compare", "run", "--json", "-o", "there.html", "--overwrite")
-    assert json.loads(stdout)["groups"][0]["standings"][1]["role"] == "student"
+    assert json.loads(stdout)["groups"][0]["summaries"][1]["role"] == "student"
     assert "wrote there.html" in stderr
     assert read((tmp_path / "there.html").read_text(encoding="utf-8")).all("h1")
 
@@ -531,7 +533,7 @@ CHROMIUM = next(
     ("dark", "background"), [(False, (255, 255, 255)), (True, (20, 23, 27))], ids=["light", "dark"]
 )
 def test_a_browser_shows_it_in_the_colours_of_the_reader(
-    hostile: Board, tmp_path: Path, dark: bool, background: tuple[int, int, int]
+    hostile: RunComparison, tmp_path: Path, dark: bool, background: tuple[int, int, int]
 ) -> None:
     """480 wide, as on a telephone: nothing is wider than the page, and the drawings are there."""
     write_page(hostile, tmp_path / "page.html")

@@ -102,7 +102,7 @@ def test_bf16_trains_weights_of_float32_and_leaves_the_next_run_its_own_precisio
     """Two transformers and few images: a convolution in bf16 takes a hundred times as long on some CPUs."""
     text = SHORT.replace("model: resnet10t", SHORT[SHORT.index("model:") : SHORT.index("\n  grad_checkpointing")], 1)
     text = text.replace("layer2", "blocks.0").replace("layer3", "blocks.1")
-    text = text.replace("batch_size: 256", "batch_size: 64\n  holdout: 0.9")
+    text = text.replace("batch_size: 64", "batch_size: 16\n  holdout: 0.9")
     for name, line in (("before", ""), ("bf16", "precision: bf16\n"), ("after", "")):
         run(text + line, tmp_path / name)
     hints = {

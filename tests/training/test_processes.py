@@ -21,8 +21,8 @@ from probe_kd.training.processes import own_accelerator
 
 def halves(text: str) -> tuple[str, str]:
     """The recipe with batches for one process, and for two."""
-    assert "batch_size: 256" in text
-    return text, text.replace("batch_size: 256", "batch_size: 128")
+    assert "batch_size: 64" in text
+    return text, text.replace("batch_size: 64", "batch_size: 32")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_two_processes_train_what_one_does_with_the_whole_batch(alike: str, tmp_
 
 
 def test_accumulated_batches_are_one_batch_also_where_they_do_not_divide_the_epoch(alike: str, tmp_path: Path) -> None:
-    """1437 images are 5 whole batches of 256, and 11 of 128: five pairs, and one alone that weighs as much."""
+    """359 images are 5 whole batches of 64, and 11 of 32: five pairs, and one alone that weighs as much."""
     whole, half = halves(alike)
     run(whole, tmp_path / "one")
     run(half.replace("    epochs:", "    grad_accum_steps: 2\n    epochs:"), tmp_path / "parts")
@@ -62,7 +62,7 @@ def test_models_that_train_together_do_so_in_two_processes(text: str, tmp_path: 
 
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
-    text = TINY.replace("batch_size: 256", "batch_size: 24") + "recovery_interval: 7\n"
+    text = TINY.replace("batch_size: 64", "batch_size: 6") + "recovery_interval: 7\n"
     assert run_by_two(text, tmp_path / "whole") == ["done", "done"]
     processes, queue = start(run_with, text, tmp_path / "parts", {})
     while count(tmp_path / "parts") < 3:

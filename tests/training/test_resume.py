@@ -24,11 +24,11 @@ from probe_kd.training import checkpoints
 # drawn from; accumulation that does not divide the epoch.
 WILD = (
     TINY.replace("num_heads: 2}", "num_heads: 2, drop_path_rate: 0.2, proj_drop_rate: 0.1}")
-    .replace("batch_size: 256", "batch_size: 128\n  mixup: 0.4\n  reprob: 0.3\n  aa: rand-m3\n  holdout: 0.1")
+    .replace("batch_size: 64", "batch_size: 32\n  mixup: 0.4\n  reprob: 0.3\n  aa: rand-m3\n  holdout: 0.1")
     .replace("  - name: task\n    epochs: 2", "  - name: task\n    epochs: 2\n    keep: best\n    grad_accum_steps: 3")
 )
 WILD += "model_ema: {decay: 0.9}\nrecovery_interval: 2\ncheckpoint_hist: 3\n"
-TOGETHER = ROCKET.replace("batch_size: 512", "batch_size: 256") + "recovery_interval: 1\n"
+TOGETHER = ROCKET.replace("batch_size: 128", "batch_size: 64") + "recovery_interval: 1\n"
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_full_disk_ends_the_run_in_words_and_leaves_the_last_checkpoint(
 
 
 def test_a_worker_that_dies_loses_nothing(tmp_path: Path, whole: Callable[[str], Path]) -> None:
-    text = TINY.replace("batch_size: 256", "batch_size: 128\n  workers: 1")
+    text = TINY.replace("batch_size: 64", "batch_size: 32\n  workers: 1")
 
     def kill_workers() -> None:
         for worker in multiprocessing.active_children():
