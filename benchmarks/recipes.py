@@ -25,6 +25,7 @@ from probe_kd.data.cache import TeacherCache
 from probe_kd.data.loading import _transform
 from probe_kd.engine.models import build_model, save_weights
 from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.gradients import training_only
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.training.caching import open_cache
@@ -88,7 +89,7 @@ class Ours:
         distiller = self.models.distiller(trained, phase)
         for probe in filter(None, (distiller._student_probe, getattr(distiller._teacher, "probe", None))):
             probe.stop_early = stops
-        stack.enter_context(distiller.training_only(reached(self.models, trained, distiller)))
+        stack.enter_context(training_only(distiller, reached(self.models, trained, distiller)))
         return trained, distiller, loop_of(self.models, trained, phase, distiller, None)
 
     def __call__(self) -> None:
@@ -201,7 +202,7 @@ def _config(distiller: Distiller, loop: Loop, cut: bool) -> Tree:
         terms = _fsp(sides, cut)
     elif "soft_targets" in names:
         index = names.index("soft_targets")
-        weight, temperature = distiller._weights[index], distiller._options[index].get("temperature", 1.0)
+        weight, temperature = distiller._terms.weights[index], distiller._terms.options[index].get("temperature", 1.0)
         terms = soft_term(temperature, weight)
     else:
         terms = labels_term()

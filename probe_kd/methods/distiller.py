@@ -1,73 +1,66 @@
 """One training step as one module: the student, its adapters and the objectives, with a teacher at their side."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from probe_kd.engine.probe import Probe
-from probe_kd.engine.randomness import RandomState
-from probe_kd.engine.spec import InputSpec, Schedule, Tap, Trace, value_at
-from probe_kd.engine.surgery import buffers_aside
+from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.tracing import refuse_lazy, trace
 from probe_kd.errors import LossError, demand
 from probe_kd.methods.adapters import ImageView, Target
 from probe_kd.methods.inputs import (
     AsTraced,
     check_finite_images,
+    check_gradients,
     check_images,
     check_type,
+    explaining_one_image,
     own_input,
     resolve_inputs,
     trace_teacher,
+    view_of_teacher,
 )
-from probe_kd.methods.losses.common import check_finite
-from probe_kd.methods.losses.labels import check_labels
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.sharing import Sharing
 from probe_kd.methods.targets import compared, make_adapters, module_key, targets_of, teacher_side
-from probe_kd.methods.teachers import Block, FrozenTeacher, JointTeacher, NoTeacher, Teacher, TeacherFeatures
+from probe_kd.methods.teachers import Block, FrozenTeacher, JointTeacher, NoTeacher, Teacher
+from probe_kd.methods.terms import Terms
 
 
 class Distiller(nn.Module):
     """`distiller(images, target)` is one step: `{"loss", "output", and each objective by its name}`.
 
-    This is the contract of `timm.task.TrainingTask`. `loss` is the weighted sum, the objectives are unweighted,
-    `output` is the student's logits, or None where no objective needs them and the student stopped below. With `told`,
-    what `ask` gave for the same images before, the teacher does not run.
+    This is the contract of `timm.task.TrainingTask`. `loss` is the weighted sum, the objectives are unweighted, and
+    `output` is the student's logits, or None where no objective needs them and the student stopped below. With
+    `cached_targets`, which `teacher_targets` gave for the same images before, the teacher does not run.
 
     The student and the adapters are what this module owns: what an optimizer, DDP, `state_dict` and `train()` see. The
-    teacher follows `.to(device)`, stays in eval mode, runs under `no_grad`, and is otherwise invisible. It may be None
-    where no objective needs it.
+    teacher may be None where no objective needs it. It follows `.to(device)`, runs under `no_grad`, is put to eval mode
+    in every step, and is otherwise invisible. A student that is the teacher, or has a layer or a parameter in common
+    with it, is refused.
 
-    `images` are normalised as `student_input` says, and may be larger: each model sees them at its own size. The
-    teacher sees them normalised as `teacher_input` says. Both default to what timm's config on the model says, and to
-    the size that it was traced at; images of another size then are refused. Where only one of the models has a config,
-    how the images are normalised has to be given. `class_map` gives the teacher's index of
-    each of the student's classes, where they are not the same.
+    `images` are normalised as `student_input` says, and may be larger: each model sees them at its own size, the
+    teacher normalised as `teacher_input` says. Both default to timm's config on the model, and to the size that it was
+    traced at; images of another size are then refused. Where only one of the models has a config, both have to be
+    given. `class_map` gives the teacher's index of each of the student's classes, where they are not the same.
 
-    `block` lets the teacher train too, which then is owned, and seen by all, as the student is (Rocket Launching, Zhou
-    et al. 2018, arXiv 1708.04106). It is the gradient block, what a loss that compares both models may move:
+    `block` lets the teacher train too; the Distiller then owns it as well (Rocket Launching, Zhou et al. 2018, arXiv
+    1708.04106). It is the gradient block, what a loss that compares both models may move:
 
     - `output`: nothing through the teacher's features, as in the authors' code;
     - `params`: of what flows through the teacher, only the parameters that it shares with the student, as in the text;
-    - `trunk`: as `output`, and no loss of the student's moves what is shared at all;
+    - `trunk`: as `output`, and no loss of the student moves what is shared;
     - `off`: both models.
 
-    A weight or an option that is a `Schedule` moves when `set_epoch` is called. The hooks stay on both models until
-    `close()`.
+    `sharing` says what the two share, as `share_convolutions`, `share_trunk` and `graft` made it. `set_epoch` moves
+    weights and options that are a `Schedule`. The hooks stay on both models until `close()`.
 
-    `sharing` says what the two have in common, as `share_convolutions`, `share_trunk` and `graft` made it.
-
-    A frozen teacher stays what it is: it is put to eval mode in every step, whatever `train()` reached it from outside,
-    and a student that is the teacher, or has a layer or a parameter in common with it, is refused. A tapped feature of
-    the student that no gradient can pass is an error of the step, which names the tap.
-
-    Traces may be given where they were already made (of a model that trains: in training mode). Everything is planned
-    here: layers that do not exist, never fire, or cannot be compared raise TapError or AdapterError now and not in a
-    step.
+    Everything is planned here, with traces where they are given (of a model that trains: in training mode): layers that
+    do not exist, never fire, or cannot be compared raise TapError or AdapterError. A step raises LossError, also for a
+    feature of the student that no gradient can pass.
     """
 
     def __init__(
@@ -104,27 +97,18 @@ class Distiller(nn.Module):
         self._teacher: Teacher = NoTeacher()
         self.adapters = nn.ModuleDict()
         self._targets: dict[str, Target] = {}
-        self._checked = False  # whether values on another device than the CPU were looked at, in the first step
         if teacher is not None and (block or any(objective.needs_teacher for objective in self.objectives)):
             known = teacher_trace or trace_teacher(teacher, teacher_input, given, training=bool(block))
-            self.teacher_view = self._view_of_teacher(given, wanted or own_input(teacher, given, known))
+            one_image = bool(sharing and sharing.replayed)
+            self.teacher_view = view_of_teacher(given, wanted or own_input(teacher, given, known), one_image=one_image)
             self._teacher = self._make_teacher(teacher, known)
             self.adapters = make_adapters(self.objectives, seen, known, class_map)
             self._targets = targets_of(self.objectives, self.adapters, known)
+        self._terms = Terms(self.objectives, self.adapters, block_gradient=not self._teacher.passes_gradient)
         self.train(self.training)
-        self.set_epoch(0, 1)
         # Last, when nothing can be refused any more: a constructor that raises leaves no hook behind.
         self._student_probe.attach()
         self._teacher.attach()
-
-    def _view_of_teacher(self, given: InputSpec, wanted: InputSpec) -> ImageView:
-        replayed = bool(self.sharing and self.sharing.replayed)
-        if replayed and (wanted.mean, wanted.std, wanted.size) != (given.mean, given.std, given.size):
-            raise LossError(
-                f"a shared trunk sees one image: the student expects {given} and the teacher {wanted}; give both the "
-                "same size, mean and std"
-            )
-        return ImageView(given, wanted)
 
     def _make_teacher(self, teacher: nn.Module, known: Trace) -> FrozenTeacher | JointTeacher:
         replayed = self.sharing.replayed if self.sharing else {}
@@ -136,17 +120,7 @@ class Distiller(nn.Module):
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
         """Move every weight and option that is a `Schedule` to where it is after `epoch` of `epochs`."""
-        self._weights = [value_at(objective.weight, epoch, epochs) for objective in self.objectives]
-        self._options = [
-            {name: value_at(value, epoch, epochs) for name, value in objective.options.items()}
-            for objective in self.objectives
-        ]
-
-    @property
-    def scheduled(self) -> bool:
-        """Whether `set_epoch` changes anything."""
-        values = [value for objective in self.objectives for value in (objective.weight, *objective.options.values())]
-        return any(isinstance(value, Schedule) for value in values)
+        self._terms.set_epoch(epoch, epochs)
 
     def forward(
         self, images: Tensor, target: Tensor | None = None, cached_targets: Sequence[Tensor] | None = None
@@ -155,16 +129,8 @@ class Distiller(nn.Module):
         self._check_numbers(images)
         if torch.compiler.is_compiling() or len(images) > 1:
             return self._step(images, target, cached_targets)
-        try:
+        with explaining_one_image():
             return self._step(images, target, cached_targets)
-        except ValueError as refusal:  # torch's, of a norm whose map is 1x1 where one image is alone
-            if "more than 1 value per channel" not in str(refusal):
-                raise
-            raise LossError(
-                "the images are a batch of one, and a batch norm in training has one value for each channel of it, "
-                "whose variance is 0: give batches of 2 at least (`batch_size`, or `DataLoader(..., "
-                "drop_last=True)`), larger images, or call eval() on the norm"
-            ) from None
 
     def _step(
         self, images: Tensor, target: Tensor | None, cached_targets: Sequence[Tensor] | None
@@ -173,58 +139,10 @@ class Distiller(nn.Module):
         teacher = self._teacher.features(images, cached)
         with self._teacher.around_student(teacher.own):
             student = self._run_student(self.student_view(images))
-        self._check_gradients(student)
-        terms = {
-            objective.name: self._term(index, student, teacher, target)
-            for index, objective in enumerate(self.objectives)
-        }
-        if not torch.compiler.is_compiling():
-            self._checked = True
-        loss = _total([_weighted(weight, term) for weight, term in zip(self._weights, terms.values(), strict=True)])
-        return {"loss": loss, "output": student.get(Tap("")), **terms}
-
-    def _term(
-        self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures, target: Tensor | None
-    ) -> Tensor:
-        objective = self.objectives[index]
-        if objective.resolved.reads != "labels":
-            return self._comparisons(index, student, teacher)
-        return self._labels(index, (student if objective.of == "student" else teacher.own)[Tap("")], target)
-
-    def _labels(self, index: int, output: Tensor, target: Tensor | None) -> Tensor:
-        objective = self.objectives[index]
-        if target is None:
-            raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
-        if isinstance(objective.loss, str) and self._checks_values(output):
-            check_labels(output, target)
-        return objective.resolved.function(output, target, **self._options[index])
-
-    def _comparisons(self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures) -> Tensor:
-        objective, options = self.objectives[index], self._options[index]
-        if self._teacher.passes_gradient and isinstance(objective.loss, str):  # one of the user's detaches otherwise
-            options = {**options, "block_gradient": False}
-        terms = []
-        for _, comparison, adapter in compared([objective], self.adapters):
-            taken = comparison.features("student", student, matrices=objective.resolved.reads_matrices)
-            target = teacher_side(objective, comparison, adapter, teacher.compared, teacher.targets)
-            sides = adapter.student_steps(taken), target
-            term = objective.resolved.function(*sides, **options)
-            if self._checks_values(term):
-                check_finite(objective.name, term, *sides)
-            terms.append(_weighted(comparison.weight, term))
-        return _total(terms)
-
-    def _check_gradients(self, features: Mapping[Tap, Tensor]) -> None:
-        """LossError for features of the student that no gradient can pass, though some of the student trains."""
-        if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling() or self.block == "trunk":
-            return
-        lost = [str(tap) or "output" for tap, feature in features.items() if not feature.requires_grad]
-        if lost and any(parameter.requires_grad for parameter in self.student.parameters()):
-            raise LossError(
-                f"no gradient reaches the student through {', '.join(map(repr, lost))}: all before it is frozen, or it "
-                "was computed without gradients (reentrant checkpointing: `use_reentrant=False`; `no_grad`; `detach`). "
-                "Train what leads to it, or tap another layer; with all of the student frozen, adapters alone learn"
-            )
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.block != "trunk":
+            check_gradients(student, self.student)
+        terms = self._terms(student, teacher, target)
+        return {"loss": self._terms.weighted_sum(terms), "output": student.get(Tap("")), **terms}
 
     def _check_numbers(self, images: Tensor) -> None:
         """Types in every step; NaN where it can be read: a GPU has to be waited for, so there in the first step."""
@@ -232,13 +150,9 @@ class Distiller(nn.Module):
         if isinstance(self._teacher, FrozenTeacher | JointTeacher):
             check_type(images, "teacher", self._teacher.probe.model)
         readable = type(images) in (Tensor, nn.Parameter) and images.device.type != "meta"
-        if torch.compiler.is_compiling() or not readable or (self._checked and images.device.type != "cpu"):
+        if torch.compiler.is_compiling() or not readable or (self._terms.checked and images.device.type != "cpu"):
             return
         check_finite_images(images)
-
-    def _checks_values(self, tensor: Tensor) -> bool:
-        """Whether values are to be looked at that the losses themselves do not: in the first step on a GPU."""
-        return not self._checked and tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling()
 
     def no_weight_decay(self) -> set[str]:
         """The models' parameters that timm exempts from weight decay, as `create_optimizer_v2(distiller)` asks."""
@@ -281,38 +195,6 @@ class Distiller(nn.Module):
                 found[adapter.target.name] = teacher_side(objective, comparison, adapter, teacher.compared, found)
         return [found[name] for name in self.targets]
 
-    def audit(self, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:
-        """The norm of the gradient that each objective, unweighted, gives to each parameter that it reaches.
-
-        Names are those of `named_parameters()`. Neither gradients, buffers nor random numbers are changed.
-        """
-        named = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        found: dict[str, dict[str, float]] = {}
-        with RandomState(self).again(), buffers_aside(self):
-            result = self(images, target)
-            for objective in self.objectives:
-                term = result[objective.name]
-                assert term is not None
-                gradients: Sequence[Tensor | None] = [None] * len(named)
-                if term.requires_grad:
-                    gradients = torch.autograd.grad(term, list(named.values()), retain_graph=True, allow_unused=True)
-                pairs = zip(named, gradients, strict=True)
-                found[objective.name] = {name: float(g.norm()) for name, g in pairs if g is not None}
-        return found
-
-    @contextmanager
-    def training_only(self, names: Collection[str]) -> Iterator[list[nn.Parameter]]:
-        """Inside, of what trains only these of `named_parameters()` do, those that `audit` names say. Gives them."""
-        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        resting = [parameter for name, parameter in named if name not in names]
-        for parameter in resting:
-            parameter.requires_grad_(False)
-        try:
-            yield [parameter for name, parameter in named if name in names]
-        finally:
-            for parameter in resting:
-                parameter.requires_grad_(True)
-
     def train(self, mode: bool = True) -> Self:
         """Sets the student's mode; a frozen teacher stays in eval, or its running statistics would drift."""
         super().train(mode)
@@ -346,14 +228,6 @@ class Distiller(nn.Module):
             (objective.name, comparison, str(adapter))
             for objective, comparison, adapter in compared(self.objectives, self.adapters)
         ]
-
-
-def _weighted(weight: float, term: Tensor) -> Tensor:
-    return term if weight == 1 else weight * term  # forth and back, a product by one is two kernels for nothing
-
-
-def _total(terms: Sequence[Tensor]) -> Tensor:
-    return sum(terms[1:], start=terms[0])
 
 
 def _check(

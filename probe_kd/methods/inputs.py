@@ -1,11 +1,15 @@
-"""What both models see: how images are normalised and sized for each, and which images are refused."""
+"""What both models see: how images are normalised and sized for each, and what is refused of a step's inputs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from probe_kd.engine.spec import InputSpec, Trace
+from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import LossError, TraceError
+from probe_kd.methods.adapters import ImageView
 
 
 def resolve_inputs(
@@ -39,6 +43,16 @@ def trace_teacher(teacher: nn.Module, wanted: InputSpec | None, given: InputSpec
         return trace(teacher, given.size[1:], training=training)
     except TraceError:
         return trace(teacher, training=training)  # built for one size, which is not the student's
+
+
+def view_of_teacher(given: InputSpec, wanted: InputSpec, *, one_image: bool) -> ImageView:
+    """How the teacher sees images that are `given`; LossError where both must see `one_image` and do not."""
+    if one_image and (wanted.mean, wanted.std, wanted.size) != (given.mean, given.std, given.size):
+        raise LossError(
+            f"a shared trunk sees one image: the student expects {given} and the teacher {wanted}; give both the "
+            "same size, mean and std"
+        )
+    return ImageView(given, wanted)
 
 
 class AsTraced(nn.Module):
@@ -99,3 +113,29 @@ def check_finite_images(images: Tensor) -> None:
             f"image {row} of the batch holds {images[wrong][0].item()}, and every loss of it would be no number; "
             "expected finite numbers. Look at how it is read and normalised (a std of 0, say)"
         )
+
+
+def check_gradients(features: Mapping[Tap, Tensor], student: nn.Module) -> None:
+    """LossError for features of the student that no gradient can pass, though some of the student trains."""
+    lost = [str(tap) or "output" for tap, feature in features.items() if not feature.requires_grad]
+    if lost and any(parameter.requires_grad for parameter in student.parameters()):
+        raise LossError(
+            f"no gradient reaches the student through {', '.join(map(repr, lost))}: all before it is frozen, or it "
+            "was computed without gradients (reentrant checkpointing: `use_reentrant=False`; `no_grad`; `detach`). "
+            "Train what leads to it, or tap another layer; with all of the student frozen, adapters alone learn"
+        )
+
+
+@contextmanager
+def explaining_one_image() -> Iterator[None]:
+    """Turn torch's error of a norm whose map is 1x1, where one image is alone, into a LossError."""
+    try:
+        yield
+    except ValueError as refusal:
+        if "more than 1 value per channel" not in str(refusal):
+            raise
+        raise LossError(
+            "the images are a batch of one, and a batch norm in training has one value for each channel of it, "
+            "whose variance is 0: give batches of 2 at least (`batch_size`, or `DataLoader(..., "
+            "drop_last=True)`), larger images, or call eval() on the norm"
+        ) from None

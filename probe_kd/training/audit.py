@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.gradients import gradient_norms, training_only
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.loop import Phase, make_optimizer
 from probe_kd.training.models import Models
@@ -97,7 +98,7 @@ def _audit(plan: Plan, models: Models) -> Audit:
     steps = len(loader(plan.datasets.train, plan.recipe.data, models.images_for(trained), training=True))
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
-        norms = distiller.train().audit(images, target)
+        norms = gradient_norms(distiller.train(), images, target)
         reach.append((phase.name, norms))
         found += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
         reached = {name for loss in norms.values() for name in loss}
@@ -123,7 +124,7 @@ def _cost(
     A learning rate at which the first makes the loss no number is remarked on: no error, since it may warm up.
     """
     before = copy.deepcopy(distiller.state_dict())
-    with distiller.training_only(reached) as moved:
+    with training_only(distiller, reached) as moved:
         optimizer = make_optimizer(distiller, phase.optimizer)
         saved: dict[int, int] = {}
         with FlopCounterMode(display=False) as counter, _counting(distiller, saved), models.accelerator.autocast():

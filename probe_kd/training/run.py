@@ -26,6 +26,7 @@ from probe_kd.engine.models import load_weights
 from probe_kd.errors import DataError, ProbeKDError, RunError, Stopped, WeightsError, for_all
 from probe_kd.files.run_folder import Claim, claim, record
 from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.gradients import training_only
 from probe_kd.recipe.options import dump
 from probe_kd.recipe.planner import Plan
 from probe_kd.training import checkpoints
@@ -180,7 +181,7 @@ class Run:
             after.callback(self.accelerator.free_memory)
             after.callback(distiller.close)
             # What no loss reaches no optimizer moves, by weight decay say, and DDP does not wait for it.
-            after.enter_context(distiller.training_only(reached(self.models, trained, distiller)))
+            after.enter_context(training_only(distiller, reached(self.models, trained, distiller)))
             cache = open_cache(self.models, trained, distiller, self.progress)
             if cache is not None:
                 after.callback(cache.close)

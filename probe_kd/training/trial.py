@@ -13,6 +13,7 @@ from probe_kd.data.loading import loader, readable
 from probe_kd.engine.models import short
 from probe_kd.errors import ProbeKDError, RunError, for_all
 from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.gradients import gradient_norms
 from probe_kd.methods.objectives import Objective
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.devices import memory_format
@@ -56,7 +57,7 @@ def reach_of(models: Models, trained: TrainedModel, images: Tensor, target: Tens
     found = []
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
-        found.append((phase.name, distiller.train().audit(images, target)))
+        found.append((phase.name, gradient_norms(distiller.train(), images, target)))
         distiller.close()
     return found
 
@@ -96,7 +97,7 @@ def untrained(
     """
     answer = Distiller(trained.model, None, [Objective("cross_entropy")], student_input=trained.input)
     answer.to(models.accelerator.device)
-    used = set(answer.train().audit(images, target)["cross_entropy"])
+    used = set(gradient_norms(answer.train(), images, target)["cross_entropy"])
     answer.close()
     missed = sorted(used - {name for _, norms in reach for loss in norms.values() for name in loss})
     names = ", ".join(missed[:6]) + (f" and {len(missed) - 6} more" if len(missed) > 6 else "")
@@ -133,4 +134,4 @@ def reached(models: Models, trained: TrainedModel, distiller: Distiller) -> set[
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *models.images_for(trained).size, generator=generator).to(models.accelerator.device)
     target = torch.zeros(2, dtype=torch.long, device=models.accelerator.device)
-    return {name for found in distiller.train().audit(images, target).values() for name in found}
+    return {name for found in gradient_norms(distiller.train(), images, target).values() for name in found}

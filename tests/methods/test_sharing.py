@@ -27,6 +27,7 @@ from probe_kd import (
     trace,
 )
 from probe_kd.errors import LossError, RecipeError, TapError
+from probe_kd.methods.gradients import gradient_norms
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
 from probe_kd.training.progress import Progress
@@ -92,7 +93,7 @@ def moved(distiller: Distiller, teacher: nn.Module) -> dict[str, str]:
     """Per loss, the groups of parameters that get a gradient."""
     named, found = dict(distiller.named_parameters()), groups(distiller, teacher)
     moving = {}
-    for loss, norms in distiller.audit(*batch()).items():
+    for loss, norms in gradient_norms(distiller, *batch()).items():
         reached = {id(named[name]) for name, norm in norms.items() if norm > 0}
         moving[loss] = " ".join(group for group, members in found.items() if members & reached)
     return moving

@@ -1,0 +1,91 @@
+"""The terms of a loss: each objective on what student and teacher gave, and their weighted sum."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from probe_kd.engine.spec import Tap, value_at
+from probe_kd.errors import LossError
+from probe_kd.methods.losses.common import check_finite
+from probe_kd.methods.losses.labels import check_labels
+from probe_kd.methods.objectives import Objective
+from probe_kd.methods.targets import compared, teacher_side
+from probe_kd.methods.teachers import TeacherFeatures
+
+
+class Terms:
+    """`terms(student, teacher, target)` is each objective's value by its name; `weights` and `options` may move.
+
+    `checked` says whether values on another device than the CPU were looked at, which only the first step does.
+    """
+
+    def __init__(self, objectives: Sequence[Objective], adapters: nn.ModuleDict, *, block_gradient: bool) -> None:
+        self.objectives, self.adapters, self.block_gradient = objectives, adapters, block_gradient
+        self.checked = False
+        self.set_epoch(0, 1)
+
+    def set_epoch(self, epoch: float, epochs: int) -> None:
+        """Move every weight and option that is a `Schedule` to where it is after `epoch` of `epochs`."""
+        self.weights = [value_at(objective.weight, epoch, epochs) for objective in self.objectives]
+        self.options = [
+            {name: value_at(value, epoch, epochs) for name, value in objective.options.items()}
+            for objective in self.objectives
+        ]
+
+    def __call__(
+        self, student: Mapping[Tap, Tensor], teacher: TeacherFeatures, target: Tensor | None
+    ) -> dict[str, Tensor]:
+        found = {
+            objective.name: self._term(index, student, teacher, target)
+            for index, objective in enumerate(self.objectives)
+        }
+        if not torch.compiler.is_compiling():
+            self.checked = True
+        return found
+
+    def weighted_sum(self, terms: Mapping[str, Tensor]) -> Tensor:
+        return _total([_weighted(weight, term) for weight, term in zip(self.weights, terms.values(), strict=True)])
+
+    def _term(
+        self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures, target: Tensor | None
+    ) -> Tensor:
+        objective = self.objectives[index]
+        if objective.resolved.reads != "labels":
+            return self._comparisons(index, student, teacher)
+        return self._labels(index, (student if objective.of == "student" else teacher.own)[Tap("")], target)
+
+    def _labels(self, index: int, output: Tensor, target: Tensor | None) -> Tensor:
+        objective = self.objectives[index]
+        if target is None:
+            raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
+        if isinstance(objective.loss, str) and self._checks_values(output):
+            check_labels(output, target)
+        return objective.resolved.function(output, target, **self.options[index])
+
+    def _comparisons(self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures) -> Tensor:
+        objective, options = self.objectives[index], self.options[index]
+        if not self.block_gradient and isinstance(objective.loss, str):  # one of the user's detaches otherwise
+            options = {**options, "block_gradient": False}
+        terms = []
+        for _, comparison, adapter in compared([objective], self.adapters):
+            taken = comparison.features("student", student, matrices=objective.resolved.reads_matrices)
+            target = teacher_side(objective, comparison, adapter, teacher.compared, teacher.targets)
+            sides = adapter.student_steps(taken), target
+            term = objective.resolved.function(*sides, **options)
+            if self._checks_values(term):
+                check_finite(objective.name, term, *sides)
+            terms.append(_weighted(comparison.weight, term))
+        return _total(terms)
+
+    def _checks_values(self, tensor: Tensor) -> bool:
+        """Whether values are to be looked at that the losses themselves do not: in the first step on a GPU."""
+        return not self.checked and tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling()
+
+
+def _weighted(weight: float, term: Tensor) -> Tensor:
+    return term if weight == 1 else weight * term  # forth and back, a product by one is two kernels for nothing
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    return sum(terms[1:], start=terms[0])
