@@ -78,13 +78,15 @@ def evaluate(
 
     Works in several processes (`accelerate launch`), each of which returns the whole. Raises RunError for a folder that
     is no finished run, or a choice that it does not offer; RecipeError where its recipe no longer fits the data or the
-    models; WeightsError for weights that do not fit; DataError for labels that are no classes.
+    models; WeightsError for weights that do not fit; DataError for labels that are no classes, and for held-out images
+    of other training images than those of the run. Other images of a split of their own are told in `notes`.
     """
     folder = Path(run)
     recipe, student = _recipe_of(folder), _weights_of_student(folder, weights, ema=ema)
     sets = () if root is None else (f"data.root={json.dumps(str(root))}",)
-    planned = plan(load(recipe, sets=sets), allow_import=allow_import, record=DataRecord.read(folder))
-    images = _images(planned, split)
+    record = DataRecord.read(folder)
+    planned = plan(load(recipe, sets=sets), allow_import=allow_import, record=record)
+    images, notes = _images(planned, split), planned.datasets.other_than(record, split)
     with own_accelerator() as accelerator:
         place = _place(accelerator, device)
         compared = list(_compared(planned, folder, place))
@@ -99,7 +101,7 @@ def evaluate(
                         features[subject.role] = subject.look(views[subject.images].to(place))
                 meter.update(features, target.to(place))
         held_out = split == "test" and planned.datasets.test is planned.datasets.held_out  # there is no other
-        return meter.result(str(folder), "held_out" if held_out else split)
+        return replace(meter.result(str(folder), "held_out" if held_out else split), notes=notes)
 
 
 def cka_sums(student: Float[Tensor, "batch m"], teacher: Float[Tensor, "batch n"]) -> Sums:

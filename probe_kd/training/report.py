@@ -147,6 +147,7 @@ class Evaluation:
     images: int
     scores: tuple[Scores, ...]
     pairs: tuple[Similarity, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Display:
@@ -591,7 +592,8 @@ def is_measured(file: Path) -> bool:
         found = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < MOST_BYTES else None
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and found.keys() == {part.name for part in fields(Evaluation)}
+    names = {part.name for part in fields(Evaluation)}
+    return isinstance(found, dict) and found.keys() | {"notes"} == names  # which those of before have not
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:
