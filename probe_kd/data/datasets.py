@@ -295,6 +295,7 @@ class _Split:
     rows: tuple[tuple[str, int, int], ...] = ()
     linked: bool = False  # whether links are among its files
     unfollowed: tuple[str, ...] = ()  # those of the notes that are of links to folders
+    left_out: tuple[str, ...] = ()  # samples of shards that are no image with a class
     root: str = ""  # below which its files have the names by which they are known
 
     @property
@@ -341,8 +342,11 @@ def _checked(options: DataOptions, splits: list[_Split], record: DataRecord | No
             f"dataset {options.dataset!r} does not tell how many classes it has; set `num_classes`", "num_classes"
         )
     notes = [note for split in splits for note in split.notes]
+    classless = {split.key for split in splits if split.left_out}
     notes += [
-        f"{len(left)} images of {key} cannot be read and are left out: {_few(left)}" for key, left in skipped.items()
+        f"{len(left)} images of {key} cannot be read{' or have no class' * (key in classless)} and are left out: "
+        f"{_few(left)}"
+        for key, left in skipped.items()
     ]
     for split in splits:
         _check_labels(split, num_classes)
@@ -551,10 +555,12 @@ class _Digits(Dataset[Any]):
 
 
 def _shards(options: DataOptions, key: str, split: str) -> _Split:
-    images = open_shards(options.root, split, mode=options.mode, num_classes=options.num_classes)
+    skip = options.on_error == "skip"
+    images = open_shards(options.root, split, mode=options.mode, num_classes=options.num_classes, skip=skip)
     images.read_labels()
     sources = frozenset(os.path.realpath(file) for file in images.files)
-    return _Split(key, split, images, (), sources, images.targets, root=str(options.root))
+    left_out = tuple(map(printable, images.left_out))
+    return _Split(key, split, images, (), sources, images.targets, root=str(options.root), left_out=left_out)
 
 
 def _folder(options: DataOptions, key: str, split: str) -> _Split:
@@ -820,9 +826,9 @@ def _without_unreadable(split: _Split, known: Mapping[str, Sequence[str]] | None
             parts = threads.map(lambda start: _unreadable(split.images, range(start, min(start + 64, count))), starts)
             bad = {index for part in parts for index in part}
     if not bad:
-        return split, ()
+        return split, split.left_out
     kept = [index for index in range(count) if index not in bad]
-    return split.among(kept), tuple(_name_of(split.images, index) for index in sorted(bad))
+    return split.among(kept), (*split.left_out, *(_name_of(split.images, index) for index in sorted(bad)))
 
 
 def _unreadable(images: Dataset[Any], indices: Iterable[int]) -> list[int]:
