@@ -4,6 +4,7 @@ import filecmp
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from io import BytesIO
@@ -429,7 +430,8 @@ def _open_all(options: DataOptions) -> list[_Split]:
 def _told_of_copies(split: _Split, train: _Split) -> _Split:
     """The split, with a note where some of its images are training images too. Raises DataError where all are.
 
-    Of a folder, up to 100 images are compared with what has their name and class among the training images.
+    Of a folder, up to 100 images are compared with what has their name and class among the training images, and, where
+    they are hard links, with all of these.
     """
     if not isinstance(split.images, FolderImages):
         return split
@@ -450,7 +452,7 @@ def _told_of_copies(split: _Split, train: _Split) -> _Split:
 
 
 def _copies(compared: Sequence[tuple[str, int]], names: Sequence[str], train: _Split) -> list[str]:
-    """Those of these images that lie in the training split too: of the same name, class and bytes, or one file."""
+    """Those of these images that lie in the training split too: of one name, class and bytes, or hard links."""
     if not isinstance(train.images, FolderImages):
         return []
     wanted = {os.path.basename(path) for path, _ in compared}
@@ -459,11 +461,25 @@ def _copies(compared: Sequence[tuple[str, int]], names: Sequence[str], train: _S
         name = path.rpartition(os.sep)[2]
         if name in wanted:
             there.setdefault((train.names[target], name), []).append(path)
+    file_of = _files_of_several_names(path for path, _ in compared)
+    linked = set(_files_of_several_names(path for path, _ in train.images.samples).values()) if file_of else set()
     return [
         path
         for path, target in compared
         if any(_same_bytes(path, other) for other in there.get((names[target], os.path.basename(path)), ())[:20])
+        or file_of.get(path) in linked
     ]
+
+
+def _files_of_several_names(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """By the paths, which files they are names of (hard links), of those that have more names than one."""
+    found = {}
+    for path in paths:
+        with suppress(OSError):
+            about = os.stat(path)
+            if about.st_nlink > 1:
+                found[path] = about.st_dev, about.st_ino
+    return found
 
 
 def _same_bytes(path: str, other: str) -> bool:

@@ -515,7 +515,11 @@ def test_images_of_training_behind_links_are_no_others(tmp_path: Path, whole: bo
         open_datasets(options(tmp_path))
 
 
-@pytest.mark.parametrize("how", [shutil.copy, os.link])
+def _link_renamed(image: Path, other: Path) -> None:
+    os.link(image, other.with_name(f"renamed {other.name}"))
+
+
+@pytest.mark.parametrize("how", [shutil.copy, os.link, _link_renamed])
 @pytest.mark.parametrize("key", ["val_split", "test_split"])
 def test_a_split_that_is_a_copy_of_the_training_images_is_refused(tmp_path: Path, how: Any, key: str) -> None:
     """Copies and hard links, also where the classes of the split lie deeper, and more images than are compared."""
