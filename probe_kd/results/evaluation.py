@@ -28,7 +28,7 @@ from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError, RunError, nearest
-from probe_kd.files.run_folder import runs_beside, why_no_run
+from probe_kd.files.run_folder import Manifest, digests_of, first_changed, runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.distiller import compared, make_adapters
 from probe_kd.methods.objectives import Comparison
@@ -87,6 +87,7 @@ def evaluate(
     record = DataRecord.read(folder)
     planned = plan(load(recipe, sets=sets), allow_import=allow_import, record=record)
     images, notes = _images(planned, split), planned.datasets.other_than(record, split)
+    _check_teacher(planned, folder)
     with own_accelerator() as accelerator:
         place = _place(accelerator, device)
         compared = list(_compared(planned, folder, place))
@@ -274,6 +275,21 @@ def _weights_of_student(folder: Path, weights: str | Path | None, *, ema: bool) 
 
 def _unfinished(folder: Path, name: str) -> RunError:
     return RunError(f"the run in {folder} is not finished: it has no {name}; go on with it: {command_to_go_on(folder)}")
+
+
+def _check_teacher(planned: Plan, folder: Path) -> None:
+    """Raise RunError where a file that the teacher is read from is no longer what the run was begun with."""
+    teacher, manifest = planned.recipe.teacher, Manifest.read(folder)
+    if teacher is None or manifest is None:
+        return
+    own = (folder / "teacher.safetensors").is_file()
+    read = [name for name in (teacher.class_map, None if own else teacher.checkpoint) if isinstance(name, str)]
+    other = first_changed({name: manifest.inputs[name] for name in read if name in manifest.inputs}, digests_of(read))
+    if other:
+        raise RunError(
+            f"{other} is not the file that the run in {folder} was begun with: its contents have changed since, and "
+            "the student would be held against another teacher. Put the former file back"
+        )
 
 
 def _place(accelerator: Accelerator, device: str | None) -> torch.device:
