@@ -181,9 +181,9 @@ class Datasets:
             return ()
         if self.held_out is not None and self._key_of(part) == "train_split":
             raise DataError(
-                f"{difference}. Which images are held out follows from all training images, so that those of now may "
-                "have been trained on; put the images back as they were, or name a copy that is (--root DIR), or "
-                "measure on a split of its own",
+                f"the training images are not those of the run: {difference}. Which images are held out follows from "
+                "all of them, so that those of now may have been trained on; put the images back as they were, or name "
+                "a copy that is (--root DIR), or measure another split, where the run has one (--split)",
                 "train_split",
             )
         counts = f" ({record.images[part]} images then)" if part in record.images else ""
