@@ -470,6 +470,7 @@ def evaluate(
     console.print(scores_table(found))
     if found.pairs:
         console.print(similarity_table(found))
+    _remark(found.notes, console)
 
 
 @app.command()

@@ -4,11 +4,12 @@ import filecmp
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -25,13 +26,13 @@ from pydantic import (
 )
 from torch.utils.data import Dataset, Subset
 
+from probe_kd.data.contents import Contents, of_files, of_images, of_shards, printable, spread
+from probe_kd.data.images import EXTENSIONS, FolderImages, decode, open_image, scan_folder
+from probe_kd.data.shards import Shards, open_shards
 from probe_kd.errors import DataError, nearest
 from probe_kd.files.atomic import whole_bytes
 from probe_kd.files.run_folder import Manifest, changed, damaged
-from probe_kd.data.images import EXTENSIONS, FolderImages, decode, open_image, scan_folder
-from probe_kd.data.shards import Shards, open_shards
 
-_Item = TypeVar("_Item")
 RECORD = "data.json"
 _Side = Annotated[int, Field(ge=1, le=16384)]
 
@@ -155,6 +156,8 @@ class Datasets:
     measured_on: str = ""
     notes: tuple[str, ...] = ()
     skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    whole: "tuple[_Split, ...]" = field(default=(), repr=False, compare=False)  # as they were opened
+    read_from: Mapping[str, str] = field(default_factory=dict)  # the key of the split that each part is of
 
     @property
     def to_choose_by(self) -> Dataset[Any] | None:
@@ -165,7 +168,37 @@ class Datasets:
     def record(self) -> "DataRecord":
         counted = {"train": self.train, "val": self.val, "test": self.test, "held_out": self.held_out}
         images = {name: len(part) for name, part in counted.items() if part is not None}  # type: ignore[arg-type]
-        return DataRecord(self.classes, self.num_classes, images, dict(self.skipped))
+        contents = {split.key: _contents_of(split) for split in self.whole}
+        return DataRecord(self.classes, self.num_classes, images, dict(self.skipped), contents)
+
+    def other_than(self, record: "DataRecord | None", part: str) -> tuple[str, ...]:
+        """A remark where a part (`test`, `val`, `train` or `held_out`) has other images than it had in a run.
+
+        Raises DataError where other training images are divided: these held-out images may have been trained on.
+        """
+        difference = self.difference(record, part)
+        if record is None or not difference:
+            return ()
+        if self.held_out is not None and self._key_of(part) == "train_split":
+            raise DataError(
+                f"the training images are not those of the run: {difference}. Which images are held out follows from "
+                "all of them, so that those of now may have been trained on; put the images back as they were, or name "
+                "a copy that is (--root DIR), or measure another split, where the run has one (--split)",
+                "train_split",
+            )
+        counts = f" ({record.images[part]} images then)" if part in record.images else ""
+        return (f"these are not the images of the run{counts}: {difference}",)
+
+    def difference(self, record: "DataRecord | None", part: str) -> str:
+        """How the split of a part differs from that of a run, as far as that has kept it; else empty."""
+        key = self._key_of(part)
+        split = next((split for split in self.whole if split.key == key), None)
+        before = record.contents.get(key) if record is not None else None
+        found = before.difference(_contents_of(split)) if split is not None and before is not None else ""
+        return f"of {split.label}, {found}" if split is not None and found else ""
+
+    def _key_of(self, part: str) -> str:
+        return self.read_from.get(part, "train_split")
 
 
 @dataclass(frozen=True)
@@ -176,6 +209,7 @@ class DataRecord:
     num_classes: int
     images: dict[str, int]
     skipped: dict[str, tuple[str, ...]]
+    contents: dict[str, Contents] = field(default_factory=dict)  # by the key of the split; none in runs of before
 
     def write(self, file: Path) -> None:
         file.write_bytes(TypeAdapter(DataRecord).dump_json(self, indent=1) + b"\n")
@@ -191,7 +225,8 @@ class DataRecord:
             manifest = Manifest.read(folder)
             if manifest is not None and RECORD in manifest.files:
                 raise DataError(
-                    f"{folder / RECORD}, which tells the classes of the run, is not there any more"
+                    f"{folder / RECORD}, which tells the classes and images of the run, is not there any more; put it "
+                    "back from a copy of the run, or begin the run anew by --overwrite"
                 ) from None
             return None
         except (OSError, ValidationError) as refusal:
@@ -208,12 +243,30 @@ class DataRecord:
             ):
                 if difference:
                     raise DataError(f"the data of the run in {where} {text.format(repr(min(difference)))}")
-        if self.images != now.images or self.skipped != now.skipped:
+        told = [
+            f"in {key} {other}"
+            for key, before in self.contents.items()
+            if key in now.contents and (other := before.difference(now.contents[key]))
+        ]
+        told += [] if told else _of_skipped(self.skipped, now.skipped)
+        if self.images != now.images:
             before, after = ([*it.images.items(), *it.skipped.items()] for it in (self, now))
+            told.append(f"it had {_counts(before)}, and now there are {_counts(after)}")
+        if told:
             raise DataError(
-                f"the data of the run in {where} are not those that it was begun with: it had {_counts(before)}, and "
-                f"now there are {_counts(after)}; put them back, or begin anew with --overwrite"
+                f"the data of the run in {where} are not those that it was begun with: {'; '.join(told)}; put them "
+                "back, or begin anew with --overwrite"
             )
+
+
+def _of_skipped(before: Mapping[str, Sequence[str]], now: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which image can no longer be read, or can be again."""
+    told = []
+    for key in dict.fromkeys([*before, *now]):
+        had, has = set(before.get(key, ())), set(now.get(key, ()))
+        told += [f"{min(has - had)!r} of {key} could be read then, and cannot be now"] if has - had else []
+        told += [f"{min(had - has)!r} of {key} could not be read then, and can be now"] if had - has else []
+    return told
 
 
 def _counts(items: Iterable[tuple[str, Any]]) -> str:
@@ -243,6 +296,8 @@ class _Split:
     rows: tuple[tuple[str, int, int], ...] = ()
     linked: bool = False  # whether links are among its files
     unfollowed: tuple[str, ...] = ()  # those of the notes that are of links to folders
+    left_out: tuple[str, ...] = ()  # samples of shards that are no image with a class
+    root: str = ""  # below which its files have the names by which they are known
 
     @property
     def label(self) -> str:
@@ -272,7 +327,7 @@ def open_datasets(options: DataOptions, record: DataRecord | None = None) -> Dat
 
 
 def _checked(options: DataOptions, splits: list[_Split], record: DataRecord | None) -> Datasets:
-    train = splits[0]
+    train, whole = splits[0], tuple(splits)
     names = record.classes if record is not None and record.classes else train.names
     splits = [
         _renumbered(split, names, whose="the run" if names is not train.names else train.label) for split in splits
@@ -288,15 +343,19 @@ def _checked(options: DataOptions, splits: list[_Split], record: DataRecord | No
             f"dataset {options.dataset!r} does not tell how many classes it has; set `num_classes`", "num_classes"
         )
     notes = [note for split in splits for note in split.notes]
+    classless = {split.key for split in splits if split.left_out}
     notes += [
-        f"{len(left)} images of {key} cannot be read and are left out: {_few(left)}" for key, left in skipped.items()
+        f"{len(left)} images of {key} cannot be read{' or have no class' * (key in classless)} and are left out: "
+        f"{_few(left)}"
+        for key, left in skipped.items()
     ]
     for split in splits:
         _check_labels(split, num_classes)
         notes += _absent(split, names, num_classes)
     may_lack = options.num_classes is not None or record is not None
     _check_train(splits[0], names, num_classes, may_lack=may_lack)
-    return replace(_divided(options, splits, num_classes, names, notes), classes=names, skipped=skipped)
+    divided = _divided(options, splits, num_classes, names, notes)
+    return replace(divided, classes=names, skipped=skipped, whole=whole)
 
 
 def class_names(datasets: Datasets) -> list[str]:
@@ -371,11 +430,12 @@ def _open_all(options: DataOptions) -> list[_Split]:
 def _told_of_copies(split: _Split, train: _Split) -> _Split:
     """The split, with a note where some of its images are training images too. Raises DataError where all are.
 
-    Of a folder, up to 100 images are compared with what has their name and class among the training images.
+    Of a folder, up to 100 images are compared with what has their name and class among the training images, and, where
+    they are hard links, with all of these.
     """
     if not isinstance(split.images, FolderImages):
         return split
-    compared = _spread(split.images.samples, 100)
+    compared = spread(split.images.samples, 100)
     copies = [os.path.relpath(path, split.images.root) for path in _copies(compared, split.names, train)]
     if not copies:
         return split
@@ -391,14 +451,8 @@ def _told_of_copies(split: _Split, train: _Split) -> _Split:
     return replace(split, notes=(*split.notes, note))
 
 
-def _spread(items: Sequence[_Item], most: int) -> list[_Item]:
-    """So many of the items at most, from the first to the last."""
-    count = min(len(items), most)
-    return [items[index * len(items) // count] for index in range(count)]
-
-
 def _copies(compared: Sequence[tuple[str, int]], names: Sequence[str], train: _Split) -> list[str]:
-    """Those of these images that lie in the training split too: of the same name, class and bytes, or one file."""
+    """Those of these images that lie in the training split too: of one name, class and bytes, or hard links."""
     if not isinstance(train.images, FolderImages):
         return []
     wanted = {os.path.basename(path) for path, _ in compared}
@@ -407,11 +461,25 @@ def _copies(compared: Sequence[tuple[str, int]], names: Sequence[str], train: _S
         name = path.rpartition(os.sep)[2]
         if name in wanted:
             there.setdefault((train.names[target], name), []).append(path)
+    file_of = _files_of_several_names(path for path, _ in compared)
+    linked = set(_files_of_several_names(path for path, _ in train.images.samples).values()) if file_of else set()
     return [
         path
         for path, target in compared
         if any(_same_bytes(path, other) for other in there.get((names[target], os.path.basename(path)), ())[:20])
+        or file_of.get(path) in linked
     ]
+
+
+def _files_of_several_names(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """By the paths, which files they are names of (hard links), of those that have more names than one."""
+    found = {}
+    for path in paths:
+        with suppress(OSError):
+            about = os.stat(path)
+            if about.st_nlink > 1:
+                found[path] = about.st_dev, about.st_ino
+    return found
 
 
 def _same_bytes(path: str, other: str) -> bool:
@@ -503,10 +571,12 @@ class _Digits(Dataset[Any]):
 
 
 def _shards(options: DataOptions, key: str, split: str) -> _Split:
-    images = open_shards(options.root, split, mode=options.mode, num_classes=options.num_classes)
+    skip = options.on_error == "skip"
+    images = open_shards(options.root, split, mode=options.mode, num_classes=options.num_classes, skip=skip)
     images.read_labels()
     sources = frozenset(os.path.realpath(file) for file in images.files)
-    return _Split(key, split, images, (), sources, images.targets)
+    left_out = tuple(map(printable, images.left_out))
+    return _Split(key, split, images, (), sources, images.targets, root=str(options.root), left_out=left_out)
 
 
 def _folder(options: DataOptions, key: str, split: str) -> _Split:
@@ -563,6 +633,8 @@ def _torchvision(options: DataOptions, key: str, split: str) -> _Split:
     inner: Any = _by_timm(options, part)
     if hasattr(inner, "loader"):  # of files, which is torchvision's own
         inner.loader = _Loader(options.mode)
+    if hasattr(inner, "all_categories"):  # INaturalist's, which come as the disk lists them
+        inner.index.sort()
     targets = getattr(inner, "targets", None)
     return _Split(
         key=key,
@@ -571,6 +643,7 @@ def _torchvision(options: DataOptions, key: str, split: str) -> _Split:
         names=_names_of(inner),
         sources=frozenset({part}),
         targets=None if targets is None else np.asarray(targets),
+        root=options.root,
     )
 
 
@@ -662,6 +735,10 @@ class HubImages(Dataset[Any]):
             raise DataError(f"image {index} of {self.name} cannot be read: there is none")
         return image, int(self.targets[index])
 
+    def content(self, index: int) -> bytes | None:
+        """The bytes of an image as they are stored, where the table holds them; what they decode to may change."""
+        return (self.reader.dataset[index][self.reader.image_key] or {}).get("bytes")
+
 
 def _hub(options: DataOptions, key: str, split: str) -> _Split:
     images = HubImages(_by_timm(options, split).reader, options.mode, f"{options.dataset} ({split})")
@@ -679,6 +756,29 @@ def _rows_of(dataset: Any, split: str) -> tuple[tuple[str, int, int], ...]:
     lengths = {name: part.num_examples for name, part in parts.items()}
     found = ReadInstruction.from_spec(split).to_absolute(lengths)
     return tuple((it.splitname, it.from_ or 0, lengths[it.splitname] if it.to is None else it.to) for it in found)
+
+
+def _contents_of(split: _Split) -> Contents:
+    images, names = split.images, split.names
+    if isinstance(images, FolderImages):
+        return of_files([(path, names[target]) for path, target in images.samples], images.root)
+    if isinstance(images, Shards):
+        return of_shards(images, split.root, split.targets)
+    files = _files_of(images.images) if isinstance(images, _InMode) else []
+    if files:
+        return of_files(files, split.root)
+    targets = [] if split.targets is None else np.asarray(split.targets).tolist()
+    return of_images(images, [names[it] if 0 <= it < len(names) else str(it) for it in targets])
+
+
+def _files_of(dataset: Any) -> list[tuple[str, str]]:
+    """(path, class) of the images of a torchvision dataset, where it has files."""
+    if hasattr(dataset, "all_categories"):
+        labels = dataset.all_categories
+        return [(os.path.join(dataset.root, labels[number], name), labels[number]) for number, name in dataset.index]
+    classes = getattr(dataset, "classes", None) or ()
+    label = {number: str(name) for number, name in enumerate(classes)}
+    return [(path, label.get(target, str(target))) for path, target in getattr(dataset, "imgs", ())]
 
 
 def _renumbered(split: _Split, names: Sequence[str], whose: str) -> _Split:
@@ -742,9 +842,9 @@ def _without_unreadable(split: _Split, known: Mapping[str, Sequence[str]] | None
             parts = threads.map(lambda start: _unreadable(split.images, range(start, min(start + 64, count))), starts)
             bad = {index for part in parts for index in part}
     if not bad:
-        return split, ()
+        return split, split.left_out
     kept = [index for index in range(count) if index not in bad]
-    return split.among(kept), tuple(_name_of(split.images, index) for index in sorted(bad))
+    return split.among(kept), (*split.left_out, *(_name_of(split.images, index) for index in sorted(bad)))
 
 
 def _unreadable(images: Dataset[Any], indices: Iterable[int]) -> list[int]:
@@ -761,7 +861,7 @@ def _can_read(images: Dataset[Any], index: int) -> bool:
 
 def _name_of(images: Dataset[Any], index: int) -> str:
     if isinstance(images, FolderImages):
-        return os.path.relpath(images.samples[index][0], images.root)
+        return printable(os.path.relpath(images.samples[index][0], images.root))
     return f"image {index}"
 
 
@@ -859,6 +959,7 @@ def _divided(
             )
         ),
         notes=tuple(told),
+        read_from={"test": final.key, "val": curves.key},
     )
 
 

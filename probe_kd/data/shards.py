@@ -20,10 +20,11 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 from torch.utils.data import Dataset
 
+from probe_kd.data.images import EXTENSIONS, decode
 from probe_kd.errors import DataError, nearest
 from probe_kd.files.atomic import whole_bytes
-from probe_kd.data.images import decode
 
+_BLOCKS = 1 << 20  # bytes that are read at a time
 KINDS = ("jpg", "png", "webp")  # of images, as timm's reader looks for them: the first that a sample has
 
 
@@ -41,19 +42,32 @@ class Shards(Dataset[Any]):
     """The images of these tar files, in their order, in one mode of PIL, with their classes (the `.cls` files).
 
     `lengths` are how many images the files hold, where that is known, and so are `num_classes`. Raises DataError where
-    a file is not there, and when one is read that holds another number of images or other classes, or is damaged.
+    a file is not there, and when one is read that holds another number of images or other classes, or is damaged; and
+    for a sample that is no image with a class, unless `skip` leaves such ones out: `left_out` are their names.
     """
 
     def __init__(
-        self, files: Sequence[Path], lengths: Sequence[int], *, mode: str = "RGB", num_classes: int | None = None
+        self,
+        files: Sequence[Path],
+        lengths: Sequence[int],
+        *,
+        mode: str = "RGB",
+        num_classes: int | None = None,
+        skip: bool = False,
     ) -> None:
         missing = [repr(str(file)) for file in files if not file.is_file()]
         if missing:
             more = f" and {len(missing) - 3} more" * (len(missing) > 3)
             raise DataError(f"of {len(files)} shards these are not there: {', '.join(missing[:3])}{more}")
-        counted = [] if lengths else [_places(file) for file in files]
+        # What is left out is known only when a file is read, and images have their numbers before.
+        read = [] if lengths and not skip else [_places(file, skip=skip) for file in files]
+        counted = [places for places, _ in read]
         self.files, self.mode, self.num_classes = list(files), mode, num_classes
         self.lengths = [len(places) for places in counted] or list(lengths)
+        self.left_out = [f"{file.name}: {name}" for file, (_, left) in zip(files, read, strict=False) for name in left]
+        for shard, ((places, left), length) in enumerate(zip(read, lengths, strict=False)):
+            if length not in (len(places), len(places) + len(left)):
+                raise self._miscounted(shard, len(places), length)
         self.starts = np.cumsum([0, *self.lengths])
         # (offset, bytes, class) of every image, read shard by shard when it is wanted; in memory that the workers of a
         # loader share, or each would read the headers of every shard anew in every epoch.
@@ -72,7 +86,7 @@ class Shards(Dataset[Any]):
             raise IndexError(index)
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         if not self._read[shard]:
-            self._keep(shard, _places(self.files[shard]))
+            self._keep(shard, _places(self.files[shard])[0])
         offset, size, target = self._known[index].tolist()
         name = f"image {index - int(self.starts[shard])} (from 0) of shard {self.files[shard]}"
         try:
@@ -87,7 +101,7 @@ class Shards(Dataset[Any]):
         """Read all labels, so that a wrong one is told before training; of so many images at most, for their time."""
         for shard in range(len(self.files)):
             if not self._read[shard] and (shard == 0 or len(self) <= most):
-                self._keep(shard, _places(self.files[shard]))
+                self._keep(shard, _places(self.files[shard])[0])
 
     @property
     def targets(self) -> Any:
@@ -96,10 +110,7 @@ class Shards(Dataset[Any]):
 
     def _keep(self, shard: int, places: Sequence[tuple[int, int, int]]) -> None:
         if len(places) != self.lengths[shard]:
-            raise DataError(
-                f"shard {self.files[shard]} holds {len(places)} images with a class, and `shard_lengths` of its "
-                f"_info.json says {self.lengths[shard]}; write the right number there"
-            )
+            raise self._miscounted(shard, len(places), self.lengths[shard])
         wrong = [target for *_, target in places if not 0 <= target < (self.num_classes or target + 1)]
         if wrong:
             raise DataError(
@@ -109,14 +120,24 @@ class Shards(Dataset[Any]):
         self._known[self.starts[shard] : self.starts[shard + 1]] = torch.tensor(places, dtype=torch.long).view(-1, 3)
         self._read[shard] = True  # last, since other workers look
 
+    def _miscounted(self, shard: int, found: int, length: int) -> DataError:
+        """Of a file that is whole, since one that is not is told as it is read."""
+        return DataError(
+            f"shard {self.files[shard]} is whole and holds {found} images with a class, and `shard_lengths` of its "
+            f"_info.json says {length}; write the right number there, or fetch the shard that it is of"
+        )
 
-def open_shards(root: str | None, split: str, *, mode: str = "RGB", num_classes: int | None = None) -> Shards:
+
+def open_shards(
+    root: str | None, split: str, *, mode: str = "RGB", num_classes: int | None = None, skip: bool = False
+) -> Shards:
     """The shards of a split in a local folder, as timm names them.
 
     `split` is one of `_info.json` (or `info.json`), whose `splits` have `filenames` and `shard_lengths`; or names of
     files with braces, `digits-train-{0000..0009}.tar`, which needs webdataset. A number of images that follows these
     after `|` is not needed: where `_info.json` does not tell how many a file holds, its headers are counted. Raises
-    DataError where there is nothing to read.
+    DataError where there is nothing to read. With `skip` the headers of all files are read, and samples that are no
+    image with a class are left out.
     """
     folder = Path(root or "")
     if not root or not folder.is_dir():
@@ -140,7 +161,7 @@ def open_shards(root: str | None, split: str, *, mode: str = "RGB", num_classes:
     lengths = _lengths(splits)
     known = all(name in lengths for name in names)
     files, counts = [folder / name for name in names], [lengths[name] for name in names] if known else []
-    found = Shards(files, counts, mode=mode, num_classes=num_classes)
+    found = Shards(files, counts, mode=mode, num_classes=num_classes, skip=skip)
     if not len(found):
         raise DataError(f"there are no images with a class in the split {split!r} of the shards in {folder}")
     return found
@@ -177,20 +198,94 @@ def _expand(names: str) -> list[str]:
     return list(expand_urls(names))
 
 
-def _places(file: Path) -> list[tuple[int, int, int]]:
-    """(offset, bytes, class) of every sample that has an image and a class. Raises DataError for what is no tar."""
-    found = []
+def _places(file: Path, *, skip: bool = False) -> tuple[list[tuple[int, int, int]], list[str]]:
+    """(offset, bytes, class) of every image, and the names of samples that `skip` has left out.
+
+    Raises DataError for what is no tar or not a whole one, and, unless they are left out, for an image without a class
+    or a class without an image. What is nothing of the two is passed over.
+    """
+    found, wrong = [], {}
     try:
         with tarfile.open(file, "r:") as tar:  # what is compressed has no places
-            for _, members in groupby(_members(tar), key=lambda member: member[0]):
-                parts = {suffix: member for _, suffix, member in members}
-                image = next((parts[kind] for kind in KINDS if kind in parts), None)
-                label = tar.extractfile(parts["cls"]) if "cls" in parts else None
-                if image is not None and label is not None:
-                    found.append((image.offset_data, image.size, int(label.read())))
+            for name, members in _samples(tar, file):
+                sample = _sample(tar, members)
+                if isinstance(sample, tuple):
+                    found.append(sample)
+                elif sample:
+                    wrong[name] = sample
+            end = tar.offset
     except (OSError, tarfile.TarError, ValueError) as refusal:
         raise DataError(f"cannot read {file}, which should be a tar file without compression: {refusal}") from None
-    return found
+    _check_end(file, end)  # before a sample is blamed that was whole
+    if wrong and not skip:
+        name = next(iter(wrong))
+        raise DataError(
+            f"sample {name!r} of shard {file} {wrong[name]} ({len(wrong)} such samples); mend the shard, or leave them "
+            "out by `data: {on_error: skip}`"
+        )
+    return found, list(wrong)
+
+
+def _samples(tar: tarfile.TarFile, file: Path) -> Iterator[tuple[str, "_Parts"]]:
+    """(name, its files), as they follow each other. Raises DataError where the tar file is cut off or damaged."""
+    try:
+        for name, members in groupby(_members(tar), key=lambda member: member[0]):
+            yield name, [(suffix, member) for _, suffix, member in members]
+    except (tarfile.TarError, ValueError) as refusal:
+        size = file.stat().st_size
+        if tar.offset > size or str(refusal) in ("empty header", "truncated header", "unexpected end of data"):
+            raise DataError(f"{_damaged(file)}: it is cut off at byte {size}") from None
+        raise DataError(f"{_damaged(file)}: {refusal}, at byte {tar.offset}") from None
+
+
+_Parts = Sequence[tuple[str, tarfile.TarInfo]]
+
+
+def _sample(tar: tarfile.TarFile, parts: _Parts) -> tuple[int, int, int] | str:
+    """(offset, bytes, class) of an image; else what is wrong with it, empty where it is nothing of an image."""
+    files = dict(parts)
+    if len(files) < len(parts):
+        twice = next(suffix for suffix, member in parts if files[suffix] is not member)
+        return f"has two files .{twice}"
+    image = next((files[kind] for kind in KINDS if kind in files), None)
+    if image is None:
+        others = [f".{suffix}" for suffix in files if f".{suffix}" in EXTENSIONS]
+        why = f": {others[0]} is not read, only {', '.join(KINDS)} are" if others else ""
+        return f"has no image{why}" if others or "cls" in files else ""
+    if "cls" not in files:
+        return "has an image and no class (.cls)"
+    label = tar.extractfile(files["cls"])
+    text = label.read(100) if label is not None else b""
+    try:
+        return image.offset_data, image.size, int(text)
+    except ValueError:
+        return f"has no class number in its .cls file: {text[:20]!r}"
+
+
+def _check_end(file: Path, end: int) -> None:
+    """Raise DataError unless two blocks of zeros and nothing else follow: Python takes a damaged header for the end."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(end)
+            at, rest = end, opened.read(_BLOCKS)
+            if len(rest) < tarfile.BLOCKSIZE or (len(rest) < 2 * tarfile.BLOCKSIZE and not rest.strip(b"\0")):
+                raise DataError(
+                    f"{_damaged(file)}: it is cut off at byte {end + len(rest)}, before the two blocks of zeros that "
+                    "end a tar file"
+                )
+            while rest:
+                other = at + len(rest) - len(rest.lstrip(b"\0"))
+                if other < end + 2 * tarfile.BLOCKSIZE:
+                    raise DataError(f"{_damaged(file)}: what should be a header is none, at byte {end}")
+                if other < at + len(rest):
+                    raise DataError(f"{_damaged(file)}: behind what looks like its end is more, at byte {other}")
+                at, rest = at + len(rest), opened.read(_BLOCKS)
+    except OSError as refusal:
+        raise DataError(f"cannot read {file}: {refusal.strerror}") from None
+
+
+def _damaged(file: Path) -> str:
+    return f"shard {file} is damaged, and its other images cannot be found; fetch or write it anew"
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

@@ -24,7 +24,7 @@ LOCK = ".lock"
 RECIPE = "recipe.yaml"
 GENERATOR = "probe-kd "  # by which a report names its maker
 _MOST_BYTES = 10_000_000  # of an evaluation, which has a few kB
-EVALUATION = {"run", "split", "images", "scores", "pairs"}  # the keys of what `eval -o` writes
+EVALUATION = {"run", "split", "images", "scores", "pairs", "notes"}  # the keys of what `eval -o` writes
 _OPEN = set[IO[str]]()  # the locks that this process holds
 
 
@@ -289,4 +289,4 @@ def is_measured(file: Path) -> bool:
         found = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < _MOST_BYTES else None
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and found.keys() == EVALUATION
+    return isinstance(found, dict) and found.keys() | {"notes"} == EVALUATION  # those of before have no notes

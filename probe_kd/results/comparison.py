@@ -262,7 +262,9 @@ def _measured_now(run: _Run, allow_import: Sequence[str], notes: list[str]) -> L
         notes.append(f"{run.folder}: layers are not compared, since {why}")
         return None
     record = DataRecord.read(run.folder)
-    return measure_layers(plan(load(run.folder / "recipe.yaml"), allow_import=allow_import, record=record), run.folder)
+    planned = plan(load(run.folder / "recipe.yaml"), allow_import=allow_import, record=record)
+    notes += [f"{run.folder}: {remark}" for remark in planned.datasets.other_than(record, "test")]
+    return measure_layers(planned, run.folder)
 
 
 def _read(folder: Path) -> _Run:

@@ -28,7 +28,7 @@ from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError, RunError, nearest
-from probe_kd.files.run_folder import runs_beside, why_no_run
+from probe_kd.files.run_folder import Manifest, digests_of, first_changed, runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.objectives import Comparison
 from probe_kd.methods.targets import compared, make_adapters
@@ -91,6 +91,7 @@ class Evaluation:
     images: int
     scores: tuple[Scores, ...]
     pairs: tuple[Similarity, ...]
+    notes: tuple[str, ...] = ()
 
 
 def evaluate(
@@ -127,13 +128,16 @@ def evaluate(
 
     Works in several processes (`accelerate launch`), each of which returns the whole. Raises RunError for a folder that
     is no finished run, or a choice that it does not offer; RecipeError where its recipe no longer fits the data or the
-    models; WeightsError for weights that do not fit; DataError for labels that are no classes.
+    models; WeightsError for weights that do not fit; DataError for labels that are no classes, and for held-out images
+    of other training images than those of the run. Other images of a split of their own are told in `notes`.
     """
     folder = Path(run)
     recipe, student = _recipe_of(folder), _weights_of_student(folder, weights, ema=ema)
     sets = () if root is None else (f"data.root={json.dumps(str(root))}",)
-    planned = plan(load(recipe, sets=sets), allow_import=allow_import, record=DataRecord.read(folder))
-    images = _images(planned, split)
+    record = DataRecord.read(folder)
+    planned = plan(load(recipe, sets=sets), allow_import=allow_import, record=record)
+    images, notes = _images(planned, split), planned.datasets.other_than(record, split)
+    _check_teacher(planned, folder)
     with own_accelerator() as accelerator:
         place = _place(accelerator, device)
         compared = list(_compared(planned, folder, place))
@@ -148,7 +152,7 @@ def evaluate(
                         features[subject.role] = subject.look(views[subject.images].to(place))
                 meter.update(features, target.to(place))
         held_out = split == "test" and planned.datasets.test is planned.datasets.held_out  # there is no other
-        return meter.result(str(folder), "held_out" if held_out else split)
+        return replace(meter.result(str(folder), "held_out" if held_out else split), notes=notes)
 
 
 def cka_sums(student: Float[Tensor, "batch m"], teacher: Float[Tensor, "batch n"]) -> Sums:
@@ -321,6 +325,21 @@ def _weights_of_student(folder: Path, weights: str | Path | None, *, ema: bool) 
 
 def _unfinished(folder: Path, name: str) -> RunError:
     return RunError(f"the run in {folder} is not finished: it has no {name}; go on with it: {command_to_go_on(folder)}")
+
+
+def _check_teacher(planned: Plan, folder: Path) -> None:
+    """Raise RunError where a file that the teacher is read from is no longer what the run was begun with."""
+    teacher, manifest = planned.recipe.teacher, Manifest.read(folder)
+    if teacher is None or manifest is None:
+        return
+    own = (folder / "teacher.safetensors").is_file()
+    read = [name for name in (teacher.class_map, None if own else teacher.checkpoint) if isinstance(name, str)]
+    other = first_changed({name: manifest.inputs[name] for name in read if name in manifest.inputs}, digests_of(read))
+    if other:
+        raise RunError(
+            f"{other} is not the file that the run in {folder} was begun with: its contents have changed since, and "
+            "the student would be held against another teacher. Put the former file back"
+        )
 
 
 def _place(accelerator: Accelerator, device: str | None) -> torch.device:

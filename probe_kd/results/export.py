@@ -262,7 +262,9 @@ def _sample(trained: _Trained, count: int = 16, *, needed: bool = False) -> _Sam
         said = f"{count} random images, since the data of the run were not read ({short(refusal)}{moved})"
         return _Sample(images, said, classes=record.classes if record else ())
     pictures = [datasets.test[index][0] for index in range(len(images))] if hasattr(datasets.test, "__len__") else []
-    return _Sample(images, f"{len(images)} test images", pictures, datasets.classes)
+    other = datasets.difference(record, "test")  # two forms of one model can be compared on any images
+    said = f"{len(images)} test images{f' (not those of the run: {other})' * bool(other)}"
+    return _Sample(images, said, pictures, datasets.classes)
 
 
 def _logits(module: nn.Module, images: Tensor) -> Tensor:

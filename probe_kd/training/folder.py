@@ -49,7 +49,7 @@ def open_run(
     _check_inputs_outside(plan, folder, resume=resume)
     resolved, inputs = dump(plan.resolved), digests_of(_inputs(plan.recipe))
     if resume and (folder / RECIPE).is_file():
-        checkpoint = _reopen(folder, resolved, inputs, progress)
+        checkpoint = _reopen(folder, resolved, inputs, plan, progress)
         if checkpoint is not None:
             known = DataRecord.read(folder)
             if known is not None:
@@ -77,10 +77,13 @@ def open_run(
     return TrainState(), None
 
 
-def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], progress: Progress) -> Path | None:
+def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], plan: Plan, progress: Progress) -> Path | None:
     recipe, manifest = folder / RECIPE, Manifest.read(folder)
     begun_with = _with_root_of(whole_text(recipe), resolved)
     if begun_with != resolved:
+        known = DataRecord.read(folder) if _same_data(begun_with, plan.resolved) else None
+        if known is not None:  # a class more makes another model
+            known.refuse_others(plan.datasets.record, folder)
         raise RunError(
             f"the recipe is not the one that {folder} was begun with ({recipe}); it then had "
             f"{_first_difference(begun_with, resolved)}. Give the same recipe and options "
@@ -208,6 +211,13 @@ def _first_difference(before: str, now: str) -> str:
         if old != new:
             return f"`{old.strip()}` where there now is `{new.strip()}`"
     return "the same lines, with other ends"
+
+
+def _same_data(begun_with: str, now: Recipe) -> bool:
+    try:
+        return parse(begun_with).recipe.data == now.data
+    except ProbeKDError:  # of another version
+        return False
 
 
 def _with_root_of(begun_with: str, resolved: str) -> str:

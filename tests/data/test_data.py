@@ -105,8 +105,6 @@ def test_a_jitter_of_nothing_is_left_out_and_changes_nothing(folder: Path) -> No
         assert torch.equal(ours.take([(index, seed)])[0][0], theirs.dataset[index][0])
 
 
-
-
 def test_what_is_seen_follows_from_seed_and_age_alone() -> None:
     dataset = Subset(open_datasets(DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))).train, range(64))
     first = epoch_of(dataset, 4)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ import pytest
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from probe_kd.data.datasets import DataRecord
 from probe_kd.cli import main
 from probe_kd.data.datasets import DataRecord
 from probe_kd.errors import DataError, RunError
+from probe_kd.recipe.options import parse
+from probe_kd.recipe.planner import plan
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
-from probe_kd.recipe.planner import plan
-from probe_kd.recipe.options import parse
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
@@ -149,11 +149,91 @@ def test_data_that_have_moved_are_evaluated_and_gone_on_with(tmp_path: Path, mon
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_a_run_does_not_go_on_with_other_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """(the images, the folder of a run on them that has not ended)"""
     digits(tmp_path / "images")
-    monkeypatch.setattr("probe_kd.training.run.write_report", lambda *_: None)  # so that it is not finished
-    monkeypatch.setattr("probe_kd.training.checkpoints.remove", lambda *_: None)
-    run(tmp_path / "images", tmp_path / "run")
-    (tmp_path / "images" / "train" / "class1" / "2.png").unlink()
-    with pytest.raises(DataError, match=r"are not those that it was begun with: .* now there are 39 train images"):
-        run(tmp_path / "images", tmp_path / "run", resume=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("probe_kd.training.run.write_report", lambda *_: None)
+        patched.setattr("probe_kd.training.checkpoints.remove", lambda *_: None)
+        run(tmp_path / "images", tmp_path / "run")
+    return tmp_path / "images", tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda train: (train / "class1/2.png").unlink(), "'class1/2.png' is not there any more; it had 40 .*are 39 "),
+        (lambda train: (train / "class1/2.png").rename(train / "class2/x.png"), "'class1/2.png' is not .*, 'class2/x."),
+        (lambda train: (train / "class1/2.png").write_bytes(b""), r"'class1/2.png' has 0 bytes and had \d+"),
+        (lambda train: shutil.copytree(train / "class1", train / "class9"), "now have a class 'class9'"),
+        (lambda train: shutil.rmtree(train / "class4"), "have no class 'class4' any more"),
+    ],
+    ids=["gone", "moved", "broken", "new class", "no class"],
+)
+def test_a_run_does_not_go_on_with_other_images(begun: tuple[Path, Path], change: Any, says: str) -> None:
+    root, folder = begun
+    change(root / "train")
+    for split in ("validation", "test"):
+        if not (root / "train/class4").exists():
+            shutil.rmtree(root / split / "class4")
+    with pytest.raises(DataError, match=says):
+        run(root, folder, resume=True)
+
+
+def test_what_is_skipped_at_resume_is_named(begun: tuple[Path, Path]) -> None:
+    """Another file that cannot be read now, as many as before: of a run from before, which kept no digests."""
+    root, folder = begun
+    known = DataRecord.read(folder)
+    assert known is not None
+    says = r"'class0/0.png' of train_split could be read then, and cannot be now; 'class3/broken.png' .* and can be now"
+    with pytest.raises(DataError, match=says):
+        replace(known, contents={}).refuse_others(
+            replace(known, contents={}, skipped={"train_split": ("class0/0.png",)}), folder
+        )
+    (folder / "data.json").unlink()
+    with pytest.raises(DataError, match=r"put it back from a copy of the run, or begin the run anew by --overwrite"):
+        run(root, folder, resume=True)
+
+
+def test_other_test_images_are_measured_and_told(
+    finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, folder = finished
+    assert evaluate(folder, device="cpu").notes == ()
+    shutil.copytree(root, tmp_path / "copied")
+    (tmp_path / "copied/train/class1/2.png").unlink()
+    assert evaluate(folder, device="cpu", root=tmp_path / "copied").notes == ()  # of these nothing was measured
+    (tmp_path / "copied/test/class1/12.png").unlink()
+    says = "these are not the images of the run (10 images then): of test_split 'test', 'class1/12.png' is not there"
+    found = evaluate(folder, device="cpu", root=tmp_path / "copied")
+    assert (found.images, [note.partition(" any")[0] for note in found.notes]) == (9, [says])
+    exported = export(folder, tmp_path / "exported", root=tmp_path / "copied")
+    assert exported.images.startswith("9 test images (not those of the run: of test_split 'test', 'class1/12.png' is")
+    monkeypatch.setattr("sys.argv", ["probe-kd", "eval", str(folder), "--root", str(tmp_path / "copied")])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    shown = capsys.readouterr().out
+    assert "9 images (test)" in shown
+    assert f"note: {says}" in shown
+
+
+@pytest.mark.parametrize("split", ["test", "held_out", "train"])
+def test_images_that_may_have_been_trained_on_are_not_measured_as_held_out(
+    tmp_path: Path, split: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The division follows from all training images; without digests, in a run of before, all is as it was."""
+    digits(tmp_path / "images")
+    text = RECIPE.replace("test_split: test", "val_split: none, holdout: 0.25").replace("epochs: 2", "epochs: 1")
+    text = text.replace("ROOT", json.dumps(str(tmp_path / "images")))
+    train(plan(parse(text)), tmp_path / "run", Progress(Console(quiet=True), quiet=True))
+    before = evaluate(tmp_path / "run", split=split, device="cpu")
+    shutil.copytree(tmp_path / "images", tmp_path / "copied")
+    assert evaluate(tmp_path / "run", split=split, device="cpu", root=tmp_path / "copied") == before
+    shutil.copy(tmp_path / "images/test/class0/13.png", tmp_path / "images/train/class0/new.png")
+    with pytest.raises(DataError, match=r"of train_split 'train', 'class0/new.png' is new. Which images are held out"):
+        evaluate(tmp_path / "run", split=split, device="cpu")
+    known = DataRecord.read(tmp_path / "run")
+    assert known is not None
+    monkeypatch.setattr("probe_kd.results.evaluation.DataRecord.read", lambda _: replace(known, contents={}))
+    assert evaluate(tmp_path / "run", split=split, device="cpu").notes == ()

@@ -25,8 +25,11 @@ from probe_kd.data.datasets import (
     open_datasets,
 )
 from probe_kd.errors import DataError, RecipeError
+from probe_kd.recipe.options import load, parse
 from probe_kd.recipe.planner import plan
-from probe_kd.recipe.options import parse, load
+
+
+WHOLE = TINY.replace("  fraction: 0.25\n", "")
 
 
 def pictures(root: Path, **classes: int) -> None:
@@ -113,6 +116,136 @@ def test_data_that_are_no_longer_those_of_a_run_are_refused(change: dict[str, in
         return
     with pytest.raises(DataError, match=says):
         record.refuse_others(now, tmp_path)
+
+
+class Reader:
+    """What timm's reader of Hugging Face's datasets has, over a list."""
+
+    image_key, label_key = "image", "label"
+
+    def __init__(self, column: list[Any], names: tuple[str, ...] = ()) -> None:
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(file, "png")
+        self.column, self.bytes, self.class_to_idx = column, file.getvalue(), {it: n for n, it in enumerate(names)}
+        self.dataset: Any = self
+        self.column_names = ["image", "label"]
+
+    def __getitem__(self, key: Any) -> Any:
+        content = {"image": {"bytes": self.bytes, "path": None}}
+        return self.column if key == "label" else content | {"label": self.column[key]}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Reader]:
+    """Splits of a dataset of the hub, by their names."""
+    splits: dict[str, Reader] = {}
+
+    def create(_: DataOptions, split: str) -> Any:
+        return type("Dataset", (), {"reader": splits[split]})
+
+    monkeypatch.setattr("probe_kd.data.datasets._by_timm", create)
+    return splits
+
+
+def _swap(one: Path, other: Path) -> None:
+    one.rename(one.with_name("aside"))
+    other.rename(one)
+    one.with_name("aside").rename(other)
+
+
+@pytest.mark.parametrize("named", [13, 11])  # of 12 images; of more than 11 no names are kept
+@pytest.mark.parametrize(
+    ("change", "says", "of_many"),
+    [
+        (
+            lambda it: (it / "a/2.bmp").unlink(),
+            "'a/2.bmp' is not there any more",
+            "class 'a' has 5 images and had 6",
+        ),
+        (lambda it: shutil.copy(it / "b/0.bmp", it / "b/x.bmp"), "'b/x.bmp' is new", "class 'b' has 7 images"),
+        (
+            lambda it: (it / "a/2.bmp").rename(it / "b/moved.bmp"),
+            "'a/2.bmp' is not there any more, 'b/moved.bmp' is new",
+            "class 'a' has 5 images",
+        ),
+        (
+            lambda it: (it / "a/3.bmp").write_bytes(b"other"),
+            r"'a/3.bmp' has 5 bytes and had \d+",
+            "class 'a' has other images, as many as before",
+        ),
+        (lambda it: _swap(it / "a", it / "b"), "'a/0.bmp' .* has other contents", "'a/0.bmp' .* has other contents"),
+        (
+            lambda it: (it / "a/0.bmp").write_bytes((it / "b/0.bmp").read_bytes()),  # of the same size
+            "'a/0.bmp' has other contents",
+            "'a/0.bmp' has other contents",
+        ),
+    ],
+    ids=["gone", "new", "moved", "changed", "swapped", "same size"],
+)
+def test_other_images_of_a_split_are_found_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: int, change: Any, says: str, of_many: str
+) -> None:
+    monkeypatch.setattr("probe_kd.data.contents.NAMED", named)
+    pictures(tmp_path, validation_a=1, validation_b=1)
+    for number, name in enumerate("ab"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(tmp_path / "train" / name / "0.bmp")
+        for index in range(1, 6):
+            os.link(tmp_path / "train" / name / "0.bmp", tmp_path / "train" / name / f"{index}.bmp")
+    before = open_datasets(options(tmp_path)).record
+    before.write(tmp_path / "data.json")
+    kept = DataRecord.read(tmp_path)
+    assert kept == before
+    shutil.copytree(tmp_path / "train", tmp_path / "copied" / "train")  # made in another order, at other times
+    (tmp_path / "validation").rename(tmp_path / "copied" / "validation")
+    copied = tmp_path / "copied"
+    kept.refuse_others(open_datasets(options(copied)).record, copied)
+    change(copied / "train")
+    with pytest.raises(DataError, match=f"in train_split {says if named == 13 else of_many}.*; put them back, or beg"):
+        kept.refuse_others(open_datasets(options(copied)).record, copied)
+
+
+def test_the_images_of_other_kinds_of_data_are_known_too(hub: dict[str, Reader], tmp_path: Path) -> None:
+    """Tables of a hub by labels and bytes, torchvision's files by name, and arrays by labels and pixels."""
+    wanted = DataOptions(dataset="hfds/x", input_size=(3, 8, 8))
+    hub |= {"train": Reader([0, 1, 2], ("a", "b", "c")), "validation": Reader([1, 0], ("a", "b"))}
+    before = open_datasets(wanted).record
+    before.refuse_others(open_datasets(wanted).record, tmp_path)
+    hub["train"] = Reader([1, 0, 2], ("a", "b", "c"))
+    with pytest.raises(DataError, match="in train_split class 'a' has other images, as many as before"):
+        before.refuse_others(open_datasets(wanted).record, tmp_path)
+    hub["train"] = Reader([0, 1, 2], ("a", "b", "c"))
+    hub["train"].bytes += b"another revision"
+    with pytest.raises(DataError, match=r"in train_split 'image 0' \(and 2 more\) has other contents"):
+        before.refuse_others(open_datasets(wanted).record, tmp_path)
+    digits = DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))
+    record = open_datasets(digits).record
+    grey = open_datasets(digits.model_copy(update={"input_size": (1, 8, 8)})).record
+    assert "has other contents" in record.contents["val_split"].difference(grey.contents["val_split"])
+    assert not record.contents["train_split"].difference(open_datasets(digits).record.contents["train_split"])
+
+
+def test_the_images_of_inaturalist_have_one_order_and_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{index:05}_k_p_c_o_f_g_{index}" for index in range(2)]
+    for split in ("2021_train", "2021_valid"):
+        for number, name in enumerate(names):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (2, 2), (number, index, len(split[5:]))).save(tmp_path / split / name / f"{index}.png")
+    wanted = options(
+        tmp_path, dataset="torch/inat", train_split="full/2021_train", val_split="full/2021_valid", num_classes=2
+    )
+    found, listdir = open_datasets(wanted), os.listdir
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=True))
+        again = open_datasets(wanted)
+    assert labels(again.train) == labels(found.train) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert again.record == found.record
+    (tmp_path / "2021_train" / names[1] / "0.png").unlink()
+    with pytest.raises(DataError, match=f"in train_split '.*{names[1]}/0.png' is not there any more"):
+        found.record.refuse_others(open_datasets(wanted).record, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"classes": [1]}', "\0"])
@@ -233,7 +366,7 @@ def test_labels_that_no_classifier_can_learn_are_refused_at_check(
 ) -> None:
     pictures(tmp_path, **classes)
     more = "".join(f"\n  {key}: {value}" for key, value in given.items())
-    text = TINY.replace("dataset: sklearn/digits", f"root: {tmp_path}{more}")
+    text = WHOLE.replace("dataset: sklearn/digits", f"root: {tmp_path}{more}")
     with pytest.raises(RecipeError, match=says) as refusal:
         plan(parse(text))
     assert len(refusal.value.problems) == 1
@@ -260,35 +393,6 @@ def test_a_class_of_which_no_image_can_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "train" / "c" / "0.png").write_text("none")
     with pytest.raises(DataError, match="train_split 'train' has no images of 'c'"):
         open_datasets(options(tmp_path, on_error="skip"))
-
-
-class Reader:
-    """What timm's reader of Hugging Face's datasets has, over a list."""
-
-    image_key, label_key = "image", "label"
-
-    def __init__(self, column: list[Any], names: tuple[str, ...] = ()) -> None:
-        file = io.BytesIO()
-        Image.fromarray(np.full((8, 8), 30_000, np.uint16)).save(file, "png")
-        self.column, self.bytes, self.class_to_idx = column, file.getvalue(), {it: n for n, it in enumerate(names)}
-        self.dataset: Any = self
-        self.column_names = ["image", "label"]
-
-    def __getitem__(self, key: Any) -> Any:
-        content = {"image": {"bytes": self.bytes, "path": None}}
-        return self.column if key == "label" else content | {"label": self.column[key]}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Reader]:
-    """Splits of a dataset of the hub, by their names."""
-    splits: dict[str, Reader] = {}
-
-    def create(_: DataOptions, split: str) -> Any:
-        return type("Dataset", (), {"reader": splits[split]})
-
-    monkeypatch.setattr("probe_kd.data.datasets._by_timm", create)
-    return splits
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -414,7 +518,11 @@ def test_images_of_training_behind_links_are_no_others(tmp_path: Path, whole: bo
         open_datasets(options(tmp_path))
 
 
-@pytest.mark.parametrize("how", [shutil.copy, os.link])
+def _link_renamed(image: Path, other: Path) -> None:
+    os.link(image, other.with_name(f"renamed {other.name}"))
+
+
+@pytest.mark.parametrize("how", [shutil.copy, os.link, _link_renamed])
 @pytest.mark.parametrize("key", ["val_split", "test_split"])
 def test_a_split_that_is_a_copy_of_the_training_images_is_refused(tmp_path: Path, how: Any, key: str) -> None:
     """Copies and hard links, also where the classes of the split lie deeper, and more images than are compared."""
@@ -441,5 +549,5 @@ def test_some_copies_of_training_images_are_counted(tmp_path: Path) -> None:
     (note,) = (note for note in open_datasets(options(tmp_path)).notes if "the same bytes" in note)
     assert note.startswith("4 of 18 sampled images of val_split 'validation' are also training images")
     assert note.endswith(": 'a/0.png', 'a/1.png', 'a/2.png' and 1 more")
-    (tmp_path / "r.yaml").write_text(TINY.replace("dataset: sklearn/digits", f"root: {tmp_path}"))
+    (tmp_path / "r.yaml").write_text(WHOLE.replace("dataset: sklearn/digits", f"root: {tmp_path}"))
     assert note in plan(load(tmp_path / "r.yaml")).datasets.notes

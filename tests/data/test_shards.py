@@ -17,18 +17,18 @@ import torch
 import webdataset
 from conftest import TINY
 from PIL import Image
+from running import After, close, epoch_of, run, run_by_two, same
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
-from running import After, close, epoch_of, run, run_by_two, same
 from timm.data import create_dataset
 
-from probe_kd.training import checkpoints
 from probe_kd.data import loading as data
 from probe_kd.data.cache import fingerprint
 from probe_kd.data.loading import DataOptions, Views, _shards_of, loader, open_datasets, readable
+from probe_kd.data.shards import _Info, _lengths, open_shards
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError, Stopped
-from probe_kd.data.shards import _Info, _lengths, open_shards
+from probe_kd.training import checkpoints
 
 LENGTHS = {"train": (50, 1, 70, 39), "validation": (30, 25)}  # uneven, as shards are
 
@@ -41,7 +41,7 @@ def png(pixels: Any) -> bytes:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards as webdataset writes them, with what else stands there: text, JSON, images without class."""
+    """Shards as webdataset writes them, with what else stands there: text and JSON."""
     folder = tmp_path_factory.mktemp("shards")
     pixels, targets = load_digits(return_X_y=True)
     splits: dict[str, Any] = {}
@@ -58,7 +58,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
                         "cls": int(targets[index]),
                     }
                     tar.write({"__key__": f"part.s/{index:05}", "json": {"of": index}, **parts})
-                tar.write({"__key__": "unlabelled", "png": png(pixels[0].reshape(8, 8))})
             at += length
     (folder / "_info.json").write_text(json.dumps({"name": "digits", "splits": splits}))
     return folder
@@ -233,6 +232,102 @@ def test_shards_that_are_wrong(bare: Path, info: dict[str, Any], says: str) -> N
 
     with pytest.raises(DataError, match=says):
         read()
+
+
+@pytest.mark.parametrize("described_too", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda it, at, _: it[: at[0]] + b"\x01" * 512 + it[at[0] + 512 :], "should be a header is none, at byte {0}"),
+        (lambda it, at, _: it[: at[0]] + b"\0" * 512 + it[at[0] + 512 :], "should be a header is none, at byte {0}"),
+        (lambda it, at, _: it[: at[0]], "it is cut off at byte {0}, before the two blocks of zeros"),
+        (lambda it, at, _: it[: at[0] + 99], "it is cut off at byte .*, before the two blocks"),
+        (lambda it, at, _: it[: at[0] + 611], "it is cut off at byte"),
+        (lambda it, at, _: it[: at[1]], "it is cut off at byte {1}"),
+        (lambda it, _, end: it[: end + 512], "it is cut off at byte .*, before the two blocks"),
+        (lambda it, *_: it + it, "behind what looks like its end is more, at byte {size}"),
+        (lambda it, *_: it + b"\0" * 3_000_000 + b"x", "behind what looks like its end is more"),
+    ],
+    ids=["header", "zeros", "cut", "in a header", "in headers", "in an image", "one block", "twice", "far behind"],
+)
+def test_a_damaged_shard_is_told_as_such(
+    written: Path, tmp_path: Path, damage: Any, says: str, described_too: bool
+) -> None:
+    """With the byte, and not as a shard of fewer images, or as a wrong number in `_info.json`."""
+    file = written / "digits-train-0.tar"
+    with tarfile.open(file) as tar:
+        member = tar.getmember("part.s/00020.PNG")
+        at, end, content = (member.offset, member.offset_data + 50), tar.offset, file.read_bytes()
+    (tmp_path / file.name).write_bytes(damage(content, at, end))
+    if described_too:
+        described(tmp_path)
+    says = says.format(*at, size=len(content))
+    with pytest.raises(
+        DataError, match=rf"shard .*digits-train-0.tar is damaged, .*; fetch or write it anew: .*{says}"
+    ):
+        open_shards(str(tmp_path), "train" if described_too else file.name).read_labels()
+
+
+@pytest.mark.parametrize(
+    ("sample", "says"),
+    [
+        ({"png": b"x"}, r"sample 'odd' of shard .*odd.tar has an image and no class \(.cls\) \(1 such samples\); mend"),
+        ({"cls": b"1"}, "has no image "),
+        ({"jpeg": b"x", "cls": b"1"}, "has no image: .jpeg is not read, only jpg, png, webp are"),
+        ({"png": b"x", "cls": b"cat"}, "has no class number in its .cls file: b'cat'"),
+        ({"txt": b"about"}, ""),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [None, 3, 4])
+def test_a_sample_that_is_no_image_with_a_class_is_told_or_left_out(
+    tmp_path: Path, sample: dict[str, bytes], says: str, length: int | None
+) -> None:
+    with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+        for name, parts in {"0": {}, "1": {}, "odd": sample, "2": {}}.items():
+            for suffix, content in (parts or {"png": png(np.zeros((8, 8))), "cls": name.encode()}).items():
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    split = "odd.tar"
+    if length:
+        split = "train"
+        described(tmp_path, filenames=["odd.tar"], shard_lengths=[length])
+    wanted = options(tmp_path, train_split=split, val_split="none", holdout=0.4)
+    skipping = wanted.model_copy(update={"on_error": "skip"})
+    if not says:
+        if length != 4:
+            assert len(open_shards(str(tmp_path), split)) == 3
+        return
+    with pytest.raises(DataError, match=says):
+        open_datasets(wanted)
+    found = open_datasets(skipping)
+    assert found.skipped == {"train_split": ("odd.tar: odd",)}
+    assert "1 images of train_split cannot be read or have no class and are left out: 'odd.tar: odd'" in found.notes
+    assert (len(found.train), len(found.held_out)) == (2, 1)  # type: ignore[arg-type]
+    found.record.refuse_others(open_datasets(skipping, found.record).record, tmp_path)
+
+
+def test_a_run_knows_its_shards(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written, tmp_path / "copied")
+    wanted = options(tmp_path / "copied")
+    before = open_datasets(options(written)).record
+    before.refuse_others(open_datasets(wanted).record, tmp_path)
+    file = tmp_path / "copied" / "digits-train-2.tar"
+    content = bytearray(file.read_bytes())
+    with tarfile.open(file) as tar:
+        place = tar.getmember("part.s/00051.cls").offset_data
+    content[place] ^= 1  # another class, in the same bytes
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"in train_split shard 'digits-train-2.tar' has other images"):
+        before.refuse_others(open_datasets(wanted).record, tmp_path)
+    info = json.loads((written / "_info.json").read_text())
+    for name in ("filenames", "shard_lengths"):
+        info["splits"]["validation"][name].reverse()
+    shutil.copy(written / file.name, file)
+    (tmp_path / "copied" / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match="in val_split the shards come in another order"):
+        before.refuse_others(open_datasets(wanted).record, tmp_path)
 
 
 def test_what_a_worker_cannot_read_is_told_without_its_traceback(written: Path) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from probe_kd.cli import main
+from probe_kd.data.datasets import DataRecord
 from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.recipe.options import load
@@ -208,7 +209,9 @@ def test_the_cells_are_linear_cka_of_all_test_images(trained: tuple[Path, str]) 
     np.testing.assert_allclose(cells, np.array(found["cka"]).ravel(), atol=5.1e-5)
 
 
-def test_layers_are_measured_where_a_run_has_not(trained: tuple[Path, str], seeds: Callable[[int], list[Path]]) -> None:
+def test_layers_are_measured_where_a_run_has_not(
+    trained: tuple[Path, str], seeds: Callable[[int], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder,) = seeds(1)
     (folder / LAYERS).unlink()
     without = compare([folder])
@@ -216,9 +219,17 @@ def test_layers_are_measured_where_a_run_has_not(trained: tuple[Path, str], seed
     text = page(without)
     assert "not measured" in read(text).text
     assert 'class="arc unknown"' in text
-    again = compare([folder], layers=True).groups[0].similarity
-    assert again == compare([trained[0]]).groups[0].similarity
+    measured = compare([folder], layers=True)
+    assert measured.groups[0].similarity == compare([trained[0]]).groups[0].similarity
     assert (folder / LAYERS).is_file()
+    kept = DataRecord.read(folder)
+    assert kept is not None
+    other = replace(kept.contents["val_split"], looked_into={"image 0": "another"})
+    monkeypatch.setattr(DataRecord, "read", lambda _: replace(kept, contents={"val_split": other}))
+    (folder / LAYERS).unlink()
+    (note,) = set(compare([folder], layers=True).notes) - set(measured.notes)
+    assert f"{folder}: these are not the images of the run" in note
+    assert note.endswith("'image 0' has other contents")
 
 
 class Reader(HTMLParser):

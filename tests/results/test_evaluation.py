@@ -27,7 +27,7 @@ from probe_kd.cli import main
 from probe_kd.data.loading import loader
 from probe_kd.engine.models import build_model, save_weights
 from probe_kd.errors import DataError, RunError
-from probe_kd.files.run_folder import is_measured
+from probe_kd.files.run_folder import Manifest, digests_of, is_measured
 from probe_kd.recipe.options import dump, parse
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.results.evaluation import (
@@ -332,6 +332,11 @@ def test_a_model_of_ones_own_with_several_answers_in_eval_mode_and_a_teacher_of_
     assert by_role(alone).keys() == {"student", "student alone"}
     assert (alone.scores[0].agreement, alone.scores[0].kl) == (None, None)
     assert alone.scores[0].nll == rows["student"].nll
+    Manifest({}, digests_of([tmp_path / "teacher.safetensors"])).write(tmp_path / "run")
+    assert by_role(evaluate(tmp_path / "run", allow_import=["several_answers"])) == rows
+    save_weights(teacher, tmp_path / "teacher.safetensors", {"another": "1"})
+    with pytest.raises(RunError, match=r"teacher.safetensors is not the file that the run in .*Put the former"):
+        evaluate(tmp_path / "run", allow_import=["several_answers"])
 
 
 def test_two_processes_find_what_one_does(made: tuple[Path, Plan]) -> None:
