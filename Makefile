@@ -65,5 +65,8 @@ docs: $(READY)  ## the site, in site/
 recipe-keys: $(READY)  ## docs/recipe_keys.md, from the recipe schema
 	$(BIN)/python docs/recipe_keys.py
 
+wheel: $(READY)  ## sdist and wheel in dist/, tried in a fresh environment
+	$(BIN)/python .ci/wheel.py
+
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

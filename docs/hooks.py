@@ -7,7 +7,9 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "index.md"} | {name: name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+PAGES = {"README.md": "index.md"} | {
+    name: name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -15,7 +17,13 @@ def on_files(files: Files, config: Any) -> Files:
         text = re.sub(r"\]\(docs/", "](", (ROOT / name).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=_as_on_the_site(text)))
     for recipe in sorted(ROOT.glob("recipes/*.yaml")):
-        files.append(File.generated(config, f"recipes/{recipe.name}", content=recipe.read_text(encoding="utf-8")))
+        files.append(
+            File.generated(
+                config,
+                f"recipes/{recipe.name}",
+                content=recipe.read_text(encoding="utf-8"),
+            )
+        )
     return files
 
 

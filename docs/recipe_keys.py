@@ -19,9 +19,18 @@ SECTIONS = {
     "Recipe": ("Top level", "The keys of the recipe file itself."),
     "ModelOptions": ("`student`", ""),
     "TeacherOptions": ("`teacher`", "It also has the keys of `student`."),
-    "TeacherTraining": ("`teacher.train`", "Trains the teacher on the labels before distillation."),
-    "DataOptions": ("`data`", "Names and meanings are those of timm's `create_dataset` and `create_transform`."),
-    "AutoPairs": ("`pairs: auto`", "`pairs: {level: block, num_pairs: 4}` is `auto` with these arguments."),
+    "TeacherTraining": (
+        "`teacher.train`",
+        "Trains the teacher on the labels before distillation.",
+    ),
+    "DataOptions": (
+        "`data`",
+        "Names and meanings are those of timm's `create_dataset` and `create_transform`.",
+    ),
+    "AutoPairs": (
+        "`pairs: auto`",
+        "`pairs: {level: block, num_pairs: 4}` is `auto` with these arguments.",
+    ),
     "PairOptions": (
         "`pairs`: one pair",
         "The short form is `student layer: teacher layer`. The long form is "
@@ -30,9 +39,15 @@ SECTIONS = {
     "ShareOptions": ("`share`", "Joint training of both models (Rocket Launching)."),
     "StageOptions": ("`stages`", "A list. The stages run one after the other."),
     "LossOptions": ("`stages.N.losses.NAME`", "The keys that every loss has."),
-    "ScheduleOptions": ("Schedules", "`weight`, and any number among the options of a loss, may be a schedule."),
+    "ScheduleOptions": (
+        "Schedules",
+        "`weight`, and any number among the options of a loss, may be a schedule.",
+    ),
     "OptimizerOptions": ("`optimizer`", "In a stage, and in `teacher.train`."),
-    "SchedulerOptions": ("`scheduler`", "In a stage, and in `teacher.train`. All counts are in epochs."),
+    "SchedulerOptions": (
+        "`scheduler`",
+        "In a stage, and in `teacher.train`. All counts are in epochs.",
+    ),
     "CompileOptions": ("`torchcompile`", "Off unless the section is given."),
     "AverageOptions": ("`model_ema`", "Off unless the section is given."),
 }
@@ -40,7 +55,9 @@ SECTIONS = {
 LISTED_ELSEWHERE = {"TeacherOptions": "ModelOptions"}
 
 REDUCTION = "`mean`, or `sum` over one image; the batch is averaged either way."
-RELATIVE = "Divide by the variance of the teacher's matrices over the batch. Needs two images."
+RELATIVE = (
+    "Divide by the variance of the teacher's matrices over the batch. Needs two images."
+)
 LOSS_OPTIONS = {
     "cross_entropy.label_smoothing": "Share of the label that is spread evenly over all classes.",
     "soft_targets.temperature": "Temperature T of both softmaxes; the loss is multiplied by T^2.",
@@ -63,7 +80,9 @@ LOSS_OPTIONS = {
 def page() -> str:
     """The whole page. KeyError for a section or an option of a loss that this script says nothing about."""
     sections: Mapping[str, Schema] = {
-        name: section for name, section in schema()["$defs"].items() if not name.startswith("Part")
+        name: section
+        for name, section in schema()["$defs"].items()
+        if not name.startswith("Part")
     }
     lines = [
         "# Recipe keys",
@@ -78,14 +97,24 @@ def page() -> str:
     if unknown:
         raise KeyError(f"no title for {sorted(unknown)}")
     for name, (title, about) in SECTIONS.items():
-        lines += ["", f"## {title}", "", *([about, ""] if about else []), *_table(_rows(name, sections))]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            *([about, ""] if about else []),
+            *_table(_rows(name, sections)),
+        ]
         if name == "LossOptions":
             lines += [line for loss in LOSSES for line in _of_loss(loss)]
     return "\n".join(lines) + "\n"
 
 
 def _table(rows: Iterator[tuple[str, str, str]]) -> list[str]:
-    return ["| key | default | meaning |", "|---|---|---|", *(f"| {' | '.join(map(_cell, row))} |" for row in rows)]
+    return [
+        "| key | default | meaning |",
+        "|---|---|---|",
+        *(f"| {' | '.join(map(_cell, row))} |" for row in rows),
+    ]
 
 
 def _cell(text: str) -> str:
@@ -94,19 +123,34 @@ def _cell(text: str) -> str:
 
 def _rows(name: str, sections: Mapping[str, Schema]) -> Iterator[tuple[str, str, str]]:
     section = sections[name]
-    elsewhere = sections[LISTED_ELSEWHERE[name]]["properties"] if name in LISTED_ELSEWHERE else {}
+    elsewhere = (
+        sections[LISTED_ELSEWHERE[name]]["properties"]
+        if name in LISTED_ELSEWHERE
+        else {}
+    )
     for key, entry in section["properties"].items():
         if key in elsewhere and elsewhere[key] == entry:
             continue
-        default = "required" if key in section.get("required", ()) else _default(entry.get("default"))
+        default = (
+            "required"
+            if key in section.get("required", ())
+            else _default(entry.get("default"))
+        )
         kind = _kind(entry, sections)
-        yield f"`{key}`", default, entry["description"] + (f" *({kind})*" if kind else "")
+        yield (
+            f"`{key}`",
+            default,
+            entry["description"] + (f" *({kind})*" if kind else ""),
+        )
 
 
 def _of_loss(name: str) -> list[str]:
     parameters = signature(LOSSES[name].function).parameters.values()
     options = [it for it in parameters if it.kind is Parameter.KEYWORD_ONLY]
-    rows = ((f"`{it.name}`", _default(it.default), LOSS_OPTIONS[f"{name}.{it.name}"]) for it in options)
+    rows = (
+        (f"`{it.name}`", _default(it.default), LOSS_OPTIONS[f"{name}.{it.name}"])
+        for it in options
+    )
     return ["", f"### `loss: {name}`", "", *_table(rows)]
 
 
@@ -121,29 +165,56 @@ def _default(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) and value != round(value, 6) else json.dumps(value)
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float) and value != round(value, 6)
+        else json.dumps(value)
+    )
 
 
-def _kind(entry: Schema, sections: Mapping[str, Schema], *, one_of_several: bool = False) -> str:
+def _kind(
+    entry: Schema, sections: Mapping[str, Schema], *, one_of_several: bool = False
+) -> str:
     """The values that a key takes, in words. Empty where the description says it."""
     if "anyOf" in entry:
         parts = [part for part in entry["anyOf"] if part.get("type") != "null"]
-        kinds = dict.fromkeys(_kind(part, sections, one_of_several=len(parts) > 1) for part in parts)
+        kinds = dict.fromkeys(
+            _kind(part, sections, one_of_several=len(parts) > 1) for part in parts
+        )
         return " or ".join(kind for kind in kinds if kind)
     if "enum" in entry:
         return "one of " + ", ".join(f"`{value}`" for value in entry["enum"])
     if "const" in entry:
         return f"`{entry['const']}`"
     if "$ref" in entry:
-        return "a schedule" if entry["$ref"].endswith("ScheduleOptions") else "a mapping" if one_of_several else ""
+        return (
+            "a schedule"
+            if entry["$ref"].endswith("ScheduleOptions")
+            else "a mapping"
+            if one_of_several
+            else ""
+        )
     if entry.get("type") in ("number", "integer"):
         return _bounds(entry, always=one_of_several)
-    return {"array": "a list", "object": "a mapping"}.get(entry.get("type", ""), "") if one_of_several else ""
+    return (
+        {"array": "a list", "object": "a mapping"}.get(entry.get("type", ""), "")
+        if one_of_several
+        else ""
+    )
 
 
 def _bounds(entry: Schema, *, always: bool) -> str:
-    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = " and ".join(f"{sign} {_number(entry[bound])}" for bound, sign in signs.items() if bound in entry)
+    signs = {
+        "minimum": ">=",
+        "exclusiveMinimum": ">",
+        "maximum": "<=",
+        "exclusiveMaximum": "<",
+    }
+    limits = " and ".join(
+        f"{sign} {_number(entry[bound])}"
+        for bound, sign in signs.items()
+        if bound in entry
+    )
     kind = "a whole number" if entry["type"] == "integer" else "a number"
     return f"{kind} {limits}".strip() if limits or always else ""
 

@@ -25,11 +25,11 @@ from pydantic import (
 )
 from torch.utils.data import Dataset, Subset
 
+from probe_kd.data.images import EXTENSIONS, FolderImages, decode, open_image, scan_folder
+from probe_kd.data.shards import Shards, open_shards
 from probe_kd.errors import DataError, nearest
 from probe_kd.files.atomic import whole_bytes
 from probe_kd.files.run_folder import Manifest, changed, damaged
-from probe_kd.data.images import EXTENSIONS, FolderImages, decode, open_image, scan_folder
-from probe_kd.data.shards import Shards, open_shards
 
 _Item = TypeVar("_Item")
 RECORD = "data.json"

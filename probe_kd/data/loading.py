@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from probe_kd.data.batches import Batches, Pixels, collate, worker_count
 from probe_kd.data.datasets import DataOptions, Datasets, open_datasets
+from probe_kd.data.shards import Shards
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError
-from probe_kd.data.shards import Shards
 
 __all__ = ["DataOptions", "Datasets", "Views", "loader", "mixer", "open_datasets", "readable"]
 

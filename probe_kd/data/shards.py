@@ -20,9 +20,9 @@ from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 from torch.utils.data import Dataset
 
+from probe_kd.data.images import decode
 from probe_kd.errors import DataError, nearest
 from probe_kd.files.atomic import whole_bytes
-from probe_kd.data.images import decode
 
 KINDS = ("jpg", "png", "webp")  # of images, as timm's reader looks for them: the first that a sample has
 

@@ -14,8 +14,8 @@ from PIL import Image
 from timm.data import create_dataset
 from torchvision.datasets import ImageFolder
 
-from probe_kd.errors import DataError
 from probe_kd.data.images import FolderImages, open_image, scan_folder
+from probe_kd.errors import DataError
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5  # no two rows or columns alike
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], -1)

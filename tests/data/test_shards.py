@@ -24,13 +24,13 @@ from test_processes import close, run_by_two
 from test_resume import After, run, same
 from timm.data import create_dataset
 
-from probe_kd.training import checkpoints
 from probe_kd.data import loading as data
 from probe_kd.data.cache import fingerprint
 from probe_kd.data.loading import DataOptions, Views, _shards_of, loader, open_datasets, readable
+from probe_kd.data.shards import _Info, _lengths, open_shards
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError, Stopped
-from probe_kd.data.shards import _Info, _lengths, open_shards
+from probe_kd.training import checkpoints
 
 LENGTHS = {"train": (50, 1, 70, 39), "validation": (30, 25)}  # uneven, as shards are
 
