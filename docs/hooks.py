@@ -1,4 +1,4 @@
-"""For mkdocs: the pages outside docs/ (README, ARCHITECTURE, recipes, citation) are part of the site, and links lead to them."""
+"""For mkdocs: pages from outside docs/ (README, ARCHITECTURE, recipes, CITATION) are part of the site, with their links."""
 
 import re
 from pathlib import Path
