@@ -1,4 +1,4 @@
-"""For mkdocs: pages from outside docs/ (README, ARCHITECTURE, recipes, CITATION) are part of the site, with their links."""
+"""For mkdocs: pages from outside docs/ (README, ARCHITECTURE, recipes) are part of the site, with their links."""
 
 import re
 from pathlib import Path
