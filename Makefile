@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check test-zoo bench gpu study docs clean
+.PHONY: help quickstart test check test-zoo bench gpu study docs recipe-keys wheel clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,12 @@ study: $(READY)  ## the methods against each other on Fashion-MNIST; hours, says
 docs: $(READY)  ## the site, in site/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+recipe-keys: $(READY)  ## docs/recipe_keys.md, from the recipe schema
+	$(BIN)/python docs/recipe_keys.py
+
+wheel: $(READY)  ## sdist and wheel in dist/, tried in a fresh environment
+	$(BIN)/python .ci/wheel.py
 
 clean:  ## remove the virtual environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

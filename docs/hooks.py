@@ -1,4 +1,4 @@
-"""For mkdocs: the pages outside docs/ (README, ARCHITECTURE, recipes) are part of the site, and links lead to them."""
+"""For mkdocs: pages from outside docs/ (README, ARCHITECTURE, recipes) are part of the site, with their links."""
 
 import re
 from pathlib import Path
@@ -7,15 +7,18 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "index.md"} | {name: name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+PAGES = {"README.md": "index.md"} | {
+    name: name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+}
 
 
 def on_files(files: Files, config: Any) -> Files:
     for name, page in PAGES.items():
         text = re.sub(r"\]\(docs/", "](", (ROOT / name).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=_as_on_the_site(text)))
-    for recipe in sorted(ROOT.glob("recipes/*.yaml")):
-        files.append(File.generated(config, f"recipes/{recipe.name}", content=recipe.read_text(encoding="utf-8")))
+    for path in (ROOT / "CITATION.cff", *sorted(ROOT.glob("recipes/*.yaml"))):
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, content=path.read_text("utf-8")))
     return files
 
 

@@ -8,11 +8,22 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from pages import PAGES, ROOT, blocks, commands
+from PIL import Image
 from typer.main import get_command
 
 from probe_kd.cli import app, main
 from probe_kd.recipe.options import parse
 from probe_kd.recipe.planner import plan
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader's folder of images, where one stands."""
+    for split in ("train", "validation"):
+        for name, colour in (("cat", (200, 30, 30)), ("dog", (30, 30, 200))):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            Image.new("RGB", (48, 40), colour).save(tmp_path / "photos" / split / name / f"{split}.png")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(("place", "text"), blocks("python"), ids=lambda value: value.partition("\n")[0][:30])
@@ -25,16 +36,17 @@ def test_every_python_block_runs(place: str, text: str) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # what a block sets is set for the whole process
 
 
+@pytest.mark.usefixtures("photos")
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: value.partition("\n")[0][:30])
 def test_every_recipe_is_one_that_would_be_trained(place: str, text: str) -> None:
     assert plan(parse(text, str(ROOT / place))).comparisons  # what it extends, from the root
 
 
+@pytest.mark.usefixtures("photos")
 @pytest.mark.parametrize("line", commands("inspect") + commands("match") + commands("init"))
 def test_every_command_that_only_reads_runs(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", shlex.split(line))
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as end:

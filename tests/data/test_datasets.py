@@ -28,7 +28,6 @@ from probe_kd.errors import DataError, RecipeError
 from probe_kd.recipe.options import load, parse
 from probe_kd.recipe.planner import plan
 
-
 WHOLE = TINY.replace("  fraction: 0.25\n", "")
 
 

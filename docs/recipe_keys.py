@@ -1,0 +1,224 @@
+"""Write docs/recipe_keys.md, the reference of all recipe keys, from the recipe schema: `make recipe-keys`.
+
+tests/test_recipe_keys.py fails when the page is not what this script writes.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+from probe_kd.methods.losses.table import LOSSES
+from probe_kd.recipe.schema import Schema, schema
+
+PAGE = Path(__file__).with_suffix(".md")
+
+# The section in the schema, its title on the page, and what is said before its table.
+SECTIONS = {
+    "Recipe": ("Top level", "The keys of the recipe file itself."),
+    "ModelOptions": ("`student`", ""),
+    "TeacherOptions": ("`teacher`", "It also has the keys of `student`."),
+    "TeacherTraining": (
+        "`teacher.train`",
+        "Trains the teacher on the labels before distillation.",
+    ),
+    "DataOptions": (
+        "`data`",
+        "Names and meanings are those of timm's `create_dataset` and `create_transform`.",
+    ),
+    "AutoPairs": (
+        "`pairs: auto`",
+        "`pairs: {level: block, num_pairs: 4}` is `auto` with these arguments.",
+    ),
+    "PairOptions": (
+        "`pairs`: one pair",
+        "The short form is `student layer: teacher layer`. The long form is "
+        "`student layer: {teacher: LAYER, ...}`; its keys override those of the loss.",
+    ),
+    "ShareOptions": ("`share`", "Joint training of both models (Rocket Launching)."),
+    "StageOptions": ("`stages`", "A list. The stages run one after the other."),
+    "LossOptions": ("`stages.N.losses.NAME`", "The keys that every loss has."),
+    "ScheduleOptions": (
+        "Schedules",
+        "`weight`, and any number among the options of a loss, may be a schedule.",
+    ),
+    "OptimizerOptions": ("`optimizer`", "In a stage, and in `teacher.train`."),
+    "SchedulerOptions": (
+        "`scheduler`",
+        "In a stage, and in `teacher.train`. All counts are in epochs.",
+    ),
+    "CompileOptions": ("`torchcompile`", "Off unless the section is given."),
+    "AverageOptions": ("`model_ema`", "Off unless the section is given."),
+}
+# Keys that two sections have are listed in one of them.
+LISTED_ELSEWHERE = {"TeacherOptions": "ModelOptions"}
+
+REDUCTION = "`mean`, or `sum` over one image; the batch is averaged either way."
+RELATIVE = (
+    "Divide by the variance of the teacher's matrices over the batch. Needs two images."
+)
+LOSS_OPTIONS = {
+    "cross_entropy.label_smoothing": "Share of the label that is spread evenly over all classes.",
+    "soft_targets.temperature": "Temperature T of both softmaxes; the loss is multiplied by T^2.",
+    "soft_targets.standardize": "Take z-scores of each image's logits first.",
+    "logits.center": "Subtract each image's mean logit first.",
+    "logits.standardize": "Take z-scores of each image's logits first.",
+    "logits.reduction": REDUCTION,
+    "dist.temperature": "Temperature of both softmaxes.",
+    "dist.inter": "Weight of the correlation over the classes of an image.",
+    "dist.intra": "Weight of the correlation over the images of a class in the batch.",
+    "hint.reduction": REDUCTION,
+    "fsp.relative": RELATIVE,
+    "fsp.reduction": "`sum` over the matrix, or `mean`; the batch is averaged either way.",
+    "gram.relative": RELATIVE,
+    "gram.reduction": "`mean` over the matrix, or `sum`; the batch is averaged either way.",
+    "attention.form": "`paper`: norm of the difference. `code`: mean squared difference, as the authors' code.",
+}
+
+
+def page() -> str:
+    """The whole page. KeyError for a section or an option of a loss that this script says nothing about."""
+    sections: Mapping[str, Schema] = {
+        name: section
+        for name, section in schema()["$defs"].items()
+        if not name.startswith("Part")
+    }
+    lines = [
+        "# Recipe keys",
+        "",
+        "<!-- Written by docs/recipe_keys.py from the recipe schema. Run `make recipe-keys` after a change. -->",
+        "",
+        "Every key that a recipe may have. A key without a default is required. `not set` means that the behaviour",
+        "is the one described, or off. [Writing recipes](recipes.md) explains how recipes extend each other and how",
+        "values are set from the command line.",
+    ]
+    unknown = set(sections) - set(SECTIONS)
+    if unknown:
+        raise KeyError(f"no title for {sorted(unknown)}")
+    for name, (title, about) in SECTIONS.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            *([about, ""] if about else []),
+            *_table(_rows(name, sections)),
+        ]
+        if name == "LossOptions":
+            lines += [line for loss in LOSSES for line in _of_loss(loss)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Iterator[tuple[str, str, str]]) -> list[str]:
+    return [
+        "| key | default | meaning |",
+        "|---|---|---|",
+        *(f"| {' | '.join(map(_cell, row))} |" for row in rows),
+    ]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _rows(name: str, sections: Mapping[str, Schema]) -> Iterator[tuple[str, str, str]]:
+    section = sections[name]
+    elsewhere = (
+        sections[LISTED_ELSEWHERE[name]]["properties"]
+        if name in LISTED_ELSEWHERE
+        else {}
+    )
+    for key, entry in section["properties"].items():
+        if key in elsewhere and elsewhere[key] == entry:
+            continue
+        default = (
+            "required"
+            if key in section.get("required", ())
+            else _default(entry.get("default"))
+        )
+        kind = _kind(entry, sections)
+        yield (
+            f"`{key}`",
+            default,
+            entry["description"] + (f" *({kind})*" if kind else ""),
+        )
+
+
+def _of_loss(name: str) -> list[str]:
+    parameters = signature(LOSSES[name].function).parameters.values()
+    options = [it for it in parameters if it.kind is Parameter.KEYWORD_ONLY]
+    rows = (
+        (f"`{it.name}`", _default(it.default), LOSS_OPTIONS[f"{name}.{it.name}"])
+        for it in options
+    )
+    return ["", f"### `loss: {name}`", "", *_table(rows)]
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, Mapping) and value:
+        return "see there"
+    if isinstance(value, list | tuple):
+        return f"`[{', '.join(_number(item) for item in value)}]`"
+    return f"`{value}`" if isinstance(value, str) and value else f"`{_number(value)}`"
+
+
+def _number(value: Any) -> str:
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float) and value != round(value, 6)
+        else json.dumps(value)
+    )
+
+
+def _kind(
+    entry: Schema, sections: Mapping[str, Schema], *, one_of_several: bool = False
+) -> str:
+    """The values that a key takes, in words. Empty where the description says it."""
+    if "anyOf" in entry:
+        parts = [part for part in entry["anyOf"] if part.get("type") != "null"]
+        kinds = dict.fromkeys(
+            _kind(part, sections, one_of_several=len(parts) > 1) for part in parts
+        )
+        return " or ".join(kind for kind in kinds if kind)
+    if "enum" in entry:
+        return "one of " + ", ".join(f"`{value}`" for value in entry["enum"])
+    if "const" in entry:
+        return f"`{entry['const']}`"
+    if "$ref" in entry:
+        return (
+            "a schedule"
+            if entry["$ref"].endswith("ScheduleOptions")
+            else "a mapping"
+            if one_of_several
+            else ""
+        )
+    if entry.get("type") in ("number", "integer"):
+        return _bounds(entry, always=one_of_several)
+    return (
+        {"array": "a list", "object": "a mapping"}.get(entry.get("type", ""), "")
+        if one_of_several
+        else ""
+    )
+
+
+def _bounds(entry: Schema, *, always: bool) -> str:
+    signs = {
+        "minimum": ">=",
+        "exclusiveMinimum": ">",
+        "maximum": "<=",
+        "exclusiveMaximum": "<",
+    }
+    limits = " and ".join(
+        f"{sign} {_number(entry[bound])}"
+        for bound, sign in signs.items()
+        if bound in entry
+    )
+    kind = "a whole number" if entry["type"] == "integer" else "a number"
+    return f"{kind} {limits}".strip() if limits or always else ""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
