@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -314,3 +315,40 @@ def test_what_stands_in_the_place_of_a_folder_is_called_what_it_is(tmp_path: Pat
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(RunError, match=f"cannot write to .*{out}: {says}; choose another --out"):
         claim(tmp_path / out, print)
+
+
+def test_a_disk_that_is_full_as_a_run_begins_is_told(tmp_path: Path) -> None:
+    """Not even the name of the lock's owner fits on it."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, former[1]))
+        with pytest.raises(RunError, match=r"cannot write to .*run: File too large; .*--out"):
+            claim(tmp_path / "run", print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert not (tmp_path / "run").exists()
+    claim(tmp_path / "run", print).release()
+
+
+@pytest.mark.parametrize(("number", "says"), [(28, "No space left"), (13, "Permission denied"), (30, "Read-only")])
+def test_a_lock_that_cannot_be_made_is_no_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("probe_kd.files.run_folder.os.open", refuse)
+    with pytest.raises(RunError, match=f"cannot write to .*run: {says}"):
+        claim(tmp_path / "run", print)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_cannot_be_deleted_hides_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    claimed = claim(tmp_path / "run", print)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    claimed.release()
+    monkeypatch.undo()
+    claim(tmp_path / "run", print).release()  # the lock itself is given back
