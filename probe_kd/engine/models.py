@@ -161,6 +161,16 @@ def _local_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
+def files_of(name: str, *, pretrained: bool) -> list[Path]:
+    """The files in the folder that `local-dir:` names which timm reads; of other names there are none."""
+    if not name.startswith("local-dir:"):
+        return []
+    folder = Path(name.partition(":")[2])
+    kinds = (".safetensors", ".pth", ".pth.tar", ".bin") if pretrained else ()
+    found = [file for file in folder.glob("*") if file.name.endswith(kinds)] if kinds else []
+    return [folder / "config.json", *sorted(found)]
+
+
 def module_of(name: str) -> str:
     """The module that a model's name would import, `package.module` of `package.module:function`; else empty."""
     return "" if name.startswith(_TIMM) or ":" not in name else name.partition(":")[0]

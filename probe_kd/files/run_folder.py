@@ -283,9 +283,29 @@ def digests_of(paths: Iterable[str | Path]) -> dict[str, str]:
     return {str(path): digest_of(Path(path)) for path in paths if Path(path).is_file()}
 
 
-def first_changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The first file whose digest is another; empty where there is none."""
-    return next((name for name, digest in before.items() if name in now and now[name] != digest), "")
+def check_inputs(folder: Path, names: Iterable[str | Path], mend: str) -> None:
+    """Raises RunError where one of these files outside a run's folder is gone, or not the one that it was begun with.
+
+    A run of before tells of fewer files, or of none.
+    """
+    manifest = Manifest.read(folder)
+    before = manifest.inputs if manifest is not None else {}
+    known = [str(name) for name in names if str(name) in before]
+    now = digests_of(known)
+    other = next((name for name in known if now.get(name) != before[name]), "")
+    if other:
+        why = "its contents have changed since" if other in now else "it is gone"
+        raise RunError(f"{other} is not the file that {folder} was begun with: {why}. {mend}")
+
+
+def check_own(folder: Path, names: Iterable[str]) -> None:
+    """Raises RunError where one of these files of a run is not what the run wrote."""
+    other = next((name for name in names if (folder / name).is_file() and changed(folder / name)), "")
+    if other:
+        raise RunError(
+            f"{folder / other} was changed since the run wrote it, so figures would not be of that run; put the former "
+            "file back from a copy, or leave this run out"
+        )
 
 
 def clear(folder: Path, names: Iterable[str]) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from running import After, Quiet, flip, run, stop, truncate
+from running import After, Quiet, flip, planned, run, stop, truncate
 from safetensors.torch import load_file, save_file
 
 from probe_kd import cli
-from probe_kd.errors import RunError, WeightsError
-from probe_kd.files.run_folder import LOCK, Manifest, claim, is_abandoned
+from probe_kd.errors import RecipeError, RunError, TraceError, WeightsError
+from probe_kd.files.run_folder import LOCK, Manifest, claim, is_abandoned, record
+from probe_kd.results.comparison import compare, measure_layers
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
 from probe_kd.training.folder import check_folder
@@ -97,6 +98,74 @@ def test_a_run_is_not_resumed_with_another_file_under_the_name_that_the_recipe_g
     save_file(weights, tmp_path / "teacher.safetensors")
     with pytest.raises(KeyboardInterrupt):
         run(text, tmp_path / "run", After(stop, epochs=1), resume=True)
+
+
+def test_a_run_is_measured_with_the_files_that_it_was_trained_with_and_no_others(tmp_path: Path) -> None:
+    """A folder of timm's and a file of classes; the student's own weights, which the run has replaced, may go."""
+    torch.manual_seed(1)
+    folder, classes, began = tmp_path / "teacher", tmp_path / "classes.json", tmp_path / "began.safetensors"
+    timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=12, channels=[8, 8, 16, 16]), folder, safe_serialization=True)
+    save_file(timm.create_model("resnet10t", num_classes=10, channels=[8, 8, 8, 8]).state_dict(), began)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"] = {"channels": [8, 8, 16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    classes.write_text(json.dumps([*range(2, 12)]))
+    text = TAUGHT.replace("epochs: 2", "epochs: 1").replace("8, 8]}}\nt", f"8, 8]}}, checkpoint: {began}}}\nt")
+    teacher = f"{{model: 'local-dir:{folder}', pretrained: true, class_map: {classes}}}"
+    text = "\n".join(f"teacher: {teacher}" if line.startswith("teacher") else line for line in text.splitlines())
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path / "half", After(stop, epochs=1))
+    run(text, tmp_path / "run")
+    plan, began_with = planned(text), began.read_bytes()
+    began.unlink()
+    assert evaluate(tmp_path / "run").scores[-1].role == "teacher"
+    began.write_bytes(began_with)
+    for file, change in (
+        (folder / "model.safetensors", other_values),
+        (folder / "config.json", edit),
+        (classes, lambda file: file.write_text(json.dumps([*range(10)]))),
+        (tmp_path / "run" / "recipe.yaml", edit),
+        (tmp_path / "run" / "data.json", edit),
+    ):
+        kept = file.read_bytes()
+        change(file)
+        says = rf"{file} (is not the file that .*run was begun with: its contents|was changed since the run wrote it)"
+        for read in (lambda: evaluate(tmp_path / "run"), lambda: measure_layers(plan, tmp_path / "run")):
+            with pytest.raises((RunError, RecipeError, TraceError), match=says):
+                read()
+        if file.parent == folder:
+            with pytest.raises(RunError, match=rf"{file} is not the file that .*half was begun with"):
+                run(text, tmp_path / "half", resume=True)
+        file.write_bytes(kept)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(RunError, match=r"model.safetensors is not the file .*: it is gone"):
+        run(text, tmp_path / "half", resume=True)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "summary.json", "metrics.csv", "layers.json"])
+def test_a_table_that_was_edited_is_not_shown(done: Path, name: str) -> None:
+    if name == "layers.json":
+        (done / name).write_text(json.dumps({"images": 1, "student": [], "teacher": [], "cka": [], "pairs": []}))
+        record(done, [name])
+    assert compare([done]).groups
+    file = done / name
+    file.write_text(file.read_text().replace("images", "image") + "\n")
+    with pytest.raises(RunError, match=f"{name} was changed since the run wrote it.*leave this run out"):
+        compare([done])
+
+
+def test_a_run_whose_manifest_is_lost_goes_on_aloud_and_can_be_stopped_again(half: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(half, folder)
+    as_before_manifests(folder)
+    for said in (1, 0):
+        display = After(stop, updates=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(TAUGHT, folder, display, resume=True)
+        assert sum("has no manifest.json" in text for text in display.said) == said
+    other_values(folder / "teacher.safetensors")
+    with pytest.raises(RunError, match="teacher.safetensors is damaged, or was replaced"):
+        run(TAUGHT, folder, resume=True)
 
 
 def test_damaged_weights_are_neither_measured_nor_exported(done: Path, tmp_path: Path) -> None:
