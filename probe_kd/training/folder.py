@@ -133,6 +133,9 @@ def foreign_files(folder: Path, contents: Sequence[str]) -> str:
     if manifest is None and RECIPE not in contents:
         return f"{folder} is not the folder of a run (it has no recipe.yaml), {kept}"
     foreign = [name for name in contents if not _is_of_run(folder / name, manifest)]
+    place = folder / checkpoints.FOLDER
+    if foreign == [checkpoints.FOLDER] and place.is_dir() and not place.is_symlink():
+        foreign = [str((checkpoints.foreign(folder) or place).relative_to(folder))]
     if foreign:
         return f"{folder} holds more than a run writes ({', '.join(foreign[:3])}), {kept}"
     other = next((name for name in contents if name != MANIFEST and changed(folder / name)), "")
@@ -149,16 +152,23 @@ def _is_of_run(file: Path, manifest: Manifest | None) -> bool:
     if file.is_symlink():
         return False
     if file.is_dir():
-        names = [entry.name for entry in file.iterdir()] if file.name == checkpoints.FOLDER else []
-        return file.name == TRACKERS or (
-            file.name == checkpoints.FOLDER and all(re.match(r"\d{6}", it) for it in names)
-        )
+        if file.name == checkpoints.FOLDER:
+            return checkpoints.foreign(file.parent) is None
+        return file.name == TRACKERS and _has_trackers(file.parent)
     if file.name in ("report.html", "layers.json"):
         return is_measured(file) if file.suffix == ".html" else _is_json(file)
     if file.suffix == ".safetensors":
         named = re.fullmatch(_WEIGHTS, file.stem)
         return bool(named) and (manifest is None or file.name in manifest.files)
     return bool(re.fullmatch(_TABLE_OR_PARTIAL, file.name)) or is_measured(file)
+
+
+def _has_trackers(folder: Path) -> bool:
+    """Whether the recipe of a run has trackers, whose folder is theirs."""
+    try:
+        return bool(load(folder / RECIPE).recipe.trackers)
+    except (OSError, ValueError, ProbeKDError):
+        return False
 
 
 def _is_json(file: Path) -> bool:

@@ -104,7 +104,9 @@ def test_a_run_is_measured_with_the_files_that_it_was_trained_with_and_no_others
     """A folder of timm's and a file of classes; the student's own weights, which the run has replaced, may go."""
     torch.manual_seed(1)
     folder, classes, began = tmp_path / "teacher", tmp_path / "classes.json", tmp_path / "began.safetensors"
-    timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=12, channels=[8, 8, 16, 16]), folder, safe_serialization=True)
+    timm.models.save_for_hf(
+        timm.create_model("resnet10t", num_classes=12, channels=[8, 8, 16, 16]), folder, safe_serialization=True
+    )
     save_file(timm.create_model("resnet10t", num_classes=10, channels=[8, 8, 8, 8]).state_dict(), began)
     config = json.loads((folder / "config.json").read_text())
     config["model_args"] = {"channels": [8, 8, 16, 16]}
@@ -164,7 +166,7 @@ def test_a_run_whose_manifest_is_lost_goes_on_aloud_and_can_be_stopped_again(hal
             run(TAUGHT, folder, display, resume=True)
         assert sum("has no manifest.json" in text for text in display.said) == said
     other_values(folder / "teacher.safetensors")
-    with pytest.raises(RunError, match="teacher.safetensors is damaged, or was replaced"):
+    with pytest.raises(RunError, match=r"teacher.safetensors is damaged, or was replaced"):
         run(TAUGHT, folder, resume=True)
 
 
@@ -271,6 +273,29 @@ def test_a_folder_that_vanishes_ends_the_run_in_words(tmp_path: Path, gone: Call
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_vanishes_while_a_checkpoint_is_written_is_told_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit(aside: Path, _: int) -> None:
+        shutil.rmtree(aside.parent.parent)
+        raise FileNotFoundError(2, "No such file or directory", str(aside))
+
+    monkeypatch.setattr("probe_kd.training.checkpoints.commit", commit)
+    with pytest.raises(RunError, match="was deleted, moved or replaced while the run was writing it"):
+        run(ALONE, tmp_path / "run")
+
+
+def test_a_first_checkpoint_that_cannot_be_written_tells_of_none_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("probe_kd.training.checkpoints.commit", commit)
+    with pytest.raises(RunError, match=r"checkpoint to .*run: .*No space left on device. Make room"):
+        run(ALONE, tmp_path / "run")
+
+
 def test_a_folder_that_another_run_has_taken_over_is_not_written(tmp_path: Path) -> None:
     def replaced() -> None:
         shutil.rmtree(tmp_path / "run")
@@ -357,7 +382,7 @@ def test_the_manifest_names_what_the_run_wrote(finished: Path) -> None:
     assert json.loads((finished / "manifest.json").read_text())["written_by"] == "probe-kd"
 
 
-@pytest.mark.parametrize("name", [LOCK, "checkpoints/notes.txt", "report.html", "layers.json"])
+@pytest.mark.parametrize("name", [LOCK, "checkpoints/notes.txt", "report.html", "layers.json", "trackers/mine"])
 def test_what_somebody_wrote_under_a_name_of_a_run_is_kept(name: str, done: Path) -> None:
     file = done / name
     file.parent.mkdir(exist_ok=True)
@@ -365,6 +390,36 @@ def test_what_somebody_wrote_under_a_name_of_a_run_is_kept(name: str, done: Path
     with pytest.raises(RunError, match=r"will not be overwritten|holds more than a run writes"):
         run(ALONE, done, overwrite=True)
     assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["mine", "notes.json", "folder/journal.json", "journal.json.old"])
+def test_what_somebody_put_into_a_checkpoint_is_kept(name: str, half: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(half, folder)
+    newest = max((folder / "checkpoints").iterdir())
+    aside = newest.with_name("000099.partial")
+    shutil.copytree(newest, aside)
+    (aside / "manifest.json").unlink()
+    check_folder(folder, resume=False, overwrite=True)
+    for place, options in ((newest, {"overwrite": True}), (aside, {"resume": True})):
+        file = place / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("precious")
+        shown = place.relative_to(folder) / name.partition("/")[0]
+        with pytest.raises(RunError, match=rf"holds more than a run writes \({shown}\)"):
+            run(TAUGHT, folder, **options)
+        assert file.read_text() == "precious"
+        shutil.rmtree(file.parent) if file.parent != place else file.unlink()
+
+
+def test_what_trackers_wrote_may_be_overwritten(done: Path) -> None:
+    (done / "trackers").mkdir()
+    (done / "trackers" / "events").write_text("")
+    recipe = (done / "recipe.yaml").read_text()
+    assert "trackers: []" in recipe
+    (done / "recipe.yaml").write_text(recipe.replace("trackers: []", "trackers: [tensorboard]"))
+    record(done, ["recipe.yaml"])
+    check_folder(done, resume=False, overwrite=True)
 
 
 def test_a_lock_behind_a_link_is_not_written_to(tmp_path: Path) -> None:
