@@ -400,7 +400,7 @@ def train(
             run(planned, folder, progress, resume=resume, overwrite=overwrite, claimed=claimed)
         except (KeyboardInterrupt, Stopped) as stop:
             if _speaks():
-                _complain(f"{stop or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
+                _complain(f"{str(stop) or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
             sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
         if _speaks():
             _report(planned, folder, console)

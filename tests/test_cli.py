@@ -380,3 +380,16 @@ def test_a_folder_whose_folders_are_the_classes_gets_a_recipe_that_plans(command
     assert command("init", *models, "--data", "photos", "-o", "r.yaml").returncode == 0
     checked = command("check", "r.yaml", "--no-batch")
     assert checked.returncode == 0, checked.stderr
+
+
+def test_a_second_interrupt_says_that_the_run_was_stopped_and_how_it_goes_on(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("probe_kd.training.run.train", interrupt)
+    (tmp_path / "r.yaml").write_text(ALONE)
+    result = command("train", "r.yaml")
+    assert result.returncode == 130
+    assert result.stderr.endswith("stopped; go on with: probe-kd train r.yaml --resume\n")

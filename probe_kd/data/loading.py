@@ -1,6 +1,7 @@
 """Data: from datasets to batches, by timm's transforms, in an order that a run can go on with anywhere."""
 
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -139,12 +140,28 @@ def readable(batches: Iterable[Any], which: str = "training") -> Iterator[Any]:
         except Exception as refusal:  # datasets, image files and worker processes fail in every way there is
             text = " ".join(str(refusal).split()) or type(refusal).__name__
             text = text.rpartition(f"{type(refusal).__name__}: ")[2]  # without the traceback that a worker sends along
-            mend = ""
+            workers = getattr(getattr(batches, "loader", None), "num_workers", 0)
+            mend = _of_dead_worker(refusal) if workers else ""
             if isinstance(refusal, DataError) and "cannot be read: " in text:
                 mend = "; mend or delete it, or leave out all that cannot be read by `data: {on_error: skip}`"
             raise DataError(f"cannot read a batch of {which} images: {text[-500:]}{mend}") from refusal
         _hear_of_workers_only_when_waiting()
         yield batch
+
+
+def _of_dead_worker(refusal: Exception) -> str:
+    """What to say of an error by which a loader finds that a process of its own has ended; else empty.
+
+    What a worker itself raises is told by torch as caught in it.
+    """
+    text = str(refusal)
+    broken = isinstance(refusal, ConnectionError | EOFError) or re.search(r"DataLoader worker \(pid|ancdata", text)
+    if not broken or text.startswith("Caught "):
+        return ""
+    return (
+        ". A process that reads images has died: often the system has ended it for want of memory. Try fewer of them, "
+        "as by `data: {workers: 1}`, or none by `workers: 0`"
+    )
 
 
 def _hear_of_workers_only_when_waiting() -> None:

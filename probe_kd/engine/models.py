@@ -2,10 +2,11 @@
 
 import importlib
 import json
+import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
@@ -43,7 +44,7 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
     else:
         factory, arguments = timm.create_model, {"model_name": name, "pretrained": pretrained, **model_kwargs}
     try:
-        with nullcontext() if module_of(name) else _Bounded():
+        with nullcontext() if module_of(name) else _Bounded(), _quiet_hub():
             model = factory(**arguments)
     except Exception as refusal:
         given = ", ".join(f"{key}={value!r}" for key, value in model_kwargs.items())
@@ -52,6 +53,19 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
     if not isinstance(model, nn.Module):
         raise TraceError(f"{name} returned a {type(model).__name__}; expected an nn.Module")
     return model
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without what huggingface_hub logs of a hub that it does not reach, which the error that it raises says too."""
+    logger = logging.getLogger("huggingface_hub")
+    former = logger.level
+    if not logging.getLogger().isEnabledFor(logging.INFO):  # --verbose
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
 
 
 def check_kwargs(name: str, model_kwargs: Mapping[str, Any]) -> None:
@@ -133,7 +147,8 @@ def _hub_config(name: str, place: str) -> dict[str, Any]:
     from timm.models import load_model_config_from_hf
 
     try:
-        _, architecture, saved = load_model_config_from_hf(place)
+        with _quiet_hub():
+            _, architecture, saved = load_model_config_from_hf(place)
     except Exception as refusal:  # the hub, its files and the network fail in every way
         raise TraceError(f"cannot build {name}: {short(refusal)}") from refusal
     return {"architecture": architecture, "model_args": saved}
@@ -159,6 +174,16 @@ def _local_config(folder: Path) -> dict[str, Any]:
         ):
             raise TraceError(f"cannot build local-dir:{folder}: `{key}` in its config.json is {str(values)[:80]!r}")
     return dict(config)
+
+
+def files_of(name: str, *, pretrained: bool) -> list[Path]:
+    """The files in the folder that `local-dir:` names which timm reads; of other names there are none."""
+    if not name.startswith("local-dir:"):
+        return []
+    folder = Path(name.partition(":")[2])
+    kinds = (".safetensors", ".pth", ".pth.tar", ".bin") if pretrained else ()
+    found = [file for file in folder.glob("*") if file.name.endswith(kinds)] if kinds else []
+    return [folder / "config.json", *sorted(found)]
 
 
 def module_of(name: str) -> str:

@@ -5,14 +5,15 @@ and the digests of the files outside the folder that the recipe names. `.lock` i
 folder; the lock ends with that process, however it ends.
 """
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -26,6 +27,11 @@ GENERATOR = "probe-kd "  # by which a report names its maker
 _MOST_BYTES = 10_000_000  # of an evaluation, which has a few kB
 EVALUATION = {"run", "split", "images", "scores", "pairs", "notes"}  # the keys of what `eval -o` writes
 _OPEN = set[IO[str]]()  # the locks that this process holds
+_UNWRITABLE = {
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOENT", "ENOTDIR", "EMFILE", "ENFILE")
+    if hasattr(errno, name)
+}  # of a lock's file, and not of locks
 
 
 def _close_in_child() -> None:
@@ -63,7 +69,8 @@ def lock_file(path: Path) -> IO[str] | None:
 
 def unlock_file(handle: IO[str]) -> None:
     _OPEN.discard(handle)
-    handle.close()
+    with suppress(OSError):  # what a full disk did not take of its text; it is closed all the same
+        handle.close()
 
 
 def _is_at(handle: IO[str], path: Path) -> bool:
@@ -83,17 +90,22 @@ class Claim:
 
     def check(self) -> None:
         """Raises RunError where the folder was deleted, moved or replaced since it was claimed."""
-        if self.handle is not None and not _is_at(self.handle, self.folder / LOCK):
+        there = self.folder.is_dir() if self.handle is None else _is_at(self.handle, self.folder / LOCK)
+        if not there:
             raise RunError(
                 f"{self.folder} was deleted, moved or replaced while the run was writing it; what the run had saved "
                 "there is not there any more. Begin anew, with a folder that stays where it is"
             )
 
     def release(self) -> None:
-        """Give the folder back. A folder that this claim made and nothing was written to is deleted."""
+        """Give the folder back. A folder that this claim made and nothing was written to is deleted.
+
+        It raises nothing, and hides no error that ended the run: a lock that cannot be deleted ends with the process.
+        """
         if self.handle is not None:
             if _is_at(self.handle, self.folder / LOCK):
-                (self.folder / LOCK).unlink()
+                with suppress(OSError):
+                    (self.folder / LOCK).unlink()
             unlock_file(self.handle)
             self.handle = None
         for folder in self.made:
@@ -122,7 +134,7 @@ def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
     try:
         claimed.handle = lock_file(folder / LOCK)
     except OSError as refusal:
-        if not os.access(folder, os.W_OK | os.X_OK):
+        if refusal.errno in _UNWRITABLE or not os.access(folder, os.W_OK | os.X_OK):
             claimed.release()
             raise RunError(f"cannot write to {folder}: {refusal.strerror}; choose another --out") from None
         warn(f"{folder} cannot be locked ({refusal.strerror}): see to it yourself that no other run writes there")
@@ -132,9 +144,16 @@ def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
             f"{folder} is being written by another run{_owner(folder / LOCK)}; wait for its end, or stop it, or choose "
             "another --out"
         )
-    claimed.handle.truncate(0)
-    claimed.handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
-    claimed.handle.flush()
+    try:
+        claimed.handle.truncate(0)
+        claimed.handle.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
+        claimed.handle.flush()
+    except OSError as refusal:  # a full disk
+        claimed.release()
+        raise RunError(
+            f"cannot write to {folder}: {refusal.strerror}; nothing in it was changed. Mend that and try again, or "
+            "choose another --out"
+        ) from None
     return claimed
 
 
@@ -264,9 +283,29 @@ def digests_of(paths: Iterable[str | Path]) -> dict[str, str]:
     return {str(path): digest_of(Path(path)) for path in paths if Path(path).is_file()}
 
 
-def first_changed(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The first file whose digest is another; empty where there is none."""
-    return next((name for name, digest in before.items() if name in now and now[name] != digest), "")
+def check_inputs(folder: Path, names: Iterable[str | Path], mend: str) -> None:
+    """Raises RunError where one of these files outside a run's folder is gone, or not the one that it was begun with.
+
+    A run of before tells of fewer files, or of none.
+    """
+    manifest = Manifest.read(folder)
+    before = manifest.inputs if manifest is not None else {}
+    known = [str(name) for name in names if str(name) in before]
+    now = digests_of(known)
+    other = next((name for name in known if now.get(name) != before[name]), "")
+    if other:
+        why = "its contents have changed since" if other in now else "it is gone"
+        raise RunError(f"{other} is not the file that {folder} was begun with: {why}. {mend}")
+
+
+def check_own(folder: Path, names: Iterable[str]) -> None:
+    """Raises RunError where one of these files of a run is not what the run wrote."""
+    other = next((name for name in names if (folder / name).is_file() and changed(folder / name)), "")
+    if other:
+        raise RunError(
+            f"{folder / other} was changed since the run wrote it, so figures would not be of that run; put the former "
+            "file back from a copy, or leave this run out"
+        )
 
 
 def clear(folder: Path, names: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 
 from probe_kd.data.datasets import DataOptions, InputSize
-from probe_kd.engine.models import packages
+from probe_kd.engine.models import files_of, packages
 from probe_kd.engine.spec import Schedule, Tap
 from probe_kd.errors import CONTROL, LossError, Problem, RecipeError, nearest, nearest_truth
 from probe_kd.files.atomic import read_text, reason
@@ -627,6 +627,20 @@ def _mend(values: Any, steps: Path_, error: Any) -> bool:
 
 MAX_FILES = 8  # that extend each other
 _STEP = r'(?:"[^"]*"|[^=".]+)'  # of a path: a key, in quotes where it has dots
+
+
+def inputs_of(recipe: Recipe, *, trained: bool = False) -> list[str]:
+    """The files that a run of this recipe reads besides its images; once it is `trained`, those its models still need.
+
+    A teacher that is not trained first is read again whenever it is measured, and a student's weights are the run's.
+    """
+    teacher, found = recipe.teacher, list[str | Path]()
+    for model in filter(None, (recipe.student, teacher)):
+        whole = not trained or (isinstance(model, TeacherOptions) and model.train is None)
+        found += [model.checkpoint] if model.checkpoint and whole else []
+        found += files_of(model.model, pretrained=model.pretrained and whole)
+    found += [teacher.class_map] if teacher and isinstance(teacher.class_map, str) else []
+    return list(dict.fromkeys(map(str, found)))
 
 
 def dump(recipe: Recipe) -> str:

@@ -24,7 +24,7 @@ from probe_kd.engine.models import short
 from probe_kd.engine.spec import Tap, Trace
 from probe_kd.errors import MatchError, RunError, nearest
 from probe_kd.files.atomic import put, whole_text
-from probe_kd.files.run_folder import runs_beside, why_no_run
+from probe_kd.files.run_folder import RECIPE, Manifest, check_own, record, runs_beside, why_no_run
 from probe_kd.recipe.options import command_to_go_on, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.results.evaluation import cka_table, vectors
@@ -235,6 +235,8 @@ def measure_layers(planned: Plan, run: Path) -> LayerSimilarity:
     aside = run / f"{LAYERS}.partial"
     aside.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     put(aside, run / LAYERS)
+    if Manifest.read(run) is not None:  # else a run of before would seem to have written this alone
+        record(run, [LAYERS])
     return found
 
 
@@ -273,6 +275,7 @@ def _read(folder: Path) -> _Run:
         near = nearest(folder.name, runs_beside(folder))
         raise RunError(f"{folder} is not the folder of a run ({why_no_run(folder)}){near}")
     source = load(recipe)
+    check_own(folder, (RECIPE, "summary.json", "metrics.csv", LAYERS))
     run = _Run(folder, source.recipe.model_dump(mode="json", exclude_none=True), whole_text(recipe))
     run.rows = read_metrics(folder / "metrics.csv")
     summary = folder / "summary.json"

@@ -21,18 +21,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from probe_kd.data.datasets import DataRecord
+from probe_kd.data.datasets import RECORD, DataRecord
 from probe_kd.data.loading import loader, readable
 from probe_kd.engine.models import build_model, load_weights, short
 from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError, RunError, nearest
-from probe_kd.files.run_folder import Manifest, digests_of, first_changed, runs_beside, why_no_run
+from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.objectives import Comparison
 from probe_kd.methods.targets import compared, make_adapters
-from probe_kd.recipe.options import TeacherOptions, command_to_go_on, load
+from probe_kd.recipe.options import Recipe, TeacherOptions, command_to_go_on, inputs_of, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.sections.sharing import join
 from probe_kd.training.devices import mixed_precision
@@ -134,10 +134,11 @@ def evaluate(
     folder = Path(run)
     recipe, student = _recipe_of(folder), _weights_of_student(folder, weights, ema=ema)
     sets = () if root is None else (f"data.root={json.dumps(str(root))}",)
+    source = load(recipe, sets=sets)
+    _check_files(folder, source.recipe)
     record = DataRecord.read(folder)
-    planned = plan(load(recipe, sets=sets), allow_import=allow_import, record=record)
+    planned = plan(source, allow_import=allow_import, record=record)
     images, notes = _images(planned, split), planned.datasets.other_than(record, split)
-    _check_teacher(planned, folder)
     with own_accelerator() as accelerator:
         place = _place(accelerator, device)
         compared = list(_compared(planned, folder, place))
@@ -231,6 +232,7 @@ def vectors(
     )
     if options is None or known is None or wanted is None:
         raise RunError(f"the run in {run} has no teacher")
+    _check_files(run, planned.recipe)
     file = _weights_of_student(run, None, ema=False)
     trained = planned.recipe.share is not None or options.train is not None
     teacher, name = _teacher(known, options, run, "teacher", trained=trained)
@@ -308,6 +310,13 @@ def _recipe_of(folder: Path) -> Path:
     raise RunError(f"{folder} is not the folder of a run ({why_no_run(folder)}){near}")
 
 
+def _check_files(folder: Path, recipe: Recipe) -> None:
+    """Raises RunError where what the figures of a run depend on is not what the run was made of."""
+    check_own(folder, (RECIPE, RECORD))
+    mend = "Figures would be of other models than the run's: put the former file back"
+    check_inputs(folder, inputs_of(recipe, trained=True), mend)
+
+
 def _weights_of_student(folder: Path, weights: str | Path | None, *, ema: bool) -> Path:
     if weights is not None and ema:
         raise RunError("`weights` and `ema` are two choices of the student's weights; give one of the two")
@@ -325,21 +334,6 @@ def _weights_of_student(folder: Path, weights: str | Path | None, *, ema: bool) 
 
 def _unfinished(folder: Path, name: str) -> RunError:
     return RunError(f"the run in {folder} is not finished: it has no {name}; go on with it: {command_to_go_on(folder)}")
-
-
-def _check_teacher(planned: Plan, folder: Path) -> None:
-    """Raise RunError where a file that the teacher is read from is no longer what the run was begun with."""
-    teacher, manifest = planned.recipe.teacher, Manifest.read(folder)
-    if teacher is None or manifest is None:
-        return
-    own = (folder / "teacher.safetensors").is_file()
-    read = [name for name in (teacher.class_map, None if own else teacher.checkpoint) if isinstance(name, str)]
-    other = first_changed({name: manifest.inputs[name] for name in read if name in manifest.inputs}, digests_of(read))
-    if other:
-        raise RunError(
-            f"{other} is not the file that the run in {folder} was begun with: its contents have changed since, and "
-            "the student would be held against another teacher. Put the former file back"
-        )
 
 
 def _place(accelerator: Accelerator, device: str | None) -> torch.device:

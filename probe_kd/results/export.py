@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from probe_kd.data.datasets import DataRecord, open_datasets
+from probe_kd.data.datasets import RECORD, DataRecord, open_datasets
 from probe_kd.data.loading import loader
-from probe_kd.engine.models import build_on_meta, packages, read_header, save_weights, short
+from probe_kd.engine.models import build_on_meta, files_of, packages, read_header, save_weights, short
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest
 from probe_kd.files.atomic import whole_bytes, whole_text
-from probe_kd.files.run_folder import why_no_run
+from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.options import ModelOptions, Recipe, command_to_go_on, dump, load
 from probe_kd.version import __version__
@@ -185,6 +185,10 @@ def _read(run: Path, subject: str, ema: bool, root: str | Path | None, allow_imp
         raise RunError(f"{run} is not the folder of a run: {why_no_run(run)}{hint}")
     sets = () if root is None else (f"data.root={json.dumps(str(root))}",)
     recipe = load(run / "recipe.yaml", sets=sets).recipe
+    check_own(run, (RECIPE, RECORD))
+    models = filter(None, (recipe.student, recipe.teacher))
+    configs = [file for model in models for file in files_of(model.model, pretrained=False) if file.is_file()]
+    check_inputs(run, configs, "What is exported would be read by another: put the former file back")
     weights = run / f"{subject}{'-ema' * ema}.safetensors"
     if not weights.is_file():
         raise RunError(_why_missing(run, weights, subject, ema))

@@ -6,6 +6,7 @@ is known before anything of it is loaded, and the one before it is taken.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,12 @@ from probe_kd.files.atomic import MANIFEST, digest_of, to_disk, whole_text
 
 FOLDER = "checkpoints"
 ASIDE, DAMAGED = ".partial", ".damaged"
+# What accelerate and the library write into one; a later accelerate's other files stand in the manifest.
+_FILES = re.compile(
+    r"(pytorch_model|model|optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.(bin|safetensors)|scaler\.pt"
+    r"|(random_states|custom_checkpoint)_\d+\.pkl|(journal|manifest)\.json"
+    r"|(average|best|best-average)\.(safetensors|partial)"
+)
 
 
 def begin(run: Path) -> Path:
@@ -63,6 +70,29 @@ def remove(run: Path) -> None:
     shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
+def foreign(run: Path) -> Path | None:
+    """The first in the folder of checkpoints that no run wrote."""
+    for entry in sorted((run / FOLDER).iterdir()):
+        if entry.is_symlink() or not entry.is_dir() or not re.fullmatch(rf"\d{{6,}}({ASIDE}|{DAMAGED})?", entry.name):
+            return entry
+        known = _names(entry)
+        for file in sorted(entry.rglob("*")):
+            name = str(file.relative_to(entry))
+            within = file.is_dir() and any(other.startswith(f"{name}/") for other in known)
+            if file.is_symlink() or not (within or name in known or (file.is_file() and _FILES.fullmatch(name))):
+                return file
+    return None
+
+
+def _names(checkpoint: Path) -> set[str]:
+    """Those of the files that a checkpoint's manifest has."""
+    try:
+        found = json.loads(whole_text(checkpoint / MANIFEST))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    return set(found) if isinstance(found, dict) else set()
+
+
 def _all(run: Path) -> Iterator[Path]:
     """Whole, partial and damaged ones."""
     return (path for path in (run / FOLDER).glob("*") if path.stem.isdigit())
@@ -71,6 +101,10 @@ def _all(run: Path) -> Iterator[Path]:
 def _whole(run: Path) -> list[Path]:
     """Those that were finished, the newest first."""
     return sorted((path for path in _all(run) if not path.suffix), key=_number, reverse=True)
+
+
+def any_whole(run: Path) -> bool:
+    return bool(_whole(run))
 
 
 def _number(path: Path) -> int:

@@ -10,21 +10,21 @@ from pathlib import Path
 
 from probe_kd.data.datasets import RECORD, DataRecord
 from probe_kd.errors import ProbeKDError, RunError
-from probe_kd.files.atomic import MANIFEST, whole_text
+from probe_kd.files.atomic import MANIFEST, digest_of, whole_text
 from probe_kd.files.run_folder import (
     LOCK,
     RECIPE,
     Manifest,
     changed,
+    check_inputs,
     clear,
     damaged,
     digests_of,
-    first_changed,
     is_measured,
     kind_of,
     recording,
 )
-from probe_kd.recipe.options import Recipe, dump, load, parse, rewritten
+from probe_kd.recipe.options import Recipe, dump, inputs_of, load, parse, rewritten
 from probe_kd.recipe.planner import Plan
 from probe_kd.training import checkpoints
 from probe_kd.training.processes import TRACKERS
@@ -47,7 +47,7 @@ def open_run(
     """
     check_folder(folder, resume=resume, overwrite=overwrite)
     _check_inputs_outside(plan, folder, resume=resume)
-    resolved, inputs = dump(plan.resolved), digests_of(_inputs(plan.recipe))
+    resolved, inputs = dump(plan.resolved), digests_of(inputs_of(plan.recipe))
     if resume and (folder / RECIPE).is_file():
         checkpoint = _reopen(folder, resolved, inputs, plan, progress)
         if checkpoint is not None:
@@ -89,14 +89,19 @@ def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], plan: Plan, 
             f"{_first_difference(begun_with, resolved)}. Give the same recipe and options "
             "again, or another folder by --out; --overwrite deletes that run and begins anew"
         )
-    other = first_changed(manifest.inputs, inputs) if manifest is not None else ""
-    if other:
-        raise RunError(
-            f"{other} is not the file that {folder} was begun with: its contents have changed since. Put the former "
-            "file back, or choose another --out; --overwrite deletes that run and begins anew"
-        )
+    if manifest is not None:
+        mend = "Put the former file back, or choose another --out; --overwrite deletes that run and begins anew"
+        check_inputs(folder, [*manifest.inputs, *inputs], mend)
     if (folder / "summary.json").exists():
         raise RunError(f"nothing to resume in {folder}: the run is finished")
+    if manifest is None:
+        weights = [file.name for file in folder.glob("*.safetensors")]
+        if weights or any(folder.glob(f"{checkpoints.FOLDER}/*")):
+            progress.say(
+                f"{folder} has no {MANIFEST}, which says what the run wrote and what it reads: that these are as they "
+                "were cannot be known. Going on with what is there"
+            )
+        Manifest({name: digest_of(folder / name) for name in (RECIPE, *weights)}, dict(inputs)).write(folder)
     return checkpoints.newest(folder, progress.say)
 
 
@@ -131,6 +136,9 @@ def foreign_files(folder: Path, contents: Sequence[str]) -> str:
     if manifest is None and RECIPE not in contents:
         return f"{folder} is not the folder of a run (it has no recipe.yaml), {kept}"
     foreign = [name for name in contents if not _is_of_run(folder / name, manifest)]
+    place = folder / checkpoints.FOLDER
+    if foreign == [checkpoints.FOLDER] and place.is_dir() and not place.is_symlink():
+        foreign = [str((checkpoints.foreign(folder) or place).relative_to(folder))]
     if foreign:
         return f"{folder} holds more than a run writes ({', '.join(foreign[:3])}), {kept}"
     other = next((name for name in contents if name != MANIFEST and changed(folder / name)), "")
@@ -147,16 +155,23 @@ def _is_of_run(file: Path, manifest: Manifest | None) -> bool:
     if file.is_symlink():
         return False
     if file.is_dir():
-        names = [entry.name for entry in file.iterdir()] if file.name == checkpoints.FOLDER else []
-        return file.name == TRACKERS or (
-            file.name == checkpoints.FOLDER and all(re.match(r"\d{6}", it) for it in names)
-        )
+        if file.name == checkpoints.FOLDER:
+            return checkpoints.foreign(file.parent) is None
+        return file.name == TRACKERS and _has_trackers(file.parent)
     if file.name in ("report.html", "layers.json"):
         return is_measured(file) if file.suffix == ".html" else _is_json(file)
     if file.suffix == ".safetensors":
         named = re.fullmatch(_WEIGHTS, file.stem)
         return bool(named) and (manifest is None or file.name in manifest.files)
     return bool(re.fullmatch(_TABLE_OR_PARTIAL, file.name)) or is_measured(file)
+
+
+def _has_trackers(folder: Path) -> bool:
+    """Whether the recipe of a run has trackers, whose folder is theirs."""
+    try:
+        return bool(load(folder / RECIPE).recipe.trackers)
+    except (OSError, ValueError, ProbeKDError):
+        return False
 
 
 def _is_json(file: Path) -> bool:
@@ -181,13 +196,6 @@ def _is_old_run(folder: Path) -> bool:
     return beside and written and rewritten(text) == text
 
 
-def _inputs(recipe: Recipe) -> list[str]:
-    """The files that a recipe names and a run reads."""
-    teacher = recipe.teacher
-    named = [recipe.student.checkpoint, teacher and teacher.checkpoint, teacher and teacher.class_map]
-    return [name for name in named if isinstance(name, str)]
-
-
 def _check_inputs_outside(plan: Plan, folder: Path, *, resume: bool) -> None:
     """Raises RunError where --overwrite would delete what the recipe reads."""
     place = Path(os.path.realpath(folder))
@@ -197,7 +205,7 @@ def _check_inputs_outside(plan: Plan, folder: Path, *, resume: bool) -> None:
             f"the teacher's cache {cache} lies in the folder of results, {folder}, which a run must have for itself; "
             "give another folder as `teacher.cache`"
         )
-    for name in _inputs(plan.recipe):
+    for name in inputs_of(plan.recipe):
         if not resume and Path(os.path.realpath(name)).is_relative_to(place):
             raise RunError(
                 f"the recipe reads {name}, which lies in the folder of results, {folder}, and would be overwritten; "

@@ -44,7 +44,7 @@ from probe_kd.training.state import Result, Row, TrainState
 from probe_kd.training.trial import check_student, reached, too_large
 from probe_kd.version import __version__
 
-ASK_EVERY = 20  # updates between which several processes do not ask each other whether to stop
+ASK_EVERY = 20  # updates of an epoch between which several processes do not ask each other whether to stop
 
 
 def train(
@@ -200,6 +200,8 @@ class Run:
         if self.saver.take_best(loop):
             self.scorer.latest.clear()
         adapters = loop.distiller.adapters
+        if not all(bool(tensor.isfinite().all()) for tensor in adapters.parameters()):
+            raise for_all(RunError(_no_number(f"the adapters of stage {loop.phase.name!r}", "no numbers")))
         if trained.role == "student" and self.accelerator.is_main_process and adapters.state_dict():
             about = {"stage": loop.phase.name, "probe_kd": __version__}
             self.saver.write(adapters, f"adapters-{self.state.phase}.safetensors", about)
@@ -231,8 +233,9 @@ class Run:
         if self.progress.step(done, recipe.data.batch_size * processes):
             self.progress.losses({name: float(total) / done for name, total in sorted(loop.sums.items())})
         update = -(-done // loop.phase.grad_accum_steps)
-        asked = bool(self.signals) if processes == 1 else update % ASK_EVERY == 0 and self._any_asked()
         between = done < loop.steps  # the end of an epoch saves by itself, after it is measured
+        due = update % ASK_EVERY == 0 or not between
+        asked = bool(self.signals) if processes == 1 else due and self._any_asked()
         interval = max(1, recipe.recovery_interval // loop.phase.grad_accum_steps)
         if asked or (between and recipe.recovery_interval and update % interval == 0):
             self._save_what_is_done(loop, together=True)
@@ -258,10 +261,8 @@ class Run:
         wrong = [name for name, mean in means.items() if not math.isfinite(mean) and name != "loss"]
         if wrong:
             state = self.state
-            raise RunError(
-                f"{', '.join(map(repr, wrong))} of {state.role} became {means[wrong[0]]} in epoch "
-                f"{state.epoch + 1}; try a smaller `lr`, `clip_grad: 1.0`, `normalize: layer`, or `precision: bf16`"
-            )
+            became = f"{means[wrong[0]]} in epoch {state.epoch + 1}"
+            raise RunError(_no_number(f"{', '.join(map(repr, wrong))} of {state.role}", became))
         return means
 
     def _record(self, trained: TrainedModel, loop: Loop, losses: Row) -> None:
@@ -296,6 +297,8 @@ class Run:
         measured = self.scorer.latest.pop(trained.role, None) if self.plan.datasets.val is None else None
         accuracy, agreement, classes = measured or self.scorer.measure([trained], self.scorer.final)[0]
         averaged = replace(trained, model=average) if average is not None else None
+        # Before any weights are written, since outputs that are no numbers end the run.
+        ema_accuracy = self.scorer.measure([averaged], self.scorer.final)[0][0] if averaged else None
         trace_ = trained.trace
         self.state.results[trained.role] = Result(
             role=trained.role,
@@ -307,10 +310,14 @@ class Run:
             agreement=agreement,
             seconds=round(self.state.seconds, 2),
             weights=self.saver.write_weights(trained) if trained.phases else "",
-            ema_accuracy=self.scorer.measure([averaged], self.scorer.final)[0][0] if averaged else None,
+            ema_accuracy=ema_accuracy,
             ema_weights=self.saver.write_weights(averaged, "-ema") if averaged else "",
             **classes,
         )
+
+
+def _no_number(what: str, became: str) -> str:
+    return f"{what} became {became}; try a smaller `lr`, `clip_grad: 1.0`, `normalize: layer`, or `precision: bf16`"
 
 
 def loop_of(

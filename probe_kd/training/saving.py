@@ -68,11 +68,17 @@ class Saver:
         except Exception as refusal:  # torch and safetensors have errors of their own for a full disk
             if isinstance(refusal, RunError) or is_peer_lost(refusal):
                 raise
+            self._check_there()
+            before = "; the one before it is whole" if checkpoints.any_whole(self.folder) else ""
             raise RunError(
-                f"cannot write a checkpoint to {self.folder}: {short(refusal)}; the one before it is whole. Make room, "
-                "and go on with --resume"
+                f"cannot write a checkpoint to {self.folder}: {short(refusal)}{before}. Make room, and go on with "
+                "--resume"
             ) from refusal
         accelerator.wait_for_everyone()
+
+    def _check_there(self) -> None:
+        """Raises RunError where the folder has vanished, which is why it could not be written."""
+        (self.claimed or Claim(self.folder)).check()
 
     def _commit(self, aside: Path, loop: Loop) -> None:
         self.state.write(aside / JOURNAL)
@@ -161,6 +167,7 @@ class Saver:
                 self.claimed.check()
             yield
         except OSError as refusal:
+            self._check_there()
             raise RunError(
                 f"cannot write to {self.folder}: {refusal.strerror}. Mend that, and go on by --resume from the last "
                 "checkpoint"

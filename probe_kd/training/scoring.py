@@ -9,6 +9,7 @@ from torch import Tensor
 from probe_kd.data.batches import Batches
 from probe_kd.data.loading import loader, readable
 from probe_kd.engine.spec import InputSpec
+from probe_kd.errors import RunError, for_all
 from probe_kd.methods.adapters import ImageView
 from probe_kd.training.devices import memory_format
 from probe_kd.training.loop import Loop
@@ -92,19 +93,24 @@ class Scorer:
         for model in models:
             model.model.eval()
         rows: list[tuple[Tensor, ...]] = []
+        wrong = torch.zeros(len(models), dtype=torch.long, device=accelerator.device)  # read once, at the end
         for pixels, target in readable(self.test_batches[given, split], "test"):
             with accelerator.autocast():
                 outputs = [model.model(view(pixels)) for model, view in zip(models, views, strict=True)]
-            answers = (self._classes(model, output) for model, output in zip(models, outputs, strict=True))
-            rows.append(accelerator.gather_for_metrics((*answers, target)))
+            found = [self._answers(model, output) for model, output in zip(models, outputs, strict=True)]
+            rows.append(accelerator.gather_for_metrics((*(answers for answers, _ in found), target)))
+            wrong += torch.stack([missing for _, missing in found])
         *predicted, targets = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
+        for model, count in zip(models, accelerator.reduce(wrong, "sum").tolist(), strict=True):
+            _check_finite(model, count)
         return predicted, targets
 
-    def _classes(self, trained: TrainedModel, output: Any) -> Tensor:
+    def _answers(self, trained: TrainedModel, output: Any) -> tuple[Tensor, Tensor]:
+        """The class of every image, and how many images have none: the largest of their outputs is no number."""
         logits = _logits(output)
         if self.plan.class_map is not None and trained.role == "teacher":
             logits = logits[:, list(self.plan.class_map)]
-        return logits.argmax(1)
+        return logits.argmax(1), logits.amax(1).isfinite().logical_not().sum()  # a class may be ruled out by -inf
 
     @property
     def final(self) -> MeasuredSplit:
@@ -129,6 +135,18 @@ class Scorer:
                     loss = distiller(images, target)["loss"]
                 losses.append(accelerator.gather_for_metrics(loss.repeat(len(target))).cpu())
         return torch.cat(losses).double().mean().item()
+
+
+def _check_finite(trained: TrainedModel, wrong: int) -> None:
+    """Raises RunError, in all processes, where a model has no answer to some images: it is of no use to anybody."""
+    if not wrong:
+        return
+    mend = (
+        "try a smaller `lr`, `clip_grad: 1.0`, or `precision: bf16`"
+        if trained.phases
+        else "its weights are damaged, or `precision` is too narrow for it; give others, or `precision: no`"
+    )
+    raise for_all(RunError(f"the outputs of {trained.role} are no numbers: {mend}"))
 
 
 def _per_class(targets: Tensor, classes: int) -> list[int]:

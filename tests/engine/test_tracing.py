@@ -1,5 +1,6 @@
 """Tracing: what a forward without weights tells, checked against real forwards and other people's counters."""
 
+import logging
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from probe_kd import Probe, Tap, trace
+from probe_kd.engine.models import build_model
 from probe_kd.errors import TapError, TraceError
 
 # tap: layout, shape without the batch, grid, prefix tokens, stride
@@ -230,3 +232,23 @@ def test_a_local_folder_of_the_hub_is_a_model(tmp_path: Path) -> None:
     traced = trace(f"local-dir:{tmp_path}")
     assert traced.output.channels == 7
     assert Tap("layer2") in {spec.tap for spec in traced.specs}
+
+
+def test_what_the_hub_logs_of_itself_is_said_once_by_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(**_: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("thrown while requesting HEAD")
+        raise OSError("no hub")
+
+    shown = list[logging.LogRecord]()
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", shown.append)
+    logger = logging.getLogger("huggingface_hub")
+    logger.addHandler(handler)
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    level = logger.level
+    try:
+        with pytest.raises(TraceError, match="no hub"):
+            build_model("resnet10t", {}, pretrained=True)
+    finally:
+        logger.removeHandler(handler)
+    assert (shown, logger.level) == ([], level)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,12 +15,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from running import After, Quiet, flip, run, stop, truncate
+from running import After, Quiet, flip, planned, run, stop, truncate
 from safetensors.torch import load_file, save_file
 
 from probe_kd import cli
-from probe_kd.errors import RunError, WeightsError
-from probe_kd.files.run_folder import LOCK, Manifest, claim, is_abandoned
+from probe_kd.errors import RecipeError, RunError, TraceError, WeightsError
+from probe_kd.files.run_folder import LOCK, Manifest, claim, is_abandoned, record
+from probe_kd.results.comparison import compare, measure_layers
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
 from probe_kd.training.folder import check_folder
@@ -96,6 +98,76 @@ def test_a_run_is_not_resumed_with_another_file_under_the_name_that_the_recipe_g
     save_file(weights, tmp_path / "teacher.safetensors")
     with pytest.raises(KeyboardInterrupt):
         run(text, tmp_path / "run", After(stop, epochs=1), resume=True)
+
+
+def test_a_run_is_measured_with_the_files_that_it_was_trained_with_and_no_others(tmp_path: Path) -> None:
+    """A folder of timm's and a file of classes; the student's own weights, which the run has replaced, may go."""
+    torch.manual_seed(1)
+    folder, classes, began = tmp_path / "teacher", tmp_path / "classes.json", tmp_path / "began.safetensors"
+    timm.models.save_for_hf(
+        timm.create_model("resnet10t", num_classes=12, channels=[8, 8, 16, 16]), folder, safe_serialization=True
+    )
+    save_file(timm.create_model("resnet10t", num_classes=10, channels=[8, 8, 8, 8]).state_dict(), began)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"] = {"channels": [8, 8, 16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    classes.write_text(json.dumps([*range(2, 12)]))
+    text = TAUGHT.replace("epochs: 2", "epochs: 1").replace("8, 8]}}\nt", f"8, 8]}}, checkpoint: {began}}}\nt")
+    teacher = f"{{model: 'local-dir:{folder}', pretrained: true, class_map: {classes}}}"
+    text = "\n".join(f"teacher: {teacher}" if line.startswith("teacher") else line for line in text.splitlines())
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path / "half", After(stop, epochs=1))
+    run(text, tmp_path / "run")
+    plan, began_with = planned(text), began.read_bytes()
+    began.unlink()
+    assert evaluate(tmp_path / "run").scores[-1].role == "teacher"
+    began.write_bytes(began_with)
+    for file, change in (
+        (folder / "model.safetensors", other_values),
+        (folder / "config.json", edit),
+        (classes, lambda file: file.write_text(json.dumps([*range(10)]))),
+        (tmp_path / "run" / "recipe.yaml", edit),
+        (tmp_path / "run" / "data.json", edit),
+    ):
+        kept = file.read_bytes()
+        change(file)
+        says = rf"{file} (is not the file that .*run was begun with: its contents|was changed since the run wrote it)"
+        for read in (lambda: evaluate(tmp_path / "run"), lambda: measure_layers(plan, tmp_path / "run")):
+            with pytest.raises((RunError, RecipeError, TraceError), match=says):
+                read()
+        if file.parent == folder:
+            with pytest.raises(RunError, match=rf"{file} is not the file that .*half was begun with"):
+                run(text, tmp_path / "half", resume=True)
+        file.write_bytes(kept)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(RunError, match=r"model.safetensors is not the file .*: it is gone"):
+        run(text, tmp_path / "half", resume=True)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "summary.json", "metrics.csv", "layers.json"])
+def test_a_table_that_was_edited_is_not_shown(done: Path, name: str) -> None:
+    if name == "layers.json":
+        (done / name).write_text(json.dumps({"images": 1, "student": [], "teacher": [], "cka": [], "pairs": []}))
+        record(done, [name])
+    assert compare([done]).groups
+    file = done / name
+    file.write_text(file.read_text().replace("images", "image") + "\n")
+    with pytest.raises(RunError, match=f"{name} was changed since the run wrote it.*leave this run out"):
+        compare([done])
+
+
+def test_a_run_whose_manifest_is_lost_goes_on_aloud_and_can_be_stopped_again(half: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(half, folder)
+    as_before_manifests(folder)
+    for said in (1, 0):
+        display = After(stop, updates=1)
+        with pytest.raises(KeyboardInterrupt):
+            run(TAUGHT, folder, display, resume=True)
+        assert sum("has no manifest.json" in text for text in display.said) == said
+    other_values(folder / "teacher.safetensors")
+    with pytest.raises(RunError, match=r"teacher.safetensors is damaged, or was replaced"):
+        run(TAUGHT, folder, resume=True)
 
 
 def test_damaged_weights_are_neither_measured_nor_exported(done: Path, tmp_path: Path) -> None:
@@ -201,6 +273,29 @@ def test_a_folder_that_vanishes_ends_the_run_in_words(tmp_path: Path, gone: Call
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_vanishes_while_a_checkpoint_is_written_is_told_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit(aside: Path, _: int) -> None:
+        shutil.rmtree(aside.parent.parent)
+        raise FileNotFoundError(2, "No such file or directory", str(aside))
+
+    monkeypatch.setattr("probe_kd.training.checkpoints.commit", commit)
+    with pytest.raises(RunError, match="was deleted, moved or replaced while the run was writing it"):
+        run(ALONE, tmp_path / "run")
+
+
+def test_a_first_checkpoint_that_cannot_be_written_tells_of_none_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def commit(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("probe_kd.training.checkpoints.commit", commit)
+    with pytest.raises(RunError, match=r"checkpoint to .*run: .*No space left on device. Make room"):
+        run(ALONE, tmp_path / "run")
+
+
 def test_a_folder_that_another_run_has_taken_over_is_not_written(tmp_path: Path) -> None:
     def replaced() -> None:
         shutil.rmtree(tmp_path / "run")
@@ -287,7 +382,7 @@ def test_the_manifest_names_what_the_run_wrote(finished: Path) -> None:
     assert json.loads((finished / "manifest.json").read_text())["written_by"] == "probe-kd"
 
 
-@pytest.mark.parametrize("name", [LOCK, "checkpoints/notes.txt", "report.html", "layers.json"])
+@pytest.mark.parametrize("name", [LOCK, "checkpoints/notes.txt", "report.html", "layers.json", "trackers/mine"])
 def test_what_somebody_wrote_under_a_name_of_a_run_is_kept(name: str, done: Path) -> None:
     file = done / name
     file.parent.mkdir(exist_ok=True)
@@ -295,6 +390,36 @@ def test_what_somebody_wrote_under_a_name_of_a_run_is_kept(name: str, done: Path
     with pytest.raises(RunError, match=r"will not be overwritten|holds more than a run writes"):
         run(ALONE, done, overwrite=True)
     assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["mine", "notes.json", "folder/journal.json", "journal.json.old"])
+def test_what_somebody_put_into_a_checkpoint_is_kept(name: str, half: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(half, folder)
+    newest = max((folder / "checkpoints").iterdir())
+    aside = newest.with_name("000099.partial")
+    shutil.copytree(newest, aside)
+    (aside / "manifest.json").unlink()
+    check_folder(folder, resume=False, overwrite=True)
+    for place, options in ((newest, {"overwrite": True}), (aside, {"resume": True})):
+        file = place / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("precious")
+        shown = place.relative_to(folder) / name.partition("/")[0]
+        with pytest.raises(RunError, match=rf"holds more than a run writes \({shown}\)"):
+            run(TAUGHT, folder, **options)
+        assert file.read_text() == "precious"
+        shutil.rmtree(file.parent) if file.parent != place else file.unlink()
+
+
+def test_what_trackers_wrote_may_be_overwritten(done: Path) -> None:
+    (done / "trackers").mkdir()
+    (done / "trackers" / "events").write_text("")
+    recipe = (done / "recipe.yaml").read_text()
+    assert "trackers: []" in recipe
+    (done / "recipe.yaml").write_text(recipe.replace("trackers: []", "trackers: [tensorboard]"))
+    record(done, ["recipe.yaml"])
+    check_folder(done, resume=False, overwrite=True)
 
 
 def test_a_lock_behind_a_link_is_not_written_to(tmp_path: Path) -> None:
@@ -314,3 +439,40 @@ def test_what_stands_in_the_place_of_a_folder_is_called_what_it_is(tmp_path: Pat
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(RunError, match=f"cannot write to .*{out}: {says}; choose another --out"):
         claim(tmp_path / out, print)
+
+
+def test_a_disk_that_is_full_as_a_run_begins_is_told(tmp_path: Path) -> None:
+    """Not even the name of the lock's owner fits on it."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, former[1]))
+        with pytest.raises(RunError, match=r"cannot write to .*run: File too large; .*--out"):
+            claim(tmp_path / "run", print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert not (tmp_path / "run").exists()
+    claim(tmp_path / "run", print).release()
+
+
+@pytest.mark.parametrize(("number", "says"), [(28, "No space left"), (13, "Permission denied"), (30, "Read-only")])
+def test_a_lock_that_cannot_be_made_is_no_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("probe_kd.files.run_folder.os.open", refuse)
+    with pytest.raises(RunError, match=f"cannot write to .*run: {says}"):
+        claim(tmp_path / "run", print)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_cannot_be_deleted_hides_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    claimed = claim(tmp_path / "run", print)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    claimed.release()
+    monkeypatch.undo()
+    claim(tmp_path / "run", print).release()  # the lock itself is given back

@@ -78,6 +78,7 @@ def seeds(trained: tuple[Path, str], tmp_path: Path) -> Callable[[int], list[Pat
         folders = [tmp_path / f"run-{seed}" for seed in range(count)]
         for seed, folder in enumerate(folders):
             shutil.copytree(trained[0], folder)
+            (folder / "manifest.json").unlink()  # these are figures of no run, which it would refuse
             if seed:
                 reseed(folder, seed)
         return folders

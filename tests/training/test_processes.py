@@ -74,6 +74,17 @@ def test_two_processes_that_are_stopped_go_on_to_the_same_bits(tmp_path: Path) -
     same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_signal_stops_processes_whose_epochs_are_short(tmp_path: Path) -> None:
+    """Of one update: between two times of asking there may be an epoch, and no more."""
+    text = SMALL.replace("batch_size: 16", "batch_size: 160").replace("epochs: 2", "epochs: 100000")
+    processes, queue = start(run_with, text, tmp_path / "run", {})
+    while count(tmp_path / "run") < 3:
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert sorted(finish(processes, queue)) == ["Stopped: stopped by SIGTERM"] * 2
+    assert count(tmp_path / "run") < 100
+
+
 SMALL = """\
 student:
   model: vit_tiny_patch16_224

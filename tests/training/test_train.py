@@ -193,6 +193,34 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_try(tmp_path: P
         run(tmp_path / "r.yaml", tmp_path / "run")
 
 
+WRECK = "optimizer: {opt: sgd, lr: 1.0e+38}"
+ONE_UPDATE = """\
+student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}
+teacher: {model: resnet10t, model_kwargs: {channels: [8, 8, 16, 16]}, train: {epochs: 1}}
+data: {dataset: sklearn/digits, input_size: [3, 8, 8], batch_size: 512, hflip: 0.0, fraction: 0.2}
+stages: [{epochs: 1, losses: {soft: {loss: soft_targets}}}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "role", "left"),
+    [
+        ("train: {epochs: 1}", f"train: {{epochs: 1, {WRECK}}}", "teacher", set()),
+        ("loss: soft_targets}}", f"loss: soft_targets}}}}, {WRECK}", "student", {"teacher.safetensors"}),
+    ],
+    ids=["teacher", "student"],
+)
+def test_a_model_that_its_last_update_wrecks_ends_the_run_at_once_and_is_not_left(
+    tmp_path: Path, old: str, new: str, role: str, left: set[str]
+) -> None:
+    """The loss of that update was a number: it is measured before the weights move."""
+    assert old in ONE_UPDATE
+    with pytest.raises(RunError, match=rf"the outputs of {role} are no numbers: try a smaller `lr`"):
+        train(plan(parse(ONE_UPDATE.replace(old, new))), tmp_path / "run", Progress(Console(quiet=True)))
+    assert {file.name for file in (tmp_path / "run").glob("*.safetensors")} == left
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on(tiny: Path, tmp_path: Path) -> None:
     tiny.write_text(TINY.replace("epochs: 2", "epochs: 2000"))
     command = [sys.executable, "-m", "probe_kd.cli", "train", "tiny.yaml", "--out", "run"]
