@@ -126,11 +126,11 @@ def _told(ours: Ours) -> Arm:
 
 def _written(ours: Ours) -> Callable[[], None]:
     """The first epoch; the folder is new each time."""
-    subject, distiller, loop = ours.stages[0]
+    trained, distiller, loop = ours.stages[0]
 
     def epoch() -> None:
         ours.times += 1
-        loop.cache = ours.cache(subject, distiller)
+        loop.cache = ours.cache(trained, distiller)
         one_epoch(loop, 0)
         assert loop.cache is not None
         loop.cache.close()
@@ -139,8 +139,8 @@ def _written(ours: Ours) -> Callable[[], None]:
 
 
 def _read(ours: Ours, stack: ExitStack) -> Arm:
-    subject, distiller, loop = ours.stages[0]
-    loop.cache = ours.cache(subject, distiller)
+    trained, distiller, loop = ours.stages[0]
+    loop.cache = ours.cache(trained, distiller)
     assert loop.cache is not None
     stack.callback(loop.cache.close)
     while len(loop.cache.some(loop.views.view, loop.cache.count)[0]) < loop.cache.count:

@@ -89,7 +89,7 @@ def of_recipe(case: tuple[str, str], folder: Path, size: int, batch: int, epochs
     planned, quiet = plan(parse(text, "gpu.yaml")), Progress(Console(quiet=True), quiet=True)
     with tempfile.TemporaryDirectory() as place:
         rows = train(planned, Path(place) / "run", quiet).rows
-        rate = float([row for row in rows if row["subject"] == "student"][-1]["images_per_second"])  # type: ignore[arg-type]
+        rate = float([row for row in rows if row["role"] == "student"][-1]["images_per_second"])  # type: ignore[arg-type]
         idle = _idle(lambda: train(planned, Path(place) / "watched", quiet)) if torch.cuda.is_available() else 0.0
     return rate, idle
 

@@ -507,18 +507,20 @@ def compare(
         _say(f"wrote {output}", sys.stderr if as_json else None)
 
 
-class SubjectChoice(StrEnum):
+class RoleChoice(StrEnum):
     student = "student"
-    student_alone = "student-alone"
+    baseline = "baseline"
     teacher = "teacher"
-    teacher_alone = "teacher-alone"
+    teacher_baseline = "teacher-baseline"
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; new, or empty.")],
-    subject: Annotated[SubjectChoice, typer.Option(help="Which model of the run.")] = SubjectChoice.student,
+    role: Annotated[
+        RoleChoice, typer.Option("--role", "--subject", help="Which model of the run.")
+    ] = RoleChoice.student,
     ema: Annotated[bool, typer.Option("--ema", help="The moving average of its weights.")] = False,
     reparameterize: Annotated[
         bool, typer.Option("--reparameterize", help="Merge the branches and norms that only training needs.")
@@ -538,7 +540,7 @@ def export(
     from probe_kd.results.export import export as write
 
     options = {"ema": ema, "reparameterize": reparameterize, "onnx": onnx, "overwrite": overwrite}
-    done = write(run, output, subject=subject.value, root=root, allow_import=_allowed(allow_import), **options)
+    done = write(run, output, role=role.value, root=root, allow_import=_allowed(allow_import), **options)
     if as_json:
         print(json.dumps(asdict(done), indent=1))
         return

@@ -312,7 +312,7 @@ def scores_table(found: "Evaluation") -> Table:
             *(_share(row.agreement), _decimals(row.kl)),
         )
     table.caption = "NLL, and KL(teacher || student), in nats per image; calibration error: expected, 15 bins, l1"
-    if any(row.role == "teacher alone" for row in found.scores):
+    if any(row.role == "teacher baseline" for row in found.scores):
         table.caption += "; agreement and KL are with the teacher that trained with the student"
     return table
 

@@ -57,7 +57,7 @@ def table(*head: str, rows: Iterable[Sequence[object]]) -> str:
 
 
 def gains(rows: Sequence[Row]) -> dict[Key, list[float]]:
-    """By cell, the test accuracy less that of the student alone of the same seed."""
+    """By cell, the test accuracy less that of the baseline of the same seed."""
     alone = {(row["images"], row["pair"], row["seed"]): row["test"] for row in rows if row["method"] == "alone"}
     found: dict[Key, list[float]] = {}
     for row in rows:
@@ -82,7 +82,7 @@ def accuracies(rows: Sequence[Row]) -> Iterator[str]:
             lines.append(
                 (method, f"{runs[0]['lr']:g}", spread([row["test"] for row in runs]), change, spread(agreement))
             )
-        yield table("method", "lr", "accuracy", "over the student alone, by seed", "agreement", rows=lines) + "\n"
+        yield table("method", "lr", "accuracy", "over the baseline, by seed", "agreement", rows=lines) + "\n"
 
 
 def boosters(rows: Sequence[Row]) -> Iterator[str]:
@@ -97,7 +97,8 @@ def boosters(rows: Sequence[Row]) -> Iterator[str]:
         lines.append((images, method, spread(alone), spread(together), by_seed))
     if lines:
         yield (
-            table("images", "method", "teacher alone", "teacher with the student", "change, by seed", rows=lines) + "\n"
+            table("images", "method", "teacher baseline", "teacher with the student", "change, by seed", rows=lines)
+            + "\n"
         )
 
 
@@ -185,7 +186,7 @@ def draw_gains(rows: Sequence[Row]) -> None:
         place.set_yticks(range(len(own)), own, fontsize=7)
         place.invert_yaxis()
         place.set_title(f"{pair.replace('-', ' <- ')}, {'5 %' if images == 'few' else 'all'} of the images", fontsize=9)
-        place.set_xlabel("points over the student alone", fontsize=8)
+        place.set_xlabel("points over the baseline", fontsize=8)
         place.grid(alpha=0.3)
     _save(figure, "gains")
 

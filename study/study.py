@@ -243,7 +243,7 @@ def run_cell(cell: Cell, settings: Settings) -> tuple[Rows, Rows]:
                 "test": round(100 * measured["student"], 2),
                 "agreement": round(100 * measured.get("agreement", 0), 2),
                 "teacher": round(100 * measured.get("teacher", 0), 2),
-                "teacher_alone": round(100 * measured["teacher-alone"], 2) if "teacher-alone" in measured else "",
+                "teacher_alone": round(100 * measured["teacher-baseline"], 2) if "teacher-baseline" in measured else "",
             }
         )
         curves += _curve(cell, home, best, seed) if seed != first else []
@@ -258,7 +258,7 @@ def timed_cell(cell: Cell, settings: Settings) -> tuple[tuple[Rows, Rows], float
 def _curve(cell: Cell, home: Path, rate: float, seed: int) -> Iterator[dict[str, Any]]:
     """The epochs of the student that were measured."""
     for row in read_metrics(home / f"lr{rate:g}-seed{seed}" / "metrics.csv"):
-        if row["subject"] == "student" and "accuracy" in row:
+        if row["role"] == "student" and "accuracy" in row:
             where = {"lr": rate, "seed": seed, "stage": row["stage"], "epoch": row["epoch"]}
             yield {
                 **asdict(cell),

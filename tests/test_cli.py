@@ -120,10 +120,10 @@ def test_match_writes_a_recipe_that_runs(command: Command, tmp_path: Path) -> No
     short = ("teacher.train.epochs=1", "stages.0.epochs=1")
     result = command("train", "r.yaml", *(f"--set={value}" for value in short))
     assert result.returncode == 0, result.stderr
-    for part in ("teacher", "student alone", "accuracy", "agreement", "parameters", "timm.create_model("):
+    for part in ("teacher", "baseline", "accuracy", "agreement", "parameters", "timm.create_model("):
         assert part in result.stdout
     left = {file.name for file in (tmp_path / "runs" / "r").iterdir()}
-    weights = {"teacher.safetensors", "student-alone.safetensors", "student.safetensors"}
+    weights = {"teacher.safetensors", "baseline.safetensors", "student.safetensors"}
     weights |= {"adapters-0.safetensors"}
     told = {"metrics.csv", "summary.csv", "curves.png", "summary.json", "layers.json", "report.html"}
     assert left == weights | told | {"recipe.yaml", "data.json", "manifest.json"}
@@ -334,7 +334,7 @@ def test_a_teacher_that_is_worse_is_told_once_at_the_end_of_a_run(command: Comma
     (tmp_path / "r.yaml").write_text(TINY.replace("train: {epochs: 1}", "train: {epochs: 1, optimizer: {lr: 1.0e-9}}"))
     result = command("train", "r.yaml", "-q", "--set", "stages.1.epochs=6", "--set", "data.batch_size=64")
     assert result.returncode == 0, result.stderr
-    assert (result.stdout + result.stderr).count("is worse than the student alone") == 1
+    assert (result.stdout + result.stderr).count("is worse than the baseline") == 1
 
 
 def test_check_says_what_is_compared_and_what_every_loss_moves(command: Command, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_recipe_runs_end_to_end(recipe: Path, pair: str, pictures: Path, tmp_p
     planned = written(toy(recipe, pictures, *PAIRS[pair]), tmp_path / "r.yaml")
     journal = train(planned, tmp_path / "run", Progress(Console(quiet=True)))
     assert journal.results["student"].weights == "student.safetensors"
-    losses = [row for row in journal.rows if row["subject"] == "student"]
+    losses = [row for row in journal.rows if row["role"] == "student"]
     assert len(losses) == len(planned.recipe.stages)
     for row, stage in zip(losses, planned.recipe.stages, strict=True):
         assert set(stage.losses) <= {name for name, value in row.items() if value is not None}

@@ -55,7 +55,7 @@ class Views(Sampler[tuple[int, int]]):
     """The order of the training images, and the seed of the view in which each is seen: (index, seed).
 
     Both follow from the seed of the run and the age of the student in epochs alone. So a run that goes on in the
-    middle of an epoch, one with other workers or processes, and the student alone beside the student, all see the same.
+    middle of an epoch, one with other workers or processes, and the baseline beside the student, all see the same.
     Where the images lie in `shards`, of so many images each, the shards come in another order in every epoch, and
     images within each window of it: so a disk reads about one place at a time.
     """

@@ -79,7 +79,7 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
     def setup_ema(
         self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
     ) -> nn.Module:
-        """timm's average, of the student alone: a copy of the Distiller would hold a second teacher."""
+        """timm's average, of the baseline: a copy of the Distiller would hold a second teacher."""
         self.trainable_module_ema: Any = ModelEmaV3(
             self.distiller.student, decay=decay, use_warmup=use_warmup, device=device, **kwargs
         )
@@ -101,7 +101,7 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         state = self.distiller.adapters.state_dict()
-        return {"adapters": state} if state and not ema else {}  # an average is of the student alone
+        return {"adapters": state} if state and not ema else {}  # an average is of the baseline
 
     def load_task_state(
         self,

@@ -51,7 +51,7 @@ from probe_kd.recipe.yaml_tree import (
 
 # Columns of metrics.csv that are no losses.
 RESERVED = (
-    "subject",
+    "role",
     "stage",
     "epoch",
     "accuracy",
@@ -391,7 +391,7 @@ class Recipe(_Section):
     """A whole recipe.
 
     `pairs` maps student taps to teacher taps, or is `auto`. A tap may be a pattern, `glob:blocks.[0-3]` or
-    `re:layer[12]`, if both sides of a pair find equally many. `baseline` also trains the student alone: the same
+    `re:layer[12]`, if both sides of a pair find equally many. `baseline` also trains the baseline: the same
     weights to begin with, the same images, and only the losses that read labels. `share` trains both together; the
     teacher is trained alone first, to compare. `precision` is accelerate's; where neither it nor accelerate's own
     configuration is given, it is `bf16` on a GPU that computes in it, and `no` elsewhere. `matmul_precision` is that of

@@ -157,7 +157,7 @@ def write_recipe(
         *([] if found.shares else [_WEIGHTS]),
         *_data_lines(data, root, student.input_size, holdout="keep: best" in found.stages),
         *_layer_lines(found, student, teacher, pairs),
-        "baseline: true                  # also train the student alone, to compare",
+        "baseline: true                  # also train the baseline, to compare",
         "stages:",
         found.stages,
         "seed: 0",

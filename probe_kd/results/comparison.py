@@ -1,4 +1,4 @@
-"""Runs beside each other: what came of each subject over seeds, what the recipes differ in, how alike the layers are.
+"""Runs beside each other: what came of each model over seeds, what the recipes differ in, how alike the layers are.
 
 The folders of the runs are read and no model is built, so this takes as long for a hundred runs as for one. The
 exception is the similarity of layers, for which both models have to look at images: a run measures it at its end, and
@@ -29,13 +29,13 @@ from probe_kd.recipe.options import command_to_go_on, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.results.evaluation import cka_table, vectors
 from probe_kd.training.checkpoints import FOLDER as CHECKPOINTS
-from probe_kd.training.state import MEASURES, Result, Row
+from probe_kd.training.state import MEASURES, Result, Row, current_role
 
 LAYERS = "layers.json"
-ROLES = ("student alone", "student", "teacher", "teacher alone")  # the second last is the partner, where they share
+ROLES = ("baseline", "student", "teacher", "teacher baseline")  # the second last is the partner, where they share
 IMAGES, SECONDS = 512, 10.0  # that the similarity of layers is measured on, and may take
 MOST_LAYERS = 24  # of a model, above which its stage ends stand for its blocks
-UNCOMPARED = {"subject", "stage", "epoch", "images_per_second"}
+UNCOMPARED = {"role", "stage", "epoch", "images_per_second"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What came of one subject in the runs of one recipe.
+    """What came of one model in the runs of one recipe.
 
     `accuracy`, `ema_accuracy` (of the moving average) and `agreement` with the teacher are shares of the test images in
     0..1, `seconds` were spent in training. `unfinished` says how far it is, where no run has finished it: the figures
@@ -71,7 +71,7 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class Curve:
-    """One measure of one subject by epoch, over seeds: `points` are (epoch from 1, mean, least, greatest)."""
+    """One measure of one model by epoch, over seeds: `points` are (epoch from 1, mean, least, greatest)."""
 
     role: str
     measure: str
@@ -80,7 +80,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """One class: test images in all runs, and what share of them the student alone and the student answer rightly."""
+    """One class: test images in all runs, and what share of them the baseline and the student answer rightly."""
 
     name: str
     images: int
@@ -115,7 +115,7 @@ class LayerSimilarity:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe but for the seed. `gain` is the student's accuracy less that of the student alone, by run."""
+    """Runs of one recipe but for the seed. `gain` is the student's accuracy less that of the baseline, by run."""
 
     name: str
     runs: tuple[str, ...]
@@ -148,7 +148,7 @@ class RunComparison:
 
 @dataclass
 class _Run:
-    """A folder as it was read. `rows` are the epochs, `results` the subjects that are done."""
+    """A folder as it was read. `rows` are the epochs, `results` the models that are done."""
 
     folder: Path
     recipe: dict[str, Any]
@@ -170,7 +170,7 @@ class _Run:
 
     def last(self, role: str) -> Row | None:
         """The last epoch that was measured."""
-        return next((row for row in reversed(self.rows) if row["subject"] == role and "accuracy" in row), None)
+        return next((row for row in reversed(self.rows) if row["role"] == role and "accuracy" in row), None)
 
 
 def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: Sequence[str] = ()) -> RunComparison:
@@ -299,7 +299,7 @@ def _read(folder: Path) -> _Run:
 
 def _progress(run: _Run) -> str:
     """What a run that has not ended has done."""
-    begun = {row["subject"]: row for row in run.rows if row["subject"] not in run.results}
+    begun = {row["role"]: row for row in run.rows if row["role"] not in run.results}
     parts = [f"{role} is done" for role in run.results]
     parts += [f"{role} is at epoch {row['epoch']} of stage {row['stage']!r}" for role, row in begun.items()]
     state = ", ".join(parts) or "no epoch is done"
@@ -307,12 +307,12 @@ def _progress(run: _Run) -> str:
 
 
 def doubts(accuracies: Mapping[str, float]) -> list[str]:
-    """What in the accuracies of a run's subjects says that it cannot have taught what was hoped for."""
-    teacher, alone = (accuracies.get(role) for role in ("teacher", "student alone"))
+    """What in the accuracies of a run's models says that it cannot have taught what was hoped for."""
+    teacher, alone = (accuracies.get(role) for role in ("teacher", "baseline"))
     if teacher is None or alone is None or teacher >= alone:
         return []
     return [
-        f"The teacher ({teacher:.2%}) is worse than the student alone ({alone:.2%}), so there is "
+        f"The teacher ({teacher:.2%}) is worse than the baseline ({alone:.2%}), so there is "
         "little to learn from it: train it longer, or give it other weights, another learning rate or the right mean "
         "and std."
     ]
@@ -325,7 +325,9 @@ def read_metrics(path: Path) -> list[Row]:
         return rows
     try:
         reader = csv.DictReader(whole_text(path).splitlines(keepends=True), strict=True)
-        lacking = {"subject", "stage", "epoch"} - set(reader.fieldnames or ())
+        # An earlier version called the first column `subject`.
+        reader.fieldnames = ["role" if name == "subject" else name for name in reader.fieldnames or ()]
+        lacking = {"role", "stage", "epoch"} - set(reader.fieldnames)
         if lacking:
             raise ValueError(f"it has no column {sorted(lacking)[0]!r}")
         rows.extend(_epoch(line) for line in reader)
@@ -343,8 +345,8 @@ def _epoch(line: Mapping[str | None, Any]) -> Row:
         raise ValueError(f"expected {len([key for key in line if key is not None])} fields, as in the first line")
     row: Row = {}
     for key, text in line.items():
-        if key in ("subject", "stage"):
-            row[key] = _printable(text)
+        if key in ("role", "stage"):
+            row[key] = _printable(current_role(text))
         elif text:
             try:
                 row[str(key)] = int(text) if key == "epoch" else float(text)
@@ -379,7 +381,7 @@ def _results(found: Mapping[str, Any], path: Path) -> dict[str, Result]:
     for result in results:
         if not all(math.isfinite(value or 0.0) for value in (result.accuracy, result.agreement, result.seconds)):
             raise _damaged(path, ValueError(f"a figure of {result.role!r} is no number"))
-        result.role, result.model = _printable(result.role), _printable(result.model)
+        result.role, result.model = _printable(current_role(result.role)), _printable(result.model)
     return {result.role: result for result in results}
 
 
@@ -423,8 +425,8 @@ def _beginning(names: Sequence[str]) -> str:
 def _group(name: str, members: Sequence[_Run]) -> Group:
     roles = [role for role in ROLES if any(role in run.results or run.last(role) for run in members)]
     summaries = [_summary_of(role, members) for role in roles]
-    both = [run.results for run in members if {"student", "student alone"} <= run.results.keys()]
-    gains = [results["student"].accuracy - results["student alone"].accuracy for results in both]
+    both = [run.results for run in members if {"student", "baseline"} <= run.results.keys()]
+    gains = [results["student"].accuracy - results["baseline"].accuracy for results in both]
     return Group(
         name=name,
         runs=tuple(_printable(str(run.folder)) for run in members),
@@ -447,7 +449,7 @@ def _pairs(found: Any) -> Iterator[tuple[str, str]]:
 
 
 def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
-    """Of the runs that have finished the subject; where none has, of the last epochs so far."""
+    """Of the runs that have finished the model; where none has, of the last epochs so far."""
     done = [run.results[role] for run in members if role in run.results]
     if not done:
         rows = [row for row in (run.last(role) for run in members) if row]
@@ -481,9 +483,9 @@ def _spread(found: Iterable[float | None]) -> Spread | None:
 
 
 def _curves(members: Sequence[_Run]) -> Iterator[Curve]:
-    """By the epochs of a subject in all its stages, over the runs that have come so far."""
+    """By the epochs of a model in all its stages, over the runs that have come so far."""
     for role in ROLES:
-        series = [[row for row in run.rows if row["subject"] == role] for run in members]
+        series = [[row for row in run.rows if row["role"] == role] for run in members]
         for measure in dict.fromkeys(key for rows in series for row in rows for key in row if key not in UNCOMPARED):
             points = []
             for epoch in range(max(map(len, series))):
@@ -509,17 +511,17 @@ def _classes(members: Sequence[_Run]) -> Iterator[ClassChange]:
     for index, name in enumerate(told[0].classes):
         counts = {
             role: [sum(getattr(run.results[role], which)[index] for run in told) for which in ("images", "right")]
-            for role in ("student alone", "student")
+            for role in ("baseline", "student")
         }
         images = counts["student"][0]
-        if images and counts["student alone"][0]:
+        if images and counts["baseline"][0]:
             alone, student = (right / total for total, right in counts.values())
             found.append(ClassChange(name, images, alone, student))
     yield from sorted(found, key=lambda item: -abs(item.change))
 
 
 def _tell_classes(run: _Run) -> bool:
-    both = [run.results.get(role) for role in ("student alone", "student")]
+    both = [run.results.get(role) for role in ("baseline", "student")]
     count = len(run.classes)
     return count > 0 and all(found and len(found.images) == len(found.right) == count for found in both)
 

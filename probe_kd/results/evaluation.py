@@ -37,6 +37,7 @@ from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.sections.sharing import join
 from probe_kd.training.devices import mixed_precision
 from probe_kd.training.processes import own_accelerator
+from probe_kd.training.state import weights_file
 
 Split = Literal["test", "val", "train", "held_out"]
 Sums = dict[str, Tensor]
@@ -68,7 +69,7 @@ class Scores:
 class Similarity:
     """How alike a layer of the student and one of the teacher are; `note` says why something is not known.
 
-    `cka` is linear CKA in 0..1, `cka_alone` that of the student alone, and `explained_variance` the share of the
+    `cka` is linear CKA in 0..1, `cka_alone` that of the baseline, and `explained_variance` the share of the
     teacher's side that the adapter of this loss explains, at most 1. Layers that no loss compares have no `stage`.
     """
 
@@ -142,15 +143,15 @@ def evaluate(
     with own_accelerator() as accelerator:
         place = _place(accelerator, device)
         compared = list(_compared(planned, folder, place))
-        subjects = [subject.to(place) for subject in _subjects(planned, folder, student, compared, ema=ema)]
-        meter = _Meter(subjects, compared, planned.datasets.num_classes, accelerator)
+        entries = [entry.to(place) for entry in _entries(planned, folder, student, compared, ema=ema)]
+        meter = _Meter(entries, compared, planned.datasets.num_classes, accelerator)
         precision = mixed_precision(planned.recipe, place.type) or accelerator.mixed_precision
-        for views, target in _batches(planned, images, subjects, accelerator, batch_size):
+        for views, target in _batches(planned, images, entries, accelerator, batch_size):
             with torch.no_grad():
                 features = {}
-                for subject in subjects:
+                for entry in entries:
                     with _autocast(precision, place):
-                        features[subject.role] = subject.look(views[subject.images].to(place))
+                        features[entry.role] = entry.look(views[entry.images].to(place))
                 meter.update(features, target.to(place))
         held_out = split == "test" and planned.datasets.test is planned.datasets.held_out  # there is no other
         return replace(meter.result(str(folder), "held_out" if held_out else split), notes=notes)
@@ -238,8 +239,8 @@ def vectors(
     teacher, name = _teacher(known, options, run, "teacher", trained=trained)
     place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     sides = [
-        _subject("student", planned.trained.model, _student(planned, file), file.name, (given, wanted), ours).to(place),
-        _subject("teacher", known.model, teacher, name, (wanted, wanted), theirs).to(place),
+        _entry("student", planned.trained.model, _student(planned, file), file.name, (given, wanted), ours).to(place),
+        _entry("teacher", known.model, teacher, name, (wanted, wanted), theirs).to(place),
     ]
     count = len(planned.datasets.test)  # type: ignore[arg-type]
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:images].tolist()
@@ -362,7 +363,7 @@ def _images(planned: Plan, split: Split) -> Dataset[Any]:
 
 
 @dataclass(frozen=True)
-class _Subject:
+class _Evaluated:
     """One model that is measured.
 
     `images` is how they are loaded for it, `output` the tap of its answer, `pools` what makes one vector of an image of
@@ -446,47 +447,46 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
     yield from (_Compared(pair) for pair in planned.pairs if pair not in used)
 
 
-def _subjects(
+def _entries(
     planned: Plan, folder: Path, student: Path, compared: Sequence[_Compared], *, ema: bool
-) -> Iterator[_Subject]:
-    """The student first, then what there is of the student alone, the teacher, and the teacher alone."""
+) -> Iterator[_Evaluated]:
+    """The student first, then what there is of the baseline, the teacher, and the teacher baseline."""
     pairs = [pair for item in compared for pair in (item.pair, *item.pairs)]
     ours, theirs = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
     given, wanted = planned.student_input, planned.teacher_input
     shown = student.name if student.parent == folder else str(student)
     other = wanted or given
-    yield _subject("student", planned.trained.model, _student(planned, student), shown, (given, other), ours)
-    alone = folder / "student-alone.safetensors"
-    average = folder / "student-alone-ema.safetensors"
+    yield _entry("student", planned.trained.model, _student(planned, student), shown, (given, other), ours)
+    alone, average = weights_file(folder, "baseline"), weights_file(folder, "baseline", "-ema")
     alone = average if ema and average.is_file() else alone
     if alone.is_file():
         plain = replace(given, size=planned.student.input_size)  # a graft sees what its teacher sees
         model = _loaded(_built(planned.student), alone)
         taps = [] if planned.grown else ours
-        yield _subject("student alone", planned.student.model, model, alone.name, (plain, other), taps)
+        yield _entry("baseline", planned.student.model, model, alone.name, (plain, other), taps)
     options, known = planned.recipe.teacher, planned.teacher
     if options is None or known is None or wanted is None:
         return
     trained = planned.recipe.share is not None or options.train is not None
     model, shown = _teacher(known, options, folder, "teacher", trained=trained)
-    teacher = _subject("teacher", known.model, model, shown, (wanted, wanted), theirs)
+    teacher = _entry("teacher", known.model, model, shown, (wanted, wanted), theirs)
     yield replace(teacher, classes=planned.class_map)
     if planned.recipe.share:
         given_weights = options.pretrained or options.checkpoint is not None
-        model, shown = _teacher(known, options, folder, "teacher alone", trained=not given_weights)
-        yield _subject("teacher alone", known.model, model, shown, (wanted, wanted), [])
+        model, shown = _teacher(known, options, folder, "teacher baseline", trained=not given_weights)
+        yield _entry("teacher baseline", known.model, model, shown, (wanted, wanted), [])
 
 
-def _subject(
+def _entry(
     role: str, name: str, model: nn.Module, weights: str, sees: tuple[InputSpec, InputSpec], taps: Sequence[Tap]
-) -> _Subject:
+) -> _Evaluated:
     own, other = sees
     # Traced anew, in eval mode: a model may answer otherwise than in training, and overwrite other features.
     seen = trace(model.eval(), own.size)
     specs = {spec.tap: spec for spec in (seen.output, *(seen[tap] for tap in taps))}
     pools = {tap: pooled(seen[tap]) for tap in dict.fromkeys(taps) if seen[tap].layout is not Layout.OTHER}
     probe = Probe(model, specs.values())
-    return _Subject(role, name, weights, probe, ImageView(own, own), own.covering(other), seen.output.tap, pools)
+    return _Evaluated(role, name, weights, probe, ImageView(own, own), own.covering(other), seen.output.tap, pools)
 
 
 def _built(known: Trace, *, pretrained: bool = False) -> nn.Module:
@@ -508,7 +508,7 @@ def _student(planned: Plan, path: Path) -> nn.Module:
 
 def _teacher(known: Trace, options: TeacherOptions, folder: Path, role: str, *, trained: bool) -> tuple[nn.Module, str]:
     """With the weights that the run wrote, where it trains it, else those that it was given; and their name."""
-    file = folder / f"{role.replace(' ', '-')}.safetensors"
+    file = weights_file(folder, role)
     if file.is_file():
         return _loaded(_built(known), file), file.name
     if trained:
@@ -520,12 +520,12 @@ def _teacher(known: Trace, options: TeacherOptions, folder: Path, role: str, *, 
 
 
 def _batches(
-    planned: Plan, images: Dataset[Any], subjects: Sequence[_Subject], accelerator: Accelerator, size: int | None
+    planned: Plan, images: Dataset[Any], entries: Sequence[_Evaluated], accelerator: Accelerator, size: int | None
 ) -> Iterator[tuple[dict[InputSpec, Tensor], Tensor]]:
     """The same images in every form that a model wants them in, with their labels."""
     data = planned.recipe.data
     options = data.model_copy(update={"batch_size": size or data.batch_size})
-    forms = list(dict.fromkeys(subject.images for subject in subjects))
+    forms = list(dict.fromkeys(entry.images for entry in entries))
     prepared = (loader(images, options, form, training=False).prepare(accelerator) for form in forms)
     loaders = [readable(batches, "evaluation") for batches in prepared]
     for batches in zip(*loaders, strict=True):
@@ -544,25 +544,23 @@ class _Meter:
     """All sums over the images so far."""
 
     def __init__(
-        self, subjects: Sequence[_Subject], compared: Sequence[_Compared], classes: int, accelerator: Accelerator
+        self, entries: Sequence[_Evaluated], compared: Sequence[_Compared], classes: int, accelerator: Accelerator
     ) -> None:
-        self.subjects, self.compared, self.classes, self.accelerator = subjects, compared, classes, accelerator
-        self.answers: dict[str, Sums] = {subject.role: {} for subject in subjects}
+        self.entries, self.compared, self.classes, self.accelerator = entries, compared, classes, accelerator
+        self.answers: dict[str, Sums] = {entry.role: {} for entry in entries}
         # It would gather again what is gathered, so it is told not to.
         options: dict[str, Any] = {"n_bins": BINS, "norm": "l1", "validate_args": False, "sync_on_compute": False}
         self.calibration = {role: MulticlassCalibrationError(classes, **options) for role in self.answers}
-        self.pools = {subject.role: subject.pools for subject in subjects}
+        self.pools = {entry.role: entry.pools for entry in entries}
         self.alike: dict[tuple[str, Pair], Sums] = {
-            (subject.role, item.pair): {}
+            (entry.role, item.pair): {}
             for item in compared
-            for subject in subjects
-            if subject.learns
-            and item.pair.student in subject.pools
-            and item.pair.teacher in self.pools.get("teacher", {})
+            for entry in entries
+            if entry.learns and item.pair.student in entry.pools and item.pair.teacher in self.pools.get("teacher", {})
         }
 
     def update(self, features: Mapping[str, Mapping[Tap, Tensor]], target: Int[Tensor, " batch"]) -> None:
-        logits = {subject.role: subject.logits(features[subject.role]) for subject in self.subjects}
+        logits = {entry.role: entry.logits(features[entry.role]) for entry in self.entries}
         self._answer(*self.accelerator.gather_for_metrics((logits, target)))
         kept = self._kept(target)
         for item in self.compared:
@@ -576,9 +574,9 @@ class _Meter:
         wrong = target[(target < 0) | (target >= self.classes)]
         if len(wrong):
             raise DataError(f"label {int(wrong[0])} of an image is none of the {self.classes} classes")
-        for subject in self.subjects:
-            role, ours = subject.role, _exact(logits[subject.role])
-            theirs = _exact(logits["teacher"]) if subject.learns and "teacher" in logits else None
+        for entry in self.entries:
+            role, ours = entry.role, _exact(logits[entry.role])
+            theirs = _exact(logits["teacher"]) if entry.learns and "teacher" in logits else None
             self.answers[role] = _add(self.answers[role], _answer_sums(ours, target.to(ours.device), theirs))
             # As probabilities: logits that happen to lie in 0..1 would be taken for such.
             self.calibration[role].to(ours.device).update(ours.softmax(1), target.to(ours.device))
@@ -595,19 +593,19 @@ class _Meter:
         images = {int(sums["images"]) for sums in self.answers.values() if sums}
         if not images:
             raise DataError(f"there are no images in the split {split!r}")
-        scores = tuple(self._scores(subject) for subject in self.subjects)
+        scores = tuple(self._scores(entry) for entry in self.entries)
         alike = {key: _defined(linear_cka(self.accelerator.reduce(sums, "sum"))) for key, sums in self.alike.items()}
         rows = tuple(self._similarity(item, alike) for item in self.compared)
         return Evaluation(run, split, images.pop(), scores, rows)
 
-    def _scores(self, subject: _Subject) -> Scores:
-        sums = self.answers[subject.role]
+    def _scores(self, entry: _Evaluated) -> Scores:
+        sums = self.answers[entry.role]
         means = {name: float(total / sums["images"]) for name, total in sums.items() if name != "images"}
-        error = float(self.calibration[subject.role].compute())
-        return Scores(subject.role, subject.name, subject.weights, calibration_error=error, **means)
+        error = float(self.calibration[entry.role].compute())
+        return Scores(entry.role, entry.name, entry.weights, calibration_error=error, **means)
 
     def _similarity(self, item: _Compared, alike: Mapping[tuple[str, Pair], float | None]) -> Similarity:
-        own, alone = (alike.get((role, item.pair)) for role in ("student", "student alone"))
+        own, alone = (alike.get((role, item.pair)) for role in ("student", "baseline"))
         explained = _defined(explained_variance(self.accelerator.reduce(item.sums, "sum"))) if item.sums else None
         notes = [item.why] * bool(item.why)
         if item.sums and explained is None:

@@ -27,9 +27,10 @@ from probe_kd.files.atomic import whole_bytes, whole_text
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.options import ModelOptions, Recipe, command_to_go_on, dump, load
+from probe_kd.training.state import weights_file
 from probe_kd.version import __version__
 
-SUBJECTS = ("student", "student-alone", "teacher", "teacher-alone")
+ROLES = ("student", "baseline", "teacher", "teacher-baseline")
 WEIGHTS, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
 FILES = (CONFIG, WEIGHTS, CARD, ONNX, f"{ONNX}.data")  # the last where a model is larger than an ONNX file may be
 MARK = "- probe-kd\n"  # a tag of the card: of the folders with a README.md, ours
@@ -49,7 +50,7 @@ class Exported:
 
     folder: str
     weights: str
-    subject: str
+    role: str
     model: str
     model_kwargs: dict[str, Any]
     files: tuple[str, ...]
@@ -62,11 +63,11 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Trained:
-    """A subject of a finished run: its model in eval mode, and what it was evaluated on."""
+    """A role of a finished run: its model in eval mode, and what it was evaluated on."""
 
     run: Path
     recipe: Recipe
-    subject: str
+    role: str
     weights: Path
     about: Mapping[str, Any]
     module: nn.Module
@@ -110,7 +111,7 @@ def export(
     run: str | Path,
     folder: str | Path,
     *,
-    subject: str = "student",
+    role: str = "student",
     ema: bool = False,
     reparameterize: bool = False,
     onnx: bool = False,
@@ -121,7 +122,7 @@ def export(
     """Write a model of a finished run to `folder`, from which `timm.create_model("local-dir:FOLDER", pretrained=True)`
     builds it with its weights, and `timm.data` its preprocessing.
 
-    `subject` is one of `SUBJECTS`; `ema` takes the moving average of its weights; `reparameterize` merges branches and
+    `role` is one of `ROLES`; `ema` takes the moving average of its weights; `reparameterize` merges branches and
     batch norms that are only of use in training (timm's `reparameterize_model`); `onnx` adds `model.onnx`, float32,
     from normalised images (batch, channels, height, width) to logits (batch, classes). A model of your own function
     has no config of timm, and with `onnx` is written as that alone. `overwrite` replaces a former export
@@ -141,7 +142,7 @@ def export(
         _check_place(folder, overwrite)
     except OSError as refusal:
         raise RunError(f"cannot look into {folder}: {refusal.strerror}") from refusal
-    trained = _read(run, subject, ema, root, allow_import)
+    trained = _read(run, role, ema, root, allow_import)
     if trained.why_not_timm and not onnx:
         raise RunError(
             f"{trained.weights} {trained.why_not_timm}. probe_kd.load_student({str(trained.weights)!r}, "
@@ -165,7 +166,7 @@ def export(
     return Exported(
         folder=str(folder),
         weights=str(trained.weights),
-        subject=subject,
+        role=role,
         model=str(trained.about["model"]),
         model_kwargs=written.kwargs,
         files=files,
@@ -177,9 +178,9 @@ def export(
     )
 
 
-def _read(run: Path, subject: str, ema: bool, root: str | Path | None, allow_import: Sequence[str]) -> _Trained:
-    if subject not in SUBJECTS:
-        raise RunError(f"subject {subject!r}; expected one of {', '.join(SUBJECTS)}{nearest(subject, SUBJECTS)}")
+def _read(run: Path, role: str, ema: bool, root: str | Path | None, allow_import: Sequence[str]) -> _Trained:
+    if role not in ROLES:
+        raise RunError(f"role {role!r}; expected one of {', '.join(ROLES)}{nearest(role, ROLES)}")
     if not (run / "recipe.yaml").is_file():
         hint = "; give the folder that its run wrote, as runs/NAME" if run.is_file() else ""
         raise RunError(f"{run} is not the folder of a run: {why_no_run(run)}{hint}")
@@ -189,12 +190,12 @@ def _read(run: Path, subject: str, ema: bool, root: str | Path | None, allow_imp
     models = filter(None, (recipe.student, recipe.teacher))
     configs = [file for model in models for file in files_of(model.model, pretrained=False) if file.is_file()]
     check_inputs(run, configs, "What is exported would be read by another: put the former file back")
-    weights = run / f"{subject}{'-ema' * ema}.safetensors"
+    weights = weights_file(run, role.replace("-", " "), "-ema" * ema)
     if not weights.is_file():
-        raise RunError(_why_missing(run, weights, subject, ema))
+        raise RunError(_why_missing(run, weights, role, ema))
     about = read_header(weights)
-    options = recipe.teacher if subject.startswith("teacher") else recipe.student
-    _check_header(weights, about, options, subject)
+    options = recipe.teacher if role.startswith("teacher") else recipe.student
+    _check_header(weights, about, options, role)
     if "graft" in about:
         raise RunError(
             f"{weights} is a graft, the last layers of {recipe.student.model} on the first of another model. timm has "
@@ -202,23 +203,23 @@ def _read(run: Path, subject: str, ema: bool, root: str | Path | None, allow_imp
             "into a student that timm knows"
         )
     module = load_student(weights, allow_import=allow_import)
-    return _Trained(run, recipe, subject, weights, about, module, _evaluated_on(recipe, subject, module))
+    return _Trained(run, recipe, role, weights, about, module, _evaluated_on(recipe, role, module))
 
 
-def _why_missing(run: Path, weights: Path, subject: str, ema: bool) -> str:
+def _why_missing(run: Path, weights: Path, role: str, ema: bool) -> str:
     if any(run.glob("checkpoint*")):
         return f"{run} is not finished, and has no {weights.name} yet; go on with it: {command_to_go_on(run)}"
-    found = sorted(file.name for file in run.glob("*.safetensors") if file.stem.removesuffix("-ema") in SUBJECTS)
+    found = sorted(file.name for file in run.glob("*.safetensors") if file.stem.removesuffix("-ema") in ROLES)
     has = f"it has {', '.join(found)}" if found else "it has no weights at all"
-    if ema and f"{subject}.safetensors" in found:
-        return f"{run} kept no moving average of the {subject} ({weights.name}): {has}; leave --ema out"
-    untrained = "; a teacher that came with its weights was not trained here" * subject.startswith("teacher")
+    if ema and f"{role}.safetensors" in found:
+        return f"{run} kept no moving average of the {role} ({weights.name}): {has}; leave --ema out"
+    untrained = "; a teacher that came with its weights was not trained here" * role.startswith("teacher")
     return f"{run} has no {weights.name}: {has}{untrained}"
 
 
-def _check_header(weights: Path, about: Mapping[str, Any], options: ModelOptions | None, subject: str) -> None:
+def _check_header(weights: Path, about: Mapping[str, Any], options: ModelOptions | None, role: str) -> None:
     if options is None:
-        raise WeightsError(f"{weights} is of a {subject}, and the recipe of its run has none")
+        raise WeightsError(f"{weights} is of a {role}, and the recipe of its run has none")
     if "model" not in about:
         raise WeightsError(f"{weights} does not tell which model it is of; it was not written by probe-kd")
     wanted = options.model, options.model_kwargs
@@ -231,17 +232,17 @@ def _call(name: str, kwargs: Mapping[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in kwargs.items())})"
 
 
-def _evaluated_on(recipe: Recipe, subject: str, module: nn.Module) -> InputSpec:
+def _evaluated_on(recipe: Recipe, role: str, module: nn.Module) -> InputSpec:
     """As the plan of the recipe says it: the recipe's numbers, else those of timm's config for the model.
 
-    A run with a graft normalises the images for the teacher, also those that the student alone is compared on.
+    A run with a graft normalises the images for the teacher, also those that the baseline is compared on.
     """
     data, teacher = recipe.data, recipe.teacher
     grafted = recipe.share is not None and recipe.share.form == "graft"
     mean, std, size = data.mean, data.std, data.input_size
-    if teacher is not None and (grafted or subject.startswith("teacher")):
+    if teacher is not None and (grafted or role.startswith("teacher")):
         mean, std = teacher.mean, teacher.std
-        if subject.startswith("teacher"):
+        if role.startswith("teacher"):
             size = teacher.input_size or size
         module = build_on_meta(teacher.model, teacher.model_kwargs) if not (mean and std) else module
     own = InputSpec.of(module, size)
@@ -380,7 +381,7 @@ def _write_config(
         "custom_load": False,  # or a model whose first weights were JAX's would take ours for such
     }
     module.pretrained_cfg = config  # type: ignore[assignment]
-    about = {"version": __version__, "subject": trained.subject, "weights": trained.weights.name}
+    about = {"version": __version__, "role": trained.role, "weights": trained.weights.name}
     names = {"label_names": list(classes)} if len(classes) == module.num_classes else {}
     save_config_for_hf(
         module, str(path), model_config={**names, "probe_kd": about}, model_args=_architecture_of(kwargs)
@@ -416,7 +417,7 @@ def _check_preprocessing(loaded: nn.Module, sample: _Sample, trained: _Trained) 
 def _larger_teacher(trained: _Trained) -> list[str]:
     """The loop makes one view of an image, as large as the larger model wants, and resizes it for the other."""
     recipe = trained.recipe
-    if recipe.teacher is None or recipe.teacher.input_size is None or trained.subject.startswith("teacher"):
+    if recipe.teacher is None or recipe.teacher.input_size is None or trained.role.startswith("teacher"):
         return []
     theirs, ours = recipe.teacher.input_size[1:], trained.given.size[1:]
     if theirs[0] <= ours[0] and theirs[1] <= ours[1]:
@@ -507,7 +508,7 @@ def _card(trained: _Trained, written: _Written, name: str) -> str:
     size = "x".join(map(str, trained.given.size))
     lines = [f"- Model: `{trained.about['model']}`, images {size}"]
     lines += [f"- Weights: `{trained.weights.name}` of a run of probe-kd {trained.about.get('probe_kd', '')}".rstrip()]
-    if teacher is not None and trained.subject == "student":
+    if teacher is not None and trained.role == "student":
         lines.append(f"- Distilled from `{teacher.model}`")
     lines.append(f"- Data: `{recipe.data.dataset or 'a folder of images'}`")
     accuracies, measured_on = _accuracies(trained)
@@ -564,7 +565,7 @@ def _accuracies(trained: _Trained) -> tuple[list[str], str]:
         summary = json.loads(whole_text(trained.run / "summary.json"))
         by_role = {result["role"].replace(" ", "-"): result for result in summary["results"]}
         own = "ema_accuracy" if trained.weights.stem.endswith("-ema") else "accuracy"
-        found = {trained.subject: by_role.pop(trained.subject).get(own)}
+        found = {trained.role: by_role.pop(trained.role).get(own)}
         found |= {role: result["accuracy"] for role, result in by_role.items()}
         shown = [f"{share:.2%} ({role.replace('-', ' ')})" for role, share in found.items() if share is not None]
         return shown, str(summary.get("measured_on", ""))

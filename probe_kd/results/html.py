@@ -53,7 +53,7 @@ def tables(comparison: RunComparison) -> Iterator[Table | Text | str]:
             yield _table(group)
         yield from (f"  {row.role}: {fewer_seeds(row, group)}" for row in group.summaries if fewer_seeds(row, group))
         if group.gain:
-            yield f"  the student over the student alone: {points(group.gain)}"
+            yield f"  the student over the baseline: {points(group.gain)}"
         yield from (f"  {line}" for line in [_cost_of_sharing(group)] if line)
     if comparison.differences:
         yield f"The recipes of {' | '.join(group.name for group in comparison.groups)} differ in:"
@@ -93,7 +93,7 @@ def seeds_of(group: Group) -> str:
 
 
 def fewer_seeds(row: ModelSummary, group: Group) -> str:
-    """What to know of a subject that not every run of its group has finished."""
+    """What to know of a model that not every run of its group has finished."""
     count, every = len(row.accuracy.values), len(group.seeds)
     if row.unfinished:
         return f"not finished, at {row.unfinished}"
@@ -103,9 +103,9 @@ def fewer_seeds(row: ModelSummary, group: Group) -> str:
 def _cost_of_sharing(group: Group) -> str:
     """What training with a student did to a teacher, where it did."""
     by_role = {row.role: row.accuracy.mean for row in group.summaries}
-    if not {"teacher", "teacher alone"} <= by_role.keys():
+    if not {"teacher", "teacher baseline"} <= by_role.keys():
         return ""
-    change = 100 * (by_role["teacher"] - by_role["teacher alone"])
+    change = 100 * (by_role["teacher"] - by_role["teacher baseline"])
     if abs(change) < 0.005:
         return "trained with the student, the teacher is as accurate as alone"
     word = "gained" if change > 0 else "lost"
@@ -200,7 +200,7 @@ class _Chart:
     series: tuple[_Series, ...]
 
 
-ROLE_STYLES = {"student": 0, "student alone": 1, "teacher": 2, "teacher alone": 3}
+ROLE_STYLES = {"student": 0, "baseline": 1, "teacher": 2, "teacher baseline": 3}
 
 
 def _chart(
@@ -273,7 +273,7 @@ def _step(low: float, high: float) -> float:
 
 
 def _overview(comparison: RunComparison) -> dict[str, Any]:
-    """The accuracy of every subject in every group on one scale, each seed as a dot."""
+    """The accuracy of every model in every group on one scale, each seed as a dot."""
     rows = [(group, summary) for group in comparison.groups for summary in group.summaries]
     values = [100 * value for _, summary in rows for value in summary.accuracy.values]
     frame = (128.0, WIDTH - 24)

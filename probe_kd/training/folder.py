@@ -31,7 +31,7 @@ from probe_kd.training.processes import TRACKERS
 from probe_kd.training.progress import Progress
 from probe_kd.training.state import JOURNAL, TrainState
 
-_WEIGHTS = r"(student|teacher)(-alone)?(-ema)?|adapters-\d+"
+_WEIGHTS = r"(student|teacher|baseline|teacher-baseline|student-alone|teacher-alone)(-ema)?|adapters-\d+"
 _TABLE_OR_PARTIAL = (
     r"(manifest|data|summary|layers)\.json|recipe\.yaml|(metrics|summary)\.csv|curves\.png|report\.html"
     rf"|({_WEIGHTS}|metrics|summary)\.partial|(manifest\.json|layers\.json|report\.html)\.partial"

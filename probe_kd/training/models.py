@@ -18,7 +18,7 @@ from probe_kd.recipe.sections.sharing import join
 from probe_kd.training.devices import memory_format
 from probe_kd.training.loop import Phase
 
-TEACHER_ALONE, STUDENT_ALONE = "teacher alone", "student alone"
+TEACHER_BASELINE, BASELINE = "teacher baseline", "baseline"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +50,11 @@ class Models:
         """Each is built when its turn comes."""
         plan, recipe = self.plan, self.plan.recipe
         if recipe.teacher is not None:
-            yield self._teacher(TEACHER_ALONE if recipe.share else "teacher")
+            yield self._teacher(TEACHER_BASELINE if recipe.share else "teacher")
         if recipe.baseline:
             model = self._build(recipe.student, plan.student, recipe.seed)
             phases = self._stages(alone="student")
-            yield TrainedModel(STUDENT_ALONE, model, plan.student, self._input_alone(), phases)
+            yield TrainedModel(BASELINE, model, plan.student, self._input_alone(), phases)
         model, partner, sharing = self._build(recipe.student, plan.student, recipe.seed), None, None
         if recipe.share and plan.teacher:
             self.teacher = partner = self._teacher("teacher")
@@ -97,7 +97,7 @@ class Models:
             wish = options.train
             labels = Objective("cross_entropy", "task", options={"label_smoothing": wish.label_smoothing})
             phases = (Phase("train", wish.epochs, (labels,), wish.optimizer, wish.scheduler),)
-        elif role == TEACHER_ALONE and not (options.pretrained or options.checkpoint):
+        elif role == TEACHER_BASELINE and not (options.pretrained or options.checkpoint):
             phases = self._stages(alone="teacher")
         seed = plan.recipe.seed if options.same_init else teacher_seed(plan.recipe.seed)
         return TrainedModel(role, self._build(options, plan.teacher, seed), plan.teacher, plan.teacher_input, phases)

@@ -57,7 +57,7 @@ def _cell(value: Any) -> Any:
 
 def write_timm_summary(rows: Sequence[Row], path: Path) -> None:
     """The student's epochs as timm's training script writes them: `train_*`, `eval_top1` in percent, `lr`."""
-    own = [row for row in rows if row["subject"] == "student"]
+    own = [row for row in rows if row["role"] == "student"]
     losses = [{f"train_{key}": value for key, value in row.items() if key not in RESERVED} for row in own]
     told = [
         {"epoch": epoch, **loss, **_in_percent(row), "lr": row["lr"]}
@@ -77,13 +77,13 @@ def draw_curves(rows: Sequence[Row], path: Path, split: str = "Test") -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for role in dict.fromkeys(row["subject"] for row in rows):
-        epochs = enumerate((row for row in rows if row["subject"] == role), 1)
+    for role in dict.fromkeys(row["role"] for row in rows):
+        epochs = enumerate((row for row in rows if row["role"] == role), 1)
         points = [(epoch, 100 * row["accuracy"]) for epoch, row in epochs if "accuracy" in row]
         if points:
             left.plot(*zip(*points, strict=True), label=role)
     left.set(title=f"{split} accuracy", xlabel="epoch", ylabel="%")
-    own = [row for row in rows if row["subject"] == "student"]
+    own = [row for row in rows if row["role"] == "student"]
     for term in dict.fromkeys(key for row in own for key in row if key not in {*MEASURES, "loss"}):
         points = [(epoch, row[term]) for epoch, row in enumerate(own, 1) if term in row]
         right.plot(*zip(*points, strict=True), label=term)

@@ -1,9 +1,9 @@
 """Training: from a plan to a folder of results. Reads from top to bottom.
 
-A run trains up to three models, one after the other: the teacher where it has no weights yet, the student alone where
+A run trains up to three models, one after the other: the teacher where it has no weights yet, the baseline where
 the recipe asks for a baseline, and the student. The two students begin with the same weights, and see the same images
 in the same order in every stage that both go through.
-Where a recipe shares (Rocket Launching), the first is the teacher alone, and the last is the student with a teacher
+Where a recipe shares (Rocket Launching), the first is the teacher baseline, and the last is the student with a teacher
 that began as the first did.
 """
 
@@ -34,7 +34,7 @@ from probe_kd.training.caching import open_cache, tell_of_damage
 from probe_kd.training.devices import describe_device
 from probe_kd.training.folder import open_run
 from probe_kd.training.loop import Loop, Phase
-from probe_kd.training.models import STUDENT_ALONE, TEACHER_ALONE, Models, TrainedModel
+from probe_kd.training.models import BASELINE, TEACHER_BASELINE, Models, TrainedModel
 from probe_kd.training.processes import accelerating, listening, with_peers
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import TABLES, write_report
@@ -143,12 +143,12 @@ class Run:
                 self._train_model(trained)
             elif result.weights and not trained.learns_from_teacher:
                 _load_again(trained.model, self.saver.folder / result.weights)
-            if trained.role in ("teacher", TEACHER_ALONE):
+            if trained.role in ("teacher", TEACHER_BASELINE):
                 self.models.teacher = trained
 
     def _train_model(self, trained: TrainedModel) -> None:
         if trained.partner is not None:
-            self.scorer.forget_teacher()  # which was the teacher alone
+            self.scorer.forget_teacher()  # which was the teacher baseline
         state = self.state
         state.begin(trained.role)
         average: nn.Module | None = None
@@ -274,7 +274,7 @@ class Run:
         models = [model for model in (trained.partner, trained, average) if model is not None]
         measured = iter(self.scorer.measure(models) if due else ())
         for shown in filter(None, (trained.partner if due else None, trained)):
-            row: Row = {"subject": shown.role, "stage": loop.phase.name, "epoch": state.epoch}
+            row: Row = {"role": shown.role, "stage": loop.phase.name, "epoch": state.epoch}
             if due:
                 self.scorer.latest[shown.role] = next(measured)
                 row["accuracy"], row["agreement"], _ = self.scorer.latest[shown.role]
@@ -332,6 +332,6 @@ def loop_of(
         images=models.plan.datasets.train,
         given=models.images_for(trained),
         num_classes=models.plan.datasets.num_classes,
-        averaged=trained.role in ("student", STUDENT_ALONE),
+        averaged=trained.role in ("student", BASELINE),
         cache=cache,
     )

@@ -13,7 +13,7 @@ from probe_kd.errors import RunError, for_all
 from probe_kd.methods.adapters import ImageView
 from probe_kd.training.devices import memory_format
 from probe_kd.training.loop import Loop
-from probe_kd.training.models import TEACHER_ALONE, Models, TrainedModel
+from probe_kd.training.models import TEACHER_BASELINE, Models, TrainedModel
 
 MeasuredSplit = Literal["val", "test"]  # the images of the curves and of the final figures; often the same
 
@@ -59,7 +59,7 @@ class Scorer:
         accuracy = (answers == targets).double().mean().item()
         counted = {"images": targets, "right": targets[answers == targets]}
         classes = {name: _per_class(kept, self.plan.datasets.num_classes) for name, kept in counted.items()}
-        if trained is self.models.teacher or trained.role == TEACHER_ALONE:  # while it trains, its answers change
+        if trained is self.models.teacher or trained.role == TEACHER_BASELINE:  # while it trains, its answers change
             self.teacher_predictions[split] = answers
             return Score(accuracy, None, classes)
         if self.models.teacher is None or split not in self.teacher_predictions or trained.role == "teacher":

@@ -12,6 +12,20 @@ from probe_kd.recipe.options import RESERVED
 JOURNAL = "journal.json"  # in every checkpoint
 Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name
 MEASURES = RESERVED[:-1]
+FORMER_ROLES = {"student alone": "baseline", "teacher alone": "teacher baseline"}  # as earlier versions called them
+
+
+def current_role(role: str) -> str:
+    """A role as it is called now."""
+    return FORMER_ROLES.get(role, role)
+
+
+def weights_file(folder: Path, role: str, end: str = "") -> Path:
+    """The weights of a role in the folder of a run, also where an earlier version wrote them under another name."""
+    former = {now: before for before, now in FORMER_ROLES.items()}
+    names = [name.replace(" ", "-") for name in (role, former.get(role, role))]
+    paths = [folder / f"{name}{end}.safetensors" for name in names]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 @dataclass
@@ -69,7 +83,16 @@ class TrainState:
     def read(cls, path: Path) -> "TrainState":
         try:
             values = json.loads(whole_text(path))
-            results = {role: Result(**result) for role, result in values.pop("results").items()}
-            return cls(results=results, **values)
+            results = [Result(**result) for result in values.pop("results").values()]
+            for result in results:
+                result.role = current_role(result.role)
+            rows = [_current_row(row) for row in values.pop("rows")]
+            role = current_role(values.pop("role"))
+            return cls(results={result.role: result for result in results}, rows=rows, role=role, **values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as refusal:
             raise RunError(f"{path} is not the journal of a run: {refusal}; start anew with --overwrite") from None
+
+
+def _current_row(row: Row) -> Row:
+    role = current_role(row.pop("subject", row.get("role", "")))
+    return {"role": role, **{key: value for key, value in row.items() if key != "role"}}

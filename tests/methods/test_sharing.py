@@ -282,19 +282,19 @@ def go(text: str, folder: Path, display: Progress | None = None, **options: bool
 @pytest.mark.parametrize("text", [ROCKET, TRUNK, GRAFT], ids=["weights", "trunk", "graft"])
 def test_a_rocket_run_tells_what_the_booster_lost_and_resumes_exactly(tmp_path: Path, text: str) -> None:
     journal = go(text, tmp_path / "whole")
-    assert list(journal.results) == ["teacher alone", "teacher", "student"]
+    assert list(journal.results) == ["teacher baseline", "teacher", "student"]
     assert all(result.accuracy > 0 for result in journal.results.values())
-    assert record(tmp_path / "whole")[-1]["subject"] == "student"
+    assert record(tmp_path / "whole")[-1]["role"] == "student"
 
     class Stop(Progress):
         def epoch(self, row: dict[str, Any]) -> None:
-            if (row["subject"], row["epoch"]) == ("student", 1):
+            if (row["role"], row["epoch"]) == ("student", 1):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         go(text, tmp_path / "parts", Stop(Console(quiet=True)))
     go(text, tmp_path / "parts", resume=True)
-    for file in ("student", "teacher", "teacher-alone"):
+    for file in ("student", "teacher", "teacher-baseline"):
         ours, theirs = (load_file(tmp_path / run / f"{file}.safetensors") for run in ("parts", "whole"))
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), file
     planned = plan(parse(text))

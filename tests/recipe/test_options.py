@@ -59,7 +59,7 @@ MEANING = [
     ("train: {epochs: 1}", "checkpoint: nowhere.pth", 6, "there is no checkpoint 'nowhere.pth'"),
     ("train: {epochs: 1}", "train: {epochs: 1}\n  model_kwargs: {num_classes: 7}", 5, "has 7 classes and the data 10"),
     ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3\n", "", 17, "let match find them"),
-    ("task: {loss: cross_entropy}", "task: {loss: logits}", 15, "the student alone has no loss"),
+    ("task: {loss: cross_entropy}", "task: {loss: logits}", 15, "the baseline has no loss"),
     ("hint: {loss: hint", "loss: {loss: hint", 20, "cannot be named 'loss'"),
     ("hint: {loss: hint", "lr: {loss: hint", 20, "a column of that name"),
     ("temperature: 2.0", "temperature: 0", 25, "has to be positive"),

@@ -554,8 +554,8 @@ def test_what_is_shown_has_no_control_characters(
 
 
 def test_no_cell_of_a_table_is_a_formula(tmp_path: Path) -> None:
-    write_metrics([{"subject": "=1+1", "@x": "+1", "a": -1.5, "b": "-1", "c": "a\x1b"}], tmp_path / "m.csv")
-    assert (tmp_path / "m.csv").read_text() == "subject,'@x,a,b,c\n'=1+1,'+1,-1.5,'-1,a␛\n"
+    write_metrics([{"role": "=1+1", "@x": "+1", "a": -1.5, "b": "-1", "c": "a\x1b"}], tmp_path / "m.csv")
+    assert (tmp_path / "m.csv").read_text() == "role,'@x,a,b,c\n'=1+1,'+1,-1.5,'-1,a␛\n"
 
 
 SECRET = "s3cret"

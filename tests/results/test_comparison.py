@@ -34,7 +34,7 @@ from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
 HOSTILE = "<script>alert('1')</script>&\"\x1b[31m"
-ROLES = ("student alone", "student", "teacher")
+ROLES = ("baseline", "student", "teacher")
 
 
 SMALL = TINY.replace("model: resnet10t\n", "model: resnet10t\n  model_kwargs: {channels: [8, 16, 24, 32]}\n")
@@ -95,7 +95,7 @@ def reseed(folder: Path, seed: int) -> None:
         row["accuracy"] = str(rng.uniform())
         row["agreement"] = row["agreement"] and str(rng.uniform())
     for result in summary["results"]:
-        last = [row for row in rows if row["subject"] == result["role"]][-1]
+        last = [row for row in rows if row["role"] == result["role"]][-1]
         result["accuracy"] = float(last["accuracy"])
         result["agreement"] = float(last["agreement"]) if last["agreement"] else None
         result["right"] = [int(rng.integers(0, images + 1)) for images in result["images"]]
@@ -114,7 +114,7 @@ def shown(comparison: RunComparison, width: int = 80) -> str:
 
 
 def last_epochs(folders: list[Path], role: str, measure: str) -> np.ndarray:
-    ends = [[row for row in record(folder) if row["subject"] == role][-1][measure] for folder in folders]
+    ends = [[row for row in record(folder) if row["role"] == role][-1][measure] for folder in folders]
     return np.array(ends, dtype=np.float64)
 
 
@@ -142,10 +142,10 @@ def test_the_table_is_what_numpy_finds_in_the_metrics(seeds: Callable[[int], lis
                 3: f"{mean} ± {100 * np.std(values, ddof=1) if count > 1 else 0:.2f}%",
             }
             assert spans[count] in told
-    gain = last_epochs(folders, "student", "accuracy") - last_epochs(folders, "student alone", "accuracy")
+    gain = last_epochs(folders, "student", "accuracy") - last_epochs(folders, "baseline", "accuracy")
     assert f"{100 * gain.mean():+.2f} points" in told
     curve = next(curve for curve in group.curves if (curve.role, curve.measure) == ("student", "accuracy"))
-    every = np.array([[float(row["accuracy"]) for row in record(f) if row["subject"] == "student"] for f in folders])
+    every = np.array([[float(row["accuracy"]) for row in record(f) if row["role"] == "student"] for f in folders])
     expected = np.stack([np.arange(1, 4), every.mean(0), every.min(0), every.max(0)], 1)
     np.testing.assert_allclose(curve.points, expected)
     counts = {role: np.zeros((2, 10)) for role in ROLES}
@@ -153,7 +153,7 @@ def test_the_table_is_what_numpy_finds_in_the_metrics(seeds: Callable[[int], lis
         for result in json.loads((folder / "summary.json").read_text())["results"]:
             counts[result["role"]] += np.array([result["images"], result["right"]])
     for item in group.classes:
-        change = [counts[role][1] / counts[role][0] for role in ("student", "student alone")]
+        change = [counts[role][1] / counts[role][0] for role in ("student", "baseline")]
         assert item.change == pytest.approx((change[0] - change[1])[int(item.name)])
     assert [abs(item.change) for item in group.classes] == sorted((abs(i.change) for i in group.classes), reverse=True)
 
@@ -167,7 +167,7 @@ def test_the_classes_are_those_of_the_accuracy(trained: tuple[Path, str]) -> Non
 
 def test_the_end_of_a_run_shows_what_came_of_it_and_what_is_next(trained: tuple[Path, str]) -> None:
     folder, said = trained
-    for part in ("student alone", "accuracy", "agreement", "parameters", "MACs", "timm.create_model("):
+    for part in ("baseline", "accuracy", "agreement", "parameters", "MACs", "timm.create_model("):
         assert part in said
     line = next(line for line in said.splitlines() if line.startswith("Next: "))
     assert all(f"probe-kd {verb} {folder}" in line for verb in ("eval", "export", "compare"))
@@ -406,30 +406,30 @@ def test_a_teacher_that_knew_less_than_the_student_alone_is_remarked(seeds: Call
     (folder,) = seeds(1)
     summary = json.loads((folder / "summary.json").read_text())
     for result in summary["results"]:
-        result["accuracy"] = {"teacher": 0.6, "student alone": 0.5}.get(result["role"], 0.4)
+        result["accuracy"] = {"teacher": 0.6, "baseline": 0.5}.get(result["role"], 0.4)
     (folder / "summary.json").write_text(json.dumps(summary))
     assert compare([folder]).notes == ()
     for result in summary["results"]:
         result["accuracy"] -= 0.5 * (result["role"] == "teacher")
     (folder / "summary.json").write_text(json.dumps(summary))
     (note,) = compare([folder]).notes
-    assert "The teacher (10.00%) is worse than the student alone (50.00%)" in note
+    assert "The teacher (10.00%) is worse than the baseline (50.00%)" in note
 
 
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     class Stopping(Progress):
         def epoch(self, row: dict[str, object]) -> None:
-            if row["subject"] == "student alone":
+            if row["role"] == "baseline":
                 raise KeyboardInterrupt
 
     (tmp_path / "tiny.yaml").write_text(SMALL)
     with pytest.raises(KeyboardInterrupt):
         train(plan(load(tmp_path / "tiny.yaml")), tmp_path / "run", Stopping(Console(quiet=True)))
     comparison = compare([tmp_path / "run"])
-    assert "teacher is done, student alone is at epoch 1 of stage 'task'" in comparison.notes[0]
+    assert "teacher is done, baseline is at epoch 1 of stage 'task'" in comparison.notes[0]
     assert "--resume" in comparison.notes[0]
     alone, teacher = comparison.groups[0].summaries
-    assert (alone.role, alone.unfinished, alone.parameters) == ("student alone", "epoch 1 of stage 'task'", None)
+    assert (alone.role, alone.unfinished, alone.parameters) == ("baseline", "epoch 1 of stage 'task'", None)
     assert (teacher.role, teacher.unfinished) == ("teacher", "")
     assert "not finished" in shown(comparison)
     assert "student" in read(page(comparison)).text
@@ -442,17 +442,17 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("metrics.csv", "subject,stage,epoch,accuracy\nstudent,task,1,ninety\n", r"line 2: accuracy is 'ninety'"),
+        ("metrics.csv", "role,stage,epoch,accuracy\nstudent,task,1,ninety\n", r"line 2: accuracy is 'ninety'"),
         (
             "metrics.csv",
-            "subject,stage,epoch,accuracy\nstudent,task,1,0.5\nstudent,task\n",
+            "role,stage,epoch,accuracy\nstudent,task,1,0.5\nstudent,task\n",
             r"line 3: expected 4 fields",
         ),
-        ("metrics.csv", "subject,epoch\n", r"no column 'stage'"),
-        ("metrics.csv", "subject,stage,epoch,accuracy\nstudent,task,1,\0\n", r"metrics.csv is damaged"),
+        ("metrics.csv", "role,epoch\n", r"no column 'stage'"),
+        ("metrics.csv", "role,stage,epoch,accuracy\nstudent,task,1,\0\n", r"metrics.csv is damaged"),
         (
             "metrics.csv",
-            "subject,stage,epoch,accuracy\nstudent,task,1,nan\n",
+            "role,stage,epoch,accuracy\nstudent,task,1,nan\n",
             r"line 2: it has no epoch, or its accuracy is no number",
         ),
         ("summary.json", "{", r"summary.json is damaged"),
@@ -532,7 +532,7 @@ def test_a_report_that_fails_does_not_make_the_run_fail(
     assert "note: the layers are not compared: no memory for pictures" in stderr
     assert "Next: probe-kd eval runs/r | " in stdout
     assert re.search(r"with the student, the teacher (gained|lost) \d+\.\d\d points|is as accurate as alone", stdout)
-    assert "teacher alone" in stdout
+    assert "teacher baseline" in stdout
 
 
 CHROMIUM = next(
@@ -566,8 +566,8 @@ def test_a_browser_shows_it_in_the_colours_of_the_reader(
 
 def test_a_teacher_that_is_worse_than_the_student_alone_is_remarked() -> None:
     def said(teacher: float, alone: float) -> list[str]:
-        return doubts({"teacher": teacher, "student alone": alone})
+        return doubts({"teacher": teacher, "baseline": alone})
 
     assert said(0.9, 0.8) == said(0.8, 0.8) == doubts({"teacher": 0.1}) == []
     (line,) = said(0.801, 0.92)
-    assert "teacher (80.10%) is worse than the student alone (92.00%)" in line
+    assert "teacher (80.10%) is worse than the baseline (92.00%)" in line

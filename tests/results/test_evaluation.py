@@ -53,7 +53,7 @@ def write_run(folder: Path, text: str, *, adapters: bool = True, same: bool = Fa
     folder.mkdir()
     (folder / "recipe.yaml").write_text(dump(planned.resolved))
     models = {}
-    for seed, role in enumerate(("student", "teacher", "student-alone")):
+    for seed, role in enumerate(("student", "teacher", "baseline")):
         trace = planned.teacher if role == "teacher" else planned.student
         if trace is not None:
             torch.manual_seed(0 if same else seed)
@@ -93,7 +93,7 @@ def all_at_once(folder: Path, planned: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for role, trace, layers in (
         ("student", planned.student, ("blocks.0", "blocks.1")),
-        ("student-alone", planned.student, ("blocks.0", "blocks.1")),
+        ("baseline", planned.student, ("blocks.0", "blocks.1")),
         ("teacher", planned.teacher, ("layer2", "layer3")),
     ):
         assert trace is not None
@@ -143,7 +143,7 @@ def test_every_measure_is_what_others_find_from_all_images_at_once(
     folder, planned = made
     found, raw = evaluate(folder, batch_size=batch_size), all_at_once(folder, planned)
     assert not AcceleratorState._shared_state  # a run after it may want another precision
-    assert (found.images, list(by_role(found))) == (360, ["student", "student alone", "teacher"])
+    assert (found.images, list(by_role(found))) == (360, ["student", "baseline", "teacher"])
     target, told = raw["target"], softmax(raw["teacher"][0], 1)
     for role, row in by_role(found).items():
         logits = raw[role.replace(" ", "-")][0]
@@ -162,7 +162,7 @@ def test_every_measure_is_what_others_find_from_all_images_at_once(
     for index, row in enumerate(found.pairs):
         tokens, map_ = raw["student"][1][index], raw["teacher"][1][index]
         assert row.cka == pytest.approx(gram_cka(tokens[:, 1:].mean(1), map_.mean((2, 3))), rel=1e-4)
-        alone = raw["student-alone"][1][index][:, 1:].mean(1)
+        alone = raw["baseline"][1][index][:, 1:].mean(1)
         assert row.cka_alone == pytest.approx(gram_cka(alone, map_.mean((2, 3))), rel=1e-4)
         predicted = project(tokens, map_, adapters, index)
         wanted = F.layer_norm(torch.tensor(map_).permute(0, 2, 3, 1), map_.shape[1:2]).permute(0, 3, 1, 2).numpy()
@@ -329,7 +329,7 @@ def test_a_model_of_ones_own_with_several_answers_in_eval_mode_and_a_teacher_of_
     assert rows["student"].kl == pytest.approx(told, rel=1e-5)
     assert found.pairs == ()
     alone = evaluate(tmp_path / "alone", allow_import=["several_answers"])
-    assert by_role(alone).keys() == {"student", "student alone"}
+    assert by_role(alone).keys() == {"student", "baseline"}
     assert (alone.scores[0].agreement, alone.scores[0].kl) == (None, None)
     assert alone.scores[0].nll == rows["student"].nll
     Manifest({}, digests_of([tmp_path / "teacher.safetensors"])).write(tmp_path / "run")
@@ -380,7 +380,7 @@ def test_the_command_prints_writes_and_tells_what_it_does_not_know(
     assert is_measured(tmp_path / "new" / "found.json"), "else --overwrite would take it for a stranger's file"
     assert code == 0
     for part in (
-        "student alone",
+        "baseline",
         "teacher.safetensors",
         "top-5",
         "blocks.1",
@@ -393,7 +393,7 @@ def test_the_command_prints_writes_and_tells_what_it_does_not_know(
     assert found == json.loads((tmp_path / "new" / "found.json").read_text())
     assert {row["explained_variance"] for row in found["pairs"]} == {None}
     (folder / "student.safetensors").rename(folder / "student-ema.safetensors")
-    (folder / "student-alone.safetensors").rename(folder / "student.safetensors")
+    (folder / "baseline.safetensors").rename(folder / "student.safetensors")
     code, text, _ = command(folder, "--ema", "--json")
     average = json.loads(text)["scores"][0]
     assert average == {**found["scores"][0], "weights": "student-ema.safetensors"}

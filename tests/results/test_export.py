@@ -173,16 +173,16 @@ def test_every_subject_of_a_real_run(tmp_path: Path) -> None:
     teacher = f"resnet10t\n  model_kwargs: {SMALL}\n  input_size: [3, 32, 32]\n  mean: [0.1, 0.2, 0.3]\n"
     (tmp_path / "r.yaml").write_text(TINY.replace("resnet10t\n", teacher))
     train(plan(load(tmp_path / "r.yaml")), tmp_path / "run", Progress(Console(quiet=True)))
-    for subject, size in (("student", 16), ("student-alone", 16), ("teacher", 32)):
-        done = export(tmp_path / "run", tmp_path / subject, subject=subject)
-        model = timm.create_model(f"local-dir:{tmp_path / subject}", pretrained=True)
-        weights = timm.models.load_state_dict(str(tmp_path / "run" / f"{subject}.safetensors"))
+    for role, size in (("student", 16), ("baseline", 16), ("teacher", 32)):
+        done = export(tmp_path / "run", tmp_path / role, role=role)
+        model = timm.create_model(f"local-dir:{tmp_path / role}", pretrained=True)
+        weights = timm.models.load_state_dict(str(tmp_path / "run" / f"{role}.safetensors"))
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
         assert timm.data.resolve_model_data_config(model)["input_size"] == (3, size, size)
         assert [("resized" in note) for note in done.notes] == [True] * (size == 16)
     assert timm.data.resolve_model_data_config(model)["mean"] == [0.1, 0.2, 0.3]  # of the teacher
-    with pytest.raises(RunError, match=r"has no teacher-alone\.safetensors"):
-        export(tmp_path / "run", tmp_path / "x", subject="teacher-alone")
+    with pytest.raises(RunError, match=r"has no teacher-baseline\.safetensors"):
+        export(tmp_path / "run", tmp_path / "x", role="teacher-baseline")
 
 
 def test_the_moving_average_and_its_accuracy(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_graft_is_refused_and_its_teacher_is_not(tmp_path: Path) -> None:
     train(plan(load(tmp_path / "r.yaml")), tmp_path / "run", Progress(Console(quiet=True)))
     with pytest.raises(RunError, match=r"is a graft.*probe_kd.load_student"):
         export(tmp_path / "run", tmp_path / "out", onnx=True)
-    assert export(tmp_path / "run", tmp_path / "out", subject="teacher-alone").difference == 0.0
+    assert export(tmp_path / "run", tmp_path / "out", role="teacher-baseline").difference == 0.0
 
 
 def _of_another_model(run: Path) -> None:
@@ -341,8 +341,8 @@ def _nothing(run: Path) -> None:
         (_misfit, [], "does not fit ResNet"),
         (_taken, ["--overwrite"], "was not written by an export"),
         (_nothing, ["--ema"], "kept no moving average of the student"),
-        (_nothing, ["--subject", "teacher"], "has no teacher.safetensors: it has student.safetensors"),
-        (_nothing, ["--subject", "pupil"], "student-alone"),
+        (_nothing, ["--role", "teacher"], "has no teacher.safetensors: it has student.safetensors"),
+        (_nothing, ["--role", "pupil"], "baseline"),
         (_nothing, ["-o", "run", "--overwrite"], "holds recipe.yaml, student.safetensors"),
         (_nothing, ["-o", "run/recipe.yaml"], "is a file"),
         (_nothing, ["-o", "run/recipe.yaml/in"], "cannot"),

@@ -120,7 +120,7 @@ def test_trackers_and_the_summary_of_timm_get_what_the_metrics_say(tmp_path: Pat
     run(f"{SHORT}trackers: [tensorboard]\n", tmp_path / "run")
     found = events.EventAccumulator(str(tmp_path / "run" / "trackers" / "probe-kd"))
     found.Reload()
-    own = [row for row in record(tmp_path / "run") if row["subject"] == "student"]
+    own = [row for row in record(tmp_path / "run") if row["role"] == "student"]
     seen = found.Scalars("student/accuracy")
     assert [event.value for event in seen] == pytest.approx([float(row["accuracy"]) for row in own], rel=1e-5)
     assert [event.step for event in seen] == [1, 2, 3]

@@ -44,12 +44,12 @@ def run(path: Path, folder: Path, display: Progress | None = None, **options: bo
 class Interrupting(Progress):
     """Stops the run at the end of some epoch, as Ctrl-C does."""
 
-    def __init__(self, subject: str, stage: str, epoch: int) -> None:
+    def __init__(self, role: str, stage: str, epoch: int) -> None:
         super().__init__(Console(quiet=True))
-        self.at = (subject, stage, epoch)
+        self.at = (role, stage, epoch)
 
     def epoch(self, row: dict[str, Any]) -> None:
-        if (row["subject"], row["stage"], row["epoch"]) == self.at:
+        if (row["role"], row["stage"], row["epoch"]) == self.at:
             raise KeyboardInterrupt
 
 
@@ -79,7 +79,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights_and_metri
         run(tiny, tmp_path / "run", Interrupting(*at))
     run(tiny, tmp_path / "run", resume=True)
     ours, theirs = weights(tmp_path / "run"), weights(whole)
-    roles = {"teacher.safetensors", "student-alone.safetensors", "student.safetensors"}
+    roles = {"teacher.safetensors", "baseline.safetensors", "student.safetensors"}
     assert ours.keys() == theirs.keys() == {*roles, "adapters-0.safetensors"}
     for file, tensors in ours.items():
         for name, tensor in tensors.items():
@@ -90,10 +90,10 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights_and_metri
         for path in (tmp_path / "run" / "metrics.csv", whole / "metrics.csv")
     ]
     assert rows[0] == rows[1]
-    assert [(row["subject"], row["stage"], row["epoch"]) for row in rows[0]] == [
+    assert [(row["role"], row["stage"], row["epoch"]) for row in rows[0]] == [
         ("teacher", "train", "1"),
-        ("student alone", "task", "1"),
-        ("student alone", "task", "2"),
+        ("baseline", "task", "1"),
+        ("baseline", "task", "2"),
         ("student", "hint", "1"),
         ("student", "task", "1"),
         ("student", "task", "2"),
@@ -103,16 +103,16 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights_and_metri
 def test_the_students_of_a_run_load_into_timm_and_answer_as_they_were_measured(whole: Path) -> None:
     journal = plan(parse((whole / "recipe.yaml").read_text()))
     rows = list(csv.DictReader((whole / "metrics.csv").open()))
-    for subject, file in (("student", "student"), ("student alone", "student-alone"), ("teacher", "teacher")):
-        trace = journal.teacher if subject == "teacher" else journal.student
-        given = journal.teacher_input if subject == "teacher" else journal.student_input
+    for role, file in (("student", "student"), ("baseline", "baseline"), ("teacher", "teacher")):
+        trace = journal.teacher if role == "teacher" else journal.student
+        given = journal.teacher_input if role == "teacher" else journal.student_input
         assert trace is not None
         assert given is not None
         model = timm.create_model(trace.model, checkpoint_path=str(whole / f"{file}.safetensors"), **trace.model_kwargs)
         batches = loader(journal.datasets.test, journal.recipe.data, given, training=False)
         with torch.no_grad():
             right = [model.eval()(images).argmax(1) == target for images, target in batches]
-        measured = [float(row["accuracy"]) for row in rows if row["subject"] == subject][-1]
+        measured = [float(row["accuracy"]) for row in rows if row["role"] == role][-1]
         assert torch.cat(right).double().mean().item() == pytest.approx(measured)
 
 
@@ -189,7 +189,7 @@ def test_another_recipe_is_not_resumed(tiny: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_try(tmp_path: Path) -> None:
     text = TINY.replace("weight: 0.5}", "weight: 0.5}\n    optimizer: {opt: sgd, lr: 1.0e+30}")
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(RunError, match=r"'task'.* of student alone became (nan|inf) in epoch 1; try a smaller `lr`"):
+    with pytest.raises(RunError, match=r"'task'.* of baseline became (nan|inf) in epoch 1; try a smaller `lr`"):
         run(tmp_path / "r.yaml", tmp_path / "run")
 
 
@@ -229,7 +229,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny: Path, tmp_path: Path) -> None:
     )
     metrics = tmp_path / "run" / "metrics.csv"
     for _ in range(3000):
-        if metrics.exists() and "student alone" in metrics.read_text():
+        if metrics.exists() and "baseline" in metrics.read_text():
             break
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
@@ -240,7 +240,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tiny: Path, tmp_path: Path) -> None:
     assert "Traceback" not in complaint
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     journal = json.loads((newest / "journal.json").read_text())
-    assert journal["role"] == "student alone"
+    assert journal["role"] == "baseline"
     assert journal["epoch"] >= 1
 
 
@@ -291,7 +291,7 @@ def test_the_best_epoch_by_held_out_images_is_kept_and_survives_an_interruption(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "r.yaml", tmp_path / "parts", Interrupting("student", "hint", 3))
     run(tmp_path / "r.yaml", tmp_path / "parts", resume=True)
-    losses = [float(row["held_out_loss"]) for row in record(tmp_path / "run") if row["subject"] == "student"]
+    losses = [float(row["held_out_loss"]) for row in record(tmp_path / "run") if row["role"] == "student"]
     assert losses.index(min(losses)) < 3, "the last epoch is the best, so that this test shows nothing"
     planned = plan(parse(text))
     model = timm.create_model("resnet10t", **planned.student.model_kwargs).eval()
@@ -320,7 +320,7 @@ def test_a_teacher_of_the_students_architecture_begins_with_other_weights_unless
         models = {trained.role: trained.model.state_dict() for trained in Models(planned, accelerator).in_turn()}
     torch.manual_seed(3)
     fresh = timm.create_model("resnet10t", num_classes=10, channels=[8, 16, 24, 32]).state_dict()
-    for role, equal in (("student", True), ("student alone", True), ("teacher", same_init)):
+    for role, equal in (("student", True), ("baseline", True), ("teacher", same_init)):
         assert torch.equal(models[role]["conv1.0.weight"], fresh["conv1.0.weight"]) == equal, role
         assert torch.equal(models[role]["fc.weight"], fresh["fc.weight"]) == equal, role
 
@@ -448,7 +448,7 @@ def test_a_fraction_is_trained_on_and_only_some_epochs_are_measured(tiny: Path, 
     assert planned.datasets.held_out is None
     assert not set(every.train.indices) & set(every.held_out.indices)  # type: ignore[attr-defined,union-attr]
     train(planned, tmp_path / "run", Progress(Console(quiet=True)))
-    rows = [row for row in record(tmp_path / "run") if row["subject"] == "student"]
+    rows = [row for row in record(tmp_path / "run") if row["role"] == "student"]
     assert [row["stage"] + row["epoch"] for row in rows if row["accuracy"]] == ["hint1", "task2", "task3"]
     assert all(float(row["loss"]) > 0 for row in rows)
     summary = (tmp_path / "run" / "summary.csv").read_text().splitlines()

@@ -137,7 +137,7 @@ def check_baseline(recipe: Recipe) -> list[Mistake]:
     losses = [loss.loss for stage in recipe.stages for loss in stage.losses.values()]
     if not recipe.baseline or any(loss in LOSSES and LOSSES[loss].reads == "labels" for loss in losses):
         return []
-    message = "the student alone has no loss to train on: no stage has one that reads labels (`cross_entropy`)"
+    message = "the baseline has no loss to train on: no stage has one that reads labels (`cross_entropy`)"
     return [(("baseline",), message)]
 
 
