@@ -169,16 +169,18 @@ def match(
     from probe_kd.tables import pair_rows, pairs_table
 
     _check_recipe_is_new(output, overwrite)
-    ours, theirs = _both(student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs)
-    pairs = match_layers(ours, theirs, level=level.value, num_pairs=num_pairs)
-    rows = pair_rows(pairs, ours, theirs)
+    student_trace, teacher_trace = _both(
+        student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs
+    )
+    pairs = match_layers(student_trace, teacher_trace, level=level.value, num_pairs=num_pairs)
+    rows = pair_rows(pairs, student_trace, teacher_trace)
     if as_json:
-        sides = {"student": _about(ours), "teacher": _about(theirs)}
+        sides = {"student": _about(student_trace), "teacher": _about(teacher_trace)}
         print(json.dumps({**sides, "pairs": [asdict(row) for row in rows]}, indent=1))
     else:
         _console().print(pairs_table(student, teacher, rows))
     if output is not None:
-        write_recipe(ours, theirs, pairs, output)
+        write_recipe(student_trace, teacher_trace, pairs, output)
         command = f"probe-kd train {output}{_options(allow_import=packages([student, teacher]))}"
         _say(f"wrote {output}; run it with: {command}", sys.stderr if as_json else None)
 
@@ -208,10 +210,12 @@ def init(
 
     found = chosen(method)
     _check_recipe_is_new(output, overwrite)
-    ours, theirs = _both(student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs)
+    student_trace, teacher_trace = _both(
+        student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs
+    )
     needed = found.pairs or found.shares
-    pairs = match_layers(ours, theirs, level=level.value, num_pairs=num_pairs) if needed else ()
-    write_recipe(ours, theirs, pairs, output, method=method, data=data, root=root)
+    pairs = match_layers(student_trace, teacher_trace, level=level.value, num_pairs=num_pairs) if needed else ()
+    write_recipe(student_trace, teacher_trace, pairs, output, method=method, data=data, root=root)
     allowed = _options(allow_import=packages([student, teacher]))
     _say(f"wrote {output}\n  probe-kd check {output}{allowed}\n  probe-kd train {output}{allowed}")
 
@@ -242,9 +246,9 @@ def _both(
     teacher_kwargs: list[str] | None,
 ) -> "tuple[Trace, Trace]":
     """Both traced: the teacher at the student's size, or, where none was asked for, at its own if it takes no other."""
-    ours = _trace(student, size, student_kwargs, training=True)
-    wanted = teacher_size or size or "x".join(map(str, ours.input_size))
-    return ours, _trace(teacher, wanted, teacher_kwargs, or_own_size=teacher_size is None and size is None)
+    student_trace = _trace(student, size, student_kwargs, training=True)
+    wanted = teacher_size or size or "x".join(map(str, student_trace.input_size))
+    return student_trace, _trace(teacher, wanted, teacher_kwargs, or_own_size=teacher_size is None and size is None)
 
 
 @app.command()

@@ -133,9 +133,16 @@ def pair_rows(pairs: Iterable[Pair], student: Trace, teacher: Trace) -> list[Pai
     """The pairs with what they yield and how that is brought together for a hint."""
     rows = []
     for pair in pairs:
-        ours, theirs = student[pair.student], teacher[pair.teacher]
-        adapter = str(adapt(ours, theirs))
-        row = PairRow(str(pair.student), ours.describe(), str(pair.teacher), theirs.describe(), adapter, pair.reason)
+        student_layer, teacher_layer = student[pair.student], teacher[pair.teacher]
+        adapter = str(adapt(student_layer, teacher_layer))
+        row = PairRow(
+            str(pair.student),
+            student_layer.describe(),
+            str(pair.teacher),
+            teacher_layer.describe(),
+            adapter,
+            pair.reason,
+        )
         rows.append(row)
     return rows
 

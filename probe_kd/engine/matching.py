@@ -114,10 +114,10 @@ def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: 
         raise MatchError(f"level {level!r}: expected 'stage' or 'block'")
     for side, given in (("student", student), ("teacher", teacher)):
         demand(given, Trace, f"the {side}", MatchError, "a Trace, as trace(model) gives")
-    ours, theirs = _Anatomy(student), _Anatomy(teacher)
-    pairs = _stage_pairs(ours, theirs)
+    student_anatomy, teacher_anatomy = _Anatomy(student), _Anatomy(teacher)
+    pairs = _stage_pairs(student_anatomy, teacher_anatomy)
     if level == "block":
-        pairs = _block_pairs(ours, theirs, pairs)
+        pairs = _block_pairs(student_anatomy, teacher_anatomy, pairs)
     if num_pairs is None:
         return tuple(pairs)
     if not 1 <= num_pairs <= len(pairs):
@@ -333,17 +333,18 @@ class _Anatomy:
 
 def _stage_pairs(student: _Anatomy, teacher: _Anatomy) -> list[Pair]:
     """By stride where both have several, otherwise by relative depth."""
-    ours, theirs = stages(student.trace), stages(teacher.trace)
+    student_layers, teacher_layers = stages(student.trace), stages(teacher.trace)
     if student.isotropic and teacher.isotropic:
-        count = min(len(ours), len(theirs))
+        count = min(len(student_layers), len(teacher_layers))
         return [
-            _pair(student, teacher, a, b) for a, b in zip(_spread(ours, count), _spread(theirs, count), strict=True)
+            _pair(student, teacher, a, b)
+            for a, b in zip(_spread(student_layers, count), _spread(teacher_layers, count), strict=True)
         ]
     if student.isotropic:
-        return _by_depth(student, teacher, student.chain, _above_stem(theirs))
+        return _by_depth(student, teacher, student.chain, _above_stem(teacher_layers))
     if teacher.isotropic:
-        return _by_depth(student, teacher, _above_stem(ours), teacher.chain)
-    return _by_stride(student, teacher, _above_stem(ours), _above_stem(theirs))
+        return _by_depth(student, teacher, _above_stem(student_layers), teacher.chain)
+    return _by_stride(student, teacher, _above_stem(student_layers), _above_stem(teacher_layers))
 
 
 def _above_stem(ends: list[FeatureSpec]) -> list[FeatureSpec]:
@@ -353,44 +354,44 @@ def _above_stem(ends: list[FeatureSpec]) -> list[FeatureSpec]:
 
 
 def _by_depth(
-    student: _Anatomy, teacher: _Anatomy, ours: Sequence[FeatureSpec], theirs: Sequence[FeatureSpec]
+    student: _Anatomy, teacher: _Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
 ) -> list[Pair]:
     """Every layer of the shorter list with the one of the longer that lies as deep, the last with the last."""
     return [
-        _pair(student, teacher, ours[i], theirs[j])
+        _pair(student, teacher, student_layers[i], teacher_layers[j])
         for i, j in _align(
-            [student.depth(spec) for spec in ours],
-            [teacher.depth(spec) for spec in theirs],
+            [student.depth(spec) for spec in student_layers],
+            [teacher.depth(spec) for spec in teacher_layers],
         )
     ]
 
 
 def _by_stride(
-    student: _Anatomy, teacher: _Anatomy, ours: Sequence[FeatureSpec], theirs: Sequence[FeatureSpec]
+    student: _Anatomy, teacher: _Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
 ) -> list[Pair]:
     """Equal strides first; what is left between two such pairs, by the nearest stride."""
     return [
-        _pair(student, teacher, ours[i], theirs[j])
+        _pair(student, teacher, student_layers[i], teacher_layers[j])
         for i, j in _align(
-            [log2(spec.reduction or 1.0) + student.depth(spec) / 2 for spec in ours],
-            [log2(spec.reduction or 1.0) + teacher.depth(spec) / 2 for spec in theirs],
+            [log2(spec.reduction or 1.0) + student.depth(spec) / 2 for spec in student_layers],
+            [log2(spec.reduction or 1.0) + teacher.depth(spec) / 2 for spec in teacher_layers],
         )
     ]
 
 
-def _align(ours: Sequence[float], theirs: Sequence[float]) -> list[tuple[int, int]]:
+def _align(student_places: Sequence[float], teacher_places: Sequence[float]) -> list[tuple[int, int]]:
     """Pairs of positions, monotone and unique, that use all of the shorter list and differ least in sum.
 
     The last is always paired with the last: it is what the classifier sees.
     """
-    if len(ours) > len(theirs):
-        return [(i, j) for j, i in _align(theirs, ours)]
-    short, long = len(ours), len(theirs)
+    if len(student_places) > len(teacher_places):
+        return [(i, j) for j, i in _align(teacher_places, student_places)]
+    short, long = len(student_places), len(teacher_places)
     best: dict[tuple[int, int], tuple[float, list[tuple[int, int]]]] = {(0, j): (0.0, []) for j in range(long + 1)}
     for i in range(1, short + 1):
         for j in range(i, long + 1):
             cost, path = best[i - 1, j - 1]
-            taken = (cost + abs(ours[i - 1] - theirs[j - 1]), [*path, (i - 1, j - 1)])
+            taken = (cost + abs(student_places[i - 1] - teacher_places[j - 1]), [*path, (i - 1, j - 1)])
             left_out = best.get((i, j - 1))
             best[i, j] = taken if left_out is None or taken[0] <= left_out[0] else left_out
     if short == 0:
@@ -417,13 +418,13 @@ def _block_pairs(student: _Anatomy, teacher: _Anatomy, anchors: Sequence[Pair]) 
     return pairs
 
 
-def _pair(student: _Anatomy, teacher: _Anatomy, ours: FeatureSpec, theirs: FeatureSpec) -> Pair:
-    depths = f"depth {student.depth(ours):.0%} and {teacher.depth(theirs):.0%}"
-    own, other = ours.reduction or 1.0, theirs.reduction or 1.0
+def _pair(student: _Anatomy, teacher: _Anatomy, student_layer: FeatureSpec, teacher_layer: FeatureSpec) -> Pair:
+    depths = f"depth {student.depth(student_layer):.0%} and {teacher.depth(teacher_layer):.0%}"
+    own, other = student_layer.reduction or 1.0, teacher_layer.reduction or 1.0
     if own < SAME_STRIDE * other and other < SAME_STRIDE * own:
         strides = f"stride {own:.3g}" if f"{own:.3g}" == f"{other:.3g}" else f"stride {own:.3g} and {other:.3g}"
-        return Pair(ours.tap, theirs.tap, reason=f"{strides}; {depths}")
-    return Pair(ours.tap, theirs.tap, reason=f"{depths}; stride {own:.3g} and {other:.3g}")
+        return Pair(student_layer.tap, teacher_layer.tap, reason=f"{strides}; {depths}")
+    return Pair(student_layer.tap, teacher_layer.tap, reason=f"{depths}; stride {own:.3g} and {other:.3g}")
 
 
 def _parent(name: str) -> str:

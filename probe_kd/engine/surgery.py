@@ -42,23 +42,26 @@ def share(student: nn.Module, teacher: nn.Module, names: Mapping[str, str]) -> d
 
     Raises TapError at the first layer, parameter or buffer in which two modules differ, before anything is changed.
     """
-    found = {ours: (get(student, ours), get(teacher, theirs)) for ours, theirs in names.items()}
-    for ours, (own, other) in found.items():
+    found = {
+        student_name: (get(student, student_name), get(teacher, teacher_name))
+        for student_name, teacher_name in names.items()
+    }
+    for student_name, (own, other) in found.items():
         difference = _first_difference(own, other)
         if difference:
-            raise TapError(f"'{ours}' of the student cannot be '{names[ours]}' of the teacher: {difference}")
-    return {ours: replace(student, ours, other) for ours, (_, other) in found.items()}
+            raise TapError(
+                f"'{student_name}' of the student cannot be '{names[student_name]}' of the teacher: {difference}"
+            )
+    return {student_name: replace(student, student_name, other) for student_name, (_, other) in found.items()}
 
 
 def _first_difference(own: nn.Module, other: nn.Module) -> str:
-    ours, theirs = own.state_dict(), other.state_dict()
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in ours or name not in theirs:
-            return f"only the {'student' if name in ours else 'teacher'} has '{name}'"
-        if ours[name].shape != theirs[name].shape:
-            return (
-                f"'{name}' is {tuple(ours[name].shape)} in the student and {tuple(theirs[name].shape)} in the teacher"
-            )
+    student_state, teacher_state = own.state_dict(), other.state_dict()
+    for name in sorted(student_state.keys() | teacher_state.keys()):
+        if name not in student_state or name not in teacher_state:
+            return f"only the {'student' if name in student_state else 'teacher'} has '{name}'"
+        if student_state[name].shape != teacher_state[name].shape:
+            return f"'{name}' is {tuple(student_state[name].shape)} in the student and {tuple(teacher_state[name].shape)} in the teacher"
     # The same tensors do not make the same function: strides, activations and rates stand in the text form.
     for mine, yours in zip_longest(repr(own).splitlines(), repr(other).splitlines(), fillvalue="nothing"):
         if mine != yours:
@@ -75,24 +78,28 @@ def share_weights(student: nn.Module, teacher: nn.Module, names: Mapping[str, st
     Raises TapError at the first difference, before anything is changed.
     """
     found: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
-    for ours, theirs in names.items():
-        own, other = weight_layers(get(student, ours)), weight_layers(get(teacher, theirs))
+    for student_name, teacher_name in names.items():
+        own, other = weight_layers(get(student, student_name)), weight_layers(get(teacher, teacher_name))
         if not own:
-            raise TapError(f"'{ours}' of the student has no convolution or linear layer whose weights could be shared")
+            raise TapError(
+                f"'{student_name}' of the student has no convolution or linear layer whose weights could be shared"
+            )
         for layer in dict.fromkeys([*own, *other]):
             if layer not in own or layer not in other:
                 side = "student" if layer in own else "teacher"
-                raise TapError(f"'{ours}' cannot share weights with '{theirs}': only the {side} has '{layer}'")
+                raise TapError(
+                    f"'{student_name}' cannot share weights with '{teacher_name}': only the {side} has '{layer}'"
+                )
         for layer, module in own.items():
             for key, parameter in module.named_parameters(recurse=False):
                 target = other[layer]._parameters.get(key)
                 if target is None or target.shape != parameter.shape:
                     there = "absent" if target is None else tuple(target.shape)
                     raise TapError(
-                        f"'{ours}' cannot share weights with '{theirs}': '{_join(layer, key)}' is "
+                        f"'{student_name}' cannot share weights with '{teacher_name}': '{_join(layer, key)}' is "
                         f"{tuple(parameter.shape)} in the student and {there} in the teacher"
                     )
-                found[_join(ours, layer, key)] = module, key, target
+                found[_join(student_name, layer, key)] = module, key, target
     displaced = {name: module.get_parameter(key) for name, (module, key, _) in found.items()}
     for module, key, target in found.values():
         module.register_parameter(key, target)

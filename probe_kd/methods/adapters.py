@@ -117,22 +117,22 @@ def adapt(
     if tokens == "cls" and not (student.prefix_tokens or teacher.prefix_tokens):
         raise AdapterError(f"tokens 'cls': neither '{student.tap}' nor '{teacher.tap}' has a class token; use 'pool'")
     as_maps = student.spatial and teacher.spatial and tokens == "drop"
-    ours, theirs = _Plan(student, tokens), _Plan(teacher, tokens)
+    student_plan, teacher_plan = _Plan(student, tokens), _Plan(teacher, tokens)
     kernel = _valid_kernel(student, teacher, as_maps) if projector == "valid" else (1, 1)
     if as_maps:
         grid = _smaller_grid(student, teacher)
-        ours.to_map(student.grid if projector == "valid" else grid)
-        theirs.to_map(grid)
+        student_plan.to_map(student.grid if projector == "valid" else grid)
+        teacher_plan.to_map(grid)
     else:
-        ours.to_vector()
-        theirs.to_vector()
-    theirs.normalize(normalize)
+        student_plan.to_vector()
+        teacher_plan.to_vector()
+    teacher_plan.normalize(normalize)
     if policy == "fixed":
-        theirs.project_fixed(teacher.channels, student.channels)
+        teacher_plan.project_fixed(teacher.channels, student.channels)
     elif _needs_projector(student, teacher, policy):
-        ours.project(student.channels, teacher.channels, kernel if as_maps else None)
-        ours.activate(_activation(activation, teacher, normalize))
-    return _adapter(ours, theirs)
+        student_plan.project(student.channels, teacher.channels, kernel if as_maps else None)
+        student_plan.activate(_activation(activation, teacher, normalize))
+    return _adapter(student_plan, teacher_plan)
 
 
 def adapt_maps(student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
@@ -143,10 +143,10 @@ def adapt_maps(student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
     _check_maps(student, teacher)
     if _smaller_grid(student, teacher) == (1, 1):
         raise AdapterError(f"{student.tap} <- {teacher.tap} have one position in common, and nothing to attend to")
-    ours, theirs = _Plan(student, "drop"), _Plan(teacher, "drop")
-    for plan in (ours, theirs):
+    student_plan, teacher_plan = _Plan(student, "drop"), _Plan(teacher, "drop")
+    for plan in (student_plan, teacher_plan):
         plan.to_map(_smaller_grid(student, teacher))
-    return _adapter(ours, theirs)
+    return _adapter(student_plan, teacher_plan)
 
 
 def adapt_matrices(
@@ -163,8 +163,8 @@ def adapt_matrices(
     Raises AdapterError for features without positions, and for `never` with unequal widths.
     """
     _check_choices(policy=(policy, Policy))
-    for ours, theirs in zip(student, teacher, strict=True):
-        _check_maps(ours, theirs)
+    for student_plan, teacher_plan in zip(student, teacher, strict=True):
+        _check_maps(student_plan, teacher_plan)
     sides = [_MatrixPlan(student), _MatrixPlan(teacher)]
     widths = [[spec.channels for spec in side] for side in (student, teacher)]
     if policy == "never" and widths[0] != widths[1]:
@@ -188,16 +188,16 @@ def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequenc
     """
     for side, spec in (("student", student), ("teacher", teacher)):
         check_logits(spec, side)
-    ours, theirs = _Plan(student, "pool"), _Plan(teacher, "pool")
+    student_plan, teacher_plan = _Plan(student, "pool"), _Plan(teacher, "pool")
     if class_map is not None:
         check_class_map(class_map, student.channels, teacher.channels)
-        theirs.add(Classes(class_map), f"{len(class_map)} classes")
+        teacher_plan.add(Classes(class_map), f"{len(class_map)} classes")
     elif student.channels != teacher.channels:
         raise AdapterError(
             f"the student has {student.channels} classes and the teacher {teacher.channels}; give a `class_map` with "
             "the teacher's index of each of the student's classes"
         )
-    return _adapter(ours, theirs)
+    return _adapter(student_plan, teacher_plan)
 
 
 def check_logits(spec: FeatureSpec, side: str) -> None:
@@ -229,10 +229,10 @@ def check_class_map(class_map: Sequence[int], student: int, teacher: int) -> Non
         raise AdapterError(f"class_map: {says}; expected {student} indices, one for every class of the student")
 
 
-def _adapter(ours: "_Plan", theirs: "_Plan") -> Adapter:
-    theirs_text = "" if len(theirs.steps) == 0 else f" | teacher {theirs}"
-    steps = nn.Sequential(*ours.steps), nn.Sequential(*theirs.steps)
-    return Adapter(*steps, f"{ours}{theirs_text}", _target([theirs.spec], theirs))
+def _adapter(student_plan: "_Plan", teacher_plan: "_Plan") -> Adapter:
+    theirs_text = "" if len(teacher_plan.steps) == 0 else f" | teacher {teacher_plan}"
+    steps = nn.Sequential(*student_plan.steps), nn.Sequential(*teacher_plan.steps)
+    return Adapter(*steps, f"{student_plan}{theirs_text}", _target([teacher_plan.spec], teacher_plan))
 
 
 def _target(teacher: Sequence[FeatureSpec], plan: "_Plan | _MatrixPlan") -> Target | None:
@@ -299,7 +299,9 @@ def _valid_kernel(student: FeatureSpec, teacher: FeatureSpec, as_maps: bool) -> 
         raise AdapterError(
             f"projector 'valid' needs two maps, and {student.tap} <- {teacher.tap} are none; use 'linear'"
         )
-    height, width = (ours - theirs + 1 for ours, theirs in zip(student.grid, teacher.grid, strict=True))
+    height, width = (
+        student_plan - teacher_plan + 1 for student_plan, teacher_plan in zip(student.grid, teacher.grid, strict=True)
+    )
     if height < 1 or width < 1:
         raise AdapterError(
             f"projector 'valid' for {student.tap} <- {teacher.tap}: the student's grid {student.grid} is smaller than "

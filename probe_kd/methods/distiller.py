@@ -262,11 +262,11 @@ def _refuse_shared(student: nn.Module, teacher: nn.Module | None, *, frozen: boo
         raise LossError("the student and the teacher are one object; give copy.deepcopy(model) as one of them")
     if teacher is None or not frozen:
         return
-    theirs = {_place(tensor): name for name, tensor in _tensors(teacher)}
+    of_teacher = {_place(tensor): name for name, tensor in _tensors(teacher)}
     for name, tensor in _tensors(student):
-        if _place(tensor) in theirs:
+        if _place(tensor) in of_teacher:
             raise LossError(
-                f"'{name}' of the student is '{theirs[_place(tensor)]}' of the teacher, which is frozen, and would be "
+                f"'{name}' of the student is '{of_teacher[_place(tensor)]}' of the teacher, which is frozen, and would be "
                 "trained with the student; give the student a copy (copy.deepcopy), or train both by a gradient `block`"
             )
     modules = {id(module): name for name, module in teacher.named_modules()}

@@ -19,16 +19,16 @@ def resolve_inputs(
 
     Raises LossError where one of them says it and the other does not: what the teacher then saw would be a guess.
     """
-    ours = given.filled(student)
-    theirs = (wanted or InputSpec(given.size)).filled(teacher)
-    if teacher is not None and ours.complete != theirs.complete:
-        side, model = ("student", student) if theirs.complete else ("teacher", teacher)
+    student_input = given.filled(student)
+    teacher_input = (wanted or InputSpec(given.size)).filled(teacher)
+    if teacher is not None and student_input.complete != teacher_input.complete:
+        side, model = ("student", student) if teacher_input.complete else ("teacher", teacher)
         raise LossError(
             f"nothing says how images are normalised for the {side}, {type(model).__name__}, which has no timm config, "
             f"and for the other model it is known; give {side}_input=InputSpec({given.size}, mean, std), with 0.0 and "
             "1.0 for images in [0, 1]"
         )
-    return ours.or_plain(), wanted and theirs.or_plain()
+    return student_input.or_plain(), wanted and teacher_input.or_plain()
 
 
 def own_input(teacher: nn.Module, given: InputSpec, known: Trace) -> InputSpec:

@@ -213,18 +213,18 @@ class Objective:
         self, comparison: Comparison, student: Trace, teacher: Trace, class_map: Sequence[int] | None = None
     ) -> Adapter:
         """What brings one comparison together. Raises AdapterError where nothing can, TapError where no layer is."""
-        ours = [student[pair.student] for pair in comparison.pairs]
-        theirs = [teacher[pair.teacher] for pair in comparison.pairs]
+        student_specs = [student[pair.student] for pair in comparison.pairs]
+        teacher_specs = [teacher[pair.teacher] for pair in comparison.pairs]
         # A pair's own word goes first; of two, that of the second, whose output both ends lead to.
         how: dict[str, Any] = {key: comparison.pairs[-1].adapter.get(key, getattr(self, key)) for key in _ADAPTER}
         match self.resolved.reads:
             case "outputs":
-                return adapt_outputs(ours[0], theirs[0], class_map)
+                return adapt_outputs(student_specs[0], teacher_specs[0], class_map)
             case "maps":
-                return adapt_maps(ours[0], theirs[0])
+                return adapt_maps(student_specs[0], teacher_specs[0])
             case "grams" | "flows":
-                return adapt_matrices(ours, theirs, policy=how["policy"])
-        return adapt(ours[0], theirs[0], **how)
+                return adapt_matrices(student_specs, teacher_specs, policy=how["policy"])
+        return adapt(student_specs[0], teacher_specs[0], **how)
 
 
 def _as_pairs(given: Any) -> Iterator[Pair]:

@@ -39,7 +39,7 @@ class Sharing:
     replayed: Mapping[str, Tap] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        pairs = [ours if ours == theirs else f"{ours} <- {theirs}" for ours, theirs in self.names.items()]
+        pairs = [one if one == other else f"{one} <- {other}" for one, other in self.names.items()]
         shown = ", ".join(pairs if len(pairs) < 8 else [*pairs[:6], "...", pairs[-1]])
         return f"{self.form}: {shown}"
 
@@ -74,13 +74,15 @@ def share_convolutions(
 
 def _in_common(student: nn.Module, teacher: nn.Module, *, whole: bool) -> list[str]:
     """Names in the order of the model; without `whole`, up to the first difference."""
-    ours, theirs = weight_layers(student), weight_layers(teacher)
+    student_layers, teacher_layers = weight_layers(student), weight_layers(teacher)
     heads = _heads(student) | _heads(teacher)
-    common = [name for name in ours if name in theirs and id(ours[name]) not in heads]
-    common = [name for name in common if _shapes(ours[name]) == _shapes(theirs[name])]
+    common = [name for name in student_layers if name in teacher_layers and id(student_layers[name]) not in heads]
+    common = [name for name in common if _shapes(student_layers[name]) == _shapes(teacher_layers[name])]
     if whole:
         return common
-    both = takewhile(lambda names: names[0] == names[1] and names[0] in common, zip(ours, theirs, strict=False))
+    both = takewhile(
+        lambda names: names[0] == names[1] and names[0] in common, zip(student_layers, teacher_layers, strict=False)
+    )
     return [name for name, _ in both]
 
 
@@ -102,17 +104,19 @@ def share_trunk(student: nn.Module, teacher: nn.Module, at: Tap, teacher_at: Tap
 
     Raises TapError where the two trunks are not built alike, with the first difference.
     """
-    ours, theirs = trunk_units(seen, at), trunk_units(known, teacher_at)
-    if len(ours) != len(theirs):
+    student_layers, teacher_layers = trunk_units(seen, at), trunk_units(known, teacher_at)
+    if len(student_layers) != len(teacher_layers):
         raise TapError(
-            f"share 'trunk': up to '{at}' the student runs {', '.join(ours)}, and up to '{teacher_at}' the teacher "
-            f"{', '.join(theirs)}; cut both at the same layer, or use form 'graft'"
+            f"share 'trunk': up to '{at}' the student runs {', '.join(student_layers)}, and up to '{teacher_at}' the teacher "
+            f"{', '.join(teacher_layers)}; cut both at the same layer, or use form 'graft'"
         )
-    names = dict(zip(ours, theirs, strict=True))
-    if [name.count(".") for name in ours] != [name.count(".") for name in theirs]:
-        raise TapError(f"share 'trunk': the trunks lie in different containers, {ours} and {theirs}; use form 'graft'")
+    names = dict(zip(student_layers, teacher_layers, strict=True))
+    if [name.count(".") for name in student_layers] != [name.count(".") for name in teacher_layers]:
+        raise TapError(
+            f"share 'trunk': the trunks lie in different containers, {student_layers} and {teacher_layers}; use form 'graft'"
+        )
     share(student, teacher, names)
-    for own, other in dict(zip(_holders(ours), _holders(theirs), strict=False)).items():
+    for own, other in dict(zip(_holders(student_layers), _holders(teacher_layers), strict=False)).items():
         _share_own(get(student, own), get(teacher, other), own)
     return Sharing("trunk", names, {name: Tap(other) for name, other in names.items()})
 

@@ -314,8 +314,10 @@ class ShareOptions(_Section):
     @property
     def cut(self) -> tuple[Tap, Tap]:
         """Raises TapError."""
-        ours, theirs = (self.at, self.at) if isinstance(self.at, str) else next(iter((self.at or {"": ""}).items()))
-        return Tap.parse(ours), Tap.parse(theirs)
+        student_cut, teacher_cut = (
+            (self.at, self.at) if isinstance(self.at, str) else next(iter((self.at or {"": ""}).items()))
+        )
+        return Tap.parse(student_cut), Tap.parse(teacher_cut)
 
 
 class AutoPairs(_Section):

@@ -107,10 +107,10 @@ class LayerSimilarity:
     pairs: tuple[tuple[str, str], ...]
 
     def of(self, pair: tuple[str, str]) -> float | None:
-        ours, theirs = pair
-        if ours not in self.student or theirs not in self.teacher:
+        student_layer, teacher_layer = pair
+        if student_layer not in self.student or teacher_layer not in self.teacher:
             return None
-        return self.cka[self.student.index(ours)][self.teacher.index(theirs)]
+        return self.cka[self.student.index(student_layer)][self.teacher.index(teacher_layer)]
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,9 @@ def measure_layers(planned: Plan, run: Path) -> LayerSimilarity:
     """
     if planned.teacher is None:
         raise RunError(f"the run in {run} has no teacher")
-    ours = _layers(planned.trained, [pair.student for pair in planned.pairs])
-    theirs = _layers(planned.teacher, [pair.teacher for pair in planned.pairs])
-    student, teacher = vectors(planned, run, ours, theirs, images=IMAGES, seconds=SECONDS)
+    student_layers = _layers(planned.trained, [pair.student for pair in planned.pairs])
+    teacher_layers = _layers(planned.teacher, [pair.teacher for pair in planned.pairs])
+    student, teacher = vectors(planned, run, student_layers, teacher_layers, images=IMAGES, seconds=SECONDS)
     cells = cka_table(list(student.values()), list(teacher.values()))
     found = LayerSimilarity(
         images=len(next(iter(student.values()), ())),
@@ -443,9 +443,9 @@ def _group(name: str, members: Sequence[_Run]) -> Group:
 
 def _pairs(found: Any) -> Iterator[tuple[str, str]]:
     """As a run resolved them; a recipe that somebody put there instead may leave them to `auto`."""
-    for ours, theirs in found.items() if isinstance(found, Mapping) else ():
-        if isinstance(theirs, str):
-            yield _printable(ours) or "output", _printable(theirs) or "output"
+    for student_layer, teacher_layer in found.items() if isinstance(found, Mapping) else ():
+        if isinstance(teacher_layer, str):
+            yield _printable(student_layer) or "output", _printable(teacher_layer) or "output"
 
 
 def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:

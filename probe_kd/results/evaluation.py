@@ -159,14 +159,14 @@ def evaluate(
 
 def cka_sums(student: Float[Tensor, "batch m"], teacher: Float[Tensor, "batch n"]) -> Sums:
     """What of a batch `linear_cka` needs. Those of all batches are added."""
-    ours, theirs = _exact(student), _exact(teacher)
+    of_student, of_teacher = _exact(student), _exact(teacher)
     return {
-        "images": ours.new_tensor(len(ours)),
-        "ours": ours.sum(0),
-        "theirs": theirs.sum(0),
-        "within_ours": ours.T @ ours,
-        "within_theirs": theirs.T @ theirs,
-        "between": ours.T @ theirs,
+        "images": of_student.new_tensor(len(of_student)),
+        "student": of_student.sum(0),
+        "teacher": of_teacher.sum(0),
+        "within_student": of_student.T @ of_student,
+        "within_teacher": of_teacher.T @ of_teacher,
+        "between": of_student.T @ of_teacher,
     }
 
 
@@ -178,30 +178,30 @@ def linear_cka(sums: Mapping[str, Tensor]) -> float:
     exact over the whole set, not a mean over batches: 1 for features that are equal up to rotation and scale. NaN
     where one of the features is the same for every image.
     """
-    ours, theirs = sums["ours"], sums["theirs"]
+    of_student, of_teacher = sums["student"], sums["teacher"]
     within_ours, within_theirs, between = (
         sums[name] - torch.outer(left, right) / sums["images"]
         for name, left, right in (
-            ("within_ours", ours, ours),
-            ("within_theirs", theirs, theirs),
-            ("between", ours, theirs),
+            ("within_student", of_student, of_student),
+            ("within_teacher", of_teacher, of_teacher),
+            ("between", of_student, of_teacher),
         )
     )
-    for centred, raw in ((within_ours, sums["within_ours"]), (within_theirs, sums["within_theirs"])):
+    for centred, raw in ((within_ours, sums["within_student"]), (within_theirs, sums["within_teacher"])):
         if not centred.trace() > _CONSTANT * raw.trace():
             return float("nan")
     return float(between.norm() ** 2 / (within_ours.norm() * within_theirs.norm()))
 
 
 def cka_table(
-    ours: Sequence[Float[Tensor, "images _"]], theirs: Sequence[Float[Tensor, "images _"]]
+    of_student: Sequence[Float[Tensor, "images _"]], of_teacher: Sequence[Float[Tensor, "images _"]]
 ) -> list[list[float | None]]:
     """`linear_cka` of every student's feature (rows) with every teacher's (columns); None where it is not defined.
 
     Of few images it is had from matrices of images by images, one a feature: `||X^T Y||^2` is the sum of the products
     of `X X^T` and `Y Y^T`. So a table of 30 by 30 costs 60 such matrices, and not 900 of channels by channels.
     """
-    grams = [[_gram(feature) for feature in side] for side in (ours, theirs)]
+    grams = [[_gram(feature) for feature in side] for side in (of_student, of_teacher)]
     return [
         [None if a is None or b is None else float((a * b).sum() / (a.norm() * b.norm())) for b in grams[1]]
         for a in grams[0]
@@ -216,7 +216,7 @@ def _gram(feature: Float[Tensor, "images channels"]) -> Float[Tensor, "images im
 
 @torch.no_grad()
 def vectors(
-    planned: Plan, run: Path, ours: Sequence[Tap], theirs: Sequence[Tap], *, images: int, seconds: float
+    planned: Plan, run: Path, of_student: Sequence[Tap], of_teacher: Sequence[Tap], *, images: int, seconds: float
 ) -> tuple[dict[Tap, Float[Tensor, "images _"]], dict[Tap, Float[Tensor, "images _"]]]:
     """One vector per test image of layers of a run's student, and of its teacher: what `evaluate` compares.
 
@@ -239,8 +239,10 @@ def vectors(
     teacher, name = _teacher(known, options, run, "teacher", trained=trained)
     place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     sides = [
-        _entry("student", planned.trained.model, _student(planned, file), file.name, (given, wanted), ours).to(place),
-        _entry("teacher", known.model, teacher, name, (wanted, wanted), theirs).to(place),
+        _entry("student", planned.trained.model, _student(planned, file), file.name, (given, wanted), of_student).to(
+            place
+        ),
+        _entry("teacher", known.model, teacher, name, (wanted, wanted), of_teacher).to(place),
     ]
     count = len(planned.datasets.test)  # type: ignore[arg-type]
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:images].tolist()
@@ -415,11 +417,13 @@ class _Compared:
     def pairs(self) -> tuple[Pair, ...]:
         return self.comparison.pairs if self.comparison else (self.pair,)
 
-    def update(self, ours: Mapping[Tap, Tensor], theirs: Mapping[Tap, Tensor], kept: int) -> None:
+    def update(self, of_student: Mapping[Tap, Tensor], of_teacher: Mapping[Tap, Tensor], kept: int) -> None:
         if self.adapter is None or self.comparison is None:
             return
-        mine = self.comparison.features("student", ours, matrices=self.of_matrices)
-        predicted, wanted = self.adapter(mine, self.comparison.features("teacher", theirs, matrices=self.of_matrices))
+        mine = self.comparison.features("student", of_student, matrices=self.of_matrices)
+        predicted, wanted = self.adapter(
+            mine, self.comparison.features("teacher", of_teacher, matrices=self.of_matrices)
+        )
         self.sums = _add(self.sums, variance_sums(predicted[:kept], wanted[:kept]))
 
 
@@ -452,24 +456,24 @@ def _entries(
 ) -> Iterator[_Evaluated]:
     """The student first, then what there is of the baseline, the teacher, and the teacher baseline."""
     pairs = [pair for item in compared for pair in (item.pair, *item.pairs)]
-    ours, theirs = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+    of_student, of_teacher = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
     given, wanted = planned.student_input, planned.teacher_input
     shown = student.name if student.parent == folder else str(student)
     other = wanted or given
-    yield _entry("student", planned.trained.model, _student(planned, student), shown, (given, other), ours)
+    yield _entry("student", planned.trained.model, _student(planned, student), shown, (given, other), of_student)
     alone, average = weights_file(folder, "baseline"), weights_file(folder, "baseline", "-ema")
     alone = average if ema and average.is_file() else alone
     if alone.is_file():
         plain = replace(given, size=planned.student.input_size)  # a graft sees what its teacher sees
         model = _loaded(_built(planned.student), alone)
-        taps = [] if planned.grown else ours
+        taps = [] if planned.grown else of_student
         yield _entry("baseline", planned.student.model, model, alone.name, (plain, other), taps)
     options, known = planned.recipe.teacher, planned.teacher
     if options is None or known is None or wanted is None:
         return
     trained = planned.recipe.share is not None or options.train is not None
     model, shown = _teacher(known, options, folder, "teacher", trained=trained)
-    teacher = _entry("teacher", known.model, model, shown, (wanted, wanted), theirs)
+    teacher = _entry("teacher", known.model, model, shown, (wanted, wanted), of_teacher)
     yield replace(teacher, classes=planned.class_map)
     if planned.recipe.share:
         given_weights = options.pretrained or options.checkpoint is not None
@@ -566,20 +570,22 @@ class _Meter:
         for item in self.compared:
             item.update(features["student"], features["teacher"], kept)
         for (role, pair), sums in self.alike.items():
-            ours = self.pools[role][pair.student](features[role][pair.student])
-            theirs = self.pools["teacher"][pair.teacher](features["teacher"][pair.teacher])
-            self.alike[role, pair] = _add(sums, cka_sums(ours[:kept], theirs[:kept]))
+            of_student = self.pools[role][pair.student](features[role][pair.student])
+            of_teacher = self.pools["teacher"][pair.teacher](features["teacher"][pair.teacher])
+            self.alike[role, pair] = _add(sums, cka_sums(of_student[:kept], of_teacher[:kept]))
 
     def _answer(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
         wrong = target[(target < 0) | (target >= self.classes)]
         if len(wrong):
             raise DataError(f"label {int(wrong[0])} of an image is none of the {self.classes} classes")
         for entry in self.entries:
-            role, ours = entry.role, _exact(logits[entry.role])
-            theirs = _exact(logits["teacher"]) if entry.learns and "teacher" in logits else None
-            self.answers[role] = _add(self.answers[role], _answer_sums(ours, target.to(ours.device), theirs))
+            role, of_student = entry.role, _exact(logits[entry.role])
+            of_teacher = _exact(logits["teacher"]) if entry.learns and "teacher" in logits else None
+            self.answers[role] = _add(
+                self.answers[role], _answer_sums(of_student, target.to(of_student.device), of_teacher)
+            )
             # As probabilities: logits that happen to lie in 0..1 would be taken for such.
-            self.calibration[role].to(ours.device).update(ours.softmax(1), target.to(ours.device))
+            self.calibration[role].to(of_student.device).update(of_student.softmax(1), target.to(of_student.device))
 
     def _kept(self, target: Tensor) -> int:
         """How many images of this process count: the last batch is filled up with some that were there before."""
@@ -620,19 +626,19 @@ class _Meter:
         return Similarity(item.stage, item.loss, student, teacher, own, alone, explained, "; ".join(notes))
 
 
-def _answer_sums(ours: Tensor, target: Tensor, theirs: Tensor | None) -> Sums:
-    """What of a batch of logits the scores need; `theirs` are the teacher's."""
-    log = ours.log_softmax(1)
+def _answer_sums(of_student: Tensor, target: Tensor, of_teacher: Tensor | None) -> Sums:
+    """What of a batch of logits the scores need; `of_teacher` are the teacher's."""
+    log = of_student.log_softmax(1)
     sums = {
-        "images": ours.new_tensor(len(ours)),
-        "top1": (ours.argmax(1) == target).sum(),
+        "images": of_student.new_tensor(len(of_student)),
+        "top1": (of_student.argmax(1) == target).sum(),
         "nll": F.nll_loss(log, target, reduction="sum"),
     }
-    if ours.shape[1] > 5:
-        sums["top5"] = (ours.topk(5, 1).indices == target[:, None]).sum()
-    if theirs is not None:
-        sums["agreement"] = (ours.argmax(1) == theirs.argmax(1)).sum()
-        sums["kl"] = F.kl_div(log, theirs.log_softmax(1), reduction="sum", log_target=True)
+    if of_student.shape[1] > 5:
+        sums["top5"] = (of_student.topk(5, 1).indices == target[:, None]).sum()
+    if of_teacher is not None:
+        sums["agreement"] = (of_student.argmax(1) == of_teacher.argmax(1)).sum()
+        sums["kl"] = F.kl_div(log, of_teacher.log_softmax(1), reduction="sum", log_target=True)
     return sums
 
 

@@ -419,10 +419,10 @@ def _larger_teacher(trained: _Trained) -> list[str]:
     recipe = trained.recipe
     if recipe.teacher is None or recipe.teacher.input_size is None or trained.role.startswith("teacher"):
         return []
-    theirs, ours = recipe.teacher.input_size[1:], trained.given.size[1:]
-    if theirs[0] <= ours[0] and theirs[1] <= ours[1]:
+    teacher_size, size = recipe.teacher.input_size[1:], trained.given.size[1:]
+    if teacher_size[0] <= size[0] and teacher_size[1] <= size[1]:
         return []
-    sizes = ["x".join(map(str, size)) for size in (theirs, ours)]
+    sizes = ["x".join(map(str, size)) for size in (teacher_size, size)]
     return [
         f"the run made its images {sizes[0]}, as the teacher wants them, and resized them to {sizes[1]}; timm's "
         "transform makes them so at once, and the accuracy may differ a little"

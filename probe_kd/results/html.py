@@ -340,10 +340,10 @@ def _heat(similarity: LayerSimilarity) -> dict[str, Any]:
             "value": value,
             "text": "–" if value is None else f"{value:.2f}",
             "deep": "" if value is None or value < HALF else "half" if value < DEEP else "deep",
-            "paired": (ours, theirs) in pairs,
+            "paired": (student_layer, teacher_layer) in pairs,
         }
-        for row, (ours, values) in enumerate(zip(similarity.student, similarity.cka, strict=True))
-        for column, (theirs, value) in enumerate(zip(similarity.teacher, values, strict=True))
+        for row, (student_layer, values) in enumerate(zip(similarity.student, similarity.cka, strict=True))
+        for column, (teacher_layer, value) in enumerate(zip(similarity.teacher, values, strict=True))
     ]
     width = max(left + wide * len(similarity.teacher) + 40, 260)
     return {

@@ -31,12 +31,12 @@ def attention(
             f"attention: expected two maps (batch, channels, height, width) of one batch and grid, got student "
             f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}"
         )
-    ours, theirs = (_unit(map_.square().mean(1).flatten(1)) for map_ in (student, teacher))
+    student_map, teacher_map = (_unit(map_.square().mean(1).flatten(1)) for map_ in (student, teacher))
     if form == "code":
-        return (ours - theirs).square().mean()
+        return (student_map - teacher_map).square().mean()
     if form != "paper":
         raise LossError(f"attention: form {form!r}; expected 'paper' or 'code'")
-    distance: Tensor = torch.linalg.vector_norm(ours - theirs, dim=1)
+    distance: Tensor = torch.linalg.vector_norm(student_map - teacher_map, dim=1)
     return distance.mean()
 
 

@@ -45,21 +45,21 @@ def join(
         return student, None
     if share.form == "weights":
         return student, share_convolutions(student, teacher, share.modules or "interval")
-    ours, theirs = share.cut
+    student_cut, teacher_cut = share.cut
     if share.form == "trunk":
-        return student, share_trunk(student, teacher, ours, theirs, seen, known)
-    return graft(student, teacher, ours, theirs, seen, known)
+        return student, share_trunk(student, teacher, student_cut, teacher_cut, seen, known)
+    return graft(student, teacher, student_cut, teacher_cut, seen, known)
 
 
 def check_trunk_inputs(recipe: Recipe, models: Models) -> list[Mistake]:
     """A shared trunk runs once, on one image."""
     if recipe.share is None or recipe.share.form != "trunk" or models.student is None or models.teacher is None:
         return []
-    ours, theirs = input_of_student(recipe, models.student), input_of_teacher(recipe, models.teacher)
-    if ours == theirs:
+    student_input, teacher_input = input_of_student(recipe, models.student), input_of_teacher(recipe, models.teacher)
+    if student_input == teacher_input:
         return []
     message = (
-        f"a shared trunk sees one image, and the student expects {ours} and the teacher {theirs}; give `mean` "
+        f"a shared trunk sees one image, and the student expects {student_input} and the teacher {teacher_input}; give `mean` "
         "and `std` of `data`, and `mean`, `std` and `input_size` of `teacher`, so that they agree"
     )
     return [(("share",), message)]
