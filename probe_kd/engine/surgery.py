@@ -26,7 +26,7 @@ def get(model: nn.Module, name: str) -> nn.Module:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put `module` in the place of `name`, under every parent that holds the old one. Returns the old module."""
+    """Replace the module `name` by `module`, under every parent that holds it. Returns the old module."""
     if not name:
         raise TapError("the model itself cannot be replaced inside itself; name one of its modules")
     old = get(model, name)
@@ -38,7 +38,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 
 def share(student: nn.Module, teacher: nn.Module, names: Mapping[str, str]) -> dict[str, nn.Module]:
-    """Let the student use the teacher's modules, `{student name: teacher name}`. Returns the student's old modules.
+    """Make the student use modules of the teacher, given as `{student name: teacher name}`. Returns the student's
+    old modules.
 
     Raises TapError at the first layer, parameter or buffer in which two modules differ, before anything is changed.
     """

@@ -22,42 +22,43 @@ Block = Literal["output", "params", "trunk", "off"]
 
 
 class Distiller(nn.Module):
-    """`distiller(images, target)` is one step: `{"loss", "output", and each objective by its name}`.
+    """One training step as a module: `distiller(images, target)` returns `{"loss", "output", and each objective by
+    its name}`.
 
-    This is the contract of `timm.task.TrainingTask`. `loss` is the weighted sum, the objectives are unweighted,
-    `output` is the student's logits, or None where no objective needs them and the student stopped below. With `told`,
-    what `ask` gave for the same images before, the teacher does not run.
+    This is the contract of `timm.task.TrainingTask`. `loss` is the weighted sum, and the objectives are unweighted.
+    `output` is the student's logits, or None if no objective needs them and the student stopped earlier. With
+    `told`, the result of `ask` for the same images, the teacher does not run.
 
-    The student and the adapters are what this module owns: what an optimizer, DDP, `state_dict` and `train()` see. The
-    teacher follows `.to(device)`, stays in eval mode, runs under `no_grad`, and is otherwise invisible. It may be None
-    where no objective needs it.
+    The module owns the student and the adapters: these are what an optimizer, DDP, `state_dict` and `train()` see.
+    The teacher follows `.to(device)`, stays in eval mode, runs under `no_grad`, and is otherwise hidden. It may be
+    None if no objective needs it.
 
-    `images` are normalised as `student_input` says, and may be larger: each model sees them at its own size. The
-    teacher sees them normalised as `teacher_input` says. Both default to what timm's config on the model says, and to
-    the size that it was traced at; images of another size then are refused. Where only one of the models has a config,
-    how the images are normalised has to be given. `class_map` gives the teacher's index of
-    each of the student's classes, where they are not the same.
+    `images` are normalised as `student_input` says. Each model sees them at its own size, and the teacher sees them
+    normalised as `teacher_input` says. Both default to the model's timm config and to the size at which it was
+    traced; images of another size are then refused. If only one of the models has a config, both inputs have to be
+    given. `class_map` is the teacher's index of each class of the student, if their classes differ.
 
-    `block` lets the teacher train too, which then is owned, and seen by all, as the student is (Rocket Launching, Zhou
-    et al. 2018, arXiv 1708.04106). It is the gradient block, what a loss that compares both models may move:
+    `block` makes the teacher train too (Rocket Launching, Zhou et al. 2018, arXiv 1708.04106). The module then owns
+    it as it owns the student. `block` is the gradient block, which says what a loss that compares both models may
+    change:
 
     - `output`: nothing through the teacher's features, as in the authors' code;
-    - `params`: of what flows through the teacher, only the parameters that it shares with the student, as in the text;
-    - `trunk`: as `output`, and no loss of the student's moves what is shared at all;
+    - `params`: through the teacher, only the parameters that it shares with the student, as in the text;
+    - `trunk`: as `output`, and no loss of the student changes what is shared;
     - `off`: both models.
 
-    A weight or an option that is a `Schedule` moves when `set_epoch` is called. The hooks stay on both models until
-    `close()`.
+    `sharing` says what the two models share, as returned by `share_convolutions`, `share_trunk` and `graft`.
 
-    `sharing` says what the two have in common, as `share_convolutions`, `share_trunk` and `graft` made it.
+    A weight or an option that is a `Schedule` changes when `set_epoch` is called. The hooks stay on both models
+    until `close()`.
 
-    A frozen teacher stays what it is: it is put to eval mode in every step, whatever `train()` reached it from outside,
-    and a student that is the teacher, or has a layer or a parameter in common with it, is refused. A tapped feature of
-    the student that no gradient can pass is an error of the step, which names the tap.
+    A frozen teacher does not change: every step puts it into eval mode. A student that is the teacher, or shares a
+    layer or a parameter with it, is refused. If no gradient can reach a captured feature of the student, the step
+    raises an error that names the tap.
 
-    Traces may be given where they were already made (of a model that trains: in training mode). Everything is planned
-    here: layers that do not exist, never fire, or cannot be compared raise TapError or AdapterError now and not in a
-    step.
+    Pass traces if you have them (for a model that trains: in training mode). Everything is planned in the
+    constructor: layers that do not exist, never run, or cannot be compared raise TapError or AdapterError here and
+    not in a step.
     """
 
     def __init__(
