@@ -74,6 +74,17 @@ def test_every_other_command_has_these_options(verb: str) -> None:
         assert command.make_context(verb, shlex.split(line, comments=True)[2:]).params
 
 
+def test_the_readme_is_read_in_three_minutes() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_fits_the_page(page: Path) -> None:
+    """88 columns are what the site shows without scrolling, at a width of 1280 (docs/style.css)."""
+    fences = re.findall(r"^```.*?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert [line for text in fences for line in text.splitlines() if len(line) > 88] == []
+
+
 def test_something_was_found() -> None:
     assert len(blocks("python")) >= 2
     assert blocks("yaml")

@@ -103,12 +103,14 @@ def blocks(trace: Trace) -> list[FeatureSpec]:
 
 
 def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None) -> tuple[Pair, ...]:
-    """Pairs of layers, student first, in the order of both models, no layer twice, each with its reason.
+    """Pair layers of a student with layers of a teacher. Pairs are in the order of both models, no layer is used
+    twice, and each pair has its reason.
 
-    Stage ends are paired by stride, and by relative depth where a model has one stride only. `level="block"` pairs the
-    blocks between two paired stage ends by relative depth. `num_pairs` thins the pairs evenly and keeps the deepest.
+    Stage ends are paired by stride, or by relative depth if a model has only one stride. `level="block"` also pairs
+    the blocks between two stage ends by relative depth. `num_pairs` keeps fewer pairs, evenly spaced, including the
+    deepest.
 
-    Raises MatchError where a model has nothing to match, or there are fewer pairs than were asked for.
+    Raises MatchError if a model has nothing to match, or if there are fewer pairs than requested.
     """
     if level not in get_args(Level):
         raise MatchError(f"level {level!r}: expected 'stage' or 'block'")

@@ -16,9 +16,9 @@ from probe_kd.errors import DataError, TapError, TraceError, nearest
 
 
 class Layout(StrEnum):
-    """What the axes of a feature mean (timm's `Format`, and two more).
+    """The meaning of a feature's axes (timm's `Format`, and two more).
 
-    `OTHER` is a tensor that is no per-image feature: a scalar, a stack of windows, an attention matrix.
+    `OTHER` is a tensor that is not a per-image feature: a scalar, a stack of windows, an attention matrix.
     """
 
     NCHW = "NCHW"
@@ -39,12 +39,12 @@ _TAP_FORM = "module[#call][@input][[item]], as in 'layer3', 'layer3@input', 'blo
 class Tap:
     """One place in a model where a tensor can be read.
 
-    `module` is the path in `named_modules()`; `""` is the model itself, so `Tap("")` is its output (the logits).
-    `call` picks one of several calls of the same module, counted from 0; None says that there is only one.
-    `items` picks from a tuple, list (an int) or dict (a str); at an input, the first item picks the argument, by
-    position or by keyword, and no item at all means the first argument.
+    `module` is the path in `named_modules()`. `""` is the model itself, so `Tap("")` is its output (the logits).
+    `call` selects one of several calls of the same module, counted from 0; None means that there is only one.
+    `items` select from a tuple or list (an int) or a dict (a str). At an input, the first item selects the
+    argument, by position or keyword; without items, it is the first argument.
 
-    The text form is canonical, and `Tap.parse(str(tap)) == tap` for every legal tap. Raises TapError for another form.
+    `Tap.parse(str(tap)) == tap` for every valid tap. Raises TapError for any other text.
     """
 
     module: str
@@ -99,15 +99,15 @@ class Tap:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a tap was seen to yield in one dry forward.
+    """The output of a tap, as seen in one dry forward.
 
-    `shape` includes the batch. `grid` is (height, width) in positions, possibly non-square, None without positions.
-    `prefix_tokens` counts class, register and distillation tokens, which stand before the grid. `reduction` is the
-    stride against the input, height of the image / height of the grid. `order` numbers all tensors of the forward in
-    the order they came to be. `tensor` is equal at two taps that carry one tensor with the same contents, such as a
-    container and its last child. `activation` names the nonlinearity whose output the tensor is (`relu`, `gelu`, ...);
-    it is empty for another tensor, which as a rule has both signs. `clone` says that a later in-place operation
-    overwrites the tensor, so that a capture has to copy it.
+    `shape` includes the batch. `grid` is (height, width) in positions, or None. `prefix_tokens` is the number of
+    class, register and distillation tokens before the grid. `reduction` is the stride relative to the input: height
+    of the image / height of the grid. `order` numbers all tensors of the forward in the order of their creation.
+    `tensor` is equal for two taps that carry the same tensor with the same contents, such as a container and its
+    last child. `activation` names the nonlinearity whose output the tensor is (`relu`, `gelu`, ...), and is empty
+    for other tensors, which usually have both signs. `clone` means that a later in-place operation overwrites the
+    tensor, so that a capture has to copy it.
     """
 
     tap: Tap
@@ -140,11 +140,12 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class Pair:
-    """A student tap with the teacher tap it learns from: student first, always, as in `F.mse_loss(input, target)`.
+    """A student tap and the teacher tap that it learns from. The student comes first, as in `F.mse_loss(input,
+    target)`.
 
-    Accepts the text form of taps. `weight` multiplies this pair's share of a loss; `reason` says why `match` chose it.
-    `adapter` holds what differs for this pair from its objective's `policy`, `tokens`, `normalize`, `projector` and
-    `activation`; a loss that has no such choice passes over it.
+    Taps may be given as text. `weight` multiplies the pair's share of a loss. `reason` says why `match` chose the
+    pair. `adapter` overrides `policy`, `tokens`, `normalize`, `projector` and `activation` of the objective for
+    this pair; a loss without such a choice ignores it.
     """
 
     student: Tap
@@ -163,9 +164,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number that moves from `start` to `end` over so many epochs of a stage (default: all), and stays there.
+    """A number that moves from `start` to `end` over so many epochs of a stage (default: all), and then stays
+    there.
 
-    FitNets (Romero et al. 2015, sec. 3.1) lets the weight of the soft targets go down from 4 to 1.
+    FitNets (Romero et al. 2015, sec. 3.1) decreases the weight of the soft targets from 4 to 1.
     """
 
     start: float
@@ -216,11 +218,11 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class Trace:
-    """All that one dry forward of a model tells: a FeatureSpec for every module call, input and output.
+    """The result of one dry forward of a model: a FeatureSpec for the input and output of every module call.
 
-    `model` is the name to build it by, with `model_kwargs`; `input_size` is (channels, height, width); `training` is
-    the mode that was traced. `trace["layer3"]` is the spec of one tap, and raises TapError with the cause and the
-    nearest legal taps when there is none.
+    `model` and `model_kwargs` are what the model is built from, `input_size` is (channels, height, width), and
+    `training` is the traced mode. `trace["layer3"]` is the spec of one tap. It raises TapError, with the cause and
+    the nearest valid taps, if there is none.
     """
 
     model: str
@@ -313,10 +315,11 @@ def _squeezed(given: Any) -> Any:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What images a model expects: (channels, height, width), and the mean and standard deviation of its normalisation.
+    """The images that a model expects: (channels, height, width), and the mean and standard deviation of the
+    normalisation.
 
-    One value of `mean` and `std` stands for all channels. Without them they are the model's own, as timm's config on it
-    says; images in [0, 1] that are not normalised are `InputSpec(size, 0.0, 1.0)`.
+    One value of `mean` and `std` applies to all channels. Without them, they are taken from the model's timm
+    config. Images in [0, 1] without normalisation are `InputSpec(size, 0.0, 1.0)`.
     """
 
     size: tuple[int, int, int]

@@ -26,7 +26,7 @@ def get(model: nn.Module, name: str) -> nn.Module:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    """Put `module` in the place of `name`, under every parent that holds the old one. Returns the old module."""
+    """Replace the module `name` by `module`, under every parent that holds it. Returns the old module."""
     if not name:
         raise TapError("the model itself cannot be replaced inside itself; name one of its modules")
     old = get(model, name)
@@ -38,7 +38,8 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
 
 
 def share(student: nn.Module, teacher: nn.Module, names: Mapping[str, str]) -> dict[str, nn.Module]:
-    """Let the student use the teacher's modules, `{student name: teacher name}`. Returns the student's old modules.
+    """Make the student use modules of the teacher, given as `{student name: teacher name}`. Returns the student's
+    old modules.
 
     Raises TapError at the first layer, parameter or buffer in which two modules differ, before anything is changed.
     """
@@ -61,7 +62,8 @@ def _first_difference(own: nn.Module, other: nn.Module) -> str:
         if name not in student_state or name not in teacher_state:
             return f"only the {'student' if name in student_state else 'teacher'} has '{name}'"
         if student_state[name].shape != teacher_state[name].shape:
-            return f"'{name}' is {tuple(student_state[name].shape)} in the student and {tuple(teacher_state[name].shape)} in the teacher"
+            shapes = tuple(student_state[name].shape), tuple(teacher_state[name].shape)
+            return f"'{name}' is {shapes[0]} in the student and {shapes[1]} in the teacher"
     # The same tensors do not make the same function: strides, activations and rates stand in the text form.
     for mine, yours in zip_longest(repr(own).splitlines(), repr(other).splitlines(), fillvalue="nothing"):
         if mine != yours:

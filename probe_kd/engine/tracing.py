@@ -39,12 +39,12 @@ def trace(
 ) -> Trace:
     """Run `model` once on the meta device and describe every tensor that enters or leaves a module.
 
-    `model` is a timm name, `hf-hub:...`, `local-dir:...`, `package.module:function`, or an `nn.Module`, which is left
-    untouched. `input_size` is (channels, height, width), (height, width) or one side; the default is the model's own. A
-    named model that is built for one fixed size is built anew for the size asked for, where it has `img_size`.
-    A module that cannot run on the meta device runs once for real, on one batch of zeros, in eval mode.
+    `model` is a timm name, `hf-hub:...`, `local-dir:...`, `package.module:function`, or an `nn.Module`, which is
+    not changed. `input_size` is (channels, height, width), (height, width) or one side; the default is the model's
+    own. A named model with a fixed size is rebuilt for the requested size if it has an `img_size` argument. A
+    module that cannot run on the meta device runs once on a batch of zeros, in eval mode.
 
-    Raises TraceError when the model cannot be built, or does not accept the size.
+    Raises TraceError if the model cannot be built, or does not accept the size.
     """
     if isinstance(model, nn.Module):
         return _trace_module(model, _resolve_size(input_size, model), training)

@@ -49,10 +49,10 @@ class Target:
 
 
 class Adapter(nn.Module):
-    """`adapter(student, teacher)` gives both in one form: maps, vectors, or matrices of their channels.
+    """`adapter(student, teacher)` converts both features to one form: maps, vectors, or matrices of their channels.
 
-    Only `student_steps` has parameters. `str(adapter)` is the plan. `target` is what `teacher_steps` give, where it is
-    smaller than what they take and can be kept instead.
+    Only `student_steps` has parameters. `str(adapter)` describes the steps. `target` is what a cache stores: the
+    output of `teacher_steps`, if it is smaller than their input.
     """
 
     def __init__(

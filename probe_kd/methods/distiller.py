@@ -31,36 +31,37 @@ from probe_kd.methods.terms import Terms
 
 
 class Distiller(nn.Module):
-    """`distiller(images, target)` is one step: `{"loss", "output", and each objective by its name}`.
+    """One training step as a module: `distiller(images, target)` returns `{"loss", "output", and each objective by
+    its name}`.
 
-    This is the contract of `timm.task.TrainingTask`. `loss` is the weighted sum, the objectives are unweighted, and
-    `output` is the student's logits, or None where no objective needs them and the student stopped below. With
-    `cached_targets`, which `teacher_targets` gave for the same images before, the teacher does not run.
+    This is the contract of `timm.task.TrainingTask`. `loss` is the weighted sum, and the objectives are unweighted.
+    `output` is the student's logits, or None if no objective needs them and the student stopped earlier. With
+    `cached_targets`, the result of `teacher_targets` for the same images, the teacher does not run.
 
-    The student and the adapters are what this module owns: what an optimizer, DDP, `state_dict` and `train()` see. The
-    teacher may be None where no objective needs it. It follows `.to(device)`, runs under `no_grad`, is put to eval mode
-    in every step, and is otherwise invisible. A student that is the teacher, or has a layer or a parameter in common
-    with it, is refused.
+    The module owns the student and the adapters: these are what an optimizer, DDP, `state_dict` and `train()` see.
+    The teacher, None if no objective needs it, follows `.to(device)`, is put into eval mode by every step, runs under
+    `no_grad`, and is otherwise hidden. A student that is the teacher, or shares a layer or parameter, is refused.
 
-    `images` are normalised as `student_input` says, and may be larger: each model sees them at its own size, the
-    teacher normalised as `teacher_input` says. Both default to timm's config on the model, and to the size that it was
-    traced at; images of another size are then refused. Where only one of the models has a config, both have to be
-    given. `class_map` gives the teacher's index of each of the student's classes, where they are not the same.
+    `images` are normalised as `student_input` says. Each model sees them at its own size, and the teacher sees them
+    normalised as `teacher_input` says. Both default to the model's timm config and to the size at which it was
+    traced; images of another size are then refused. If only one of the models has a config, both inputs have to be
+    given. `class_map` is the teacher's index of each class of the student, if their classes differ.
 
-    `block` lets the teacher train too; the Distiller then owns it as well (Rocket Launching, Zhou et al. 2018, arXiv
-    1708.04106). It is the gradient block, what a loss that compares both models may move:
+    `block` makes the teacher train too (Rocket Launching, Zhou et al. 2018, arXiv 1708.04106). The module then owns
+    it as it owns the student. `block` is the gradient block, which says what a loss that compares both models may
+    change:
 
     - `output`: nothing through the teacher's features, as in the authors' code;
-    - `params`: of what flows through the teacher, only the parameters that it shares with the student, as in the text;
-    - `trunk`: as `output`, and no loss of the student moves what is shared;
+    - `params`: through the teacher, only the parameters that it shares with the student, as in the text;
+    - `trunk`: as `output`, and no loss of the student changes what is shared;
     - `off`: both models.
 
-    `sharing` says what the two share, as `share_convolutions`, `share_trunk` and `graft` made it. `set_epoch` moves
-    weights and options that are a `Schedule`. The hooks stay on both models until `close()`.
+    `sharing` says what the two models share, as returned by `share_convolutions`, `share_trunk` and `graft`. A weight
+    or an option that is a `Schedule` changes when `set_epoch` is called. The hooks stay on until `close()`.
 
-    Everything is planned here, with traces where they are given (of a model that trains: in training mode): layers that
-    do not exist, never fire, or cannot be compared raise TapError or AdapterError. A step raises LossError, also for a
-    feature of the student that no gradient can pass.
+    If no gradient can reach a captured feature of the student, the step raises an error that names the tap. Pass traces if you have them (for a model that trains: in training mode). Everything is planned in the
+    constructor: layers that do not exist, never run, or cannot be compared raise TapError or AdapterError here and
+    not in a step.
     """
 
     def __init__(
@@ -266,8 +267,9 @@ def _refuse_shared(student: nn.Module, teacher: nn.Module | None, *, frozen: boo
     for name, tensor in _tensors(student):
         if _place(tensor) in of_teacher:
             raise LossError(
-                f"'{name}' of the student is '{of_teacher[_place(tensor)]}' of the teacher, which is frozen, and would be "
-                "trained with the student; give the student a copy (copy.deepcopy), or train both by a gradient `block`"
+                f"'{name}' of the student is '{of_teacher[_place(tensor)]}' of the teacher, which is frozen, and would "
+                "be trained with the student; give the student a copy (copy.deepcopy), or train both by a gradient "
+                "`block`"
             )
     modules = {id(module): name for name, module in teacher.named_modules()}
     for name, module in student.named_modules():

@@ -65,20 +65,23 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Objective:
-    """One term of the loss: a loss function, the pairs it compares, its weight.
+    """One term of the loss: a loss function, the pairs it compares, and its weight.
 
-    `loss` is a name in `LOSSES`, or a `Loss` of your own. `name` is the key in the Distiller's result, the loss's own
-    name by default. `pairs` are needed by losses that read layers (`hint`, `fsp`, `gram`, `attention`); each
-    contributes its weight times its loss, and the sum is taken over the pairs; a (student, teacher) tuple or a mapping
-    of student to teacher layers does as well. `options` are the loss function's
-    keyword arguments; `policy`, `tokens`, `normalize`, `projector`, `activation` are those of `adapt`. `weight` and any
-    option may be a `Schedule`.
+    `loss` is a name in `LOSSES`, or a `Loss`. `name` is the key in the Distiller's result, by default the name of
+    the loss.
 
-    `fsp` compares the input and the output of each paired module; `between` names, by their student layers, two pairs
-    whose outputs are the ends of a flow instead. `of="teacher"` lets a loss that reads labels train the teacher, where
-    both train together.
+    `pairs` are needed by losses that read layers (hint, fsp, gram, attention). They may be `Pair`s, (student,
+    teacher) tuples, or a mapping of student layers to teacher layers. The term is the sum over the pairs, each
+    times the weight of the pair.
 
-    Raises LossError for a loss, an option or a missing pair.
+    `options` are the keyword arguments of the loss function. `policy`, `tokens`, `normalize`, `projector` and
+    `activation` are those of `adapt`. `weight` and any option may be a Schedule.
+
+    `fsp` compares the input and the output of each paired module. With `between`, which names two pairs by their
+    student layers, their outputs are the two ends instead. In joint training, `of="teacher"` makes a loss on labels
+    train the teacher.
+
+    Raises LossError for an unknown loss or option, or missing pairs.
     """
 
     loss: str | Loss

@@ -47,12 +47,14 @@ class Sharing:
 def share_convolutions(
     student: nn.Module, teacher: nn.Module, modules: Pattern | Sequence[str] | Mapping[str, str]
 ) -> Sharing:
-    """Share the weights of named modules, of `{student name: teacher name}`, or of a pattern of the paper's code.
+    """Share the weights of the named modules, of `{student name: teacher name}`, or of a pattern from the paper's
+    code.
 
-    `interval`: every layer that both have under one name and in one shape, but for the classifier: the stem and the
-    first blocks of every stage. `bottom`: of those, the ones before the first layer in which the models differ.
+    `interval` shares every layer that both models have under one name and in one shape, except the classifier: the
+    stem and the first blocks of every stage. `bottom` shares those before the first layer in which the models
+    differ.
 
-    Raises TapError where layers differ, or where a pattern finds nothing in common.
+    Raises TapError if layers differ, or if a pattern finds nothing in common.
     """
     if isinstance(modules, str):
         if modules not in get_args(Pattern):
@@ -100,20 +102,21 @@ def _heads(model: nn.Module) -> set[int]:
 
 
 def share_trunk(student: nn.Module, teacher: nn.Module, at: Tap, teacher_at: Tap, seen: Trace, known: Trace) -> Sharing:
-    """Make all layers up to and including the one at `at` the teacher's own: they run once in a step.
+    """Make all layers up to and including `at` the teacher's own. They run once per step.
 
-    Raises TapError where the two trunks are not built alike, with the first difference.
+    Raises TapError, with the first difference, if the two trunks are not built alike.
     """
     student_layers, teacher_layers = trunk_units(seen, at), trunk_units(known, teacher_at)
     if len(student_layers) != len(teacher_layers):
         raise TapError(
-            f"share 'trunk': up to '{at}' the student runs {', '.join(student_layers)}, and up to '{teacher_at}' the teacher "
-            f"{', '.join(teacher_layers)}; cut both at the same layer, or use form 'graft'"
+            f"share 'trunk': up to '{at}' the student runs {', '.join(student_layers)}, and up to '{teacher_at}' the "
+            f"teacher {', '.join(teacher_layers)}; cut both at the same layer, or use form 'graft'"
         )
     names = dict(zip(student_layers, teacher_layers, strict=True))
     if [name.count(".") for name in student_layers] != [name.count(".") for name in teacher_layers]:
         raise TapError(
-            f"share 'trunk': the trunks lie in different containers, {student_layers} and {teacher_layers}; use form 'graft'"
+            f"share 'trunk': the trunks lie in different containers, {student_layers} and {teacher_layers}; use form "
+            "'graft'"
         )
     share(student, teacher, names)
     for own, other in dict(zip(_holders(student_layers), _holders(teacher_layers), strict=False)).items():
@@ -251,9 +254,10 @@ class Onto(nn.Module):
 def graft(
     student: nn.Module, teacher: nn.Module, at: Tap, teacher_at: Tap, seen: Trace, known: Trace
 ) -> tuple[Graft, Sharing]:
-    """A student whose layers up to `at` are the teacher's up to `teacher_at`; the given student is used up.
+    """Return a student whose layers up to `at` are the teacher's up to `teacher_at`. The given student must not be
+    used afterwards.
 
-    Raises TapError for a cut that is no map or tokens of one module.
+    Raises TapError if the cut is not a map or tokens of one module.
     """
     replaced, kept = trunk_units(seen, at), trunk_units(known, teacher_at)
     cut, given = seen[at], known[teacher_at]
@@ -269,12 +273,14 @@ def graft(
 
 
 def load_student(path: str | Path, *, allow_import: Sequence[str] = ()) -> nn.Module:
-    """The student that a run has saved, in eval mode: a plain timm model, or a `Graft`, which timm cannot build.
+    """Load the student that a run has saved, in eval mode: a plain timm model, or a `Graft`, which timm cannot
+    build.
 
-    A file may name a function of anybody's as its model: it is imported and called only where `allow_import` names its
-    package or module.
+    A file may name any function as its model. It is imported and called only if `allow_import` names its package or
+    module.
 
-    Raises WeightsError for a file that no run of this package wrote, TraceError for a model that cannot be built.
+    Raises WeightsError for a file that was not written by a run of this package, and TraceError if the model cannot
+    be built.
     """
     about = read_header(path)
     try:

@@ -174,14 +174,14 @@ class _Run:
 
 
 def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: Sequence[str] = ()) -> RunComparison:
-    """Hold the runs in these folders, as `probe-kd train` wrote them, beside each other.
+    """Compare the runs in these folders, as written by `probe-kd train`.
 
-    Runs whose resolved recipes are the same but for `seed` are one group. `layers` measures the similarity of the
-    layers of student and teacher where the run has not done so at its end; only that builds models, and `allow_import`
-    names the packages that custom functions may come from. A run that has not ended is shown as far as it is.
+    Runs whose resolved recipes are equal except for `seed` are one group. `layers` measures the similarity of the
+    layers of student and teacher for runs that have not done so. Only this builds models; `allow_import` names the
+    packages of custom functions. An unfinished run is shown as far as it is.
 
-    Raises RunError for a folder that is no run, or holds files that are damaged, and where nothing is measured yet;
-    RecipeError for a recipe that this version does not read.
+    Raises RunError for a folder that is not a run, or has damaged files or no measurements; RecipeError for a
+    recipe that this version cannot read.
     """
     folders = list(dict.fromkeys(Path(os.path.normpath(run)) for run in runs))
     if not folders:

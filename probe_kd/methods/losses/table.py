@@ -21,11 +21,14 @@ Reads = Literal["labels", "outputs", "features", "maps", "grams", "flows"]
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and what it reads.
+    """A loss function and the kind of tensors that it reads.
 
-    `labels`: logits and the target; `outputs`: both models' logits. Of every pair of layers, `features`: both features
-    in one shape; `maps`: both at one grid, each with its own channels; `grams`: the matrix of each feature with itself;
-    `flows`: the matrix between the input and the output of the two modules.
+    - `labels`: the student's logits and the target
+    - `outputs`: the logits of both models
+    - `features`: for each pair of layers, both features in one shape
+    - `maps`: for each pair, both maps at one grid, each with its own channels
+    - `grams`: for each pair, the matrix of each feature with itself
+    - `flows`: for each pair, the matrix between the input and the output of the two modules
     """
 
     function: Callable[..., Tensor]

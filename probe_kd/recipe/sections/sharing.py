@@ -59,8 +59,8 @@ def check_trunk_inputs(recipe: Recipe, models: Models) -> list[Mistake]:
     if student_input == teacher_input:
         return []
     message = (
-        f"a shared trunk sees one image, and the student expects {student_input} and the teacher {teacher_input}; give `mean` "
-        "and `std` of `data`, and `mean`, `std` and `input_size` of `teacher`, so that they agree"
+        f"a shared trunk sees one image, and the student expects {student_input} and the teacher {teacher_input}; give "
+        "`mean` and `std` of `data`, and `mean`, `std` and `input_size` of `teacher`, so that they agree"
     )
     return [(("share",), message)]
 
