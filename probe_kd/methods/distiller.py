@@ -59,9 +59,9 @@ class Distiller(nn.Module):
     `sharing` says what the two models share, as returned by `share_convolutions`, `share_trunk` and `graft`. A weight
     or an option that is a `Schedule` changes when `set_epoch` is called. The hooks stay on until `close()`.
 
-    If no gradient can reach a captured feature of the student, the step raises an error that names the tap. Pass traces if you have them (for a model that trains: in training mode). Everything is planned in the
-    constructor: layers that do not exist, never run, or cannot be compared raise TapError or AdapterError here and
-    not in a step.
+    If no gradient can reach a captured feature of the student, the step raises an error that names the tap. Everything
+    is planned in the constructor, with traces if you pass them (for a model that trains: in training mode): layers that
+    do not exist, never run, or cannot be compared raise TapError or AdapterError here and not in a step.
     """
 
     def __init__(
