@@ -303,8 +303,8 @@ def check_own(folder: Path, names: Iterable[str]) -> None:
     other = next((name for name in names if (folder / name).is_file() and changed(folder / name)), "")
     if other:
         raise RunError(
-            f"{folder / other} was changed since the run wrote it, so figures would not be of that run; put the former "
-            "file back from a copy, or leave this run out"
+            f"{folder / other} is damaged, or was changed since the run wrote it, so figures would not be of that run; "
+            "put the former file back from a copy, or leave this run out"
         )
 
 

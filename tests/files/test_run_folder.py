@@ -131,7 +131,7 @@ def test_a_run_is_measured_with_the_files_that_it_was_trained_with_and_no_others
     ):
         kept = file.read_bytes()
         change(file)
-        says = rf"{file} (is not the file that .*run was begun with: its contents|was changed since the run wrote it)"
+        says = rf"{file} (is not the file that .*run was begun with: its contents|is damaged, or was changed)"
         for read in (lambda: evaluate(tmp_path / "run"), lambda: measure_layers(plan, tmp_path / "run")):
             with pytest.raises((RunError, RecipeError, TraceError), match=says):
                 read()
@@ -152,7 +152,7 @@ def test_a_table_that_was_edited_is_not_shown(done: Path, name: str) -> None:
     assert compare([done]).groups
     file = done / name
     file.write_text(file.read_text().replace("images", "image") + "\n")
-    with pytest.raises(RunError, match=f"{name} was changed since the run wrote it.*leave this run out"):
+    with pytest.raises(RunError, match=f"{name} is damaged, or was changed since the run wrote it.*leave this run out"):
         compare([done])
 
 
