@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from probe_kd.training.loop import make_optimizer
+from probe_kd.training.optimizers import make_optimizer
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import Run
 from probe_kd.training.saving import Saver

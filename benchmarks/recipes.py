@@ -23,17 +23,19 @@ from torch import Tensor, nn
 
 from probe_kd.data.cache import TeacherCache
 from probe_kd.data.loading import _transform
-from probe_kd.engine.models import build_model, save_weights
+from probe_kd.engine.models import build_model
+from probe_kd.engine.weights import save_weights
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import training_only
-from probe_kd.recipe.options import parse
+from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import Plan, plan
-from probe_kd.training.caching import open_cache
-from probe_kd.training.loop import Loop, Phase
+from probe_kd.training.loop import Loop
 from probe_kd.training.models import Models, TrainedModel
+from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import loop_of
+from probe_kd.training.teacher_cache import open_cache
 from probe_kd.training.trial import reached
 
 HERE = Path(__file__).parents[1] / "recipes"

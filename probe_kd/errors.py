@@ -183,3 +183,9 @@ def nearest_truth(value: object) -> str:
     truths = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
     word = truths.get(str(value).lower())
     return f"; did you mean {word}?" if word else ""
+
+
+def short(error: BaseException) -> str:
+    """What an error of somebody else's says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -18,7 +18,7 @@ from PIL import Image
 
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError
-from probe_kd.recipe.options import command_to_go_on, load
+from probe_kd.recipe.keys import command_to_go_on, load
 from probe_kd.recipe.scaffold import METHODS, write_recipe
 
 USER_MODEL = """\

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.main import get_command
 
 from probe_kd.cli import app, main
-from probe_kd.recipe.options import parse
+from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
 
 

@@ -11,8 +11,9 @@ import report
 import torch
 
 import study
-from probe_kd.engine.models import build_model, save_weights
-from probe_kd.recipe.options import load
+from probe_kd.engine.models import build_model
+from probe_kd.engine.weights import save_weights
+from probe_kd.recipe.keys import load
 
 DIGITS = ("data.dataset=sklearn/digits", "data.root=null", "data.train_split=train", "data.views=1")
 

@@ -26,7 +26,7 @@ from pydantic import (
 )
 from torch.utils.data import Dataset, Subset
 
-from probe_kd.data.contents import Contents, of_files, of_images, of_shards, printable, spread
+from probe_kd.data.digests import Contents, of_files, of_images, of_shards, printable, spread
 from probe_kd.data.images import EXTENSIONS, FolderImages, decode, open_image, scan_folder
 from probe_kd.data.shards import Shards, open_shards
 from probe_kd.errors import DataError, nearest

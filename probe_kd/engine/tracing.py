@@ -17,10 +17,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from probe_kd.engine.models import build_on_meta, short
+from probe_kd.engine.models import build_on_meta
 from probe_kd.engine.probe import watch, why_silent
 from probe_kd.engine.spec import FeatureSpec, Layout, ModuleSpec, Tap, Trace
-from probe_kd.errors import TraceError
+from probe_kd.errors import TraceError, short
 
 # A batch that hardly any other axis has as its length, so that a tensor without a leading batch (a stack of windows, an
 # attention matrix over heads) shows itself.

@@ -16,11 +16,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from probe_kd.engine.models import build_model, check_import, load_weights, read_header
+from probe_kd.engine.models import build_model, check_import
 from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import FeatureSpec, Layout, Tap, Trace
 from probe_kd.engine.surgery import get, prune_after, replaying, share, share_weights, weight_layers
 from probe_kd.engine.tracing import trace
+from probe_kd.engine.weights import load_weights, read_header
 from probe_kd.errors import TapError, WeightsError, nearest
 from probe_kd.methods.adapters import Resize, ToMap
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from probe_kd.methods.losses.table import LOSSES, Loss
-from probe_kd.recipe.options import LossOptions, Recipe, Scheduled
+from probe_kd.recipe.keys import LossOptions, Recipe, Scheduled
 
 Schema = dict[str, Any]
 

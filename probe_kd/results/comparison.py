@@ -20,12 +20,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from probe_kd.data.datasets import DataRecord
 from probe_kd.engine.matching import blocks, stages
-from probe_kd.engine.models import short
 from probe_kd.engine.spec import Tap, Trace
-from probe_kd.errors import MatchError, RunError, nearest
+from probe_kd.errors import MatchError, RunError, nearest, short
 from probe_kd.files.atomic import put, whole_text
 from probe_kd.files.run_folder import RECIPE, Manifest, check_own, record, runs_beside, why_no_run
-from probe_kd.recipe.options import command_to_go_on, load
+from probe_kd.recipe.keys import command_to_go_on, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.results.evaluation import cka_table, vectors
 from probe_kd.training.checkpoints import FOLDER as CHECKPOINTS

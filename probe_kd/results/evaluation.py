@@ -23,16 +23,17 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from probe_kd.data.datasets import RECORD, DataRecord
 from probe_kd.data.loading import loader, readable
-from probe_kd.engine.models import build_model, load_weights, short
+from probe_kd.engine.models import build_model
 from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.engine.tracing import trace
-from probe_kd.errors import DataError, RunError, nearest
+from probe_kd.engine.weights import load_weights
+from probe_kd.errors import DataError, RunError, nearest, short
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.objectives import Comparison
 from probe_kd.methods.targets import compared, make_adapters
-from probe_kd.recipe.options import Recipe, TeacherOptions, command_to_go_on, inputs_of, load
+from probe_kd.recipe.keys import Recipe, TeacherOptions, command_to_go_on, inputs_of, load
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.sections.sharing import join
 from probe_kd.training.devices import mixed_precision

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from probe_kd.data.datasets import RECORD, DataRecord, open_datasets
 from probe_kd.data.loading import loader
-from probe_kd.engine.models import build_on_meta, files_of, packages, read_header, save_weights, short
+from probe_kd.engine.models import build_on_meta, files_of, packages
 from probe_kd.engine.spec import InputSpec
-from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest
+from probe_kd.engine.weights import read_header, save_weights
+from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest, short
 from probe_kd.files.atomic import whole_bytes, whole_text
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe.options import ModelOptions, Recipe, command_to_go_on, dump, load
+from probe_kd.recipe.keys import ModelOptions, Recipe, command_to_go_on, dump, load
 from probe_kd.training.state import weights_file
 from probe_kd.version import __version__
 

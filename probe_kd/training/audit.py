@@ -17,8 +17,9 @@ from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import gradient_norms, training_only
 from probe_kd.recipe.planner import Plan
-from probe_kd.training.loop import Phase, make_optimizer
 from probe_kd.training.models import Models
+from probe_kd.training.optimizers import make_optimizer
+from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating
 from probe_kd.training.trial import Norms, complaints, first_batch, one_step, student_of, too_large, untrained
 

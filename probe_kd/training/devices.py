@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from probe_kd.engine.models import breaks_channels_last, build_on_meta, module_of
-from probe_kd.recipe.options import Recipe
+from probe_kd.recipe.keys import Recipe
 
 
 def mixed_precision(recipe: Recipe, device_type: str) -> str | None:

@@ -24,7 +24,7 @@ from probe_kd.files.run_folder import (
     kind_of,
     recording,
 )
-from probe_kd.recipe.options import Recipe, dump, inputs_of, load, parse, rewritten
+from probe_kd.recipe.keys import Recipe, dump, inputs_of, load, parse, rewritten
 from probe_kd.recipe.planner import Plan
 from probe_kd.training import checkpoints
 from probe_kd.training.processes import TRACKERS

@@ -7,16 +7,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from probe_kd.engine.models import build_model, checkpoint_gradients, load_weights, renew_classifier
+from probe_kd.engine.models import build_model, checkpoint_gradients
 from probe_kd.engine.spec import InputSpec, Trace
+from probe_kd.engine.weights import load_weights, renew_classifier
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
-from probe_kd.recipe.options import ModelOptions, classifier_of
+from probe_kd.recipe.keys import ModelOptions, classifier_of
 from probe_kd.recipe.planner import Plan
 from probe_kd.recipe.sections.sharing import join
 from probe_kd.training.devices import memory_format
-from probe_kd.training.loop import Phase
+from probe_kd.training.phase import Phase
 
 TEACHER_BASELINE, BASELINE = "teacher baseline", "baseline"
 

@@ -14,10 +14,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import get_cpu_distributed_information
 
-from probe_kd.engine.models import short
-from probe_kd.errors import PeerLost, RunError, for_all
+from probe_kd.errors import PeerLost, RunError, for_all, short
 from probe_kd.files.run_folder import is_abandoned
-from probe_kd.recipe.options import Recipe
+from probe_kd.recipe.keys import Recipe
 from probe_kd.training.devices import cuda_settings, mixed_precision
 from probe_kd.training.progress import Progress
 

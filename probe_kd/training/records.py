@@ -10,7 +10,7 @@ from typing import Any
 from probe_kd.data.datasets import class_names
 from probe_kd.errors import visible
 from probe_kd.files.atomic import put
-from probe_kd.recipe.options import RESERVED
+from probe_kd.recipe.keys import RESERVED
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.state import MEASURES, Result, Row
 

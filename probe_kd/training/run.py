@@ -22,25 +22,26 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
 from probe_kd.data.cache import TeacherCache
-from probe_kd.engine.models import load_weights
+from probe_kd.engine.weights import load_weights
 from probe_kd.errors import DataError, ProbeKDError, RunError, Stopped, WeightsError, for_all
 from probe_kd.files.run_folder import Claim, claim, record
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import training_only
-from probe_kd.recipe.options import dump
+from probe_kd.recipe.keys import dump
 from probe_kd.recipe.planner import Plan
 from probe_kd.training import checkpoints
-from probe_kd.training.caching import open_cache, tell_of_damage
 from probe_kd.training.devices import describe_device
 from probe_kd.training.folder import open_run
-from probe_kd.training.loop import Loop, Phase
+from probe_kd.training.loop import Loop
 from probe_kd.training.models import BASELINE, TEACHER_BASELINE, Models, TrainedModel
+from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating, listening, with_peers
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import TABLES, write_report
 from probe_kd.training.saving import Saver
 from probe_kd.training.scoring import Scorer
 from probe_kd.training.state import Result, Row, TrainState
+from probe_kd.training.teacher_cache import open_cache, tell_of_damage
 from probe_kd.training.trial import check_student, reached, too_large
 from probe_kd.version import __version__
 

@@ -14,8 +14,9 @@ from accelerate.utils import broadcast_object_list, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from probe_kd.engine.models import check_state, load_weights, own_tensors, portable, save_weights, short
-from probe_kd.errors import RunError, for_all
+from probe_kd.engine.models import portable
+from probe_kd.engine.weights import check_state, load_weights, own_tensors, save_weights
+from probe_kd.errors import RunError, for_all, short
 from probe_kd.files.run_folder import Claim, recording
 from probe_kd.recipe.planner import Plan
 from probe_kd.training import checkpoints

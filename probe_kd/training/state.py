@@ -7,7 +7,7 @@ from typing import Any
 
 from probe_kd.errors import RunError
 from probe_kd.files.atomic import whole_text
-from probe_kd.recipe.options import RESERVED
+from probe_kd.recipe.keys import RESERVED
 
 JOURNAL = "journal.json"  # in every checkpoint
 Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name

@@ -10,8 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from probe_kd.data.loading import loader, readable
-from probe_kd.engine.models import short
-from probe_kd.errors import ProbeKDError, RunError, for_all
+from probe_kd.errors import ProbeKDError, RunError, for_all, short
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import gradient_norms
 from probe_kd.methods.objectives import Objective

@@ -25,7 +25,7 @@ from probe_kd.data.datasets import (
     open_datasets,
 )
 from probe_kd.errors import DataError, RecipeError
-from probe_kd.recipe.options import load, parse
+from probe_kd.recipe.keys import load, parse
 from probe_kd.recipe.planner import plan
 
 WHOLE = TINY.replace("  fraction: 0.25\n", "")
@@ -184,7 +184,7 @@ def _swap(one: Path, other: Path) -> None:
 def test_other_images_of_a_split_are_found_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: int, change: Any, says: str, of_many: str
 ) -> None:
-    monkeypatch.setattr("probe_kd.data.contents.NAMED", named)
+    monkeypatch.setattr("probe_kd.data.digests.NAMED", named)
     pictures(tmp_path, validation_a=1, validation_b=1)
     for number, name in enumerate("ab"):
         (tmp_path / "train" / name).mkdir(parents=True)

@@ -13,11 +13,12 @@ from conftest import TINY
 from timm.models import build_model_with_cfg
 
 from probe_kd.engine.arguments import COMMON, MAX_NUMBER, PLACES, architecture_parameters, check_arguments, is_truth
-from probe_kd.engine.models import build_on_meta, save_weights
+from probe_kd.engine.models import build_on_meta
 from probe_kd.engine.tracing import trace
+from probe_kd.engine.weights import save_weights
 from probe_kd.errors import RecipeError, TraceError
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe.options import parse
+from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
 
 # What timm's loader takes, whatever this version of it calls that.

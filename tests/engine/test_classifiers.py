@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from probe_kd.engine.models import load_weights, read_header
+from probe_kd.engine.weights import load_weights, read_header
 from probe_kd.errors import RecipeError, WeightsError
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe.options import load, parse
+from probe_kd.recipe.keys import load, parse
 from probe_kd.recipe.planner import plan
 from probe_kd.training.run import train
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from probe_kd.errors import RecipeError
-from probe_kd.recipe.options import parse
+from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -25,7 +25,7 @@ from probe_kd.cli import main
 from probe_kd.data.datasets import DataRecord
 from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
-from probe_kd.recipe.options import load
+from probe_kd.recipe.keys import load
 from probe_kd.recipe.planner import plan
 from probe_kd.results.comparison import IMAGES, LAYERS, RunComparison, compare, doubts
 from probe_kd.results.html import page, tables, write_page

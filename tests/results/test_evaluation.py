@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from probe_kd import Distiller, evaluate
 from probe_kd.cli import main
 from probe_kd.data.loading import loader
-from probe_kd.engine.models import build_model, save_weights
+from probe_kd.engine.models import build_model
+from probe_kd.engine.weights import save_weights
 from probe_kd.errors import DataError, RunError
 from probe_kd.files.run_folder import Manifest, digests_of, is_measured
-from probe_kd.recipe.options import dump, parse
+from probe_kd.recipe.keys import dump, parse
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.results.evaluation import (
     Evaluation,

@@ -25,12 +25,13 @@ from probe_kd import Distiller, InputSpec, Objective, Schedule
 from probe_kd.data.loading import DataOptions, loader, mixer
 from probe_kd.errors import RecipeError, RunError
 from probe_kd.methods.losses.outputs import soft_targets
-from probe_kd.recipe.options import dump, load, parse
+from probe_kd.recipe.keys import dump, load, parse
 from probe_kd.recipe.planner import plan
 from probe_kd.results.comparison import compare
 from probe_kd.tables import teacher_lines
-from probe_kd.training.loop import Phase, make_optimizer, make_scheduler
 from probe_kd.training.models import Models
+from probe_kd.training.optimizers import make_optimizer, make_scheduler
+from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train

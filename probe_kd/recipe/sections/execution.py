@@ -6,7 +6,7 @@ import torch
 
 from probe_kd.engine.models import breaks_channels_last, build_on_meta
 from probe_kd.errors import nearest
-from probe_kd.recipe.options import CompileOptions, Recipe
+from probe_kd.recipe.keys import CompileOptions, Recipe
 from probe_kd.recipe.sections.mistakes import Mistake
 from probe_kd.recipe.sections.models import Models
 

@@ -7,9 +7,8 @@ from PIL import Image
 
 from probe_kd.data.datasets import DataOptions, DataRecord, Datasets, open_datasets
 from probe_kd.data.loading import loader
-from probe_kd.engine.models import short
 from probe_kd.engine.spec import InputSpec
-from probe_kd.errors import DataError
+from probe_kd.errors import DataError, short
 from probe_kd.recipe.sections.mistakes import Mistake
 
 

@@ -10,7 +10,7 @@ from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, value_at
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.objectives import Comparison, Objective
-from probe_kd.recipe.options import RESERVED, LossOptions, Recipe, StageOptions, schedule
+from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, schedule
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.pairs import Paired
 from probe_kd.recipe.yaml_tree import Path_

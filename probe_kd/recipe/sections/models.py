@@ -10,22 +10,15 @@ from typing import Literal
 from torch import nn
 
 from probe_kd.data.datasets import DataRecord
-from probe_kd.engine.models import (
-    build_on_meta,
-    check_import,
-    check_kwargs,
-    checkpoint_gradients,
-    classifiers,
-    load_weights,
-    read_weights,
-)
+from probe_kd.engine.models import build_on_meta, check_import, check_kwargs, checkpoint_gradients
 from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.tracing import trace
+from probe_kd.engine.weights import classifiers, load_weights, read_weights
 from probe_kd.errors import TraceError, WeightsError, nearest
 from probe_kd.files.atomic import read_text, reason
 from probe_kd.methods.adapters import check_class_map, check_logits
 from probe_kd.methods.losses.table import LOSSES
-from probe_kd.recipe.options import ModelOptions, Recipe, TeacherOptions, classifier_of
+from probe_kd.recipe.keys import ModelOptions, Recipe, TeacherOptions, classifier_of
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 
 Side = Literal["student", "teacher"]

@@ -9,7 +9,7 @@ from probe_kd.engine.matching import expand, is_pattern, listed, match
 from probe_kd.engine.spec import Pair, Tap, Trace
 from probe_kd.errors import TapError
 from probe_kd.methods.objectives import Comparison, Objective
-from probe_kd.recipe.options import AutoPairs, PairOptions, Recipe
+from probe_kd.recipe.keys import AutoPairs, PairOptions, Recipe
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.models import Models
 from probe_kd.recipe.yaml_tree import Path_

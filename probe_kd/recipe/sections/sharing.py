@@ -8,7 +8,7 @@ from probe_kd.engine.models import build_on_meta
 from probe_kd.engine.spec import InputSpec, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.methods.sharing import Sharing, graft, share_convolutions, share_trunk
-from probe_kd.recipe.options import Recipe, ShareOptions
+from probe_kd.recipe.keys import Recipe, ShareOptions
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.models import Models, input_of_student, input_of_teacher
 

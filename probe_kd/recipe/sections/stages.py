@@ -8,11 +8,11 @@ from torch import nn
 
 from probe_kd.data.datasets import Datasets
 from probe_kd.engine.arguments import check_truths, optimizer_parameters
-from probe_kd.engine.models import build_on_meta, short
+from probe_kd.engine.models import build_on_meta
 from probe_kd.engine.spec import Trace
 from probe_kd.engine.surgery import in_pattern
-from probe_kd.errors import RunError, TapError, nearest
-from probe_kd.recipe.options import OptimizerOptions, Recipe, SchedulerOptions
+from probe_kd.errors import RunError, TapError, nearest, short
+from probe_kd.recipe.keys import OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.recipe.sections.losses import check_weights
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.yaml_tree import Path_

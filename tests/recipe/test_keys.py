@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from probe_kd.errors import RecipeError
-from probe_kd.recipe.options import dump, load, parse
+from probe_kd.recipe.keys import dump, load, parse
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.schema import SAYS, schema
 
