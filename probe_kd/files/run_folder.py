@@ -299,13 +299,20 @@ def check_inputs(folder: Path, names: Iterable[str | Path], mend: str) -> None:
 
 
 def check_own(folder: Path, names: Iterable[str]) -> None:
-    """Raises RunError where one of these files of a run is not what the run wrote."""
-    other = next((name for name in names if (folder / name).is_file() and changed(folder / name)), "")
-    if other:
-        raise RunError(
-            f"{folder / other} is damaged, or was changed since the run wrote it, so figures would not be of that run; "
-            "put the former file back from a copy, or leave this run out"
-        )
+    """Raises RunError where one of these files of a run is gone, or not what the run wrote.
+
+    A run of before has no manifest, or one with fewer files, and tells nothing of the others.
+    """
+    manifest, mend = Manifest.read(folder), "put the former file back from a copy, or leave this run out"
+    if manifest is None and os.path.lexists(folder / MANIFEST):
+        raise RunError(f"{folder / MANIFEST} is damaged, which says what the run wrote; {mend}")
+    for path in (folder / name for name in names if manifest is not None and manifest.files.get(name)):
+        if not path.is_file():
+            raise RunError(f"{path} is gone, which the run wrote; {mend}")
+        if changed(path):
+            raise RunError(
+                f"{path} is damaged, or was changed since the run wrote it, so figures would not be of that run; {mend}"
+            )
 
 
 def clear(folder: Path, names: Iterable[str]) -> None:

@@ -274,7 +274,8 @@ def _read(folder: Path) -> _Run:
         near = nearest(folder.name, runs_beside(folder))
         raise RunError(f"{folder} is not the folder of a run ({why_no_run(folder)}){near}")
     source = load(recipe)
-    check_own(folder, (RECIPE, "summary.json", "metrics.csv", LAYERS))
+    optional = [name for name in ("metrics.csv", LAYERS) if (folder / name).is_file()]
+    check_own(folder, (RECIPE, "summary.json", *optional))
     run = _Run(folder, source.recipe.model_dump(mode="json", exclude_none=True), whole_text(recipe))
     run.rows = read_metrics(folder / "metrics.csv")
     summary = folder / "summary.json"

@@ -28,7 +28,7 @@ from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.engine.weights import load_weights
-from probe_kd.errors import DataError, RunError, nearest, short
+from probe_kd.errors import DataError, RunError, for_all, nearest, short
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.objectives import Comparison
@@ -337,6 +337,10 @@ def _weights_of_student(folder: Path, weights: str | Path | None, *, ema: bool) 
 
 
 def _unfinished(folder: Path, name: str) -> RunError:
+    if (folder / "summary.json").is_file():
+        return RunError(
+            f"{folder / name} is gone, which the run wrote: put it back from a copy, or begin anew by --overwrite"
+        )
     return RunError(f"the run in {folder} is not finished: it has no {name}; go on with it: {command_to_go_on(folder)}")
 
 
@@ -581,6 +585,13 @@ class _Meter:
             raise DataError(f"label {int(wrong[0])} of an image is none of the {self.classes} classes")
         for entry in self.entries:
             role, of_student = entry.role, _exact(logits[entry.role])
+            if not bool(of_student.amax(1).isfinite().all()):  # a class may be ruled out by -inf
+                raise for_all(
+                    RunError(
+                        f"the outputs of {role} ({entry.weights}) are no numbers, so there is nothing to measure; "
+                        "its weights are damaged, or the recipe's `precision` is too narrow for it"
+                    )
+                )
             of_teacher = _exact(logits["teacher"]) if entry.learns and "teacher" in logits else None
             self.answers[role] = _add(
                 self.answers[role], _answer_sums(of_student, target.to(of_student.device), of_teacher)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from probe_kd.data.datasets import RECORD, DataRecord, open_datasets
 from probe_kd.data.loading import loader
-from probe_kd.engine.models import build_on_meta, files_of, packages
+from probe_kd.engine.models import build_on_meta, files_of, packages, portable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.engine.weights import read_header, save_weights
-from probe_kd.errors import ProbeKDError, RunError, WeightsError, nearest, short
+from probe_kd.errors import ProbeKDError, RunError, TraceError, WeightsError, nearest, short
 from probe_kd.files.atomic import whole_bytes, whole_text
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
 from probe_kd.methods.sharing import load_student
@@ -224,9 +224,18 @@ def _check_header(weights: Path, about: Mapping[str, Any], options: ModelOptions
     if "model" not in about:
         raise WeightsError(f"{weights} does not tell which model it is of; it was not written by probe-kd")
     wanted = options.model, options.model_kwargs
-    if "graft" not in about and (about["model"], about["model_kwargs"]) != wanted:
+    found = about["model"], about["model_kwargs"]
+    if "graft" not in about and found != wanted and found != _portable(options):
         given, expected = (_call(name, kwargs) for name, kwargs in ((about["model"], about["model_kwargs"]), wanted))
         raise WeightsError(f"{weights} is of another model: of {given}, and the run's recipe.yaml says {expected}")
+
+
+def _portable(options: ModelOptions) -> tuple[str, dict[str, Any]]:
+    """What a run writes for the model of a folder; where that has gone, what it is called by."""
+    try:
+        return portable(options.model, options.model_kwargs)
+    except TraceError:
+        return options.model, options.model_kwargs
 
 
 def _call(name: str, kwargs: Mapping[str, Any]) -> str:

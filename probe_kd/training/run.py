@@ -23,7 +23,7 @@ from torch import nn
 
 from probe_kd.data.cache import TeacherCache
 from probe_kd.engine.weights import load_weights
-from probe_kd.errors import DataError, ProbeKDError, RunError, Stopped, WeightsError, for_all
+from probe_kd.errors import DataError, ProbeKDError, RunError, Stopped, WeightsError, for_all, short
 from probe_kd.files.run_folder import Claim, claim, record
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import training_only
@@ -35,7 +35,7 @@ from probe_kd.training.folder import open_run
 from probe_kd.training.loop import Loop
 from probe_kd.training.models import BASELINE, TEACHER_BASELINE, Models, TrainedModel
 from probe_kd.training.phase import Phase
-from probe_kd.training.processes import accelerating, listening, with_peers
+from probe_kd.training.processes import accelerating, is_peer_lost, listening, with_peers
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import TABLES, write_report
 from probe_kd.training.saving import Saver
@@ -86,7 +86,8 @@ def train(
         state: TrainState
         state, checkpoint = opened[0]
         if plan.recipe.trackers:
-            accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
+            with _tracking():
+                accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
         if settings := describe_device(plan.recipe, accelerator):
             progress.tell(settings)
         if resume and checkpoint is None and not state.results:
@@ -102,6 +103,17 @@ def train(
                 checkpoints.remove(folder)
         accelerator.end_training()
     return state
+
+
+@contextmanager
+def _tracking() -> Iterator[None]:
+    """Raises RunError where a tracker, of which every one has errors of its own, does not take what it is given."""
+    try:
+        yield
+    except Exception as refusal:
+        raise RunError(
+            f"a tracker fails: {short(refusal)}. Mend that, and go on by --resume; or begin anew with `trackers: []`"
+        ) from refusal
 
 
 def _load_again(model: nn.Module, path: Path) -> None:
@@ -139,6 +151,7 @@ class Run:
     def train_models(self) -> None:
         """Each in its turn, unless the run trained it before it was stopped."""
         for trained in self.models.in_turn():
+            self.saver.check_inputs()  # a model that is built late reads its file late
             result = self.state.results.get(trained.role)
             if result is None:
                 self._train_model(trained)
@@ -222,6 +235,15 @@ class Run:
         except DataError:
             self._save_what_is_done(loop)
             raise
+        except ProbeKDError:
+            raise
+        except Exception as refusal:  # models, optimizers and devices fail in every way
+            if is_peer_lost(refusal):
+                raise
+            raise RunError(
+                f"an update of {state.role} in epoch {state.epoch + 1} fails: {short(refusal)}. The last checkpoint in "
+                f"{self.saver.folder} is whole; `probe-kd -v train` shows where it fails"
+            ) from refusal
         seconds = time.perf_counter() - started
         state.seconds, state.step, state.sums = before + seconds, 0, {}
         loop.average_over_processes()
@@ -283,10 +305,11 @@ class Run:
                 row["ema_accuracy"] = next(measured)[0]
             state.rows.append(row | (losses if shown is trained else {}))
         self.saver.save(loop)
-        self.accelerator.log(
-            {f"{trained.role}/{name}": value for name, value in state.rows[-1].items() if isinstance(value, float)},
-            step=loop.phase.age + state.epoch,
-        )
+        figures = {
+            f"{trained.role}/{name}": value for name, value in state.rows[-1].items() if isinstance(value, float)
+        }
+        with _tracking():
+            self.accelerator.log(figures, step=loop.phase.age + state.epoch)
         self.progress.epoch(state.rows[-1])
 
     def _finish(self, trained: TrainedModel, average: nn.Module | None = None) -> None:

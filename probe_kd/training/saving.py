@@ -3,6 +3,7 @@
 `checkpoints.py` makes a folder of files whole or absent; here is what stands in it.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from probe_kd.engine.models import portable
 from probe_kd.engine.weights import check_state, load_weights, own_tensors, save_weights
 from probe_kd.errors import RunError, for_all, short
-from probe_kd.files.run_folder import Claim, recording
+from probe_kd.files.run_folder import Claim, check_inputs, recording
+from probe_kd.recipe.keys import inputs_of
 from probe_kd.recipe.planner import Plan
 from probe_kd.training import checkpoints
 from probe_kd.training.loop import Loop
@@ -77,6 +79,12 @@ class Saver:
             ) from refusal
         accelerator.wait_for_everyone()
 
+    def check_inputs(self) -> None:
+        """Raises RunError where a file that the recipe names has changed while the run went on."""
+        if self.accelerator.is_main_process:
+            mend = "It changed while the run went on: put the former file back, and go on by --resume"
+            check_inputs(self.folder, filter(os.path.exists, inputs_of(self.plan.recipe)), mend)
+
     def _check_there(self) -> None:
         """Raises RunError where the folder has vanished, which is why it could not be written."""
         (self.claimed or Claim(self.folder)).check()
@@ -104,7 +112,18 @@ class Saver:
         )
         if loop.average is not None:
             load_weights(loop.average.module, self.checkpoint / AVERAGE)
-        self.accelerator.load_state(str(self.checkpoint))  # last, since it brings the random numbers back
+        try:
+            self.accelerator.load_state(str(self.checkpoint))  # last, since it brings the random numbers back
+        except Exception as refusal:  # of another version of timm, say, by which the model has other layers
+            if is_peer_lost(refusal):
+                raise
+            raise for_all(
+                RunError(
+                    f"the checkpoint {self.checkpoint} does not fit what the recipe builds now: {short(refusal)}. Go "
+                    "on with the versions of timm, torch and accelerate that it was begun with, or begin anew by "
+                    "--overwrite"
+                )
+            ) from refusal
         if former != self.accelerator.num_processes:  # it has none for some of these
             set_seed((self.plan.recipe.seed * 1_000_003 + self.state.step) % 2**31, device_specific=True)
         self.checkpoint = None

@@ -156,6 +156,48 @@ def test_a_table_that_was_edited_is_not_shown(done: Path, name: str) -> None:
         compare([done])
 
 
+@pytest.mark.parametrize("name", ["summary.json", "recipe.yaml", "data.json", "manifest.json"])
+def test_a_finished_run_that_lacks_a_table_is_not_measured_or_shown_as_if_it_were_whole(done: Path, name: str) -> None:
+    (done / name).write_text("{}") if name == "manifest.json" else (done / name).unlink()
+    if name != "data.json":  # of the images, nothing is compared
+        with pytest.raises(RunError, match=name):
+            compare([done])
+    if name != "summary.json":  # which `eval` finds anew
+        with pytest.raises(RunError, match=name):
+            evaluate(done)
+
+
+def test_weights_of_no_numbers_are_not_measured(done: Path, tmp_path: Path) -> None:
+    weights = load_file(done / "student.safetensors")
+    weights["fc.weight"][:, 0] = float("nan")
+    save_file(weights, tmp_path / "broken.safetensors")
+    with pytest.raises(RunError, match=r"the outputs of student \(.*broken.safetensors\) are no numbers"):
+        evaluate(done, weights=tmp_path / "broken.safetensors")
+
+
+def test_a_file_that_is_replaced_while_the_run_goes_on_is_not_read(tmp_path: Path) -> None:
+    began = tmp_path / "began.safetensors"
+    save_file(timm.create_model("resnet10t", num_classes=10, channels=[8, 8, 8, 8]).state_dict(), began)
+    text = TAUGHT.replace("8, 8]}}\nt", f"8, 8]}}, checkpoint: {began}}}\nt")
+    with pytest.raises(RunError, match=r"began.safetensors is not the file .* changed while the run went on"):
+        run(text, tmp_path / "run", After(lambda: other_values(began), epochs=1))
+
+
+def test_what_fails_in_an_update_and_in_a_tracker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("of somebody else")
+
+    for place, says in (
+        ("probe_kd.training.loop.Loop._step", r"an update of student in epoch 1 fails: of somebody else. The last"),
+        ("accelerate.Accelerator.log", "a tracker fails: of somebody else"),
+        ("accelerate.Accelerator.load_state", r"checkpoint .* does not fit what the recipe builds now: of somebody"),
+    ):
+        monkeypatch.setattr(place, fail)
+        with pytest.raises(RunError, match=says):
+            run(ALONE, tmp_path / "run", resume=True)
+        monkeypatch.undo()
+
+
 def test_a_run_whose_manifest_is_lost_goes_on_aloud_and_can_be_stopped_again(half: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(half, folder)
