@@ -138,13 +138,12 @@ class _Anatomy:
         self.outputs: dict[str, FeatureSpec] = {}
         self.entry: dict[str, float] = {}  # the stride at which a module is entered
         for spec in trace.specs:
-            name = spec.tap.module
             if spec.grid is None or spec.layout is Layout.OTHER:
                 continue
             if spec.tap.port == "input":
-                self.entry.setdefault(name, spec.reduction or 1.0)
-            else:
-                self.outputs.setdefault(name, spec)  # of several, the first: the others go to side branches
+                self.entry.setdefault(spec.tap.module, spec.reduction or 1.0)
+            else:  # the first of several outputs: the others go to side branches
+                self.outputs.setdefault(spec.tap.module, spec)
         self.trunk = self._trunk()
 
     def stride(self, name: str) -> float:

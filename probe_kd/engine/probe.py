@@ -16,6 +16,8 @@ Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 
+# Longer than other classes: hooks, store and window of one forward are one state, which no part of it may see without
+# the others.
 class Probe:
     """Runs one model and returns the tensors at its taps.
 

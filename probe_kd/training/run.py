@@ -126,6 +126,24 @@ def _load_again(model: nn.Module, path: Path) -> None:
     load_weights(model, path)
 
 
+@contextmanager
+def _explained(state: TrainState, folder: Path) -> Iterator[None]:
+    """Turn what models, optimizers and devices raise in an update, which is anything, into a RunError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as refusal:
+        raise RunError(too_large(refusal)) from refusal
+    except ProbeKDError:
+        raise
+    except Exception as refusal:
+        if is_peer_lost(refusal):
+            raise
+        raise RunError(
+            f"an update of {state.role} in epoch {state.epoch + 1} fails: {short(refusal)}. The last checkpoint in "
+            f"{folder} is whole; `probe-kd -v train` shows where it fails"
+        ) from refusal
+
+
 @dataclass
 class Run:
     """The order of a run: model after model, phase after phase, epoch after epoch."""
@@ -227,23 +245,13 @@ class Run:
             set_seed((self.plan.recipe.seed * 1_000_003 + loop.phase.age + epoch + 1) % 2**31, device_specific=True)
         loop.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in state.sums.items()}
         try:
-            for done in loop.run(epoch, first):
-                state.seconds = before + time.perf_counter() - started
-                self._after_update(loop, done)
-        except torch.OutOfMemoryError as refusal:
-            raise RunError(too_large(refusal)) from refusal
+            with _explained(state, self.saver.folder):
+                for done in loop.run(epoch, first):
+                    state.seconds = before + time.perf_counter() - started
+                    self._after_update(loop, done)
         except DataError:
             self._save_what_is_done(loop)
             raise
-        except ProbeKDError:
-            raise
-        except Exception as refusal:  # models, optimizers and devices fail in every way
-            if is_peer_lost(refusal):
-                raise
-            raise RunError(
-                f"an update of {state.role} in epoch {state.epoch + 1} fails: {short(refusal)}. The last checkpoint in "
-                f"{self.saver.folder} is whole; `probe-kd -v train` shows where it fails"
-            ) from refusal
         seconds = time.perf_counter() - started
         state.seconds, state.step, state.sums = before + seconds, 0, {}
         loop.average_over_processes()
