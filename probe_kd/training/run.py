@@ -291,9 +291,8 @@ class Run:
         means = {name: float(total) / count for name, total in totals.items()}
         wrong = [name for name, mean in means.items() if not math.isfinite(mean) and name != "loss"]
         if wrong:
-            state = self.state
-            became = f"{means[wrong[0]]} in epoch {state.epoch + 1}"
-            raise RunError(_no_number(f"{', '.join(map(repr, wrong))} of {state.role}", became))
+            became = f"{means[wrong[0]]} in epoch {self.state.epoch + 1}"
+            raise RunError(_no_number(f"{', '.join(map(repr, wrong))} of {self.state.role}", became))
         return means
 
     def _record(self, trained: TrainedModel, loop: Loop, losses: Row) -> None:
