@@ -14,8 +14,11 @@ from probe_kd.training.state import MEASURES, Row
 
 @contextmanager
 def unread() -> Iterator[None]:
-    """Nobody reads any more what is shown, as in `train ... | head`, and rich would exit: the run goes on without."""
-    with suppress(BrokenPipeError, SystemExit):
+    """The run goes on where nobody reads what is shown, as in `train ... | head`, by which rich would exit.
+
+    So it does where what is shown goes to a disk that is full.
+    """
+    with suppress(OSError, SystemExit):
         yield
 
 
