@@ -107,6 +107,12 @@ def main() -> None:
     except BrokenPipeError:  # `probe-kd inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as refusal:  # where stdout goes to a full disk, say
+        if logging.getLogger().isEnabledFor(logging.INFO):
+            _say(traceback.format_exc(), sys.stderr)
+        what = f"{refusal.filename}: " if refusal.filename else ""
+        _complain(f"{what}{refusal.strerror or refusal}; `probe-kd -v ...` shows where")
+        sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)

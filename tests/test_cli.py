@@ -393,3 +393,12 @@ def test_a_second_interrupt_says_that_the_run_was_stopped_and_how_it_goes_on(
     result = command("train", "r.yaml")
     assert result.returncode == 130
     assert result.stderr.endswith("stopped; go on with: probe-kd train r.yaml --resume\n")
+
+
+def test_a_disk_that_is_full_under_what_is_printed_is_told(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("probe_kd.cli._console", full)
+    result = command("inspect", "resnet10t")
+    assert (result.returncode, "error: No space left on device; `probe-kd -v" in result.stderr) == (2, True)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from probe_kd.data.cache import TeacherCache, lengthen, shorten
 from probe_kd.data.loading import Views, loader, mixer, readable
 from probe_kd.engine.spec import InputSpec
-from probe_kd.errors import RunError
+from probe_kd.errors import RunError, for_all
 from probe_kd.methods.distiller import Distiller
 from probe_kd.recipe.keys import CompileOptions, Recipe
 from probe_kd.training.devices import memory_format
@@ -55,6 +55,14 @@ class Loop:
         self.module, self.optimizer = accelerator.prepare(distiller, optimizer)
         self.batches = batches.prepare(accelerator, memory_format(recipe, accelerator.device))
         self.steps: int = len(self.batches)
+        if not self.steps:
+            size, processes = recipe.data.batch_size, accelerator.num_processes
+            raise for_all(
+                RunError(
+                    f"{len(images)} training images are no whole batch of {size} for each of {processes} processes; "  # type: ignore[arg-type]
+                    "take a smaller `batch_size`, or fewer processes"
+                )
+            )
         self.updates = -(-self.steps // phase.grad_accum_steps)  # of an epoch
         self.schedule = make_scheduler(self.optimizer, phase, self.updates)
         self.mix = mixer(recipe.data, num_classes)

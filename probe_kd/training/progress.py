@@ -1,7 +1,8 @@
 """What a terminal shows of a run while it trains."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -9,6 +10,16 @@ from rich.progress import Progress as Bar
 
 from probe_kd.console import PlainConsole
 from probe_kd.training.state import MEASURES, Row
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """The run goes on where nobody reads what is shown, as in `train ... | head`, by which rich would exit.
+
+    So it does where what is shown goes to a disk that is full.
+    """
+    with suppress(OSError, SystemExit):
+        yield
 
 
 class Progress:
@@ -62,12 +73,14 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Something that has to be read, also where the run is quiet."""
-        PlainConsole(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+        with unread():
+            PlainConsole(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
     def tell(self, text: str) -> None:
         """Something that is good to know, where the run is not quiet."""
         if not self.quiet:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with unread():
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def losses(self, terms: Mapping[str, float]) -> None:
         """The mean losses of the epoch so far."""
@@ -84,7 +97,8 @@ class Progress:
             self.bar.update(self.task, epoch=row["epoch"], losses=self._status())
         elif not self.quiet and (row["epoch"] == self.epochs or time.monotonic() - self.shown > 5):
             self.shown = time.monotonic()
-            self.console.print(f"{self.title}  {row['epoch']}/{self.epochs}  {self._status()}", highlight=False)
+            with unread():
+                self.console.print(f"{self.title}  {row['epoch']}/{self.epochs}  {self._status()}", highlight=False)
 
     def _status(self) -> str:
         rate = self.images / max(time.monotonic() - self.started, 1e-9)

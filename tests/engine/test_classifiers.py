@@ -17,6 +17,7 @@ from probe_kd.errors import RecipeError, WeightsError
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.keys import load, parse
 from probe_kd.recipe.planner import plan
+from probe_kd.results.export import export
 from probe_kd.training.run import train
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -137,6 +138,7 @@ def test_what_was_fine_tuned_from_a_folder_is_whole_without_it(tmp_path: Path) -
         train(plan(parse(LOCAL % folder)), folder / "run", Quiet())
         written.append(folder / "run" / "student.safetensors")
         assert load(folder / "run" / "recipe.yaml").recipe.data.mean == (0.1, 0.1, 0.1)
+        export(folder / "run", folder / "exported")
         (folder / "config.json").unlink()
     first, second = map(load_file, written)
     assert all(torch.equal(first[key], second[key]) for key in first | second)

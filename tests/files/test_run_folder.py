@@ -1,5 +1,6 @@
 """The folder of a run: one writer, nothing deleted that no run wrote, everything that is read again known by digest."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from rich.console import Console
 from running import After, Quiet, flip, planned, run, stop, truncate
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +27,7 @@ from probe_kd.results.comparison import compare, measure_layers
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
 from probe_kd.training.folder import check_folder
+from probe_kd.training.progress import Progress
 
 ALONE = """\
 student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 8]}}
@@ -518,3 +521,15 @@ def test_a_lock_that_cannot_be_deleted_hides_no_other_error(tmp_path: Path, monk
     claimed.release()
     monkeypatch.undo()
     claim(tmp_path / "run", print).release()  # the lock itself is given back
+
+
+def test_a_run_whose_words_nobody_reads_any_more_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `probe-kd train ... | head`, where rich points stdout at nothing, and exits."""
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise SystemExit(1)
+
+    console = Console(file=io.StringIO())
+    monkeypatch.setattr(console, "print", closed)
+    run(ALONE, tmp_path / "run", Progress(console))
+    assert (tmp_path / "run" / "summary.json").is_file()

@@ -14,6 +14,7 @@ from conftest import GRAFT, ROCKET, TINY, TRUNK, record
 from running import After, close, count, finish, planned, run, run_by_two, run_with, same, start
 from safetensors.torch import load_file
 
+from probe_kd.data.batches import Batches
 from probe_kd.errors import RunError, Stopped
 from probe_kd.training import checkpoints
 from probe_kd.training.processes import own_accelerator
@@ -142,6 +143,12 @@ def test_processes_that_accelerate_does_not_count_are_refused(monkeypatch: pytes
             monkeypatch.setenv(name, value)
         with pytest.raises(RunError, match=says), own_accelerator():
             pass
+
+
+def test_fewer_images_than_a_batch_of_every_process_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Batches, "__len__", lambda _: 0)  # as it is in each of two processes with one batch
+    with pytest.raises(RunError, match="320 training images are no whole batch of 16 for each of 1 processes; take a"):
+        run(SMALL, tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_ends_both(tmp_path: Path) -> None:
