@@ -157,7 +157,7 @@ def write_recipe(
         *([] if found.shares else [_WEIGHTS]),
         *_data_lines(data, root, student.input_size, holdout="keep: best" in found.stages),
         *_layer_lines(found, student, teacher, pairs),
-        "baseline: true                  # also train the baseline, to compare",
+        "baseline: true                  # also train the student without the teacher, to compare",
         "stages:",
         found.stages,
         "seed: 0",
@@ -172,11 +172,11 @@ def write_recipe(
 
 
 _WEIGHTS = """\
-  # pretrained: true            # timm's weights: as they are, without `train`; or with a new classifier, trained on
+  # pretrained: true            # timm's weights; with `train`, fine-tuned with a new classifier
   # checkpoint: teacher.safetensors
-  train:                        # it is trained first, on the labels
+  train:                        # train the teacher first, on the labels; remove this if it is trained already
     epochs: 5
-    optimizer: {opt: adamw, lr: 1.0e-3, weight_decay: 0.05}"""
+    optimizer: {opt: adamw, weight_decay: 0.05}   # lr: 1.0e-3, or 1.0e-4 for one that has weights"""
 
 
 def _model_lines(trace_: Trace) -> str:
