@@ -454,7 +454,7 @@ def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
     if not done:
         rows = [row for row in (run.last(role) for run in members) if row]
         where = f"epoch {min(row['epoch'] for row in rows)} of stage {rows[0]['stage']!r}"
-        side = members[0].recipe.get(role.split()[0], {})
+        side = members[0].recipe.get("teacher" if role.startswith("teacher") else "student", {})
         accuracy, agreement = (_spread([row[key] for row in rows if key in row]) for key in ("accuracy", "agreement"))
         assert accuracy is not None
         return ModelSummary(

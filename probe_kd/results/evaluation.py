@@ -402,7 +402,7 @@ class _Evaluated:
     @property
     def learns(self) -> bool:
         """Whether it is a student, to be held against the teacher."""
-        return self.role.startswith("student")
+        return not self.role.startswith("teacher")
 
 
 @dataclass
