@@ -117,3 +117,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         return Outcome(code, *capsys.readouterr())
 
     return call
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no process is left with one of them while the others have nothing to do."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
