@@ -294,7 +294,7 @@ def test_check_tells_the_losses_and_the_cost_of_a_real_step(command: Command, tm
     (tmp_path / "r.yaml").write_text(TINY + "    optimizer: {opt: adamw}\nseed: 3\n")
     result = command("check", "r.yaml")
     assert result.returncode == 0, result.stderr
-    for part in ("Losses on one batch", "weighted sum", "A step of 256 images"):
+    for part in ("Losses on one batch", "weighted sum", "A step of 64 images"):
         assert part in result.stdout
     hint, task = json.loads(command("check", "r.yaml", "--json").stdout)["steps"]
     ours = timm.create_model(
@@ -331,7 +331,8 @@ def test_check_remarks_on_an_absurd_learning_rate_and_shows_no_table_of_nothing(
 
 
 def test_a_teacher_that_is_worse_is_told_once_at_the_end_of_a_run(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(TINY.replace("train: {epochs: 1}", "train: {epochs: 1, optimizer: {lr: 1.0e-9}}"))
+    text = TINY.replace("train: {epochs: 1}", "train: {epochs: 1, optimizer: {lr: 1.0e-9}}")
+    (tmp_path / "r.yaml").write_text(text.replace("  fraction: 0.25\n", ""))
     result = command("train", "r.yaml", "-q", "--set", "stages.1.epochs=6", "--set", "data.batch_size=64")
     assert result.returncode == 0, result.stderr
     assert (result.stdout + result.stderr).count("is worse than the baseline") == 1

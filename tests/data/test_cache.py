@@ -70,8 +70,8 @@ def test_a_run_with_a_cache_is_the_run_without_and_asks_about_every_view_once(
     text, said = cached(recipe, tmp_path / "cache"), Quiet()
     first = run(text, tmp_path / "first", monkeypatch, display=said)
     again = run(text, tmp_path / "again", monkeypatch)
-    assert f"student: hint: {5 * 256} images asked of the teacher, 0 known from its cache" in said.said[0]
-    images = 5 * 256  # of an epoch; the last batch is not full
+    assert f"student: hint: {5 * 64} images asked of the teacher, 0 known from its cache" in said.said[0]
+    images = 5 * 64  # of an epoch; the last batch is not full
     # The hint sees view 0, and the task views 1, 0, 1, each once from the teacher. Which images an epoch leaves out
     # changes, so that a batch of the last may hold one that was not seen.
     assert live == 4 * images
@@ -92,7 +92,7 @@ def test_what_a_killed_run_kept_is_whole_and_the_rest_is_asked_again(recipe: str
         run(text, tmp_path / "parts", display=After(stop, updates=3))
     (sums,) = (tmp_path / "cache").glob("*/layer2/*.sums")
     kept = np.count_nonzero(np.fromfile(sums, dtype=np.int64))
-    assert kept == 256 * 3
+    assert kept == 64 * 3
     run(text, tmp_path / "parts", resume=True)
     same(tmp_path / "parts", tmp_path / "whole")
 

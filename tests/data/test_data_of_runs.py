@@ -213,7 +213,7 @@ def test_other_test_images_are_measured_and_told(
     monkeypatch.setattr("sys.argv", ["probe-kd", "eval", str(folder), "--root", str(tmp_path / "copied")])
     with pytest.raises(SystemExit, match=r"^0$"):
         main()
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "9 images (test)" in shown
     assert f"note: {says}" in shown
 

@@ -168,7 +168,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_neither_cache_nor_workers_ch
 
 
 def test_two_processes_train_and_measure_what_one_does(recipe: str, whole: Path, tmp_path: Path) -> None:
-    assert run_by_two(recipe.replace("batch_size: 32", "batch_size: 16"), tmp_path / "two") == ["done", "done"]
+    assert run_by_two(recipe.replace("batch_size: 8", "batch_size: 4"), tmp_path / "two") == ["done", "done"]
     close(whole, tmp_path / "two", 1e-3)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import GRAFT, TINY
+from conftest import GRAFT
+from conftest import TINY as TINY_
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
@@ -22,6 +23,7 @@ from probe_kd.recipe.planner import plan
 from probe_kd.recipe.schema import SAYS, schema
 
 # (what to replace, by what, the line of the problem, what the message has to say)
+TINY = TINY_.replace("  fraction: 0.25\n", "").replace("batch_size: 64", "batch_size: 256")  # nothing is trained here
 FORM = [
     ("epochs: 1\n    losses", "epoch: 1\n    losses", 18, "unknown key `epoch`; did you mean 'epochs'"),
     ("epochs: 2", "epochs: 0", 22, "greater than or equal to 1, got 0"),
@@ -86,7 +88,7 @@ MEANING = [
         "epochs: 2",
         "epochs: 2\n    scheduler: {warmup_epochs: 1.9}",
         23,
-        "all 10 updates (359 images, 64 a batch) lie in the warm-up",
+        "all 10 updates (1437 images, 256 a batch) lie in the warm-up",
     ),
     ("epochs: 2", "epochs: 2\n    scheduler: {sched: step}", 23, "a step every 30 epochs is never taken in 2"),
     (
@@ -274,7 +276,7 @@ def told(text: str) -> list[str]:
 
 FORM_AND_MEANING = {
     "numbers hide nothing": (
-        [("batch_size: 64", "batch_size: -3"), ("resnet10t", "resnet10x"), ("loss: hint", "loss: hintt")],
+        [("batch_size: 256", "batch_size: -3"), ("resnet10t", "resnet10x"), ("loss: hint", "loss: hintt")],
         [
             "timm has no model 'resnet10x'",
             "`data.batch_size`: expected a number greater than or equal to 1, got -3",
@@ -332,7 +334,7 @@ def test_what_a_recipe_extends_is_merged_and_a_list_replaced(tmp_path: Path) -> 
     (tmp_path / "bases" / "tiny.yaml").write_text(TINY)
     (tmp_path / "base.yaml").write_text("extends: bases/tiny.yaml\nteacher: {train: {epochs: 4}}\nseed: 3\n")
     (tmp_path / "child.yaml").write_text(CHILD)
-    by_hand = TINY.replace("batch_size: 64", "batch_size: 128").replace("hflip: 0.0", "hflip: 0.25")
+    by_hand = TINY.replace("batch_size: 256", "batch_size: 128").replace("hflip: 0.0", "hflip: 0.25")
     by_hand = by_hand.replace("train: {epochs: 1}", "train: {epochs: 4}").replace(
         "blocks.1: layer3", "blocks.1: layer4"
     )
@@ -628,7 +630,7 @@ def test_a_pretrained_teacher_keeps_its_classifier_unless_it_is_trained_on() -> 
 
 
 def test_a_loss_that_compares_the_images_of_a_batch_is_refused_where_a_batch_is_one() -> None:
-    text = TINY.replace("batch_size: 64", "batch_size: 1").replace("soft_targets, temp", "dist, temp")
+    text = TINY.replace("batch_size: 256", "batch_size: 1").replace("soft_targets, temp", "dist, temp")
     with pytest.raises(RecipeError, match="`intra` compares the images of a batch") as caught:
         plan(parse(text))
     assert [problem.line for problem in caught.value.problems] == [25]

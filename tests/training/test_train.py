@@ -436,7 +436,7 @@ def test_mixed_images_are_timms_and_both_models_see_the_same(tmp_path: Path) -> 
     assert torch.equal(seen["student"], mixed)
     (tmp_path / "r.yaml").write_text(TINY.replace("hflip: 0.0", "hflip: 0.0\n  mixup: 0.8\n  cutmix: 1.0"))
     assert run(tmp_path / "r.yaml", tmp_path / "run").results["student"].accuracy > 0
-    with pytest.raises(RecipeError, match=r"batch_size 255 is odd, and mixup and cutmix mix images in pairs"):
+    with pytest.raises(RecipeError, match=r"batch_size 63 is odd, and mixup and cutmix mix images in pairs"):
         parse(TINY.replace("batch_size: 64", "batch_size: 63\n  mixup: 0.8"))
 
 

@@ -42,7 +42,7 @@ def test_a_step_that_fails_is_told_by_both(tmp_path: Path, monkeypatch: pytest.M
         raise ValueError("no kernel for this")
 
     planned = plan(parse(HINT_ONLY))
-    monkeypatch.setattr(Distiller, "audit", fails)
+    monkeypatch.setattr(Distiller, "_step", fails)
     for run in (audit, lambda planned: train(planned, tmp_path / "run", Quiet())):
         with pytest.raises(RunError, match="a step on the first batch of images fails: no kernel for this"):
             run(planned)
