@@ -93,6 +93,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "losses":  # the functions, by what they read
+        return import_module("probe_kd.methods.losses")
     if name not in _HOME:
         raise AttributeError(f"module 'probe_kd' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(f"probe_kd.{_HOME[name]}"), name)

@@ -1,6 +1,7 @@
 """The layout: files import only from those above them in one list, hooks are in one file, and imports are light."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -78,6 +79,16 @@ def test_every_public_name_is_listed_once_and_resolves() -> None:
         assert getattr(value, "__module__", f"probe_kd.{home}") == f"probe_kd.{home}"
     with pytest.raises(AttributeError, match=r"no attribute 'Prob'.*Probe"):
         _ = probe_kd.Prob
+
+
+@pytest.mark.parametrize("package", ["data", "recipe", "methods.losses"])
+def test_a_folder_gives_the_names_that_are_used_outside(package: str) -> None:
+    module = importlib.import_module(f"probe_kd.{package}")
+    for name, home in module._HOME.items():
+        assert getattr(module, name) is getattr(importlib.import_module(f"probe_kd.{package}.{home}"), name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing
+    assert probe_kd.losses.fsp is probe_kd.LOSSES["fsp"].function
 
 
 @pytest.mark.parametrize("statement", ["import probe_kd", "from probe_kd import Tap, Pair", "import probe_kd.cli"])

@@ -13,4 +13,29 @@ gradient block of Rocket Launching (Zhou et al. 2018, arXiv 1708.04106, sec. 3.3
 Every loss checks types and shapes at each call, and raises LossError. What needs the values (labels out of range, a
 target that is no distribution, a result that is not finite) is checked at each call on the CPU; on another device
 reading a value would make every step wait for it, so there the Distiller checks its first step (`check_values`).
+
+The names below are loaded when they are first used.
 """
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "attention": "maps",
+    "cross_entropy": "labels",
+    "dist": "outputs",
+    "flow_matrix": "matrices",
+    "fsp": "matrices",
+    "gram": "matrices",
+    "hint": "features",
+    "logits": "outputs",
+    "soft_targets": "outputs",
+    "LOSSES": "table",
+    "Loss": "table",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
