@@ -28,6 +28,8 @@ from probe_kd.errors import RunError
 from probe_kd.recipe.keys import load
 from probe_kd.recipe.planner import plan
 from probe_kd.results.comparison import IMAGES, LAYERS, RunComparison, compare, doubts
+from probe_kd.results.evaluation import evaluate
+from probe_kd.results.export import export
 from probe_kd.results.html import page, tables, write_page
 from probe_kd.training.folder import open_run
 from probe_kd.training.progress import Progress
@@ -414,6 +416,24 @@ def test_a_teacher_that_knew_less_than_the_student_alone_is_remarked(seeds: Call
     (folder / "summary.json").write_text(json.dumps(summary))
     (note,) = compare([folder]).notes
     assert "The teacher (10.00%) is worse than the baseline (50.00%)" in note
+
+
+def test_a_run_of_before_is_read_by_its_former_names(trained: tuple[Path, str], tmp_path: Path) -> None:
+    """Until November 2026 the baseline was the student alone, and a role a subject; there were no digests of tables."""
+    former = tmp_path / "run-0"
+    shutil.copytree(trained[0], former)
+    (former / "manifest.json").unlink()
+    (former / "baseline.safetensors").rename(former / "student-alone.safetensors")
+    for name in ("metrics.csv", "summary.json"):
+        text = (former / name).read_text().replace("role,stage", "subject,stage")
+        text = text.replace("baseline.safetensors", "student-alone.safetensors").replace("baseline", "student alone")
+        assert "student alone" in text
+        (former / name).write_text(text)
+    now, then = (compare([folder]).groups[0] for folder in (trained[0], former))
+    assert (then.summaries, then.curves, then.gain) == (now.summaries, now.curves, now.gain)
+    scores = [(score.role, score.top1, score.nll) for score in evaluate(trained[0]).scores]
+    assert [(score.role, score.top1, score.nll) for score in evaluate(former).scores] == scores
+    assert export(former, tmp_path / "out", role="baseline").difference == 0.0
 
 
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
