@@ -7,6 +7,7 @@ nothing: torch and timm take seconds.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from probe_kd.lazy import getter
 from probe_kd.version import __version__
 
 _HOME = {
@@ -95,11 +96,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name == "losses":  # the functions, by what they read
         return import_module("probe_kd.methods.losses")
-    if name not in _HOME:
-        raise AttributeError(f"module 'probe_kd' has no attribute {name!r}; it has {', '.join(__all__)}")
-    value = getattr(import_module(f"probe_kd.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return getter(__name__, _HOME)(name)
 
 
 def __dir__() -> list[str]:

@@ -53,12 +53,14 @@ def test_results_read_what_a_run_wrote_and_nothing_of_how_it_trained() -> None:
     assert reached == {f"training/{name}" for name in ("state", "checkpoints", "devices", "processes")}
 
 
-def test_no_folder_imports_its_own_names_from_the_package() -> None:
-    """The public names are loaded from the files: a file that took them from the package would import upwards."""
+def test_no_file_imports_names_from_a_folder() -> None:
+    """A folder loads its public names from files: a file that took them from the folder would hide what it imports."""
+    folders = {str(path.parent.relative_to(ROOT)).replace("/", ".") for path in PACKAGE.rglob("__init__.py")}
     for file in FILES:
         tree = ast.parse((PACKAGE / f"{file}.py").read_text(encoding="utf-8"))
-        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "probe_kd"]
-        assert {alias.name for node in nodes for alias in node.names} <= set(FILES), file
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module in folders]
+        names = {f"{node.module}.{alias.name}".replace(".", "/") for node in nodes for alias in node.names}
+        assert names <= {f"probe_kd/{other}" for other in FILES}, file
 
 
 def test_only_the_probe_registers_hooks() -> None:

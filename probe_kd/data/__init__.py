@@ -3,8 +3,7 @@
 The names below are loaded when they are first used.
 """
 
-from importlib import import_module
-from typing import Any
+from probe_kd.lazy import getter
 
 _HOME = {
     "DataOptions": "datasets",
@@ -12,8 +11,4 @@ _HOME = {
     "loader": "loading",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = getter(__name__, _HOME)

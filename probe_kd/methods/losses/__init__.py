@@ -17,8 +17,7 @@ reading a value would make every step wait for it, so there the Distiller checks
 The names below are loaded when they are first used.
 """
 
-from importlib import import_module
-from typing import Any
+from probe_kd.lazy import getter
 
 _HOME = {
     "attention": "maps",
@@ -34,8 +33,4 @@ _HOME = {
     "Loss": "table",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = getter(__name__, _HOME)
