@@ -293,7 +293,7 @@ def _read(folder: Path) -> _Run:
             run.results = _results({"results": list(dict(found.get("results", {})).values())}, newest)
         run.notes.append(_progress(run))
     if (folder / LAYERS).is_file():
-        run.similarity = _likeness(folder / LAYERS)
+        run.similarity = _similarity(folder / LAYERS)
     return run
 
 
@@ -325,8 +325,9 @@ def read_metrics(path: Path) -> list[Row]:
         return rows
     try:
         reader = csv.DictReader(whole_text(path).splitlines(keepends=True), strict=True)
-        # An earlier version called the first column `subject`.
-        reader.fieldnames = ["role" if name == "subject" else name for name in reader.fieldnames or ()]
+        first, *others = reader.fieldnames or [""]
+        # An earlier version called the first column `subject`, which may be a loss by now.
+        reader.fieldnames = ["role" if first == "subject" else first, *others]
         lacking = {"role", "stage", "epoch"} - set(reader.fieldnames)
         if lacking:
             raise ValueError(f"it has no column {sorted(lacking)[0]!r}")
@@ -385,7 +386,7 @@ def _results(found: Mapping[str, Any], path: Path) -> dict[str, Result]:
     return {result.role: result for result in results}
 
 
-def _likeness(path: Path) -> LayerSimilarity:
+def _similarity(path: Path) -> LayerSimilarity:
     try:
         found: LayerSimilarity = TypeAdapter(LayerSimilarity).validate_python(_json(path))
     except ValidationError as refusal:
@@ -435,7 +436,7 @@ def _group(name: str, members: Sequence[_Run]) -> Group:
         gain=_spread(gains),
         curves=tuple(_curves(members)),
         classes=tuple(_classes(members)),
-        similarity=_mean_likeness([run.similarity for run in members if run.similarity]),
+        similarity=_mean_similarity([run.similarity for run in members if run.similarity]),
         pairs=tuple(_pairs(members[0].recipe.get("pairs"))),
         recipe=members[0].text,
     )
@@ -526,7 +527,7 @@ def _tell_classes(run: _Run) -> bool:
     return count > 0 and all(found and len(found.images) == len(found.right) == count for found in both)
 
 
-def _mean_likeness(found: Sequence[LayerSimilarity]) -> LayerSimilarity | None:
+def _mean_similarity(found: Sequence[LayerSimilarity]) -> LayerSimilarity | None:
     """Over seeds, cell by cell, of the runs that looked at the same layers."""
     if not found:
         return None

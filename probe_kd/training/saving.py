@@ -27,7 +27,7 @@ from probe_kd.training.models import TrainedModel
 from probe_kd.training.processes import is_peer_lost
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import write_metrics, write_timm_summary
-from probe_kd.training.state import JOURNAL, TrainState
+from probe_kd.training.state import JOURNAL, TrainState, weights_name
 from probe_kd.version import __version__
 
 AVERAGE = "average.safetensors"
@@ -168,7 +168,7 @@ class Saver:
         return True
 
     def write_weights(self, trained: TrainedModel, end: str = "") -> str:
-        trace_, name = trained.trace, f"{trained.role.replace(' ', '-')}{end}.safetensors"
+        trace_, name = trained.trace, weights_name(trained.role, end)
         model, kwargs = portable(trace_.model, trace_.model_kwargs)
         about = {"model": model, "model_kwargs": kwargs, "probe_kd": __version__}
         if self.accelerator.is_main_process:

@@ -20,12 +20,15 @@ def current_role(role: str) -> str:
     return FORMER_ROLES.get(role, role)
 
 
+def weights_name(role: str, end: str = "") -> str:
+    """The file that holds the weights of a role; `end` is `-ema` for their moving average."""
+    return f"{role.replace(' ', '-')}{end}.safetensors"
+
+
 def weights_file(folder: Path, role: str, end: str = "") -> Path:
     """The weights of a role in the folder of a run, also where an earlier version wrote them under another name."""
-    former = {now: before for before, now in FORMER_ROLES.items()}
-    names = [name.replace(" ", "-") for name in (role, former.get(role, role))]
-    paths = [folder / f"{name}{end}.safetensors" for name in names]
-    return next((path for path in paths if path.is_file()), paths[0])
+    former = [folder / weights_name(before, end) for before, now in FORMER_ROLES.items() if now == role]
+    return next((path for path in former if path.is_file()), folder / weights_name(role, end))
 
 
 @dataclass
@@ -94,5 +97,5 @@ class TrainState:
 
 
 def _current_row(row: Row) -> Row:
-    role = current_role(row.pop("subject", row.get("role", "")))
-    return {"role": role, **{key: value for key, value in row.items() if key != "role"}}
+    role = row.pop("role" if "role" in row else "subject")
+    return {"role": current_role(role), **row}

@@ -27,7 +27,7 @@ from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.recipe.keys import load
 from probe_kd.recipe.planner import plan
-from probe_kd.results.comparison import IMAGES, LAYERS, RunComparison, compare, doubts
+from probe_kd.results.comparison import IMAGES, LAYERS, RunComparison, compare, doubts, read_metrics
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
 from probe_kd.results.html import page, tables, write_page
@@ -434,6 +434,12 @@ def test_a_run_of_before_is_read_by_its_former_names(trained: tuple[Path, str], 
     scores = [(score.role, score.top1, score.nll) for score in evaluate(trained[0]).scores]
     assert [(score.role, score.top1, score.nll) for score in evaluate(former).scores] == scores
     assert export(former, tmp_path / "out", role="baseline").difference == 0.0
+
+
+def test_a_loss_may_be_called_as_the_column_of_roles_once_was(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("role,stage,epoch,accuracy,subject\nstudent,task,1,0.5,2.25\n")
+    (row,) = read_metrics(tmp_path / "metrics.csv")
+    assert (row["role"], row["subject"]) == ("student", 2.25)
 
 
 def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from conftest import ROCKET, TINY, apart
 from running import After, count, flip, run, same, stop, truncate
 
 from probe_kd.errors import DataError, RunError, Stopped
+from probe_kd.files.atomic import MANIFEST, digest_of
 from probe_kd.training import checkpoints
 
 # Small batches, so that there are points inside an epoch; dropout, mixing and augmentation, so that every generator is
@@ -177,3 +178,34 @@ def test_resume_begins_where_there_is_nothing_and_says_so(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         run(TINY, tmp_path / "run", display, resume=True)
     assert "beginning anew" in display.said[0]
+
+
+def as_before(folder: Path) -> None:
+    """A stopped run in the words of earlier versions: roles were subjects, and the baseline the student alone."""
+    (former := folder / "baseline.safetensors").rename(folder / "student-alone.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["student-alone.safetensors"] = manifest["files"].pop(former.name)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    newest = sorted((folder / checkpoints.FOLDER).iterdir())[-1]
+    journal = newest / "journal.json"
+    state = json.loads(journal.read_text())
+    state["rows"] = [{"subject": row.pop("role").replace("baseline", "student alone"), **row} for row in state["rows"]]
+    state["results"]["student alone"] = state["results"].pop("baseline") | {
+        "role": "student alone",
+        "weights": "student-alone.safetensors",
+    }
+    journal.write_text(json.dumps(state))
+    files = json.loads((newest / MANIFEST).read_text())
+    files[journal.name] = [journal.stat().st_size, digest_of(journal)]
+    (newest / MANIFEST).write_text(json.dumps(files))
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_to_the_same_bits(
+    tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, tmp_path / "parts", After(stop, epochs=4))  # in the student's first stage
+    as_before(tmp_path / "parts")
+    run(TINY, tmp_path / "parts", resume=True)
+    (tmp_path / "parts" / "student-alone.safetensors").rename(tmp_path / "parts" / "baseline.safetensors")
+    same(tmp_path / "parts", whole(TINY))
