@@ -148,8 +148,8 @@ class Distiller(nn.Module):
     def _check_numbers(self, images: Tensor) -> None:
         """Types in every step; NaN where it can be read: a GPU has to be waited for, so there in the first step."""
         check_type(images, "student", self.student)
-        if isinstance(self._teacher, FrozenTeacher | JointTeacher):
-            check_type(images, "teacher", self._teacher.probe.model)
+        if self._teacher.model is not None:
+            check_type(images, "teacher", self._teacher.model)
         readable = type(images) in (Tensor, nn.Parameter) and images.device.type != "meta"
         if torch.compiler.is_compiling() or not readable or (self._terms.checked and images.device.type != "cpu"):
             return
@@ -172,12 +172,12 @@ class Distiller(nn.Module):
     @property
     def shared(self) -> list[nn.Parameter]:
         """The parameters that both models have, where they train together."""
-        return self._teacher.shared if isinstance(self._teacher, JointTeacher) else []
+        return self._teacher.shared
 
     @property
     def frozen_teacher(self) -> nn.Module | None:
         """The teacher that runs beside this module, where it does not train."""
-        return self._teacher.probe.model if isinstance(self._teacher, FrozenTeacher) else None
+        return self._teacher.model if self.block is None else None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -214,8 +214,8 @@ class Distiller(nn.Module):
         """
         if "student" in sides:
             self._run_student = torch.compile(self._student_probe, **options)
-        if "teacher" in sides and isinstance(self._teacher, FrozenTeacher | JointTeacher):
-            self._teacher.run = torch.compile(self._teacher.probe, **options)
+        if "teacher" in sides:
+            self._teacher.compile(**options)
 
     def close(self) -> None:
         """Take the hooks off both models."""

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,17 @@ class TeacherFeatures:
 
 
 class Teacher(Protocol):
-    """What a Distiller needs of a teacher. Losses that compare both models may train one that `passes_gradient`."""
+    """What a Distiller needs of a teacher. Losses that compare both models may train one that `passes_gradient`.
 
+    `model` is None where there is none, and `shared` are the parameters that a student has too.
+    """
+
+    model: nn.Module | None
+    shared: list[nn.Parameter]
     passes_gradient: bool
+
+    def compile(self, **options: Any) -> None:
+        """How the model runs inside a step; `options` are those of `torch.compile`."""
 
     def attach(self) -> None: ...
 
@@ -60,6 +68,13 @@ class NoTeacher:
     """For objectives that read nothing but labels."""
 
     passes_gradient = False
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        self.shared: list[nn.Parameter] = []
+
+    def compile(self, **options: Any) -> None:
+        pass
 
     def attach(self) -> None:
         pass
@@ -83,8 +98,13 @@ class FrozenTeacher:
 
     def __init__(self, probe: Probe, view: ImageView) -> None:
         self.probe, self.view = probe, view
+        self.model: nn.Module | None = probe.model
+        self.shared: list[nn.Parameter] = []
         self.run: Callable[[Tensor], dict[Tap, Tensor]] = probe
         self._modules = list(probe.model.modules())
+
+    def compile(self, **options: Any) -> None:
+        self.run = torch.compile(self.probe, **options)
 
     def attach(self) -> None:
         self.probe.attach()
@@ -125,6 +145,7 @@ class JointTeacher:
         self, probe: Probe, view: ImageView, student: nn.Module, block: Block, replayed: Mapping[str, Tap]
     ) -> None:
         self.probe, self.view, self.student, self.block = probe, view, student, block
+        self.model: nn.Module | None = probe.model
         self.run: Callable[[Tensor], dict[Tap, Tensor]] = probe
         self.passes_gradient = block in ("params", "off")
         self._replayed = {get(student, name): tap for name, tap in replayed.items()}
@@ -132,6 +153,9 @@ class JointTeacher:
         parameters = list(probe.model.parameters())
         self.shared = [parameter for parameter in parameters if id(parameter) in of_student]
         self._not_shared: Sequence[nn.Parameter] = [it for it in parameters if id(it) not in of_student]
+
+    def compile(self, **options: Any) -> None:
+        self.run = torch.compile(self.probe, **options)
 
     def attach(self) -> None:
         self.probe.attach()

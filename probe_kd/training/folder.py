@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -47,9 +47,9 @@ def open_run(
     """
     check_folder(folder, resume=resume, overwrite=overwrite)
     _check_inputs_outside(plan, folder, resume=resume)
-    resolved, inputs = dump(plan.resolved), digests_of(inputs_of(plan.recipe))
+    resolved = dump(plan.resolved)
     if resume and (folder / RECIPE).is_file():
-        checkpoint = _reopen(folder, resolved, inputs, plan, progress)
+        checkpoint = _reopen(folder, resolved, plan, progress)
         if checkpoint is not None:
             known = DataRecord.read(folder)
             if known is not None:
@@ -66,6 +66,7 @@ def open_run(
                 "begins anew"
             )
         progress.say(f"there is no checkpoint in {folder} to resume; beginning anew")
+    inputs = digests_of(inputs_of(plan.recipe))
     try:
         clear(folder, _contents(folder))
         Manifest({RECIPE: hashlib.sha256(resolved.encode()).hexdigest()}, inputs).write(folder)
@@ -77,7 +78,7 @@ def open_run(
     return TrainState(), None
 
 
-def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], plan: Plan, progress: Progress) -> Path | None:
+def _reopen(folder: Path, resolved: str, plan: Plan, progress: Progress) -> Path | None:
     recipe, manifest = folder / RECIPE, Manifest.read(folder)
     begun_with = _with_root_of(whole_text(recipe), resolved)
     if begun_with != resolved:
@@ -91,7 +92,7 @@ def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], plan: Plan, 
         )
     if manifest is not None:
         mend = "Put the former file back, or choose another --out; --overwrite deletes that run and begins anew"
-        check_inputs(folder, [*manifest.inputs, *inputs], mend)
+        check_inputs(folder, manifest.inputs, mend)
     if (folder / "summary.json").exists():
         raise RunError(f"nothing to resume in {folder}: the run is finished")
     if manifest is None:
@@ -101,7 +102,8 @@ def _reopen(folder: Path, resolved: str, inputs: Mapping[str, str], plan: Plan, 
                 f"{folder} has no {MANIFEST}, which says what the run wrote and what it reads: that these are as they "
                 "were cannot be known. Going on with what is there"
             )
-        Manifest({name: digest_of(folder / name) for name in (RECIPE, *weights)}, dict(inputs)).write(folder)
+        files = {name: digest_of(folder / name) for name in (RECIPE, *weights)}
+        Manifest(files, digests_of(inputs_of(plan.recipe))).write(folder)
     return checkpoints.newest(folder, progress.say)
 
 
