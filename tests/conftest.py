@@ -47,6 +47,7 @@ stages:
       soft: {loss: soft_targets, temperature: 2.0, weight: 0.5}
 """
 
+WHOLE = TINY.replace("fraction: 0.25\n  batch_size: 64", "batch_size: 256")  # with all images
 
 ROCKET = """\
 student: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32]}}

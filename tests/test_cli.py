@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import timm
-from conftest import ROCKET, TINY, Command
+from conftest import ROCKET, TINY, WHOLE, Command
 from PIL import Image
 
 from probe_kd.engine.tracing import trace
@@ -331,8 +331,8 @@ def test_check_remarks_on_an_absurd_learning_rate_and_shows_no_table_of_nothing(
 
 
 def test_a_teacher_that_is_worse_is_told_once_at_the_end_of_a_run(command: Command, tmp_path: Path) -> None:
-    text = TINY.replace("train: {epochs: 1}", "train: {epochs: 1, optimizer: {lr: 1.0e-9}}")
-    (tmp_path / "r.yaml").write_text(text.replace("  fraction: 0.25\n", ""))
+    text = WHOLE.replace("train: {epochs: 1}", "train: {epochs: 1, optimizer: {lr: 1.0e-9}}")
+    (tmp_path / "r.yaml").write_text(text)
     result = command("train", "r.yaml", "-q", "--set", "stages.1.epochs=6", "--set", "data.batch_size=64")
     assert result.returncode == 0, result.stderr
     assert (result.stdout + result.stderr).count("is worse than the baseline") == 1

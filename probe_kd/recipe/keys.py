@@ -393,8 +393,9 @@ class Recipe(_Section):
     """A whole recipe.
 
     `pairs` maps student taps to teacher taps, or is `auto`. A tap may be a pattern, `glob:blocks.[0-3]` or
-    `re:layer[12]`, if both sides of a pair find equally many. `baseline` also trains the baseline: the same
-    weights to begin with, the same images, and only the losses that read labels. `share` trains both together; the
+    `re:layer[12]`, if both sides of a pair find equally many. `baseline` also trains the student without a
+    teacher: the same weights to begin with, the same images, and only the losses that read labels. `share` trains both
+    together; the
     teacher is trained alone first, to compare. `precision` is accelerate's; where neither it nor accelerate's own
     configuration is given, it is `bf16` on a GPU that computes in it, and `no` elsewhere. `matmul_precision` is that of
     `torch.set_float32_matmul_precision`; where it is not given, `high` on a GPU in bf16 or fp16. `channels_last` is how

@@ -35,6 +35,11 @@ class TrainedModel:
     sharing: Sharing | None = None
 
     @property
+    def is_teacher(self) -> bool:
+        """Whether it is the teacher, alone or beside the student."""
+        return self.role in ("teacher", TEACHER_BASELINE)
+
+    @property
     def learns_from_teacher(self) -> bool:
         return self.role == "student"
 

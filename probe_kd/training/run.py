@@ -1,7 +1,7 @@
 """Training: from a plan to a folder of results. Reads from top to bottom.
 
 A run trains up to three models, one after the other: the teacher where it has no weights yet, the baseline where
-the recipe asks for a baseline, and the student. The two students begin with the same weights, and see the same images
+the recipe asks for one, and the student. The two students begin with the same weights, and see the same images
 in the same order in every stage that both go through.
 Where a recipe shares (Rocket Launching), the first is the teacher baseline, and the last is the student with a teacher
 that began as the first did.
@@ -33,7 +33,7 @@ from probe_kd.training import checkpoints
 from probe_kd.training.devices import describe_device
 from probe_kd.training.folder import open_run
 from probe_kd.training.loop import Loop
-from probe_kd.training.models import BASELINE, TEACHER_BASELINE, Models, TrainedModel
+from probe_kd.training.models import BASELINE, Models, TrainedModel
 from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating, is_peer_lost, listening, with_peers
 from probe_kd.training.progress import Progress
@@ -175,7 +175,7 @@ class Run:
                 self._train_model(trained)
             elif result.weights and not trained.learns_from_teacher:
                 _load_again(trained.model, self.saver.folder / result.weights)
-            if trained.role in ("teacher", TEACHER_BASELINE):
+            if trained.is_teacher:
                 self.models.teacher = trained
 
     def _train_model(self, trained: TrainedModel) -> None:

@@ -16,7 +16,7 @@ from probe_kd.methods.gradients import gradient_norms
 from probe_kd.methods.objectives import Objective
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.devices import memory_format
-from probe_kd.training.models import TEACHER_BASELINE, Models, TrainedModel
+from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.progress import Progress
 
 MOST_TRIED = 16  # images of the batch that is tried before training
@@ -64,9 +64,9 @@ def reach_of(models: Models, trained: TrainedModel, images: Tensor, target: Tens
 def student_of(models: Models) -> TrainedModel:
     """The student before training, beside a teacher as it is before training, which is tried where it is trained."""
     for trained in models.in_turn():
-        if trained.phases and trained.role in ("teacher", TEACHER_BASELINE):
+        if trained.phases and trained.is_teacher:
             reach_of(models, trained, *first_batch(models, trained, most=MOST_TRIED))
-        if trained.role in ("teacher", TEACHER_BASELINE) and not models.plan.recipe.share:
+        if trained.is_teacher and not models.plan.recipe.share:
             models.teacher = trained
         if trained.role == "student":
             return trained

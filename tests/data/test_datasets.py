@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import WHOLE
 from PIL import Image
 from pydantic import ValidationError
 
@@ -27,8 +27,6 @@ from probe_kd.data.datasets import (
 from probe_kd.errors import DataError, RecipeError
 from probe_kd.recipe.keys import load, parse
 from probe_kd.recipe.planner import plan
-
-WHOLE = TINY.replace("  fraction: 0.25\n", "")
 
 
 def pictures(root: Path, **classes: int) -> None:

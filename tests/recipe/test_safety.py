@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import TINY as TINY_
+from conftest import WHOLE as TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -36,8 +36,6 @@ from probe_kd.results.comparison import compare
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import write_metrics
 from probe_kd.training.run import train
-
-TINY = TINY_.replace("  fraction: 0.25\n", "").replace("batch_size: 64", "batch_size: 256")  # nothing is trained here
 
 
 class Canary:

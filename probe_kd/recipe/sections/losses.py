@@ -118,7 +118,7 @@ def _place_of_mistake(options: LossOptions) -> list[str]:
     return [*(key for key, _ in given if key not in known.options), *unfit][:1]
 
 
-def check_weights(index: int, stage: StageOptions) -> list[Mistake]:
+def check_loss_weights(index: int, stage: StageOptions) -> list[Mistake]:
     where: Path_ = ("stages", index, "losses")
     mistakes: list[Mistake] = []
     weights = [schedule(loss.weight) for loss in stage.losses.values()]

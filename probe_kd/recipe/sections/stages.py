@@ -13,7 +13,7 @@ from probe_kd.engine.spec import Trace
 from probe_kd.engine.surgery import in_pattern
 from probe_kd.errors import RunError, TapError, nearest, short
 from probe_kd.recipe.keys import OptimizerOptions, Recipe, SchedulerOptions
-from probe_kd.recipe.sections.losses import check_weights
+from probe_kd.recipe.sections.losses import check_loss_weights
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.yaml_tree import Path_
 
@@ -27,7 +27,7 @@ def check_stages(recipe: Recipe, student: Trace | None) -> list[Mistake]:
                 "`val_split` and `test_split`"
             )
             mistakes.append((("stages", index, "keep"), message))
-        mistakes += check_weights(index, stage)
+        mistakes += check_loss_weights(index, stage)
         if student is not None and stage.optimizer.lr_scale:
             mistakes += _check_lr_scale(index, stage.optimizer, student)
     return mistakes
