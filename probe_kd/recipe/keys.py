@@ -590,9 +590,13 @@ def _validated(values: Any) -> tuple[Recipe | None, list[Any]]:
 def _without(node: Node, values: Any, errors: Sequence[Any]) -> tuple[Recipe | None, list[Path_]]:
     """The recipe without what is wrong in it, None where none is left, and the places that were changed."""
     broken: list[Path_] = []
+    done: list[Path_] = []
     for _ in range(3):  # what is left after a mistake may be another
         for error in reversed(errors):
             steps, _ = locate(node, error["loc"])
+            if any(steps[: len(place)] == place for place in done):  # it went with what was around it
+                continue
+            done.append(steps)
             if not _mend(values, steps, error):  # of what is missing, the section is left out
                 return None, broken
             legal = _fields_at(error["loc"][:-1]) if error["type"] == "extra_forbidden" else {}

@@ -297,6 +297,14 @@ FORM_AND_MEANING = {
         [("dataset: sklearn/digits", "dataset: 3"), ("resnet10t", "resnet10x")],
         ["timm has no model 'resnet10x'", "`data.dataset`: expected text, got 3"],
     ),
+    "what is wrong inside of what is wrong goes with it": (
+        [("hflip: 0.0", "hflip: 0.0\n  scale: [null]"), ("resnet10t", "resnet10x")],
+        [
+            "timm has no model 'resnet10x'",
+            "`data.scale`: a value is missing",
+            "`data.scale.0`: expected a number, got null",
+        ],
+    ),
     "a schedule is not measured by an epoch count that is wrong": (
         [("epochs: 2", "epochs: -1\n    scheduler: {warmup_epochs: 1}"), ("baseline: true", "trackers: [tensorbord]")],
         [
