@@ -27,8 +27,9 @@ def weights_name(role: str, end: str = "") -> str:
 
 def weights_file(folder: Path, role: str, end: str = "") -> Path:
     """The weights of a role in the folder of a run, also where an earlier version wrote them under another name."""
-    former = [folder / weights_name(before, end) for before, now in FORMER_ROLES.items() if now == role]
-    return next((path for path in former if path.is_file()), folder / weights_name(role, end))
+    names = [role, *(before for before, now in FORMER_ROLES.items() if now == role)]
+    paths = [folder / weights_name(name, end) for name in names]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 @dataclass
