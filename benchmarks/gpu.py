@@ -19,8 +19,8 @@ from input import photographs
 from rich.console import Console
 
 from probe_kd.engine.weights import save_weights
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 from probe_kd.training.loop import Loop
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train

@@ -27,8 +27,8 @@ from probe_kd.engine.models import build_model
 from probe_kd.engine.weights import save_weights
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import training_only
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import Plan, plan
+from probe_kd.recipe.reading import parse
 from probe_kd.training.loop import Loop
 from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.phase import Phase

@@ -274,8 +274,8 @@ def check(
     as they are before training: what each loss gives and moves, and the time and the memory of a step. Images that are
     not there yet are fetched where the recipe says `download: true`.
     """
-    from probe_kd.recipe.keys import load
     from probe_kd.recipe.planner import plan
+    from probe_kd.recipe.reading import load
     from probe_kd.tables import (
         cache_lines,
         costs_table,
@@ -377,8 +377,8 @@ def train(
     ] = False,
 ) -> None:
     """Run a recipe: train, evaluate, and write the student as safetensors that timm loads."""
-    from probe_kd.recipe.keys import load
     from probe_kd.recipe.planner import plan
+    from probe_kd.recipe.reading import load
 
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite deletes it; give one of the two")

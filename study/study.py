@@ -32,8 +32,8 @@ from torch import Tensor
 
 from probe_kd import load_student
 from probe_kd.data.loading import loader
-from probe_kd.recipe.keys import load
 from probe_kd.recipe.planner import Plan, plan
+from probe_kd.recipe.reading import load
 from probe_kd.results.comparison import read_metrics
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import write_metrics

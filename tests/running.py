@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from probe_kd.data.loading import DataOptions, loader
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, Stopped
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import Plan, plan
+from probe_kd.recipe.reading import parse
 from probe_kd.training import checkpoints
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train

@@ -18,8 +18,9 @@ from PIL import Image
 
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError
-from probe_kd.recipe.keys import command_to_go_on, load
+from probe_kd.recipe.reading import load
 from probe_kd.recipe.scaffold import METHODS, write_recipe
+from probe_kd.recipe.writing import command_to_go_on
 
 USER_MODEL = """\
 from torch import nn

@@ -12,8 +12,8 @@ from PIL import Image
 from typer.main import get_command
 
 from probe_kd.cli import app, main
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 
 
 @pytest.fixture

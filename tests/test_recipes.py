@@ -12,8 +12,8 @@ from probe_kd.data.loading import DataOptions, open_datasets
 from probe_kd.engine.matching import match
 from probe_kd.engine.tracing import trace
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe.keys import load
 from probe_kd.recipe.planner import Plan, plan
+from probe_kd.recipe.reading import load
 from probe_kd.training.audit import audit
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train

@@ -13,7 +13,7 @@ import torch
 import study
 from probe_kd.engine.models import build_model
 from probe_kd.engine.weights import save_weights
-from probe_kd.recipe.keys import load
+from probe_kd.recipe.reading import load
 
 DIGITS = ("data.dataset=sklearn/digits", "data.root=null", "data.train_split=train", "data.views=1")
 

@@ -1,4 +1,4 @@
-"""The YAML file: its tree, its keys, its meaning, its schema, and one to begin with.
+"""The YAML file: its keys, reading and writing it, its check, its schema, and a first recipe.
 
 The names below are loaded when they are first used.
 """
@@ -6,9 +6,9 @@ The names below are loaded when they are first used.
 from probe_kd.lazy import getter
 
 _HOME = {
-    "dump": "keys",
-    "load": "keys",
-    "parse": "keys",
+    "dump": "writing",
+    "load": "reading",
+    "parse": "reading",
     "plan": "planner",
 }
 

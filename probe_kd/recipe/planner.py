@@ -12,7 +12,8 @@ from probe_kd.data.datasets import DataRecord, Datasets
 from probe_kd.engine.spec import InputSpec, Pair, Trace
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
-from probe_kd.recipe.keys import PairOptions, Recipe, Source
+from probe_kd.recipe.keys import PairOptions, Recipe
+from probe_kd.recipe.reading import Source
 from probe_kd.recipe.sections.execution import check_execution
 from probe_kd.recipe.sections.images import check_transforms, open_data
 from probe_kd.recipe.sections.losses import Planned, check_baseline, check_sides, find_adapters, make_objectives

@@ -11,7 +11,7 @@ from probe_kd.engine.models import packages
 from probe_kd.engine.spec import Pair, Tap, Trace
 from probe_kd.errors import DataError, Problem, RecipeError, nearest
 from probe_kd.files.atomic import reason
-from probe_kd.recipe.keys import parse
+from probe_kd.recipe.reading import parse
 
 SMALL = 96  # pixels of a side up to which images are hardly large photographs
 

@@ -33,9 +33,11 @@ from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, runs_besi
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.objectives import Comparison
 from probe_kd.methods.targets import compared, make_adapters
-from probe_kd.recipe.keys import Recipe, TeacherOptions, command_to_go_on, inputs_of, load
+from probe_kd.recipe.keys import Recipe, TeacherOptions
 from probe_kd.recipe.planner import Plan, plan
+from probe_kd.recipe.reading import load
 from probe_kd.recipe.sections.sharing import join
+from probe_kd.recipe.writing import command_to_go_on, inputs_of
 from probe_kd.training.devices import mixed_precision
 from probe_kd.training.processes import own_accelerator
 from probe_kd.training.state import weights_file

@@ -27,7 +27,9 @@ from probe_kd.errors import ProbeKDError, RunError, TraceError, WeightsError, ne
 from probe_kd.files.atomic import whole_bytes, whole_text
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe.keys import ModelOptions, Recipe, command_to_go_on, dump, load
+from probe_kd.recipe.keys import ModelOptions, Recipe
+from probe_kd.recipe.reading import load
+from probe_kd.recipe.writing import command_to_go_on, dump
 from probe_kd.training.state import weights_file
 from probe_kd.version import __version__
 

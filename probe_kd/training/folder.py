@@ -24,8 +24,10 @@ from probe_kd.files.run_folder import (
     kind_of,
     recording,
 )
-from probe_kd.recipe.keys import Recipe, dump, inputs_of, load, parse, rewritten
+from probe_kd.recipe.keys import Recipe
 from probe_kd.recipe.planner import Plan
+from probe_kd.recipe.reading import load, parse
+from probe_kd.recipe.writing import dump, inputs_of, rewritten
 from probe_kd.training import checkpoints
 from probe_kd.training.processes import TRACKERS
 from probe_kd.training.progress import Progress

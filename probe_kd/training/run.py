@@ -27,8 +27,8 @@ from probe_kd.errors import DataError, ProbeKDError, RunError, Stopped, WeightsE
 from probe_kd.files.run_folder import Claim, claim, record
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import training_only
-from probe_kd.recipe.keys import dump
 from probe_kd.recipe.planner import Plan
+from probe_kd.recipe.writing import dump
 from probe_kd.training import checkpoints
 from probe_kd.training.devices import describe_device
 from probe_kd.training.folder import open_run

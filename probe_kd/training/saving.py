@@ -19,8 +19,8 @@ from probe_kd.engine.models import portable
 from probe_kd.engine.weights import check_state, load_weights, own_tensors, save_weights
 from probe_kd.errors import RunError, for_all, short
 from probe_kd.files.run_folder import Claim, check_inputs, recording
-from probe_kd.recipe.keys import inputs_of
 from probe_kd.recipe.planner import Plan
+from probe_kd.recipe.writing import inputs_of
 from probe_kd.training import checkpoints
 from probe_kd.training.loop import Loop
 from probe_kd.training.models import TrainedModel

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from probe_kd.data.cache import Stored, TeacherCache, checksums, fingerprint, key_of, lengthen, shorten
 from probe_kd.data.loading import DataOptions, open_datasets
 from probe_kd.errors import RecipeError, RunError
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 from probe_kd.training.run import train
 
 

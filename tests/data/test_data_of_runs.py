@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from probe_kd.cli import main
 from probe_kd.data.datasets import DataRecord
 from probe_kd.errors import DataError, RunError
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
 from probe_kd.training.progress import Progress

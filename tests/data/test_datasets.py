@@ -25,8 +25,8 @@ from probe_kd.data.datasets import (
     open_datasets,
 )
 from probe_kd.errors import DataError, RecipeError
-from probe_kd.recipe.keys import load, parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import load, parse
 
 
 def pictures(root: Path, **classes: int) -> None:

@@ -18,8 +18,8 @@ from probe_kd.engine.tracing import trace
 from probe_kd.engine.weights import save_weights
 from probe_kd.errors import RecipeError, TraceError
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 
 # What timm's loader takes, whatever this version of it calls that.
 LOADER = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters} - {"kwargs"}

@@ -15,8 +15,8 @@ from torch import nn
 from probe_kd.engine.weights import load_weights, read_header
 from probe_kd.errors import RecipeError, WeightsError
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe.keys import load, parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import load, parse
 from probe_kd.results.export import export
 from probe_kd.training.run import train
 

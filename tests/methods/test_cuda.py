@@ -12,8 +12,8 @@ from rich.console import Console
 
 from probe_kd import Distiller, InputSpec, Objective, Pair
 from probe_kd.data.loading import DataOptions, loader, open_datasets
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 from probe_kd.results.evaluation import evaluate
 from probe_kd.training.loop import Loop
 from probe_kd.training.progress import Progress

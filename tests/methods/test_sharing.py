@@ -28,8 +28,8 @@ from probe_kd import (
 )
 from probe_kd.errors import LossError, RecipeError, TapError
 from probe_kd.methods.gradients import gradient_norms
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 

@@ -18,9 +18,10 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from probe_kd.errors import RecipeError
-from probe_kd.recipe.keys import dump, load, parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import load, parse
 from probe_kd.recipe.schema import SAYS, schema
+from probe_kd.recipe.writing import dump
 
 # (what to replace, by what, the line of the problem, what the message has to say)
 FORM = [

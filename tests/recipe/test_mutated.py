@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from probe_kd.errors import RecipeError
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SECONDS, MEGABYTES = 30, 2000  # that one recipe may take of a process, and add to it

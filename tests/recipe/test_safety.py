@@ -29,8 +29,8 @@ from probe_kd.engine.weights import check_state, read_weights, save_weights
 from probe_kd.errors import Problem, RecipeError, RunError, TapError, TraceError, WeightsError
 from probe_kd.files.atomic import MOST_BYTES, MOST_TEXT, whole_text
 from probe_kd.methods.sharing import load_student
-from probe_kd.recipe.keys import load, parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import load, parse
 from probe_kd.recipe.yaml_tree import MAX_LEVELS, MAX_NODES
 from probe_kd.results.comparison import compare
 from probe_kd.training.progress import Progress

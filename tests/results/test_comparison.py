@@ -25,8 +25,8 @@ from probe_kd.cli import main
 from probe_kd.data.datasets import DataRecord
 from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
-from probe_kd.recipe.keys import load
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import load
 from probe_kd.results.comparison import IMAGES, LAYERS, RunComparison, compare, doubts, read_metrics
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export

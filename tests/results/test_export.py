@@ -27,8 +27,8 @@ from probe_kd.data.loading import loader
 from probe_kd.engine.models import build_model
 from probe_kd.engine.weights import read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError
-from probe_kd.recipe.keys import load
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import load
 from probe_kd.results import export as exporting
 from probe_kd.results.export import export
 from probe_kd.training.progress import Progress

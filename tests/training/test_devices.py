@@ -8,8 +8,8 @@ import torch
 from conftest import TINY
 
 from probe_kd.errors import RecipeError
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 from probe_kd.training.devices import memory_format
 
 NARROW = """\
@@ -20,7 +20,7 @@ stages: [{epochs: 1, losses: {task: {loss: cross_entropy}}}]
 STEPS = """
 import sys, timm, torch
 from probe_kd.training.devices import memory_format
-from probe_kd.recipe.keys import parse
+from probe_kd.recipe.reading import parse
 torch.set_num_threads(1)
 layout = memory_format(parse(sys.argv[1]).recipe, torch.device("cpu"))
 model = timm.create_model("resnet18", channels=[6, 10, 14, 20], num_classes=10).to(memory_format=layout)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from probe_kd import Distiller, InputSpec, Objective
 from probe_kd.errors import RecipeError
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 from probe_kd.training.optimizers import make_optimizer
 
 SHORT = TINY.replace("baseline: true\n", "").replace("num_heads: 2}", "num_heads: 2}\n  grad_checkpointing: false")

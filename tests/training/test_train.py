@@ -25,8 +25,9 @@ from probe_kd import Distiller, InputSpec, Objective, Schedule
 from probe_kd.data.loading import DataOptions, loader, mixer
 from probe_kd.errors import RecipeError, RunError
 from probe_kd.methods.losses.outputs import soft_targets
-from probe_kd.recipe.keys import dump, load, parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import load, parse
+from probe_kd.recipe.writing import dump
 from probe_kd.results.comparison import compare
 from probe_kd.tables import teacher_lines
 from probe_kd.training.models import Models

@@ -9,8 +9,8 @@ from running import HINT_ONLY, Quiet
 
 from probe_kd import Distiller
 from probe_kd.errors import LossError, RunError
-from probe_kd.recipe.keys import parse
 from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
 from probe_kd.training.audit import audit
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
