@@ -6,7 +6,7 @@ The names below are loaded when they are first used.
 from probe_kd.lazy import getter
 
 _HOME = {
-    "DataOptions": "datasets",
+    "DataOptions": "options",
     "open_datasets": "datasets",
     "loader": "loading",
 }

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from probe_kd.data.batches import Batches, Pixels, collate, worker_count
-from probe_kd.data.datasets import DataOptions, Datasets, open_datasets
+from probe_kd.data.datasets import Datasets, open_datasets
+from probe_kd.data.options import DataOptions
 from probe_kd.data.shards import Shards
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from probe_kd.data.datasets import DataOptions, InputSize
+from probe_kd.data.options import DataOptions, InputSize
 from probe_kd.engine.spec import Schedule, Tap
 from probe_kd.errors import LossError
 from probe_kd.methods.adapters import Activation, Normalize, Policy, Projector, Tokens

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from probe_kd.data.datasets import DataRecord, Datasets
+from probe_kd.data.datasets import Datasets
+from probe_kd.data.record import DataRecord
 from probe_kd.engine.spec import InputSpec, Pair, Trace
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from probe_kd.data.datasets import EVALUATED, NAMES, TRAINED, check_name
+from probe_kd.data.names import EVALUATED, NAMES, TRAINED, check_name
 from probe_kd.engine.models import packages
 from probe_kd.engine.spec import Pair, Tap, Trace
 from probe_kd.errors import DataError, Problem, RecipeError, nearest

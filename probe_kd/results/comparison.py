@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from probe_kd.data.datasets import DataRecord
+from probe_kd.data.record import DataRecord
 from probe_kd.engine.matching import blocks, stages
 from probe_kd.engine.spec import Tap, Trace
 from probe_kd.errors import MatchError, RunError, nearest, short

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from probe_kd.data.datasets import RECORD, DataRecord
 from probe_kd.data.loading import loader, readable
+from probe_kd.data.record import RECORD, DataRecord
 from probe_kd.engine.models import build_model
 from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from probe_kd.data.datasets import RECORD, DataRecord, open_datasets
+from probe_kd.data.datasets import open_datasets
 from probe_kd.data.loading import loader
+from probe_kd.data.record import RECORD, DataRecord
 from probe_kd.engine.models import build_on_meta, files_of, packages, portable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.engine.weights import read_header, save_weights

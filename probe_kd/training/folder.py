@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from probe_kd.data.datasets import RECORD, DataRecord
+from probe_kd.data.record import RECORD, DataRecord
 from probe_kd.errors import ProbeKDError, RunError
 from probe_kd.files.atomic import MANIFEST, digest_of, whole_text
 from probe_kd.files.run_folder import (

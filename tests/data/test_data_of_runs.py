@@ -12,7 +12,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 from probe_kd.cli import main
-from probe_kd.data.datasets import DataRecord
+from probe_kd.data.record import DataRecord
 from probe_kd.errors import DataError, RunError
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import parse

@@ -14,16 +14,13 @@ from PIL import Image
 from pydantic import ValidationError
 
 from probe_kd.data.cache import fingerprint
-from probe_kd.data.datasets import (
-    DataOptions,
-    DataRecord,
-    HubImages,
-    _overlap,
-    _Split,
-    check_name,
-    class_names,
-    open_datasets,
-)
+from probe_kd.data.datasets import class_names, open_datasets
+from probe_kd.data.names import check_name
+from probe_kd.data.options import DataOptions
+from probe_kd.data.overlap import overlap
+from probe_kd.data.record import DataRecord
+from probe_kd.data.split import Split
+from probe_kd.data.timm_datasets import HubImages
 from probe_kd.errors import DataError, RecipeError
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import load, parse
@@ -140,7 +137,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Reader]:
     def create(_: DataOptions, split: str) -> Any:
         return type("Dataset", (), {"reader": splits[split]})
 
-    monkeypatch.setattr("probe_kd.data.datasets._by_timm", create)
+    monkeypatch.setattr("probe_kd.data.timm_datasets._create_dataset", create)
     return splits
 
 
@@ -486,10 +483,10 @@ def test_the_training_images_are_divided_as_ever() -> None:
 )
 def test_parts_of_a_hub_dataset_that_overlap_are_found(train: Any, val: Any, shared: bool) -> None:
     one, two = (
-        _Split("val_split", str(rows), [], (), frozenset({str(rows)}), rows=tuple(rows))  # type: ignore[arg-type]
+        Split("val_split", str(rows), [], (), frozenset({str(rows)}), rows=tuple(rows))  # type: ignore[arg-type]
         for rows in (train, val)
     )
-    assert _overlap(one, two) is _overlap(two, one) is shared
+    assert overlap(one, two) is overlap(two, one) is shared
 
 
 def test_a_class_of_which_no_image_is_held_out_is_told(tmp_path: Path) -> None:

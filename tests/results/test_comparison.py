@@ -22,8 +22,8 @@ from PIL import Image
 from rich.console import Console
 
 from probe_kd.cli import main
-from probe_kd.data.datasets import DataRecord
 from probe_kd.data.loading import loader
+from probe_kd.data.record import DataRecord
 from probe_kd.errors import RunError
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import load

@@ -452,6 +452,6 @@ def test_what_cannot_be_evaluated_is_one_clear_error(
 def test_labels_that_are_no_classes_are_told(made: tuple[Path, Plan], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunError, match=r"split 'tests': expected one of 'test', 'val', 'train', 'held_out'"):
         evaluate(made[0], split="tests")  # type: ignore[arg-type]
-    monkeypatch.setattr("probe_kd.data.datasets._Digits.__getitem__", lambda self, index: (self.images[index], 10))
+    monkeypatch.setattr("probe_kd.data.sources.DigitImages.__getitem__", lambda self, index: (self.images[index], 10))
     with pytest.raises(DataError, match="label 10 of an image is none of the 10 classes"):
         evaluate(made[0])

@@ -5,8 +5,10 @@ from typing import Any
 
 from PIL import Image
 
-from probe_kd.data.datasets import DataOptions, DataRecord, Datasets, open_datasets
+from probe_kd.data.datasets import Datasets, open_datasets
 from probe_kd.data.loading import loader
+from probe_kd.data.options import DataOptions
+from probe_kd.data.record import DataRecord
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError, short
 from probe_kd.recipe.sections.mistakes import Mistake

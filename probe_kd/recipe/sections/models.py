@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from probe_kd.data.datasets import DataRecord
+from probe_kd.data.record import DataRecord
 from probe_kd.engine.models import build_on_meta, check_import, check_kwargs, checkpoint_gradients
 from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.tracing import trace

@@ -1,0 +1,142 @@
+"""Open one split: one function for each source of images, and the contents of a split for `data.json`."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from probe_kd.data.digests import Contents, of_files, of_images, of_shards, printable
+from probe_kd.data.images import EXTENSIONS, FolderImages, scan_folder
+from probe_kd.data.names import EVALUATED, FOLDERS, TRAINED, train_or_test
+from probe_kd.data.options import DataOptions
+from probe_kd.data.shards import Shards, open_shards
+from probe_kd.data.split import Split, quoted
+from probe_kd.data.timm_datasets import TorchvisionImages, files_of, open_hub, open_torchvision
+from probe_kd.errors import DataError, nearest
+
+
+def open_split(options: DataOptions, key: str, split: str) -> Split:
+    kind, _, name = options.dataset.lower().partition("/")
+    if kind == "sklearn":
+        return _open_digits(options, key, split)
+    if kind == "wds":
+        return _open_shards(options, key, split)
+    if kind == "hfds":
+        return open_hub(options, key, split)
+    if not options.dataset or name in FOLDERS:
+        return _open_folder(options, key, split)
+    return open_torchvision(options, key, split)
+
+
+def _open_digits(options: DataOptions, key: str, split: str) -> Split:
+    if options.num_classes not in (None, 10):
+        raise DataError(f"num_classes {options.num_classes}: sklearn/digits has 10 classes", "num_classes")
+    part = train_or_test(options, key, split)
+    pixels, targets = _load_digits(part)
+    names = tuple(map(str, range(10)))
+    return Split(key, split, DigitImages(pixels, targets, options.mode), names, frozenset({part}), targets)
+
+
+@cache
+def _load_digits(part: str) -> tuple[Any, Any]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, targets = load_digits(return_X_y=True)
+    # One split for ever, whatever the seed of a run: runs are compared on the same 360 images.
+    split = train_test_split(pixels.reshape(-1, 8, 8), targets, test_size=0.2, random_state=0, stratify=targets)
+    train_pixels, test_pixels, train_targets, test_targets = split
+    return (train_pixels, train_targets) if part == "train" else (test_pixels, test_targets)
+
+
+class DigitImages(Dataset[Any]):
+    """The handwritten digits of scikit-learn (UCI): 8x8 grey images of the figures 0 to 9."""
+
+    def __init__(self, pixels: Any, targets: Any, mode: str) -> None:
+        self.images = [Image.fromarray((image * (255 / 16)).astype("uint8")).convert(mode) for image in pixels]
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index], int(self.targets[index])
+
+
+def _open_shards(options: DataOptions, key: str, split: str) -> Split:
+    skip = options.on_error == "skip"
+    images = open_shards(options.root, split, mode=options.mode, num_classes=options.num_classes, skip=skip)
+    images.read_labels()
+    sources = frozenset(os.path.realpath(file) for file in images.files)
+    left_out = tuple(map(printable, images.left_out))
+    return Split(key, split, images, (), sources, images.targets, root=str(options.root), left_out=left_out)
+
+
+def _open_folder(options: DataOptions, key: str, split: str) -> Split:
+    folder = _split_folder(options, key, split)
+    outermost = options.dataset.lower().partition("/")[2] in FOLDERS
+    found = scan_folder(folder, outermost=outermost)
+    names = tuple(found.files)
+    if not names:
+        raise DataError(f"there are no images in {folder}; read are files that end in {' '.join(EXTENSIONS)}", key)
+    samples = found.samples({name: index for index, name in enumerate(names)}, by_path=not outermost)
+    return Split(
+        key=key,
+        name=split,
+        images=FolderImages(samples, options.mode, folder),
+        names=names,
+        sources=frozenset({os.path.realpath(folder)}),
+        targets=np.array([target for _, target in samples]),
+        empty=tuple(found.empty),
+        notes=tuple(found.notes),
+        linked=found.linked,
+        unfollowed=tuple(found.unfollowed),
+    )
+
+
+def _split_folder(options: DataOptions, key: str, split: str) -> str:
+    """The folder of a split in `root`, by its name or one that timm takes for the same."""
+    root = options.root
+    if not (root and Path(root).is_dir()):
+        raise DataError(
+            f"there is no folder {root!r} to read images from; set `root`, or name a `dataset` (where a run's "
+            "images have moved, `eval --root DIR`)"
+        )
+    words = TRAINED if split in TRAINED else EVALUATED if split in EVALUATED else ()
+    for name in (split, *words):
+        if os.path.isdir(os.path.join(root, name)):
+            return os.path.join(root, name) if name != "." else root
+    there = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    has = f"there are {quoted(there)}{nearest(split, there)}" if there else "it holds no folders"
+    if key == "train_split":
+        mend = (
+            "name one of them; where these are the classes, give `train_split: .`, with `val_split: none` and "
+            "`holdout: 0.1`"
+        )
+    else:
+        mend = f"name one of them as `{key}`, or hold training images out: `val_split: none` with `holdout: 0.1`"
+    raise DataError(f"there is no folder {split!r} in {root!r} for `{key}`: {has}; {mend}", key)
+
+
+def contents_of(split: Split) -> Contents:
+    images, names = split.images, split.names
+    if isinstance(images, FolderImages):
+        return of_files([(path, names[target]) for path, target in images.samples], images.root)
+    if isinstance(images, Shards):
+        return of_shards(images, split.root, split.targets)
+    files = files_of(images.images) if isinstance(images, TorchvisionImages) else []
+    if files:
+        return of_files(files, split.root)
+    targets = [] if split.targets is None else np.asarray(split.targets).tolist()
+    return of_images(images, [names[it] if 0 <= it < len(names) else str(it) for it in targets])
+
+
+def in_memory(images: Dataset[Any]) -> bool:
+    """Whether all images of a split are already decoded, so that each can be read."""
+    return isinstance(images, DigitImages) or (
+        isinstance(images, TorchvisionImages) and not hasattr(images.images, "loader")
+    )

@@ -1,0 +1,159 @@
+"""Splits that timm's `create_dataset` opens: torchvision's data sets and those of the Hugging Face hub."""
+
+import os
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from probe_kd.data.images import decode, open_image
+from probe_kd.data.names import IN_MEMORY, train_or_test
+from probe_kd.data.options import DataOptions
+from probe_kd.data.split import Split, quoted
+from probe_kd.errors import DataError
+
+
+def open_torchvision(options: DataOptions, key: str, split: str) -> Split:
+    name = options.dataset.lower().partition("/")[2]
+    if not options.root:
+        raise DataError(f"dataset {options.dataset!r} needs `root`, the folder that it lies in or is downloaded to")
+    part = train_or_test(options, key, split) if name in IN_MEMORY else split
+    inner: Any = _create_dataset(options, part)
+    if hasattr(inner, "loader"):  # of files, which is torchvision's own
+        inner.loader = _Loader(options.mode)
+    if hasattr(inner, "all_categories"):  # INaturalist's, which come as the disk lists them
+        inner.index.sort()
+    targets = getattr(inner, "targets", None)
+    return Split(
+        key=key,
+        name=split,
+        images=TorchvisionImages(inner, options.mode),
+        names=_class_names(inner),
+        sources=frozenset({part}),
+        targets=None if targets is None else np.asarray(targets),
+        root=options.root,
+    )
+
+
+def _class_names(dataset: Any) -> tuple[str, ...]:
+    """The names of a torchvision dataset's classes by their index; none where it has none."""
+    order = getattr(dataset, "class_to_idx", None) or {}
+    if sorted(order.values()) == list(range(len(order))):
+        return tuple(map(str, sorted(order, key=order.__getitem__)))
+    classes = getattr(dataset, "classes", None) or ()  # ImageNet's have several names each
+    return tuple(", ".join(name) if isinstance(name, tuple) else str(name) for name in classes)
+
+
+def files_of(dataset: Any) -> list[tuple[str, str]]:
+    """(path, class) of the images of a torchvision dataset, where it has files."""
+    if hasattr(dataset, "all_categories"):
+        labels = dataset.all_categories
+        return [(os.path.join(dataset.root, labels[number], name), labels[number]) for number, name in dataset.index]
+    classes = getattr(dataset, "classes", None) or ()
+    label = {number: str(name) for number, name in enumerate(classes)}
+    return [(path, label.get(target, str(target))) for path, target in getattr(dataset, "imgs", ())]
+
+
+class TorchvisionImages(Dataset[Any]):
+    """A torchvision dataset with its images in one mode: MNIST's are grey, whatever the models take."""
+
+    def __init__(self, images: Dataset[Any], mode: str) -> None:
+        self.images, self.mode = images, mode
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.images[index]
+        return image.convert(self.mode), target
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """How torchvision's datasets of files open one; it goes to worker processes."""
+
+    mode: str
+
+    def __call__(self, path: str) -> Image.Image:
+        return open_image(path, self.mode)
+
+
+def open_hub(options: DataOptions, key: str, split: str) -> Split:
+    images = HubImages(_create_dataset(options, split).reader, options.mode, f"{options.dataset} ({split})")
+    rows = _rows_of(images.reader.dataset, split)
+    return Split(key, split, images, images.names, frozenset({split}), images.targets, rows=rows)
+
+
+def _rows_of(dataset: Any, split: str) -> tuple[tuple[str, int, int], ...]:
+    """Which rows of which parts of a hub dataset a split such as `train[:90%]` is, where it says how many it has."""
+    parts = getattr(getattr(dataset, "info", None), "splits", None)
+    if not parts:
+        return ()
+    from datasets import ReadInstruction
+
+    lengths = {name: part.num_examples for name, part in parts.items()}
+    found = ReadInstruction.from_spec(split).to_absolute(lengths)
+    return tuple((it.splitname, it.from_ or 0, lengths[it.splitname] if it.to is None else it.to) for it in found)
+
+
+class HubImages(Dataset[Any]):
+    """A dataset of Hugging Face's `datasets`, as timm's reader has opened it. Its labels are numbers, or names."""
+
+    def __init__(self, reader: Any, mode: str, name: str) -> None:
+        self.reader, self.mode, self.name = reader, mode, name
+        if reader.label_key not in reader.dataset.column_names:
+            raise DataError(
+                f"{name} has no column {reader.label_key!r} of labels; it has {quoted(reader.dataset.column_names)}"
+            )
+        labels = list(reader.dataset[reader.label_key])
+        kinds = {type(label) for label in labels}
+        self.names = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__))
+        if kinds == {str} and not self.names:
+            self.names = tuple(sorted(set(labels)))
+        elif not all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
+            found = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise DataError(f"the labels of {name} are no class numbers (column {reader.label_key!r} has: {found})")
+        index = {label: number for number, label in enumerate(self.names)}
+        self.targets = np.array([index[label] if isinstance(label, str) else int(label) for label in labels], dtype=int)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        # Not by the reader, which opens the file at once, be it a pipe.
+        value = self.reader.dataset[index][self.reader.image_key] or {}
+        if value.get("bytes"):
+            image = decode(BytesIO(value["bytes"]), self.mode, f"image {index} of {self.name}")
+        elif value.get("path"):
+            image = open_image(value["path"], self.mode)
+        else:
+            raise DataError(f"image {index} of {self.name} cannot be read: there is none")
+        return image, int(self.targets[index])
+
+    def content(self, index: int) -> bytes | None:
+        """The bytes of an image as they are stored, where the table holds them; what they decode to may change."""
+        return (self.reader.dataset[index][self.reader.image_key] or {}).get("bytes")
+
+
+def _create_dataset(options: DataOptions, split: str) -> Any:
+    from timm.data import create_dataset
+
+    try:
+        return create_dataset(options.dataset, root=options.root, split=split, download=options.download)
+    except Exception as refusal:  # timm, torchvision and the hub raise anything
+        raise DataError(_why_unreadable(options, split, refusal)) from refusal
+
+
+def _why_unreadable(options: DataOptions, split: str, refusal: Exception) -> str:
+    text = " ".join(str(refusal).split()) or type(refusal).__name__
+    if options.dataset.lower().startswith("torch/"):
+        text += (
+            " (without a network, put the files there as torchvision would)"
+            if options.download
+            else " (`download: true` fetches it)"
+        )
+    where = f" in {options.root!r}" if options.root else ""
+    return f"cannot read the {split!r} split of dataset {options.dataset!r}{where}: {text}"
