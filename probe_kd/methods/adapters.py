@@ -1,7 +1,7 @@
-"""What stands between a student's feature and its target: any layout to any layout, by a plan that can be printed.
+"""Adapters: convert a student's feature and its target to one shape, whatever their layouts, by a printable plan.
 
 The student is projected to the teacher's width and never the other way round: a learned map on the teacher's side can
-make the loss zero by mapping everything to zero. What is done to the teacher's feature has no parameters.
+make the loss zero by mapping everything to zero. The steps on the teacher's side have no trained parameters.
 """
 
 from collections.abc import Sequence
@@ -39,9 +39,11 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of a frozen teacher and can be kept for the next time, for every image its own.
+    """The name and shape of a tensor that a frozen teacher computes for each image, and that a cache can store.
 
-    `name` is that of a tap, or says what was made of some; `shape` is that of one image's.
+    `name` is the name of a teacher tap, or describes the steps that compute the tensor from one or more taps. `shape`
+    is the shape for one image, without the batch axis. The stored tensors themselves are the Distiller's
+    `cached_targets`.
     """
 
     name: str
@@ -85,27 +87,29 @@ def adapt(
     projector: Projector = "linear",
     activation: Activation = "none",
 ) -> Adapter:
-    """The adapter from one feature to another, as both were traced.
+    """Return the adapter that converts a student's feature and a teacher's feature to one shape.
 
-    `policy`: `always` puts a learned 1x1 convolution (a linear layer for vectors) on the student even where the widths
-    agree, since without it the student's own features pay for the match, and so does `auto`; `never` has none, the
-    exact paper form, and needs equal widths; `fixed` maps the teacher to the student's width by a random
-    semi-orthogonal matrix that is never trained.
-    `tokens`: `drop` compares the grids and drops class, register and distillation tokens; `cls` compares only the class
-    token (the mean over positions where a model has none); `pool` compares the means over positions.
-    `normalize`: what is done to the target: `layer` standardises each position over its channels, `channel` each
-    channel over batch and positions. Without it, the few outlier channels of an un-normalised residual stream
-    (ConvNeXt) are all that a squared error sees.
-    `projector`: `linear` is the 1x1 convolution; `valid` is the regressor of FitNets (Romero et al. 2015, sec. 2.2), a
-    convolution without padding whose kernel is as large as takes the student's grid to the teacher's.
-    `activation`: what the projector ends in. `tap` is the teacher tap's own nonlinearity, as in FitNets; `none` is a
-    linear regressor, which reaches every target.
+    `student` and `teacher` are two entries of the models' traces.
 
-    Two grids are brought to the smaller in each direction: by average pooling where it divides, by antialiased
-    interpolation where it does not. A grid against a vector is averaged.
+    - `policy`: where a projector is used. `auto` and `always` put a learned 1x1 convolution (a linear layer for
+      vectors) on the student, even if the widths are equal: without it, the student has to change its own features to
+      match. `never` uses no projector, the exact form of the papers, and needs equal widths. `fixed` maps the teacher
+      to the student's width by a random semi-orthogonal matrix that is never trained.
+    - `tokens`: `drop` compares the grids and drops class, register and distillation tokens. `cls` compares only the
+      class tokens (the mean over positions if a model has none). `pool` compares the means over positions.
+    - `normalize`: how the target is standardised. `layer` standardises each position over its channels, `channel` each
+      channel over batch and positions, `none` nothing. Without it, a few outlier channels of an un-normalised residual
+      stream (ConvNeXt) dominate a squared error.
+    - `projector`: `linear` is the 1x1 convolution. `valid` is the regressor of FitNets (Romero et al. 2015, sec. 2.2):
+      a convolution without padding, whose kernel size takes the student's grid to the teacher's.
+    - `activation`: the last step of the projector. `tap` is the nonlinearity of the teacher's tap, as in FitNets.
+      `none` leaves the regressor linear, so that it can reach every target.
+
+    Two grids are resized to the smaller height and the smaller width: by average pooling if the sizes divide, by
+    antialiased interpolation otherwise. A grid that is compared with a vector is averaged over its positions.
 
     Raises AdapterError for features that cannot be compared, for `never` with unequal widths, and for an activation
-    that cannot reach the target: a ReLU on a tap that is signed.
+    that cannot reach the target, such as a ReLU for a tap with negative values.
     """
     _check_choices(policy=(policy, Policy), tokens=(tokens, Tokens), normalize=(normalize, Normalize))
     _check_choices(projector=(projector, Projector), activation=(activation, Activation))
@@ -136,9 +140,10 @@ def adapt(
 
 
 def adapt_maps(student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
-    """Both as maps at one grid, each with its own channels: what `attention` compares.
+    """Return the adapter that converts both features to maps at one grid, each with its own channels.
 
-    Raises AdapterError for features without positions, or with a single one, whose share of the attention is all of it.
+    `attention` compares such maps. Raises AdapterError for features without positions, and for a grid with a single
+    position, which always holds all of the attention.
     """
     _check_maps(student, teacher)
     if _smaller_grid(student, teacher) == (1, 1):
@@ -152,19 +157,23 @@ def adapt_maps(student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
 def adapt_matrices(
     student: Sequence[FeatureSpec], teacher: Sequence[FeatureSpec], *, policy: Policy = "auto"
 ) -> Adapter:
-    """From two maps of each model, the two ends of a flow, to comparable matrices of their channels (`flow_matrix`).
+    """Return the adapter that converts the maps at both ends of a flow to a matrix of their channels (`flow_matrix`).
 
-    The adapter takes each side as a tuple. One map stands for both ends (`gram`). The grids of student and teacher need
-    not agree; the widths do: with `auto` only where they differ, and with `always`, the student's matrix G becomes
-    A1 G A2^T, which is what a 1x1 convolution without bias on each map would give (for a block that downsamples: after
-    the pooling), in the order that multiplies less. `fixed` maps the teacher's matrix to the student's widths by random
-    semi-orthogonal matrices that are never trained. `never` compares as it is, as in the paper.
+    The adapter takes the two maps of each model as a tuple. A tuple of one map stands for both ends (`gram`). The grids
+    of student and teacher may differ. Their widths have to agree, and `policy` says how they are made to:
+
+    - `auto` (if the widths differ) and `always` project the student's matrix G to A1 G A2^T. The same matrix results
+      from a 1x1 convolution without bias on each map (for a block that downsamples: after the pooling). The adapter
+      uses the order with fewer multiplications.
+    - `fixed` maps the teacher's matrix to the student's widths by random semi-orthogonal matrices that are never
+      trained.
+    - `never` compares the matrices without a projection, as in the paper.
 
     Raises AdapterError for features without positions, and for `never` with unequal widths.
     """
     _check_choices(policy=(policy, Policy))
-    for student_plan, teacher_plan in zip(student, teacher, strict=True):
-        _check_maps(student_plan, teacher_plan)
+    for student_spec, teacher_spec in zip(student, teacher, strict=True):
+        _check_maps(student_spec, teacher_spec)
     sides = [_MatrixPlan(student), _MatrixPlan(teacher)]
     widths = [[spec.channels for spec in side] for side in (student, teacher)]
     if policy == "never" and widths[0] != widths[1]:
@@ -181,10 +190,11 @@ def adapt_matrices(
 
 
 def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequence[int] | None = None) -> Adapter:
-    """The logits of both, in the student's classes: `class_map[i]` is the teacher's index of the student's class i.
+    """Return the adapter that selects the student's classes from the teacher's logits.
 
-    Raises AdapterError where an output is no row of classes an image (a map, tokens), where the numbers of classes
-    differ and no map is given, and for a map that does not fit.
+    `class_map[i]` is the teacher's index of the student's class i. Raises AdapterError if an output is not one row of
+    classes per image (a map, tokens), if the numbers of classes differ without a class map, and for a class map that
+    does not fit.
     """
     for side, spec in (("student", student), ("teacher", teacher)):
         check_logits(spec, side)
@@ -201,7 +211,7 @@ def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequenc
 
 
 def check_logits(spec: FeatureSpec, side: str) -> None:
-    """AdapterError for an output that is not (batch, classes): which axis the classes are is not guessed."""
+    """Raise AdapterError for an output that is not (batch, classes): the axis of the classes is not guessed."""
     if len(spec.shape) != 2:
         raise AdapterError(
             f"the {side}'s output is {' x '.join(map(str, spec.shape[1:]))} an image, and losses of outputs compare "
@@ -210,10 +220,10 @@ def check_logits(spec: FeatureSpec, side: str) -> None:
 
 
 def pooled(spec: FeatureSpec) -> nn.Module:
-    """From a feature to one vector per image: its mean over positions, without class and register tokens.
+    """Return a module that reduces a feature to one vector per image: the mean over positions, without prefix tokens.
 
-    A feature without positions is the vector itself, or its class token. Raises AdapterError for one that is not of
-    single images.
+    Of a feature without positions, the vector is the feature itself or its class token. Raises AdapterError for a
+    tensor that does not hold one feature per image.
     """
     _check_features(spec, spec)
     plan = _Plan(spec, "pool")
@@ -222,23 +232,27 @@ def pooled(spec: FeatureSpec) -> nn.Module:
 
 
 def check_class_map(class_map: Sequence[int], student: int, teacher: int) -> None:
-    """AdapterError for a class map that is not one teacher class for every class of the student."""
-    wrong = [index for index in class_map if not 0 <= index < teacher]
-    if wrong or len(class_map) != student:
-        says = f"{wrong[0]} is none of the teacher's {teacher} classes" if wrong else f"it has {len(class_map)} entries"
-        raise AdapterError(f"class_map: {says}; expected {student} indices, one for every class of the student")
+    """Raise AdapterError unless the class map has one of the teacher's classes for each class of the student."""
+    out_of_range = [index for index in class_map if not 0 <= index < teacher]
+    if out_of_range or len(class_map) != student:
+        problem = (
+            f"{out_of_range[0]} is none of the teacher's {teacher} classes"
+            if out_of_range
+            else f"it has {len(class_map)} entries"
+        )
+        raise AdapterError(f"class_map: {problem}; expected {student} indices, one for every class of the student")
 
 
 def _adapter(student_plan: "_Plan", teacher_plan: "_Plan") -> Adapter:
-    theirs_text = "" if len(teacher_plan.steps) == 0 else f" | teacher {teacher_plan}"
+    teacher_text = "" if len(teacher_plan.steps) == 0 else f" | teacher {teacher_plan}"
     steps = nn.Sequential(*student_plan.steps), nn.Sequential(*teacher_plan.steps)
-    return Adapter(*steps, f"{student_plan}{theirs_text}", _target([teacher_plan.spec], teacher_plan))
+    return Adapter(*steps, f"{student_plan}{teacher_text}", _target([teacher_plan.spec], teacher_plan))
 
 
 def _target(teacher: Sequence[FeatureSpec], plan: "_Plan | _MatrixPlan") -> Target | None:
-    """What these steps give of one image, if that is smaller than the teacher's features and depends on no other image.
+    """The output of the teacher's steps as a Target, if it is smaller than their input and each image has its own.
 
-    Logits are never made smaller: which of them a cache keeps, it has a rule for.
+    None for logits: the cache has its own rule for which logits it stores.
     """
     of_batch = any(isinstance(step, Standardize) and step.kind == "channel" for step in plan.steps)
     if of_batch or any(spec.tap.is_output for spec in teacher):
@@ -277,19 +291,20 @@ def _needs_projector(student: FeatureSpec, teacher: FeatureSpec, policy: Policy)
     return policy != "never"
 
 
-def _activation(wanted: Activation, teacher: FeatureSpec, normalize: Normalize) -> str:
-    """The activation that the projector ends in, empty for none."""
-    if wanted == "none" or (wanted == "tap" and not teacher.activation):
+def _activation(activation: Activation, teacher: FeatureSpec, normalize: Normalize) -> str:
+    """The name of the projector's last step, empty for none."""
+    if activation == "none" or (activation == "tap" and not teacher.activation):
         return ""
     if normalize != "none":
         raise AdapterError(
-            f"activation '{wanted}' cannot reach a target that is standardised (normalize '{normalize}'), which has "
-            "both signs; use activation 'none'"
+            f"activation '{activation}' cannot reach a target that is standardised (normalize '{normalize}'), which "
+            "has both signs; use activation 'none'"
         )
-    if wanted not in ("tap", teacher.activation):
+    if activation not in ("tap", teacher.activation):
         ends = f"ends in {teacher.activation}" if teacher.activation else "ends in no activation, so it has both signs"
         raise AdapterError(
-            f"activation '{wanted}' on a regressor for teacher tap '{teacher.tap}', which {ends}; use 'tap' or 'none'"
+            f"activation '{activation}' on a regressor for teacher tap '{teacher.tap}', which {ends}; use 'tap' or "
+            "'none'"
         )
     return teacher.activation
 
@@ -300,7 +315,7 @@ def _valid_kernel(student: FeatureSpec, teacher: FeatureSpec, as_maps: bool) -> 
             f"projector 'valid' needs two maps, and {student.tap} <- {teacher.tap} are none; use 'linear'"
         )
     height, width = (
-        student_plan - teacher_plan + 1 for student_plan, teacher_plan in zip(student.grid, teacher.grid, strict=True)
+        student_size - teacher_size + 1 for student_size, teacher_size in zip(student.grid, teacher.grid, strict=True)
     )
     if height < 1 or width < 1:
         raise AdapterError(
@@ -317,16 +332,16 @@ def _smaller_grid(student: FeatureSpec, teacher: FeatureSpec) -> tuple[int, int]
 
 
 def semi_orthogonal(rows: int, columns: int) -> Float[Tensor, "rows columns"]:
-    """A random matrix that keeps lengths as far as its shape allows; the same one for the same shape, always."""
+    """A random matrix with orthonormal rows or columns, whichever are fewer. Each shape always has the same matrix."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     larger, smaller = max(rows, columns), min(rows, columns)
-    drawn = torch.randn(larger, smaller, generator=generator, dtype=torch.float64, device="cpu")
-    orthogonal: Tensor = torch.linalg.qr(drawn).Q.float()
+    random_matrix = torch.randn(larger, smaller, generator=generator, dtype=torch.float64, device="cpu")
+    orthogonal: Tensor = torch.linalg.qr(random_matrix).Q.float()
     return (orthogonal if rows >= columns else orthogonal.T).contiguous()
 
 
 class _Plan:
-    """The steps of one side, with the words for them."""
+    """The steps for one model's feature, and their descriptions."""
 
     def __init__(self, spec: FeatureSpec, tokens: Tokens) -> None:
         self.spec = spec
@@ -339,15 +354,15 @@ class _Plan:
         self.steps.append(step)
         self.words.append(words)
 
-    def to_map(self, grid: tuple[int, int] | None) -> None:
-        own = self.spec.grid
-        assert own is not None
-        assert grid is not None
+    def to_map(self, target_grid: tuple[int, int] | None) -> None:
+        source_grid = self.spec.grid
+        assert source_grid is not None
+        assert target_grid is not None
         if self.spec.layout is not Layout.NCHW:
-            self.add(ToMap(self.spec.layout, own, self.spec.prefix_tokens), "map")
-        if own != grid:
-            self.add(Resize(own, grid), f"{grid[0]}x{grid[1]}")
-        self.shape = (self.spec.channels, *grid)
+            self.add(ToMap(self.spec.layout, source_grid, self.spec.prefix_tokens), "map")
+        if source_grid != target_grid:
+            self.add(Resize(source_grid, target_grid), f"{target_grid[0]}x{target_grid[1]}")
+        self.shape = (self.spec.channels, *target_grid)
 
     def to_vector(self) -> None:
         if self.spec.layout is Layout.NC:
@@ -381,7 +396,7 @@ class _Plan:
 
 
 class _MatrixPlan:
-    """The steps from the two maps of one side to their matrix, with the words for them."""
+    """The steps from the two maps of one model to their matrix, and their descriptions."""
 
     def __init__(self, ends: Sequence[FeatureSpec]) -> None:
         to_map = []
@@ -395,7 +410,7 @@ class _MatrixPlan:
         self.words = [" . ".join(dict.fromkeys(spec.describe() for spec in ends)), self._matrix()]
 
     def project(self, widths: Sequence[int], targets: Sequence[int], *, fixed: bool) -> None:
-        """To other widths: as a matrix, or as two maps where these have few positions, whichever multiplies less."""
+        """Project to other widths: the matrix, or both maps if these have so few positions that it multiplies less."""
         (m, n), (p, q), hw = self.shape, (targets[0], targets[-1]), self.positions
         as_maps = hw * (p * m + q * n + p * q) < hw * m * n + p * m * n + p * n * q
         self.shape = p, q
@@ -417,7 +432,7 @@ class _MatrixPlan:
 
 
 class Ends(nn.Module):
-    """The two ends of a flow, or one that stands for both, as maps."""
+    """Convert the features at the two ends of a flow to maps. One feature may stand for both ends."""
 
     def __init__(self, *to_map: nn.Module) -> None:
         super().__init__()
@@ -428,7 +443,7 @@ class Ends(nn.Module):
 
 
 class FlowMatrix(nn.Module):
-    """The matrix of two maps, or of one map with itself; always in float32 at least."""
+    """Compute the matrix of two maps, or of one map with itself, in float32 at least."""
 
     def forward(self, ends: Sequence[Tensor]) -> Float[Tensor, "batch m n"]:
         return flow_matrix(ends[0], ends[-1])
@@ -441,7 +456,7 @@ def _factors(widths: Sequence[int], targets: Sequence[int], *, fixed: bool) -> l
 
 
 class _Factors(nn.Module):
-    """A1 and A2; with one width, both are the same A. Those that are fixed are buffers."""
+    """The factors A1 and A2, or one factor that is both. Trained factors are parameters, fixed ones are buffers."""
 
     def __init__(self, factors: Sequence[Tensor]) -> None:
         super().__init__()
@@ -458,7 +473,7 @@ class _Factors(nn.Module):
 
 
 class MatrixProjection(_Factors):
-    """A1 G A2^T."""
+    """Project a matrix: A1 G A2^T."""
 
     def forward(self, matrix: Float[Tensor, "batch m n"]) -> Float[Tensor, "batch p q"]:
         with torch.autocast(matrix.device.type, enabled=False):
@@ -468,7 +483,7 @@ class MatrixProjection(_Factors):
 
 
 class EndsProjection(_Factors):
-    """A1 F1 and A2 F2, whose matrix is A1 G A2^T: with few positions that is less than the products with G."""
+    """Project two maps: A1 F1 and A2 F2, whose matrix is A1 G A2^T. With few positions it multiplies less."""
 
     def forward(self, ends: Sequence[Float[Tensor, "batch _ _ _"]]) -> list[Tensor]:
         with torch.autocast(ends[0].device.type, enabled=False):
@@ -482,7 +497,7 @@ def _projected(map_: Tensor, factor: Tensor) -> Tensor:
 
 
 class FixedProjection(nn.Module):
-    """A map or a vector to another width, by a semi-orthogonal matrix that is never trained."""
+    """Map a feature to another width by a semi-orthogonal matrix that is never trained."""
 
     def __init__(self, width: int, target: int) -> None:
         super().__init__()
@@ -494,7 +509,7 @@ class FixedProjection(nn.Module):
 
 
 class Classes(nn.Module):
-    """Some classes of the logits, in an order of their own."""
+    """Select classes of the logits, in the order of `indices`."""
 
     def __init__(self, indices: Sequence[int]) -> None:
         super().__init__()
@@ -506,7 +521,7 @@ class Classes(nn.Module):
 
 
 class ToMap(nn.Module):
-    """Tokens or a channels-last map to (batch, channels, height, width), without prefix tokens."""
+    """Convert tokens or a channels-last map to (batch, channels, height, width), without prefix tokens."""
 
     def __init__(self, layout: Layout, grid: tuple[int, int], prefix_tokens: int) -> None:
         super().__init__()
@@ -528,7 +543,7 @@ class ToMap(nn.Module):
 
 
 class Resize(nn.Module):
-    """A map to another grid: exact average pooling where it divides, else antialiased bilinear interpolation."""
+    """Resize a map: by average pooling if the sizes divide, by antialiased bilinear interpolation otherwise."""
 
     def __init__(self, source: tuple[int, int], target: tuple[int, int]) -> None:
         super().__init__()
@@ -542,7 +557,7 @@ class Resize(nn.Module):
 
 
 class Mean(nn.Module):
-    """The mean over positions, prefix tokens left out."""
+    """Average over the positions, without prefix tokens."""
 
     def __init__(self, layout: Layout, prefix_tokens: int) -> None:
         super().__init__()
@@ -559,7 +574,7 @@ class Mean(nn.Module):
 
 
 class ClassToken(nn.Module):
-    """The first token."""
+    """Select the first token."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
@@ -570,7 +585,10 @@ class ClassToken(nn.Module):
 
 
 class Standardize(nn.Module):
-    """Zero mean and unit variance, without parameters: over the channels, or per channel over all else."""
+    """Standardise to mean 0 and variance 1, without parameters.
+
+    `layer` standardises over the channels, `channel` each channel over all other axes.
+    """
 
     def __init__(self, kind: Normalize, eps: float = 1e-5) -> None:
         super().__init__()
@@ -584,34 +602,34 @@ class Standardize(nn.Module):
 
 
 class ImageView(nn.Module):
-    """Images normalised and sized for one model, as another model expects them.
+    """Convert images from the size and normalisation of `source` to those of `target`.
 
-    Both models of a distillation see the very same view of an image (Beyer et al. 2022, arXiv 2106.05237): it is
-    augmented once, and only normalisation and size change. A grey image becomes three equal channels where `given` says
-    that it is grey, and is refused where it does not.
+    Both models of a distillation see the same view of an image (Beyer et al. 2022, arXiv 2106.05237): it is augmented
+    once, and only normalisation and size differ. If `source` has one channel, grey images are expanded to the channels
+    of `target`. Raises AdapterError for images that do not have the channels of `source`.
     """
 
-    def __init__(self, given: InputSpec, wanted: InputSpec) -> None:
+    def __init__(self, source: InputSpec, target: InputSpec) -> None:
         super().__init__()
-        if given.size[0] not in (1, wanted.size[0]):
-            raise AdapterError(f"images of {given.size[0]} channels for a model that expects {wanted.size[0]}")
-        if not (given.complete and wanted.complete):
-            raise AdapterError(f"a view needs the mean and std of both sides, and has {given} and {wanted}")
-        channels = wanted.size[0]
-        given_mean, given_std, mean, std = (
-            torch.tensor(values).expand(channels) for values in (given.mean, given.std, wanted.mean, wanted.std)
+        if source.size[0] not in (1, target.size[0]):
+            raise AdapterError(f"images of {source.size[0]} channels for a model that expects {target.size[0]}")
+        if not (source.complete and target.complete):
+            raise AdapterError(f"a view needs the mean and std of both sides, and has {source} and {target}")
+        channels = target.size[0]
+        source_mean, source_std, mean, std = (
+            torch.tensor(values).expand(channels) for values in (source.mean, source.std, target.mean, target.std)
         )
-        self.given_channels, self.channels, self.size = given.size[0], channels, wanted.size[1:]
-        self.same = torch.equal(given_mean, mean) and torch.equal(given_std, std)
-        self.register_buffer("scale", (given_std / std).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("shift", ((given_mean - mean) / std).view(1, -1, 1, 1), persistent=False)
+        self.source_channels, self.channels, self.size = source.size[0], channels, target.size[1:]
+        self.same = torch.equal(source_mean, mean) and torch.equal(source_std, std)
+        self.register_buffer("scale", (source_std / std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", ((source_mean - mean) / std).view(1, -1, 1, 1), persistent=False)
         self.scale: Tensor
         self.shift: Tensor
 
     def forward(self, images: Float[Tensor, "batch c height width"]) -> Float[Tensor, "batch channels h w"]:
-        if images.ndim != 4 or images.shape[1] != self.given_channels:
+        if images.ndim != 4 or images.shape[1] != self.source_channels:
             raise AdapterError(
-                f"the images are {'x'.join(map(str, images.shape))}, and a batch of images of {self.given_channels} "
+                f"the images are {'x'.join(map(str, images.shape))}, and a batch of images of {self.source_channels} "
                 f"channels is expected; grey images have their own InputSpec((1, height, width), mean, std)"
             )
         images = images.expand(-1, self.channels, -1, -1)

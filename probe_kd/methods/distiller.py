@@ -1,4 +1,4 @@
-"""One training step as one module: the student, its adapters and the objectives, with a teacher at their side."""
+"""One training step as one module: the student, its adapters and the objectives, and the teacher beside them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, get_args
@@ -88,39 +88,42 @@ class Distiller(nn.Module):
         self.block, self.sharing = block, sharing
         self.student = student
         self.teacher = teacher if block else None
-        seen = student_trace or trace(student, student_input.size if student_input else None, training=True)
-        given, wanted = resolve_inputs(student, teacher, student_input or InputSpec(seen.input_size), teacher_input)
-        self.student_view = ImageView(given, given) if student_input else AsTraced(given.size)
-        self._channels = given.size[0]
+        student_trace = student_trace or trace(student, student_input.size if student_input else None, training=True)
+        resizes = student_input is not None
+        student_input = student_input or InputSpec(student_trace.input_size)
+        student_input, teacher_input = resolve_inputs(student, teacher, student_input, teacher_input)
+        self.student_view = ImageView(student_input, student_input) if resizes else AsTraced(student_input.size)
+        self._channels = student_input.size[0]
         taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[0])
-        self._student_probe = Probe(student, [seen[tap] for tap in taps])
+        self._student_probe = Probe(student, [student_trace[tap] for tap in taps])
         self._run_student: Callable[[Tensor], dict[Tap, Tensor]] = self._student_probe
         self._teacher: Teacher = NoTeacher()
         self.adapters = nn.ModuleDict()
         self._targets: dict[str, Target] = {}
         if teacher is not None and (block or any(objective.needs_teacher for objective in self.objectives)):
-            known = teacher_trace or trace_teacher(teacher, teacher_input, given, training=bool(block))
+            teacher_trace = teacher_trace or trace_teacher(teacher, teacher_input, student_input, training=bool(block))
+            teacher_input = teacher_input or own_input(teacher, student_input, teacher_trace)
             one_image = bool(sharing and sharing.replayed)
-            self.teacher_view = view_of_teacher(given, wanted or own_input(teacher, given, known), one_image=one_image)
-            self._teacher = self._make_teacher(teacher, known)
-            self.adapters = make_adapters(self.objectives, seen, known, class_map)
-            self._targets = targets_of(self.objectives, self.adapters, known)
+            self.teacher_view = view_of_teacher(student_input, teacher_input, one_image=one_image)
+            self._teacher = self._make_teacher(teacher, teacher_trace)
+            self.adapters = make_adapters(self.objectives, student_trace, teacher_trace, class_map)
+            self._targets = targets_of(self.objectives, self.adapters, teacher_trace)
         self._terms = Terms(self.objectives, self.adapters, block_gradient=not self._teacher.passes_gradient)
         self.train(self.training)
         # Last, when nothing can be refused any more: a constructor that raises leaves no hook behind.
         self._student_probe.attach()
         self._teacher.attach()
 
-    def _make_teacher(self, teacher: nn.Module, known: Trace) -> FrozenTeacher | JointTeacher:
+    def _make_teacher(self, teacher: nn.Module, teacher_trace: Trace) -> FrozenTeacher | JointTeacher:
         replayed = self.sharing.replayed if self.sharing else {}
         taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[1])
-        probe = Probe(teacher, [known[tap] for tap in dict.fromkeys([*taps, *replayed.values()])])
+        probe = Probe(teacher, [teacher_trace[tap] for tap in dict.fromkeys([*taps, *replayed.values()])])
         if self.block is None:
             return FrozenTeacher(probe, self.teacher_view)
         return JointTeacher(probe, self.teacher_view, self.student, self.block, replayed)
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
-        """Move every weight and option that is a `Schedule` to where it is after `epoch` of `epochs`."""
+        """Set every weight and option that is a `Schedule` to its value after `epoch` of `epochs`."""
         self._terms.set_epoch(epoch, epochs)
 
     def forward(
@@ -146,7 +149,7 @@ class Distiller(nn.Module):
         return {"loss": self._terms.weighted_sum(terms), "output": student.get(Tap("")), **terms}
 
     def _check_numbers(self, images: Tensor) -> None:
-        """Types in every step; NaN where it can be read: a GPU has to be waited for, so there in the first step."""
+        """Check dtypes in every step, and values in every step on the CPU, but only in the first on a GPU."""
         check_type(images, "student", self.student)
         if self._teacher.model is not None:
             check_type(images, "teacher", self._teacher.model)
@@ -156,12 +159,15 @@ class Distiller(nn.Module):
         check_finite_images(images)
 
     def no_weight_decay(self) -> set[str]:
-        """The models' parameters that timm exempts from weight decay, as `create_optimizer_v2(distiller)` asks."""
+        """The names of parameters that timm exempts from weight decay. `create_optimizer_v2(distiller)` calls this."""
         sides = {"student": self.student, "teacher": self.teacher}
         return {f"{side}.{name}" for side, model in sides.items() for name in getattr(model, "no_weight_decay", set)()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """A parameter's layer in its model, for timm's layer decay; the adapters count as the student's last."""
+        """Return a function from a parameter's name to its layer, for timm's layer decay.
+
+        The adapters count as the student's last layer.
+        """
         layers: dict[str, float] = {}
         for side, model in (("teacher", self.teacher), ("student", self.student)):
             if model is not None:
@@ -171,33 +177,36 @@ class Distiller(nn.Module):
 
     @property
     def shared(self) -> list[nn.Parameter]:
-        """The parameters that both models have, where they train together."""
+        """The parameters that both models share in joint training."""
         return self._teacher.shared
 
     @property
     def frozen_teacher(self) -> nn.Module | None:
-        """The teacher that runs beside this module, where it does not train."""
+        """The teacher, if it does not train; it is not a submodule."""
         return self._teacher.model if self.block is None else None
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """What `teacher_targets` gives, in its order: a tap's name, or what is made of some, where that is smaller."""
+        """The names of the tensors that `teacher_targets` returns, in the same order.
+
+        A name is that of a tap, or describes what an adapter computes from taps, if that is smaller.
+        """
         return tuple(self._targets)
 
     def teacher_targets(self, images: Tensor) -> list[Tensor]:
-        """What a frozen teacher gives for these images, one tensor for each of `targets`: `forward`'s `cached_targets`.
+        """Run a frozen teacher and return one tensor for each of `targets`, for a later step's `cached_targets`.
 
-        A step with them runs neither the teacher nor the teacher's side of adapters.
+        A step with `cached_targets` runs neither the teacher nor the teacher's side of the adapters.
         """
         teacher = self._teacher.features(images)
-        found = {str(tap): feature for tap, feature in teacher.compared.items()}
+        targets = {str(tap): feature for tap, feature in teacher.compared.items()}
         for objective, comparison, adapter in compared(self.objectives, self.adapters):
             if adapter.target is not None:
-                found[adapter.target.name] = teacher_side(objective, comparison, adapter, teacher.compared, found)
-        return [found[name] for name in self.targets]
+                targets[adapter.target.name] = teacher_side(objective, comparison, adapter, teacher.compared, targets)
+        return [targets[name] for name in self.targets]
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the student's mode; a frozen teacher stays in eval, or its running statistics would drift."""
+        """Set the student's mode. A frozen teacher stays in eval mode, or its running statistics would drift."""
         super().train(mode)
         self._teacher.keep_in_eval()
         return self
@@ -208,9 +217,9 @@ class Distiller(nn.Module):
         return self
 
     def compile_models(self, *sides: Literal["student", "teacher"], **options: Any) -> None:
-        """Compile how the models run inside a step, `options` being those of `torch.compile`.
+        """Compile how the models run inside a step. `options` are those of `torch.compile`.
 
-        A model that is compiled by itself would run whole, and move batch statistics above the last tap.
+        Compiling a model by itself would run all its layers, and change batch statistics above the last tap.
         """
         if "student" in sides:
             self._run_student = torch.compile(self._student_probe, **options)
@@ -218,13 +227,13 @@ class Distiller(nn.Module):
             self._teacher.compile(**options)
 
     def close(self) -> None:
-        """Take the hooks off both models."""
+        """Remove the hooks from both models."""
         self._student_probe.close()
         self._teacher.close()
 
     @property
     def plan(self) -> list[tuple[str, Comparison, str]]:
-        """(objective, comparison, adapter) for everything that is compared, ready to print."""
+        """The (objective, comparison, adapter) of every comparison, ready to print."""
         return [
             (objective.name, comparison, str(adapter))
             for objective, comparison, adapter in compared(self.objectives, self.adapters)
@@ -239,12 +248,12 @@ def _check(
     if not objectives:
         raise LossError("a Distiller needs at least one objective")
     names = [module_key(objective.name)[:-1] for objective in objectives]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise LossError(f"two objectives are named {', '.join(map(repr, double))}; give each a name of its own")
-    needy = [objective.name for objective in objectives if objective.needs_teacher]
-    if teacher is None and (needy or block):
-        raise LossError(f"{', '.join(map(repr, needy)) or 'block'} need a teacher, and there is none")
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise LossError(f"two objectives are named {', '.join(map(repr, duplicates))}; give each a name of its own")
+    comparing = [objective.name for objective in objectives if objective.needs_teacher]
+    if teacher is None and (comparing or block):
+        raise LossError(f"{', '.join(map(repr, comparing)) or 'block'} need a teacher, and there is none")
     if block is not None and block not in get_args(Block):
         raise LossError(f"block {block!r}: expected one of {', '.join(map(repr, get_args(Block)))}")
     if block is None and (sharing or any(objective.of == "teacher" for objective in objectives)):
@@ -258,24 +267,24 @@ def _check(
 
 
 def _refuse_shared(student: nn.Module, teacher: nn.Module | None, *, frozen: bool) -> None:
-    """LossError for one model in both places, and for what a student has in common with a frozen teacher."""
+    """Raise LossError if the models are one object, or if the student shares a tensor with a frozen teacher."""
     if student is teacher:
         raise LossError("the student and the teacher are one object; give copy.deepcopy(model) as one of them")
     if teacher is None or not frozen:
         return
-    of_teacher = {_place(tensor): name for name, tensor in _tensors(teacher)}
+    teacher_names = {_place(tensor): name for name, tensor in _tensors(teacher)}
     for name, tensor in _tensors(student):
-        if _place(tensor) in of_teacher:
+        if _place(tensor) in teacher_names:
             raise LossError(
-                f"'{name}' of the student is '{of_teacher[_place(tensor)]}' of the teacher, which is frozen, and would "
-                "be trained with the student; give the student a copy (copy.deepcopy), or train both by a gradient "
-                "`block`"
+                f"'{name}' of the student is '{teacher_names[_place(tensor)]}' of the teacher, which is frozen, and "
+                "would be trained with the student; give the student a copy (copy.deepcopy), or train both by a "
+                "gradient `block`"
             )
-    modules = {id(module): name for name, module in teacher.named_modules()}
+    teacher_modules = {id(module): name for name, module in teacher.named_modules()}
     for name, module in student.named_modules():
-        if id(module) in modules and "drop" in type(module).__name__.lower():
+        if id(module) in teacher_modules and "drop" in type(module).__name__.lower():
             raise LossError(
-                f"'{name}' of the student is '{modules[id(module)]}' of the teacher; give it one of its own"
+                f"'{name}' of the student is '{teacher_modules[id(module)]}' of the teacher; give it one of its own"
             )
 
 
@@ -285,7 +294,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _place(tensor: Tensor) -> tuple[str, int]:
-    """Where it lies in memory: two parameters may be one there. On the meta device nothing does."""
+    """Identify a tensor by its memory, which two parameters may share, or by its object on the meta device."""
     if tensor.device.type == "meta" or not tensor.numel():
         return "object", id(tensor)
     return str(tensor.device), tensor.data_ptr()
@@ -297,5 +306,5 @@ def _layers(model: nn.Module, coarse: bool) -> dict[str, float]:
     matcher: Any = getattr(model, "group_matcher", None)
     if matcher is None:
         raise LossError(f"{type(model).__name__} has no group_matcher, so timm knows no order of its layers")
-    found: dict[str, float] = group_parameters(model, matcher(coarse=coarse), reverse=True)
-    return found
+    layers: dict[str, float] = group_parameters(model, matcher(coarse=coarse), reverse=True)
+    return layers

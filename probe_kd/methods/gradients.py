@@ -1,4 +1,4 @@
-"""What the losses of a step move: gradients by objective and parameter, and training nothing else."""
+"""Gradients by objective and parameter, and training only the parameters that a loss reaches."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,34 +12,38 @@ from probe_kd.methods.distiller import Distiller
 
 
 def gradient_norms(distiller: Distiller, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:
-    """The norm of the gradient that each objective, unweighted, gives to each parameter that it reaches.
+    """Return `{objective: {parameter: gradient norm}}` of the unweighted objectives.
 
-    Names are those of `named_parameters()`. Neither gradients, buffers nor random numbers are changed.
+    A parameter that an objective does not reach is left out. Parameters are named as by `named_parameters()`. The
+    gradients, the buffers and the state of the random numbers do not change.
     """
-    named = {name: parameter for name, parameter in distiller.named_parameters() if parameter.requires_grad}
-    found: dict[str, dict[str, float]] = {}
+    parameters = {name: parameter for name, parameter in distiller.named_parameters() if parameter.requires_grad}
+    norms: dict[str, dict[str, float]] = {}
     with RandomState(distiller).again(), buffers_aside(distiller):
         result = distiller(images, target)
         for objective in distiller.objectives:
             term = result[objective.name]
             assert term is not None
-            gradients: Sequence[Tensor | None] = [None] * len(named)
+            gradients: Sequence[Tensor | None] = [None] * len(parameters)
             if term.requires_grad:
-                gradients = torch.autograd.grad(term, list(named.values()), retain_graph=True, allow_unused=True)
-            pairs = zip(named, gradients, strict=True)
-            found[objective.name] = {name: float(g.norm()) for name, g in pairs if g is not None}
-    return found
+                gradients = torch.autograd.grad(term, list(parameters.values()), retain_graph=True, allow_unused=True)
+            pairs = zip(parameters, gradients, strict=True)
+            norms[objective.name] = {name: float(gradient.norm()) for name, gradient in pairs if gradient is not None}
+    return norms
 
 
 @contextmanager
 def training_only(module: nn.Module, names: Collection[str]) -> Iterator[list[nn.Parameter]]:
-    """Inside, of what trains only these of `named_parameters()` do, as `gradient_norms` names them. Gives them."""
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    resting = [parameter for name, parameter in named if name not in names]
-    for parameter in resting:
+    """Freeze all parameters but those of the given names inside the context, and yield these.
+
+    Names are those of `named_parameters()`. Parameters that are frozen already stay frozen.
+    """
+    trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    frozen = [parameter for name, parameter in trainable if name not in names]
+    for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        yield [parameter for name, parameter in named if name in names]
+        yield [parameter for name, parameter in trainable if name in names]
     finally:
-        for parameter in resting:
+        for parameter in frozen:
             parameter.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""What both models see: how images are normalised and sized for each, and what is refused of a step's inputs."""
+"""The inputs of both models: how images are normalised and sized for each, and the checks of a step's inputs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,50 +13,58 @@ from probe_kd.methods.adapters import ImageView
 
 
 def resolve_inputs(
-    student: nn.Module, teacher: nn.Module | None, given: InputSpec, wanted: InputSpec | None
+    student: nn.Module, teacher: nn.Module | None, student_input: InputSpec, teacher_input: InputSpec | None
 ) -> tuple[InputSpec, InputSpec | None]:
-    """How images are normalised for both: as was said, or as timm's config on the model says.
+    """Fill in the normalisation of both inputs from the models' timm configs, where it is not given.
 
-    Raises LossError where one of them says it and the other does not: what the teacher then saw would be a guess.
+    Raises LossError if the normalisation of only one model is known: that of the other would be a guess.
     """
-    student_input = given.filled(student)
-    teacher_input = (wanted or InputSpec(given.size)).filled(teacher)
-    if teacher is not None and student_input.complete != teacher_input.complete:
-        side, model = ("student", student) if teacher_input.complete else ("teacher", teacher)
+    filled_student_input = student_input.filled(student)
+    filled_teacher_input = (teacher_input or InputSpec(student_input.size)).filled(teacher)
+    if teacher is not None and filled_student_input.complete != filled_teacher_input.complete:
+        side, model = ("student", student) if filled_teacher_input.complete else ("teacher", teacher)
         raise LossError(
             f"nothing says how images are normalised for the {side}, {type(model).__name__}, which has no timm config, "
-            f"and for the other model it is known; give {side}_input=InputSpec({given.size}, mean, std), with 0.0 and "
-            "1.0 for images in [0, 1]"
+            f"and for the other model it is known; give {side}_input=InputSpec({student_input.size}, mean, std), "
+            "with 0.0 and 1.0 for images in [0, 1]"
         )
-    return student_input.or_plain(), wanted and teacher_input.or_plain()
+    return filled_student_input.or_plain(), teacher_input and filled_teacher_input.or_plain()
 
 
-def own_input(teacher: nn.Module, given: InputSpec, known: Trace) -> InputSpec:
-    own = InputSpec(known.input_size).filled(teacher)
-    return own if own.complete else InputSpec(known.input_size, given.mean, given.std)
+def own_input(teacher: nn.Module, student_input: InputSpec, teacher_trace: Trace) -> InputSpec:
+    own = InputSpec(teacher_trace.input_size).filled(teacher)
+    return own if own.complete else InputSpec(teacher_trace.input_size, student_input.mean, student_input.std)
 
 
-def trace_teacher(teacher: nn.Module, wanted: InputSpec | None, given: InputSpec, *, training: bool) -> Trace:
-    if wanted is not None:
-        return trace(teacher, wanted.size, training=training)
+def trace_teacher(
+    teacher: nn.Module, teacher_input: InputSpec | None, student_input: InputSpec, *, training: bool
+) -> Trace:
+    if teacher_input is not None:
+        return trace(teacher, teacher_input.size, training=training)
     try:
-        return trace(teacher, given.size[1:], training=training)
+        return trace(teacher, student_input.size[1:], training=training)
     except TraceError:
         return trace(teacher, training=training)  # built for one size, which is not the student's
 
 
-def view_of_teacher(given: InputSpec, wanted: InputSpec, *, one_image: bool) -> ImageView:
-    """How the teacher sees images that are `given`; LossError where both must see `one_image` and do not."""
-    if one_image and (wanted.mean, wanted.std, wanted.size) != (given.mean, given.std, given.size):
+def view_of_teacher(student_input: InputSpec, teacher_input: InputSpec, *, one_image: bool) -> ImageView:
+    """The view that converts the student's images to the teacher's.
+
+    Raises LossError if both models have to see `one_image`, and their inputs differ.
+    """
+    if one_image and teacher_input != student_input:
         raise LossError(
-            f"a shared trunk sees one image: the student expects {given} and the teacher {wanted}; give both the "
-            "same size, mean and std"
+            f"a shared trunk sees one image: the student expects {student_input} and the teacher {teacher_input}; give "
+            "both the same size, mean and std"
         )
-    return ImageView(given, wanted)
+    return ImageView(student_input, teacher_input)
 
 
 class AsTraced(nn.Module):
-    """Images of the size that the student was traced at, and no other: the teacher's view would not be the same."""
+    """Pass on images of the size at which the student was traced, and raise LossError for any other size.
+
+    At another size, student and teacher would not see the same view.
+    """
 
     def __init__(self, size: tuple[int, int, int]) -> None:
         super().__init__()
@@ -72,7 +80,7 @@ class AsTraced(nn.Module):
 
 
 def check_images(images: Tensor, channels: int) -> None:
-    """LossError for what is no batch of normalised images of so many channels."""
+    """Raise LossError unless `images` is a batch of normalised images with `channels` channels."""
     if not isinstance(images, Tensor):
         raise LossError(
             f"the images are a {type(images).__name__}; expected a torch.Tensor (torch.from_numpy(...).float())"
@@ -89,23 +97,25 @@ def check_images(images: Tensor, channels: int) -> None:
 
 
 def check_type(images: Tensor, side: str, model: nn.Module) -> None:
-    """LossError for floats that no parameter of the model has, unless autocast brings them together."""
+    """Raise LossError if the images have another dtype than the model, unless autocast converts them."""
     if any(parameter.dtype == images.dtype for parameter in model.parameters()):
         return
-    found = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
-    if found != images.dtype and (
-        torch.float64 in (found, images.dtype) or not torch.is_autocast_enabled(images.device.type)
+    model_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), images.dtype)
+    if model_dtype != images.dtype and (
+        torch.float64 in (model_dtype, images.dtype) or not torch.is_autocast_enabled(images.device.type)
     ):
-        mend = {torch.float32: "images.float()", torch.float64: "images.double()"}.get(found, f"images.to({found})")
+        conversion = {torch.float32: "images.float()", torch.float64: "images.double()"}.get(
+            model_dtype, f"images.to({model_dtype})"
+        )
         raise LossError(
-            f"the images are {images.dtype}, and the {side} is not, but {found}; give `{mend}`"
+            f"the images are {images.dtype}, and the {side} is not, but {model_dtype}; give `{conversion}`"
             + (f", or bring both models to one type (`distiller.to({images.dtype})`)" if side == "teacher" else "")
             + (f", under `torch.autocast` to compute in {images.dtype}" if images.dtype.itemsize == 2 else "")
         )
 
 
 def check_finite_images(images: Tensor) -> None:
-    """LossError for images that hold NaN or infinity. A GPU has to be waited for to read it."""
+    """Raise LossError for images that hold NaN or infinity. On a GPU, this waits for the values."""
     wrong = ~images.isfinite()
     if wrong.any():
         row = int(wrong.flatten(1).any(1).nonzero()[0])
@@ -116,19 +126,19 @@ def check_finite_images(images: Tensor) -> None:
 
 
 def check_gradients(features: Mapping[Tap, Tensor], student: nn.Module) -> None:
-    """LossError for features of the student that no gradient can pass, though some of the student trains."""
-    lost = [str(tap) or "output" for tap, feature in features.items() if not feature.requires_grad]
-    if lost and any(parameter.requires_grad for parameter in student.parameters()):
+    """Raise LossError for features of the student that carry no gradient, if any of its parameters trains."""
+    constant = [str(tap) or "output" for tap, feature in features.items() if not feature.requires_grad]
+    if constant and any(parameter.requires_grad for parameter in student.parameters()):
         raise LossError(
-            f"no gradient reaches the student through {', '.join(map(repr, lost))}: all before it is frozen, or it "
-            "was computed without gradients (reentrant checkpointing: `use_reentrant=False`; `no_grad`; `detach`). "
+            f"no gradient reaches the student through {', '.join(map(repr, constant))}: all before it is frozen, or "
+            "it was computed without gradients (reentrant checkpointing: `use_reentrant=False`; `no_grad`; `detach`). "
             "Train what leads to it, or tap another layer; with all of the student frozen, adapters alone learn"
         )
 
 
 @contextmanager
 def explaining_one_image() -> Iterator[None]:
-    """Turn torch's error of a norm whose map is 1x1, where one image is alone, into a LossError."""
+    """Turn torch's error for a batch norm of a single image with a 1x1 map into a LossError."""
     try:
         yield
     except ValueError as refusal:

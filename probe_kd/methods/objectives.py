@@ -1,4 +1,4 @@
-"""One term of the loss: what is compared, what brings it together first, and how much it weighs."""
+"""One term of the loss: a loss function, the features that it compares, their adapters, and its weight."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from probe_kd.methods.adapters import (
 from probe_kd.methods.losses.table import LOSSES, Loss
 
 _OUTPUT = Pair(Tap(""), Tap(""))
-# What may be said of how features are brought together, by what a loss reads; the rest has no meaning there.
+# The adapter options that apply to a loss, by what it reads. The others would have no effect there.
 _ADAPTABLE = {
     "features": {"policy", "tokens", "normalize", "projector", "activation"},
     "grams": {"policy"},
@@ -48,7 +48,7 @@ _SHAPES: dict[str, tuple[int, ...]] = {  # of one image, to try a loss on
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one adapter takes: one pair of taps, or the two ends of a flow; with the share it has in its objective."""
+    """The input of one adapter: a pair of taps, or the two ends of a flow. `weight` is its weight in the objective."""
 
     pairs: tuple[Pair, ...]
     weight: float
@@ -57,10 +57,10 @@ class Comparison:
     def __str__(self) -> str:
         return self.label
 
-    def features(self, side: Literal["student", "teacher"], found: Mapping[Tap, Tensor], *, matrices: bool) -> Any:
-        """What its adapter takes of one model's features: of `matrices` all of its taps as a tuple, else its one."""
-        taken = tuple(found[getattr(pair, side)] for pair in self.pairs)
-        return taken if matrices else taken[0]
+    def features(self, side: Literal["student", "teacher"], features: Mapping[Tap, Tensor], *, matrices: bool) -> Any:
+        """Select one model's input of the adapter: a tuple of all taps for `matrices`, otherwise the one feature."""
+        values = tuple(features[getattr(pair, side)] for pair in self.pairs)
+        return values if matrices else values[0]
 
 
 @dataclass(frozen=True)
@@ -101,62 +101,68 @@ class Objective:
 
     def __post_init__(self) -> None:
         if isinstance(self.loss, str) and self.loss not in LOSSES:
-            known = ", ".join(LOSSES)
-            raise LossError(f"there is no loss {self.loss!r}{nearest(self.loss, LOSSES)}; the losses: {known}")
-        own = self.loss if isinstance(self.loss, str) else self.loss.function.__name__
+            loss_names = ", ".join(LOSSES)
+            raise LossError(f"there is no loss {self.loss!r}{nearest(self.loss, LOSSES)}; the losses: {loss_names}")
+        loss_name = self.loss if isinstance(self.loss, str) else self.loss.function.__name__
         object.__setattr__(self, "resolved", LOSSES[self.loss] if isinstance(self.loss, str) else self.loss)
-        object.__setattr__(self, "name", self.name or own)
+        object.__setattr__(self, "name", self.name or loss_name)
         object.__setattr__(self, "pairs", tuple(_as_pairs(self.pairs)))
         object.__setattr__(self, "between", tuple(tuple(map(Tap.parse, ends)) for ends in self.between))
-        self._check(own)
+        self._check(loss_name)
         object.__setattr__(self, "comparisons", tuple(self._comparisons()))
 
-    def _check(self, own: str) -> None:
+    def _check(self, loss_name: str) -> None:
         loss = self.resolved
         if self.name in ("loss", "output"):
             raise LossError(f"an objective cannot be named {self.name!r}: the result has that key already")
-        loss.check_options(own, self.options, _BESIDE)
-        self._try(own)
+        loss.check_options(loss_name, self.options, _BESIDE)
+        self._try(loss_name)
         if loss.reads_layers and not self.pairs:
             raise LossError(
-                f"{own!r} compares layers, and there are no pairs; name them, or let match find them (`pairs: auto`)"
+                f"{loss_name!r} compares layers, and there are no pairs; name them, or let match find them "
+                "(`pairs: auto`)"
             )
         if self.of not in ("student", "teacher"):
             raise LossError(
                 f"of {self.of!r}: expected 'student' or 'teacher'{nearest(self.of, ('student', 'teacher'))}"
             )
         if self.of == "teacher" and loss.reads != "labels":
-            raise LossError(f"{own!r} compares both models, so it is not `of` one of them; leave `of` out")
+            raise LossError(f"{loss_name!r} compares both models, so it is not `of` one of them; leave `of` out")
         if self.between and loss.reads != "flows":
-            raise LossError(f"{own!r} compares no two layers of one model, so `between` means nothing; leave it out")
+            raise LossError(
+                f"{loss_name!r} compares no two layers of one model, so `between` means nothing; leave it out"
+            )
         for pair in self.pairs:
             for key in set(pair.adapter) - set(_ADAPTER):
                 raise LossError(f"pair {pair} has no choice {key!r}{nearest(key, _ADAPTER)}; it has {_ADAPTER}")
-        plain = {entry.name: entry.default for entry in self.__dataclass_fields__.values()}
+        defaults = {attribute.name: attribute.default for attribute in self.__dataclass_fields__.values()}
         for key in _ADAPTER:
-            if getattr(self, key) != plain[key] and key not in self.adaptable:
-                instead = (
+            if getattr(self, key) != defaults[key] and key not in self.adaptable:
+                alternative = (
                     "; `relative: true` takes out the scale" if key == "normalize" and "flows" in loss.reads else ""
                 )
                 raise LossError(
-                    f"`{key}` means nothing for {own!r}, which compares {loss.reads}; leave it out{instead}"
+                    f"`{key}` means nothing for {loss_name!r}, which compares {loss.reads}; leave it out{alternative}"
                 )
 
     def check_batch(self, size: int) -> None:
-        """LossError where the loss compares the images of a batch with each other, and so many are too few."""
+        """Raise LossError if the loss compares the images of a batch, and a batch of `size` is too small for it."""
         if size < 2:
             self._try(self.name, batch=size)
 
-    def _try(self, own: str, batch: int = 2) -> None:
-        """Values that a loss refuses are refused now: it is called on a few numbers, with the options of each end."""
+    def _try(self, loss_name: str, batch: int = 2) -> None:
+        """Call the loss on a few numbers, so that option values which it does not take raise LossError now.
+
+        Options that are a `Schedule` are tried at their first and at their last value.
+        """
         for epoch in (0, 1):
             weight, options = (
                 value_at(self.weight, epoch, 1),
                 {key: value_at(value, epoch, 1) for key, value in self.options.items()},
             )
             if not isinstance(weight, int | float) or not isfinite(weight):
-                raise LossError(f"weight {weight!r} of {own!r}: expected a finite number")
-            self.resolved.check_values(own, options)
+                raise LossError(f"weight {weight!r} of {loss_name!r}: expected a finite number")
+            self.resolved.check_values(loss_name, options)
             if not isinstance(self.loss, str):
                 continue
             shape = (batch, *_SHAPES[self.resolved.reads])
@@ -166,9 +172,9 @@ class Objective:
                 self.resolved.function(numbers, target, **options)
             except LossError:
                 raise
-            except Exception as refusal:  # torch has its own words for a value that it does not take
-                given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-                raise LossError(f"{own!r} does not take {given}: {' '.join(str(refusal).split())}") from None
+            except Exception as refusal:  # torch raises errors of many types
+                values = ", ".join(f"{key}={value!r}" for key, value in options.items())
+                raise LossError(f"{loss_name!r} does not take {values}: {' '.join(str(refusal).split())}") from None
 
     def _comparisons(self) -> Iterator[Comparison]:
         reads = self.resolved.reads
@@ -184,19 +190,19 @@ class Objective:
             yield from (Comparison((pair,), pair.weight, str(pair)) for pair in self.pairs)
 
     def _between(self, *ends: str | Tap) -> Comparison:
-        known = {pair.student: pair for pair in self.pairs}
+        pair_of_student = {pair.student: pair for pair in self.pairs}
         if len(ends) != 2:
             raise LossError(f"`between` takes two layers of the student at a time, got {len(ends)}")
         for end in ends:
-            if end not in known:
-                legal = [str(tap) for tap in known]
+            if end not in pair_of_student:
+                legal = [str(tap) for tap in pair_of_student]
                 raise LossError(f"`between` names '{end}', which is in no pair{nearest(str(end), legal)}; {legal} are")
-        first, second = (known[Tap.parse(end)] for end in ends)
+        first, second = (pair_of_student[Tap.parse(end)] for end in ends)
         return Comparison((first, second), first.weight * second.weight, f"{first} to {second}")
 
     @property
     def adaptable(self) -> set[str]:
-        """What may be said of how its features are brought together, here or by a pair."""
+        """The adapter options that have an effect for this loss, here or in a pair."""
         return _ADAPTABLE.get(self.resolved.reads, set())
 
     @property
@@ -205,7 +211,7 @@ class Objective:
 
     @property
     def taps(self) -> tuple[tuple[Tap, ...], tuple[Tap, ...]]:
-        """What of the student and what of the teacher is captured for this objective."""
+        """The taps of the student and the taps of the teacher that this objective reads."""
         pairs = list(chain.from_iterable(comparison.pairs for comparison in self.comparisons))
         labels = (Tap(""),) * (self.resolved.reads == "labels")
         students = [pair.student for pair in pairs] + list(labels) * (self.of == "student")
@@ -215,28 +221,31 @@ class Objective:
     def adapter(
         self, comparison: Comparison, student: Trace, teacher: Trace, class_map: Sequence[int] | None = None
     ) -> Adapter:
-        """What brings one comparison together. Raises AdapterError where nothing can, TapError where no layer is."""
+        """Make the adapter of one comparison.
+
+        Raises AdapterError for features that cannot be compared, and TapError for a layer that does not exist.
+        """
         student_specs = [student[pair.student] for pair in comparison.pairs]
         teacher_specs = [teacher[pair.teacher] for pair in comparison.pairs]
-        # A pair's own word goes first; of two, that of the second, whose output both ends lead to.
-        how: dict[str, Any] = {key: comparison.pairs[-1].adapter.get(key, getattr(self, key)) for key in _ADAPTER}
+        # A pair's own options come first; with two pairs, those of the second, the end of the flow.
+        choices: dict[str, Any] = {key: comparison.pairs[-1].adapter.get(key, getattr(self, key)) for key in _ADAPTER}
         match self.resolved.reads:
             case "outputs":
                 return adapt_outputs(student_specs[0], teacher_specs[0], class_map)
             case "maps":
                 return adapt_maps(student_specs[0], teacher_specs[0])
             case "grams" | "flows":
-                return adapt_matrices(student_specs, teacher_specs, policy=how["policy"])
-        return adapt(student_specs[0], teacher_specs[0], **how)
+                return adapt_matrices(student_specs, teacher_specs, policy=choices["policy"])
+        return adapt(student_specs[0], teacher_specs[0], **choices)
 
 
-def _as_pairs(given: Any) -> Iterator[Pair]:
-    """Pairs, tuples of two names, or a mapping as in recipes. Raises LossError for anything else."""
-    if isinstance(given, str) or not isinstance(given, Iterable):
+def _as_pairs(pairs: Any) -> Iterator[Pair]:
+    """Convert Pairs, tuples of two names, or a mapping as in recipes. Raises LossError for anything else."""
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
         raise LossError(
-            f"pairs {given!r}: expected what `match(trace(student), trace(teacher))` gives, or pairs of names"
+            f"pairs {pairs!r}: expected what `match(trace(student), trace(teacher))` gives, or pairs of names"
         )
-    for pair in given.items() if isinstance(given, Mapping) else given:
+    for pair in pairs.items() if isinstance(pairs, Mapping) else pairs:
         if not isinstance(pair, Pair) and (isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2):
             raise LossError(f"pair {pair!r}: expected a Pair, or (student layer, teacher layer)")
         yield pair if isinstance(pair, Pair) else Pair(*pair)

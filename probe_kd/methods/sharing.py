@@ -1,10 +1,13 @@
-"""What a student and a teacher that train together have in common.
+"""Sharing weights, a trunk or a graft between a student and a teacher that train together.
 
 Rocket Launching, Zhou et al. 2018 (arXiv 1708.04106).
 
-Three forms. `share_convolutions`: the weights of convolutions and linear layers are one set of parameters, norms are
-each model's own, and both run in full, as in the authors' code. `share_trunk`: the models begin with the same layers,
-which run once. `graft`: the models are unlike, and the student's last layers grow on the teacher's first ones.
+There are three forms:
+
+- `share_convolutions`: both models use the same weights of convolutions and linear layers. Each has its own norms, and
+  both run in full, as in the authors' code.
+- `share_trunk`: both models begin with the same layers, which run once.
+- `graft`: for models of different architectures. The student's last layers run on top of the teacher's first layers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +33,10 @@ Pattern = Literal["bottom", "interval"]
 
 @dataclass(frozen=True)
 class Sharing:
-    """What is shared, once it is: `names` are the student's modules with the teacher's.
+    """What two models share: `names` maps the student's shared modules to the teacher's.
 
-    `replayed` are student modules that, in a step, give the teacher's tensor at a tap instead of computing it again.
+    `replayed` maps modules of the student to the teacher's taps whose tensors they return in a step instead of
+    computing them again.
     """
 
     form: Literal["weights", "trunk", "graft"]
@@ -40,7 +44,10 @@ class Sharing:
     replayed: Mapping[str, Tap] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        pairs = [one if one == other else f"{one} <- {other}" for one, other in self.names.items()]
+        pairs = [
+            student_name if student_name == teacher_name else f"{student_name} <- {teacher_name}"
+            for student_name, teacher_name in self.names.items()
+        ]
         shown = ", ".join(pairs if len(pairs) < 8 else [*pairs[:6], "...", pairs[-1]])
         return f"{self.form}: {shown}"
 
@@ -76,17 +83,17 @@ def share_convolutions(
 
 
 def _in_common(student: nn.Module, teacher: nn.Module, *, whole: bool) -> list[str]:
-    """Names in the order of the model; without `whole`, up to the first difference."""
+    """The names of layers that both models have, in the order of the student; without `whole`, up to a difference."""
     student_layers, teacher_layers = weight_layers(student), weight_layers(teacher)
     heads = _heads(student) | _heads(teacher)
     common = [name for name in student_layers if name in teacher_layers and id(student_layers[name]) not in heads]
     common = [name for name in common if _shapes(student_layers[name]) == _shapes(teacher_layers[name])]
     if whole:
         return common
-    both = takewhile(
+    prefix = takewhile(
         lambda names: names[0] == names[1] and names[0] in common, zip(student_layers, teacher_layers, strict=False)
     )
-    return [name for name, _ in both]
+    return [name for name, _ in prefix]
 
 
 def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
@@ -94,18 +101,19 @@ def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """The layers of the classifier, or of several; of a model that does not tell, the last layer with weights."""
+    """The ids of all classifier layers; of a model without `get_classifier`, of its last layer with weights."""
     if not hasattr(model, "get_classifier"):
         return {id(layer) for layer in [*weight_layers(model).values()][-1:]}
-    found: Any = model.get_classifier()  # type: ignore[operator]
-    heads = found if isinstance(found, tuple | list) else [found]
+    classifier: Any = model.get_classifier()  # type: ignore[operator]
+    heads = classifier if isinstance(classifier, tuple | list) else [classifier]
     return {id(layer) for head in heads if isinstance(head, nn.Module) for layer in head.modules()}
 
 
 def share_trunk(student: nn.Module, teacher: nn.Module, at: Tap, teacher_at: Tap, seen: Trace, known: Trace) -> Sharing:
-    """Make all layers up to and including `at` the teacher's own. They run once per step.
+    """Make the student's layers up to and including `at` the teacher's up to `teacher_at`. They run once per step.
 
-    Raises TapError, with the first difference, if the two trunks are not built alike.
+    `seen` is the trace of the student and `known` that of the teacher. Raises TapError, with the first difference, if
+    the two trunks are not built alike.
     """
     student_layers, teacher_layers = trunk_units(seen, at), trunk_units(known, teacher_at)
     if len(student_layers) != len(teacher_layers):
@@ -120,55 +128,58 @@ def share_trunk(student: nn.Module, teacher: nn.Module, at: Tap, teacher_at: Tap
             "'graft'"
         )
     share(student, teacher, names)
-    for own, other in dict(zip(_holders(student_layers), _holders(teacher_layers), strict=False)).items():
-        _share_own(get(student, own), get(teacher, other), own)
-    return Sharing("trunk", names, {name: Tap(other) for name, other in names.items()})
+    for student_holder, teacher_holder in zip(_holders(student_layers), _holders(teacher_layers), strict=False):
+        _share_own(get(student, student_holder), get(teacher, teacher_holder), student_holder)
+    return Sharing("trunk", names, {name: Tap(teacher_name) for name, teacher_name in names.items()})
 
 
-def trunk_units(seen: Trace, at: Tap) -> list[str]:
-    """The largest modules that end with or before the one at a tap, in the order of the forward.
+def trunk_units(model_trace: Trace, at: Tap) -> list[str]:
+    """List the largest modules that end at or before a tap, in the order of the forward.
 
-    Raises TapError for a tap that is no plain output of a module that runs once.
+    Raises TapError unless the tap is the output of a module that runs once.
     """
-    spec = seen[at]
+    spec = model_trace[at]
     if spec.tap.port != "output" or spec.tap.items or spec.calls != 1 or not spec.tap.module or not spec.spatial:
         raise TapError(f"cut at '{at}': expected the output of a module that runs once and yields a map or tokens")
-    return list(_units_before(seen, "", seen.modules[spec.tap.module].last))
+    return list(_units_before(model_trace, "", model_trace.modules[spec.tap.module].last))
 
 
-def _units_before(seen: Trace, name: str, end: int) -> Iterator[str]:
-    children = [seen.modules[child] for child in seen.modules[name].children if child in seen.modules]
+def _units_before(model_trace: Trace, name: str, end: int) -> Iterator[str]:
+    children = [
+        model_trace.modules[child] for child in model_trace.modules[name].children if child in model_trace.modules
+    ]
     for child in sorted(children, key=lambda child: child.first):
         if child.calls and child.last <= end:
             yield child.name
         elif not child.calls or child.first < end:
-            yield from _units_before(seen, child.name, end)
+            yield from _units_before(model_trace, child.name, end)
 
 
 def _holders(units: Sequence[str]) -> list[str]:
-    """The modules that hold the units, from the model itself down."""
+    """The containers of the units, from the model itself down."""
     parents = {".".join(parts[:end]) for unit in units for parts in [unit.split(".")] for end in range(len(parts))}
     return sorted(parents)
 
 
-def _share_own(own: nn.Module, other: nn.Module, name: str) -> None:
-    """The parameters that stand in a container itself, such as a class token, where both have them."""
-    for key, parameter in own.named_parameters(recurse=False):
-        target = other._parameters.get(key)
-        if target is not None and target.shape == parameter.shape:
-            own.register_parameter(key, target)
-        elif target is not None:
+def _share_own(student_module: nn.Module, teacher_module: nn.Module, name: str) -> None:
+    """Share the parameters that a container holds itself, such as a class token, if both models have them."""
+    for key, parameter in student_module.named_parameters(recurse=False):
+        teacher_parameter = teacher_module._parameters.get(key)
+        if teacher_parameter is not None and teacher_parameter.shape == parameter.shape:
+            student_module.register_parameter(key, teacher_parameter)
+        elif teacher_parameter is not None:
             raise TapError(
                 f"share 'trunk': '{name or 'the student'}' has {key} {tuple(parameter.shape)}, and the teacher's is "
-                f"{tuple(target.shape)}"
+                f"{tuple(teacher_parameter.shape)}"
             )
 
 
 class Graft(nn.Module):
-    """A student that grows on the first layers of another model: trunk, adapter, and its own last layers.
+    """A student on top of the first layers of another model: trunk, adapter, and its own last layers.
 
-    `graft(images)` answers as a model of its own. `trunk` gives the feature at the cut, `adapter` brings it into the
-    layout, grid and width that the student's next layer takes, and `body` is the student without what it replaces.
+    `graft(images)` returns the student's output. `trunk` computes the feature at the cut, `adapter` converts it to the
+    layout, grid and width that the student's next layer takes, and `body` is the student without the layers that the
+    trunk replaces.
     """
 
     def __init__(self, trunk: nn.Module, adapter: nn.Module, body: nn.Module, cut: str) -> None:
@@ -183,7 +194,7 @@ class Graft(nn.Module):
 
     @property
     def pretrained_cfg(self) -> Any:
-        """What images it expects: those of the model that its trunk is of."""
+        """The timm config of the trunk's model, which says how images are normalised."""
         return getattr(getattr(self.trunk, "model", None), "pretrained_cfg", {})
 
     @property
@@ -200,7 +211,7 @@ class Graft(nn.Module):
 
 
 class Prefix(nn.Module):
-    """The first layers of a model, up to one whose output is the answer."""
+    """The first layers of a model; returns the output of the last of them."""
 
     def __init__(self, model: nn.Module, feature: FeatureSpec) -> None:
         super().__init__()
@@ -212,7 +223,7 @@ class Prefix(nn.Module):
 
 
 class Idle(nn.Module):
-    """Stands for a layer before the cut: costs nothing, and gives zeros of the shape that the model expects there."""
+    """A placeholder for a layer before the cut: returns zeros of the shape that the layer would return."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
@@ -226,19 +237,19 @@ class Idle(nn.Module):
 
 
 class Onto(nn.Module):
-    """A feature of one model in the layout, grid and width that a layer of another one takes; with learned tokens."""
+    """Convert a feature of one model to the layout, grid and width of another model's, with learned prefix tokens."""
 
-    def __init__(self, given: FeatureSpec, wanted: FeatureSpec) -> None:
+    def __init__(self, source: FeatureSpec, target: FeatureSpec) -> None:
         super().__init__()
-        if given.grid is None or wanted.grid is None:
-            raise TapError(f"cut: '{given.tap}' and '{wanted.tap}' need positions")
+        if source.grid is None or target.grid is None:
+            raise TapError(f"cut: '{source.tap}' and '{target.tap}' need positions")
         self.to_map = (
-            nn.Identity() if given.layout is Layout.NCHW else ToMap(given.layout, given.grid, given.prefix_tokens)
+            nn.Identity() if source.layout is Layout.NCHW else ToMap(source.layout, source.grid, source.prefix_tokens)
         )
-        self.resize = nn.Identity() if given.grid == wanted.grid else Resize(given.grid, wanted.grid)
-        self.layout = wanted.layout
-        self.project = nn.Conv2d(given.channels, wanted.channels, 1)
-        self.prefix = nn.Parameter(0.02 * torch.randn(wanted.prefix_tokens, wanted.channels))
+        self.resize = nn.Identity() if source.grid == target.grid else Resize(source.grid, target.grid)
+        self.layout = target.layout
+        self.project = nn.Conv2d(source.channels, target.channels, 1)
+        self.prefix = nn.Parameter(0.02 * torch.randn(target.prefix_tokens, target.channels))
 
     def forward(self, feature: Tensor) -> Tensor:
         map_: Tensor = self.project(self.resize(self.to_map(feature)))
@@ -258,19 +269,20 @@ def graft(
     """Return a student whose layers up to `at` are the teacher's up to `teacher_at`. The given student must not be
     used afterwards.
 
-    Raises TapError if the cut is not a map or tokens of one module.
+    `seen` is the trace of the student and `known` that of the teacher. Raises TapError if the cut is not a map or
+    tokens of one module.
     """
-    replaced, kept = trunk_units(seen, at), trunk_units(known, teacher_at)
-    cut, given = seen[at], known[teacher_at]
+    replaced, trunk_names = trunk_units(seen, at), trunk_units(known, teacher_at)
+    cut_spec, trunk_spec = seen[at], known[teacher_at]
     for name in replaced:
         shape = next((spec.shape for spec in seen.specs if spec.tap == Tap(name)), None)
         if shape is None:
             raise TapError(f"cut at '{at}': '{name}' before it yields no single tensor; cut elsewhere")
         get(student, name.rpartition(".")[0]).add_module(name.rpartition(".")[2], Idle(shape[1:]))
-    trunk = Prefix(prune_after(teacher, kept), given)
-    grown = Graft(trunk, Onto(given, cut), student, cut.tap.module)
-    names = {f"trunk.model.{name}": name for name in kept}
-    return grown, Sharing("graft", names, {"trunk": given.tap})
+    trunk = Prefix(prune_after(teacher, trunk_names), trunk_spec)
+    grafted = Graft(trunk, Onto(trunk_spec, cut_spec), student, cut_spec.tap.module)
+    names = {f"trunk.model.{name}": name for name in trunk_names}
+    return grafted, Sharing("graft", names, {"trunk": trunk_spec.tap})
 
 
 def load_student(path: str | Path, *, allow_import: Sequence[str] = ()) -> nn.Module:
@@ -283,23 +295,23 @@ def load_student(path: str | Path, *, allow_import: Sequence[str] = ()) -> nn.Mo
     Raises WeightsError for a file that was not written by a run of this package, and TraceError if the model cannot
     be built.
     """
-    about = read_header(path)
+    header = read_header(path)
     try:
-        sides = [about["graft"][side] for side in ("student", "teacher")] if "graft" in about else [about]
-        named = [(str(side["model"]), dict(side["model_kwargs"])) for side in sides]
-        cuts = [(side["input_size"], Tap.parse(side["at"])) for side in sides] if "graft" in about else []
+        sides = [header["graft"][side] for side in ("student", "teacher")] if "graft" in header else [header]
+        specs = [(str(side["model"]), dict(side["model_kwargs"])) for side in sides]
+        cuts = [(side["input_size"], Tap.parse(side["at"])) for side in sides] if "graft" in header else []
     except (KeyError, TypeError, ValueError, TapError) as refusal:
         raise WeightsError(
             f"{str(path)!r} does not tell which model it is of; it was not written by probe-kd"
         ) from refusal
-    for name, _ in named:
+    for name, _ in specs:
         check_import(name, allow_import)
-    models = [build_model(name, kwargs) for name, kwargs in named]
+    models = [build_model(name, kwargs) for name, kwargs in specs]
     student = models[0]
     if cuts:
         traces = [
             trace(name, size, training=True, model_kwargs=kwargs)
-            for (name, kwargs), (size, _) in zip(named, cuts, strict=True)
+            for (name, kwargs), (size, _) in zip(specs, cuts, strict=True)
         ]
         student, _ = graft(models[0], models[1], cuts[0][1], cuts[1][1], traces[0], traces[1])
     load_weights(student, path)

@@ -1,4 +1,4 @@
-"""What a student is compared with: the adapters of all comparisons, and the targets that may be stored of a teacher."""
+"""The adapters of all comparisons, and the targets of a frozen teacher that a cache may store."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,36 +13,41 @@ from probe_kd.methods.objectives import Comparison, Objective
 def make_adapters(
     objectives: Iterable[Objective], student: Trace, teacher: Trace, class_map: Sequence[int] | None = None
 ) -> nn.ModuleDict:
-    """The adapters of every objective, in the order of their comparisons: what `Distiller.adapters` is.
+    """Make the adapters of every objective, in the order of its comparisons, for `Distiller.adapters`.
 
-    Raises AdapterError where nothing brings two features together, TapError where no layer is.
+    Raises AdapterError for features that cannot be compared, and TapError for a layer that does not exist.
     """
-    found = {
+    adapters = {
         module_key(objective.name): nn.ModuleList(
             objective.adapter(comparison, student, teacher, class_map) for comparison in objective.comparisons
         )
         for objective in objectives
     }
-    return nn.ModuleDict(found)
+    return nn.ModuleDict(adapters)
 
 
 def compared(objectives: Iterable[Objective], adapters: nn.ModuleDict) -> list[tuple[Objective, Comparison, Adapter]]:
-    """Every comparison with its objective and its adapter, of those that `make_adapters` made."""
-    found: list[tuple[Objective, Comparison, Adapter]] = []
+    """List every comparison with its objective and its adapter; `adapters` is the result of `make_adapters`."""
+    comparisons: list[tuple[Objective, Comparison, Adapter]] = []
     for objective in objectives:
         key = module_key(objective.name)
-        made: Any = adapters[key].children() if key in adapters else ()
-        found += [(objective, *both) for both in zip(objective.comparisons, made, strict=True)]
-    return found
+        own_adapters: Any = adapters[key].children() if key in adapters else ()
+        comparisons += [
+            (objective, *comparison_and_adapter)
+            for comparison_and_adapter in zip(objective.comparisons, own_adapters, strict=True)
+        ]
+    return comparisons
 
 
 def targets_of(objectives: Iterable[Objective], adapters: nn.ModuleDict, teacher: Trace) -> dict[str, Target]:
-    """By name, what these objectives read of a frozen teacher, in the form in which it may be stored."""
-    found: dict[str, Target] = {}
+    """The targets that the objectives read from a frozen teacher, by name."""
+    targets: dict[str, Target] = {}
     for _, comparison, adapter in compared(objectives, adapters):
-        raw = [Target(str(pair.teacher), tuple(teacher[pair.teacher].shape[1:])) for pair in comparison.pairs]
-        found |= {target.name: target for target in ([adapter.target] if adapter.target else raw)}
-    return found
+        feature_targets = [
+            Target(str(pair.teacher), tuple(teacher[pair.teacher].shape[1:])) for pair in comparison.pairs
+        ]
+        targets |= {target.name: target for target in ([adapter.target] if adapter.target else feature_targets)}
+    return targets
 
 
 def teacher_side(
@@ -52,14 +57,14 @@ def teacher_side(
     features: Mapping[Tap, Tensor],
     cached: Mapping[str, Tensor],
 ) -> Tensor:
-    """The teacher's side of a comparison: as it was stored, or else made of its features."""
+    """The teacher's side of a comparison: the cached target if there is one, otherwise computed from the features."""
     if adapter.target is not None and adapter.target.name in cached:
         return cached[adapter.target.name]
-    taken = comparison.features("teacher", features, matrices=objective.resolved.reads_matrices)
-    target: Tensor = adapter.teacher_steps(taken)
+    teacher_features = comparison.features("teacher", features, matrices=objective.resolved.reads_matrices)
+    target: Tensor = adapter.teacher_steps(teacher_features)
     return target
 
 
 def module_key(name: str) -> str:
-    """A module name cannot hold a dot, and must not hide an attribute of ModuleDict."""
+    """The objective's key in a ModuleDict: without dots, and unlike any attribute of ModuleDict."""
     return f"{name.replace('.', '_')}_"

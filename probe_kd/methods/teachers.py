@@ -1,6 +1,7 @@
-"""Teachers: where the targets of a step come from. Each gives `features(images)`, and the step asks no more of it.
+"""Teachers: where the targets of a step come from. A step calls `features(images)` and does not depend on the kind.
 
-`NoTeacher` stands for none; a `FrozenTeacher` runs, or a cache stands for it; a `JointTeacher` trains with the student.
+`NoTeacher` is used if there is no teacher. A `FrozenTeacher` runs, or its targets are read from a cache. A
+`JointTeacher` trains with the student.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +25,10 @@ Features = Mapping[Tap, Tensor]
 
 @dataclass(frozen=True)
 class TeacherFeatures:
-    """What a teacher gives for a batch.
+    """The teacher's features for a batch.
 
-    Its own losses read `own`, and the student is compared with `compared`. `targets` are the teacher's sides of
-    comparisons, by name, as a cache stored them.
+    The teacher's own losses read `own`, and the student is compared with `compared`. `targets` are cached targets by
+    name.
     """
 
     own: Features = field(default_factory=dict)
@@ -36,9 +37,10 @@ class TeacherFeatures:
 
 
 class Teacher(Protocol):
-    """What a Distiller needs of a teacher. Losses that compare both models may train one that `passes_gradient`.
+    """The interface of a teacher in a Distiller.
 
-    `model` is None where there is none, and `shared` are the parameters that a student has too.
+    `model` is None if there is no teacher. `shared` are the parameters that it shares with the student. If
+    `passes_gradient` is True, losses that compare both models may train the teacher.
     """
 
     model: nn.Module | None
@@ -46,26 +48,26 @@ class Teacher(Protocol):
     passes_gradient: bool
 
     def compile(self, **options: Any) -> None:
-        """How the model runs inside a step; `options` are those of `torch.compile`."""
+        """Compile how the model runs inside a step. `options` are those of `torch.compile`."""
 
     def attach(self) -> None: ...
 
     def close(self) -> None: ...
 
     def features(self, images: Tensor, cached: Mapping[str, Tensor] | None = None) -> TeacherFeatures:
-        """For images as the student sees them, or from what was stored for them."""
+        """The features of images that are normalised for the student, or read from the cached targets."""
 
     def around_student(self, own: Features) -> AbstractContextManager[None]:
-        """What holds while the student runs."""
+        """A context in which the student runs."""
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Move what no module owns, as `nn.Module.to` does."""
+        """Apply a function to all tensors of a teacher that no module owns, as `nn.Module.to` does."""
 
     def keep_in_eval(self) -> None: ...
 
 
 class NoTeacher:
-    """For objectives that read nothing but labels."""
+    """Used if all objectives read only labels."""
 
     passes_gradient = False
 
@@ -92,7 +94,10 @@ class NoTeacher:
 
 
 class FrozenTeacher:
-    """Stays in eval mode and runs under `no_grad`. No optimizer, DDP, `state_dict` or `train()` sees it."""
+    """A teacher that stays in eval mode and runs under `no_grad`.
+
+    No optimizer, DDP, `state_dict` or `train()` sees it.
+    """
 
     passes_gradient = False
 
@@ -129,16 +134,16 @@ class FrozenTeacher:
         self.probe.model._apply(function)  # type: ignore[no-untyped-call]
 
     def keep_in_eval(self) -> None:
-        """`train()` of a module around both models may have reached it, and running statistics would drift."""
+        """Undo a `train()` of a module that contains the teacher: its running statistics would drift."""
         if not torch.compiler.is_compiling() and any(module.training for module in self._modules):
             for module in self._modules:
                 module.training = False
 
 
 class JointTeacher:
-    """Trains with the student (Rocket Launching, Zhou et al. 2018); `block` says which gradients reach it.
+    """A teacher that trains with the student (Rocket Launching, Zhou et al. 2018); `block` limits its gradients.
 
-    `replayed` are the student's modules that give what a tap of the teacher gave instead of computing.
+    `replayed` maps modules of the student to the teacher's taps whose tensors they return instead of computing them.
     """
 
     def __init__(
@@ -149,10 +154,12 @@ class JointTeacher:
         self.run: Callable[[Tensor], dict[Tap, Tensor]] = probe
         self.passes_gradient = block in ("params", "off")
         self._replayed = {get(student, name): tap for name, tap in replayed.items()}
-        of_student = {id(parameter) for parameter in student.parameters()}
+        student_ids = {id(parameter) for parameter in student.parameters()}
         parameters = list(probe.model.parameters())
-        self.shared = [parameter for parameter in parameters if id(parameter) in of_student]
-        self._not_shared: Sequence[nn.Parameter] = [it for it in parameters if id(it) not in of_student]
+        self.shared = [parameter for parameter in parameters if id(parameter) in student_ids]
+        self._not_shared: Sequence[nn.Parameter] = [
+            parameter for parameter in parameters if id(parameter) not in student_ids
+        ]
 
     def compile(self, **options: Any) -> None:
         self.run = torch.compile(self.probe, **options)
@@ -165,7 +172,7 @@ class JointTeacher:
 
     def features(self, images: Tensor, cached: Mapping[str, Tensor] | None = None) -> TeacherFeatures:
         if cached is not None:
-            raise LossError("the teacher trains too, so what it gave before is not what it gives now")
+            raise LossError("the teacher trains too, so targets that were cached before are out of date")
         view, model = self.view(images), self.probe.model
         random = RandomState(model) if self.block == "params" else None
         own = self.run(view)
@@ -179,7 +186,7 @@ class JointTeacher:
 
     @contextmanager
     def around_student(self, own: Features) -> Iterator[None]:
-        """What the teacher has computed is not computed again, and the student moves no shared parameter of a trunk."""
+        """Reuse what the teacher computed in the student; with block `trunk`, shared parameters are constants there."""
         blocked = self.block == "trunk"
         outputs = {module: own[tap].detach() if blocked else own[tap] for module, tap in self._replayed.items()}
         constants = detached(self.student, self.shared) if blocked else nullcontext()

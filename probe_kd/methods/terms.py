@@ -1,4 +1,4 @@
-"""The terms of a loss: each objective on what student and teacher gave, and their weighted sum."""
+"""The terms of a loss: the value of each objective for the features of both models, and their weighted sum."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,9 +15,10 @@ from probe_kd.methods.teachers import TeacherFeatures
 
 
 class Terms:
-    """`terms(student, teacher, target)` is each objective's value by its name; `weights` and `options` may move.
+    """Evaluate the objectives: `terms(student, teacher, target)` returns each objective's value by its name.
 
-    `checked` says whether values on another device than the CPU were looked at, which only the first step does.
+    `weights` and `options` are the current values, which `set_epoch` updates. `checked` tells whether the values of a
+    step were checked; on a device other than the CPU, only the first step is.
     """
 
     def __init__(self, objectives: Sequence[Objective], adapters: nn.ModuleDict, *, block_gradient: bool) -> None:
@@ -26,7 +27,7 @@ class Terms:
         self.set_epoch(0, 1)
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
-        """Move every weight and option that is a `Schedule` to where it is after `epoch` of `epochs`."""
+        """Set every weight and option that is a `Schedule` to its value after `epoch` of `epochs`."""
         self.weights = [value_at(objective.weight, epoch, epochs) for objective in self.objectives]
         self.options = [
             {name: value_at(value, epoch, epochs) for name, value in objective.options.items()}
@@ -36,13 +37,13 @@ class Terms:
     def __call__(
         self, student: Mapping[Tap, Tensor], teacher: TeacherFeatures, target: Tensor | None
     ) -> dict[str, Tensor]:
-        found = {
+        terms = {
             objective.name: self._term(index, student, teacher, target)
             for index, objective in enumerate(self.objectives)
         }
         if not torch.compiler.is_compiling():
             self.checked = True
-        return found
+        return terms
 
     def weighted_sum(self, terms: Mapping[str, Tensor]) -> Tensor:
         return _total([_weighted(weight, term) for weight, term in zip(self.weights, terms.values(), strict=True)])
@@ -69,9 +70,9 @@ class Terms:
             options = {**options, "block_gradient": False}
         terms = []
         for _, comparison, adapter in compared([objective], self.adapters):
-            taken = comparison.features("student", student, matrices=objective.resolved.reads_matrices)
+            student_features = comparison.features("student", student, matrices=objective.resolved.reads_matrices)
             target = teacher_side(objective, comparison, adapter, teacher.compared, teacher.targets)
-            sides = adapter.student_steps(taken), target
+            sides = adapter.student_steps(student_features), target
             term = objective.resolved.function(*sides, **options)
             if self._checks_values(term):
                 check_finite(objective.name, term, *sides)
@@ -79,7 +80,7 @@ class Terms:
         return _total(terms)
 
     def _checks_values(self, tensor: Tensor) -> bool:
-        """Whether values are to be looked at that the losses themselves do not: in the first step on a GPU."""
+        """Whether to check values that the losses do not check themselves: in the first step on a GPU."""
         return not self.checked and tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling()
 
 

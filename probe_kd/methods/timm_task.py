@@ -1,4 +1,4 @@
-"""A Distiller as a `timm.task.TrainingTask`, for timm's own training script and for loops that are written for it."""
+"""A Distiller as a `timm.task.TrainingTask`, for timm's training script and for loops that use its tasks."""
 
 from collections.abc import Mapping
 from typing import Any, Self, cast
@@ -17,17 +17,18 @@ except ImportError as absence:
 
 
 class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
-    """`task(images, target)` is `distiller(images, target)`; compiling, DDP, averages and checkpoints are timm's.
+    """Wrap a Distiller as a task of timm: `task(images, target)` calls `distiller(images, target)`.
 
-    A checkpoint's `state_dict` is the bare student's, which plain timm loads; the adapters are its `task_state`. The
-    average (`setup_ema`) and the model that is evaluated are the bare student too. Weights and options that are a
-    `Schedule` move where the loop calls `task.set_epoch(epoch, epochs)`.
+    Compilation, DDP, weight averaging and checkpoints are timm's. A checkpoint's `state_dict` is that of the student
+    alone, which plain timm loads. The adapters are its `task_state`. The average (`setup_ema`) and the model for
+    evaluation are the student alone, too. Weights and options that are a `Schedule` change when the loop calls
+    `task.set_epoch(epoch, epochs)`.
 
-    `ddp_kwargs` of `prepare_distributed` go to DDP: objectives that do not move all of the student, such as hints
+    `prepare_distributed` passes its `ddp_kwargs` to DDP. Objectives that do not train all of the student, such as hints
     alone, need `find_unused_parameters=True`.
 
-    Raises LossError where `distiller` is none, and where its teacher trains too: the loop would save and evaluate only
-    one of two models.
+    Raises LossError if `distiller` is not a Distiller, and if its teacher trains too: the loop would save and evaluate
+    only one of two models.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
 
     @property
     def distiller(self) -> Distiller:
-        """The Distiller, without what compiling and DDP put around it."""
+        """The Distiller, without the wrappers of compilation and DDP."""
         inner = unwrap_model(self.trainable_module)
         assert isinstance(inner, Distiller)
         return inner
@@ -56,12 +57,15 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
         self.distiller.set_epoch(epoch, epochs)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """`{"loss", "output", and each objective by its name}`. Images (B, C, H, W), labels (B) or (B, classes)."""
+        """Return `{"loss", "output", and each objective by its name}`.
+
+        `input` is images (batch, channels, height, width), `target` labels (batch) or (batch, classes).
+        """
         result: dict[str, Tensor] = self.trainable_module(input, target)
         return result
 
     def prepare_distributed(self, device_ids: list[Any] | None = None, **ddp_kwargs: Any) -> Self:
-        """DDP around the student and its adapters; the teacher is neither wrapped nor broadcast."""
+        """Wrap the student and its adapters in DDP. The teacher is neither wrapped nor broadcast."""
         from torch.nn.parallel import DistributedDataParallel
 
         self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
@@ -79,7 +83,7 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
     def setup_ema(
         self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
     ) -> nn.Module:
-        """timm's average, of the baseline: a copy of the Distiller would hold a second teacher."""
+        """Average the student's weights by timm. A copy of the whole Distiller would hold a second teacher."""
         self.trainable_module_ema: Any = ModelEmaV3(
             self.distiller.student, decay=decay, use_warmup=use_warmup, device=device, **kwargs
         )
@@ -90,18 +94,21 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
             self.trainable_module_ema.update(self.distiller.student, step=step)
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        found: nn.Module | None = super().get_eval_model(module=module, ema=ema)
-        inner = None if found is None else unwrap_model(found)
-        return inner.student if isinstance(inner, Distiller) else found
+        eval_model: nn.Module | None = super().get_eval_model(module=module, ema=ema)
+        inner = None if eval_model is None else unwrap_model(eval_model)
+        return inner.student if isinstance(inner, Distiller) else eval_model
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """The student's parameters, without the last two where its head is left out, and the adapters'."""
-        own = list(self.distiller.student.parameters())
-        return [*(own[:-2] if exclude_head else own), *self.distiller.adapters.parameters()]
+        """The parameters of the student and of the adapters; `exclude_head` leaves out the student's last two."""
+        student_parameters = list(self.distiller.student.parameters())
+        return [
+            *(student_parameters[:-2] if exclude_head else student_parameters),
+            *self.distiller.adapters.parameters(),
+        ]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         state = self.distiller.adapters.state_dict()
-        return {"adapters": state} if state and not ema else {}  # an average is of the baseline
+        return {"adapters": state} if state and not ema else {}  # the average is of the student alone
 
     def load_task_state(
         self,

@@ -1,4 +1,4 @@
-"""What all losses have in common: float32, the gradient block, reductions, and checks of types and shapes."""
+"""Shared by all losses: float32, the gradient block, reductions, and checks of types and shapes."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,9 +17,9 @@ P = ParamSpec("P")
 
 
 def in_float32(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
-    """Promote every tensor argument to float32 at least, and leave autocast. Without `promote`, only leave it.
+    """Run a function outside autocast, with every tensor argument promoted to float32 at least if `promote` is set.
 
-    The tensors are positional only: one given by keyword would pass by here, and keep its type and its gradient.
+    Tensors have to be positional: a tensor that is passed by keyword keeps its type and its gradient.
     """
 
     @wraps(function)
@@ -47,10 +47,10 @@ def check_reduction(reduction: Reduction) -> None:
 
 
 def squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Tensor:
-    """The squared differences of one image's event, summed or averaged; then the mean over the batch.
+    """Sum or average the squared differences over each image's event, and average over the batch.
 
-    torch's own kernel, since a difference, a square and two means written out hold five tensors of a feature's size at
-    once on the way back, where it holds one, and take twice its time.
+    This uses torch's own kernel, which holds one tensor of a feature's size in the backward. A difference, a square
+    and two means hold five, and take twice the time.
     """
     check_reduction(reduction)
     if {student.dtype.itemsize, teacher.dtype.itemsize} in ({2}, {2, 4}):
@@ -62,9 +62,9 @@ def squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Ten
 
 
 class _SquaresOfHalf(torch.autograd.Function):
-    """The sum of squared differences, taken in float32, of two tensors of which one at least is in half precision.
+    """The sum of squared differences, in float32, of two tensors of which at least one is in half precision.
 
-    For the way back it keeps the two as they are, which is half of what promoting them first would keep.
+    It saves both tensors for the backward as they are, which takes half the memory of promoting them first.
     """
 
     @staticmethod
@@ -76,22 +76,23 @@ class _SquaresOfHalf(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         student, teacher = ctx.saved_tensors
         difference = student.to(torch.float32, copy=True).sub_(teacher).mul_(2 * gradient)
-        teachers = difference.neg().to(teacher.dtype) if ctx.needs_input_grad[1] else None
-        return difference.to(student.dtype), teachers
+        teacher_gradient = difference.neg().to(teacher.dtype) if ctx.needs_input_grad[1] else None
+        return difference.to(student.dtype), teacher_gradient
 
 
 def loss_function(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
-    """A loss in float32 that detaches all but its first argument, the student, unless `block_gradient` is False.
+    """Decorate a loss: compute it in float32, and detach all tensors but the first, the student's.
 
-    Without `promote` it gets its tensors as they are, and computes in float32 by itself.
+    The decorated loss also takes `block_gradient`; False does not detach. A function with `promote=False` gets its
+    tensors as they are, and has to compute in float32 itself.
     """
     computed = in_float32(function, promote=promote)
 
     @wraps(function)
     def blocked(student: Tensor, *targets: Tensor, block_gradient: bool = True, **options: Any) -> Tensor:
         check_tensors(function.__name__, student, targets)
-        given = [target.detach() for target in targets] if block_gradient else targets
-        value = computed(student, *given, **options)  # type: ignore[arg-type]
+        detached = [target.detach() for target in targets] if block_gradient else targets
+        value = computed(student, *detached, **options)  # type: ignore[arg-type]
         if has_values(value):
             check_finite(function.__name__, value, student, *targets)
         return value
@@ -99,30 +100,30 @@ def loss_function(function: Callable[P, Tensor], *, promote: bool = True) -> Cal
     return blocked  # type: ignore[return-value]
 
 
-def check_tensors(loss: str, *given: Tensor | Sequence[Tensor]) -> None:
-    student, others = given
-    for side, tensor in (("student", student), *(("target", other) for other in others)):
+def check_tensors(loss: str, *tensors: Tensor | Sequence[Tensor]) -> None:
+    student, targets = tensors
+    for side, tensor in (("student", student), *(("target", target) for target in targets)):
         if not isinstance(tensor, Tensor):
             raise LossError(f"{loss}: the {side} is a {type(tensor).__name__}; expected a torch.Tensor")
     assert isinstance(student, Tensor)
     if not student.is_floating_point():
         raise LossError(f"{loss}: the student's side {tuple(student.shape)} is {student.dtype}; expected real numbers")
-    for other in others:
-        if other.device != student.device:
-            raise LossError(f"{loss}: the student is on {student.device} and the target on {other.device}")
+    for target in targets:
+        if target.device != student.device:
+            raise LossError(f"{loss}: the student is on {student.device} and the target on {target.device}")
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether the values can be read without waiting for a device, or for the compiler, which has none."""
+    """Whether the values can be read without waiting for a device, and outside of compilation, which has none."""
     plain = type(tensor) in (Tensor, nn.Parameter)
     return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_finite(loss: str, value: Tensor, student: Tensor, *targets: Tensor) -> None:
-    """LossError for a value that is not finite, unless the student's numbers are not: then its training diverged.
+    """Raise LossError for a loss that is not finite, unless the student's values are not: then its training diverged.
 
-    A student that masks the classes that its teacher masks has not diverged: where the loss has no value for them, that
-    is an error too. Reads the value, for which a GPU has to be waited for.
+    A student that masks the same classes as its teacher has not diverged. If the loss is not defined for masked
+    classes, LossError is raised too. On a GPU, this waits for the values.
     """
     if value.isfinite() or not (student.isfinite().all() or (value.isnan() and _masked_alike(student, *targets))):
         return
@@ -142,9 +143,9 @@ def check_finite(loss: str, value: Tensor, student: Tensor, *targets: Tensor) ->
 
 
 def _masked_alike(student: Tensor, *targets: Tensor) -> bool:
-    """Whether all that is not finite of the student is -inf, and some of it is so in a target too."""
+    """Whether all of the student's values that are not finite are -inf, and some of them are -inf in a target too."""
     masked = student == -torch.inf
-    alike = any(it.shape == student.shape and bool((masked & (it == -torch.inf)).any()) for it in targets)
+    alike = any(target.shape == student.shape and bool((masked & (target == -torch.inf)).any()) for target in targets)
     return alike and bool((masked | student.isfinite()).all())
 
 
@@ -161,12 +162,14 @@ def check_same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
 
 
 def check_rows(loss: str, student: Tensor) -> None:
-    """The classes are axis 1 of two; of maps and tokens a softmax over axis 1 would be a number, and another loss."""
+    """Raise LossError unless the logits are (batch, classes): of maps and tokens, axis 1 may not be the classes."""
     if student.ndim == 2 and student.numel() > 0:
         return
-    flat = {3: "tokens: `logits.flatten(0, 1)`", 4: "maps: `logits.permute(0, 2, 3, 1).flatten(0, 2)`"}
-    how = f"; make one row of each position first, for {flat[student.ndim]}" if student.ndim in flat else ""
-    raise LossError(f"{loss}: logits {tuple(student.shape)}; expected (batch, classes), one row an image{how}")
+    conversions = {3: "tokens: `logits.flatten(0, 1)`", 4: "maps: `logits.permute(0, 2, 3, 1).flatten(0, 2)`"}
+    advice = (
+        f"; make one row of each position first, for {conversions[student.ndim]}" if student.ndim in conversions else ""
+    )
+    raise LossError(f"{loss}: logits {tuple(student.shape)}; expected (batch, classes), one row an image{advice}")
 
 
 def check_outputs(loss: str, student: Tensor, teacher: Tensor) -> None:
@@ -175,6 +178,6 @@ def check_outputs(loss: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def power_of_two(numbers: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
-    """The power of two above each of these positive numbers, 1 for zero: a division by it rounds nothing."""
+    """The power of two above each positive number, and 1 for zero. Dividing by it causes no rounding error."""
     numbers = numbers.detach().masked_fill(numbers == 0, 0.5)
     return numbers / torch.frexp(numbers).mantissa

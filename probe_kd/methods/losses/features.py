@@ -1,4 +1,4 @@
-"""Losses of a pair of features, which an adapter has brought into one shape."""
+"""Losses of a pair of features that an adapter has converted to one shape."""
 
 from functools import partial
 
@@ -16,10 +16,10 @@ def hint(
     *,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""]:
-    """||u_h - r(v_g)||^2 between a teacher's hint and the student's guided feature after its regressor.
+    """Compute the squared error ||u_h - r(v_g)||^2 between the teacher's hint and the student's adapted feature.
 
-    FitNets, Romero et al. 2015 (arXiv 1412.6550), eq. 3, which has 1/2 before the sum: weight 0.5 with
-    `reduction="sum"`. The mean is the default, since the sum grows with the size of the map.
+    FitNets, Romero et al. 2015 (arXiv 1412.6550), eq. 3. The paper has a factor 1/2 before the sum: use weight 0.5
+    with `reduction="sum"`. The mean is the default, since the sum grows with the size of the map.
     """
     check_same_shape(student, teacher, "hint")
     return squared_error(student, teacher, reduction)

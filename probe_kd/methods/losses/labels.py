@@ -19,11 +19,11 @@ def cross_entropy(
     *,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """-sum_i y_i log softmax(z)_i, summed over the classes and averaged over the batch.
+    """Compute the cross entropy -sum_i y_i log softmax(z)_i, averaged over the batch.
 
-    `target` is class indices, or one distribution per image as Mixup and CutMix make them. `label_smoothing` mixes in
-    the uniform distribution (Szegedy et al. 2016, sec. 7). Raises LossError for a target that is neither: several
-    labels an image, say, which are no distribution.
+    `target` is class indices, or one distribution per image, as Mixup and CutMix make them. `label_smoothing` mixes in
+    the uniform distribution (Szegedy et al. 2016, sec. 7). Raises LossError for any other target, such as several
+    labels per image, which are not a distribution.
     """
     check_rows("cross_entropy", student)
     _check_target(student.shape, target)
@@ -37,7 +37,7 @@ def cross_entropy(
 
 
 def _check_target(logits: Sequence[int], target: Tensor) -> None:
-    """LossError for a target whose shape or type is neither that of class indices nor of distributions."""
+    """Raise LossError if shape and type of the target are neither those of class indices nor of distributions."""
     kind = "probabilities" if target.is_floating_point() else "class indices"
     expected = tuple(logits) if target.is_floating_point() else tuple(logits[:1])
     if target.dtype == torch.bool or target.is_complex() or tuple(target.shape) != expected:
@@ -49,7 +49,7 @@ def _check_target(logits: Sequence[int], target: Tensor) -> None:
 
 
 def check_labels(logits: Tensor, target: Tensor) -> None:
-    """All that `cross_entropy` asks of a target, the values too. LossError where it is another."""
+    """Check a target as `cross_entropy` does, including its values. Raises LossError for any other target."""
     check_tensors("cross_entropy", logits, [target])
     check_rows("cross_entropy", logits)
     _check_target(logits.shape, target)
@@ -57,18 +57,20 @@ def check_labels(logits: Tensor, target: Tensor) -> None:
 
 
 def check_values(classes: int, target: Tensor) -> None:
-    """LossError for class indices out of range, and for rows that are no distribution over the classes.
+    """Raise LossError for class indices out of range, and for rows that are not a distribution over the classes.
 
-    Reads the values, for which a GPU has to be waited for.
+    On a GPU, this waits for the values.
     """
     if not target.is_floating_point():
-        wrong = target[(target < 0) | (target >= classes)]
-        if len(wrong):
-            raise LossError(f"cross_entropy: label {wrong[0].item()} of {classes} classes; expected 0 to {classes - 1}")
+        out_of_range = target[(target < 0) | (target >= classes)]
+        if len(out_of_range):
+            raise LossError(
+                f"cross_entropy: label {out_of_range[0].item()} of {classes} classes; expected 0 to {classes - 1}"
+            )
         return
     sums = target.sum(1, dtype=torch.promote_types(target.dtype, torch.float32))
-    loose = 1e-3 if target.dtype in (torch.float32, torch.float64) else 2e-2
-    rows = ((target < 0).any(1) | ~((sums - 1).abs() <= loose)).nonzero()
+    tolerance = 1e-3 if target.dtype in (torch.float32, torch.float64) else 2e-2
+    rows = ((target < 0).any(1) | ~((sums - 1).abs() <= tolerance)).nonzero()
     if len(rows):
         row = int(rows[0])
         raise LossError(

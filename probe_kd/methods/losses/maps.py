@@ -19,14 +19,14 @@ def attention(
     *,
     form: Literal["paper", "code"] = "paper",
 ) -> Float[Tensor, ""]:
-    """The distance of two attention maps Q = sum over channels of A^2, each divided by its norm.
+    """Compute the distance of two attention maps Q = sum over channels of A^2, each divided by its norm.
 
-    Zagoruyko and Komodakis 2017 (arXiv 1612.03928), eq. 2. `paper`: ||Q_S - Q_T||_2, the norm itself, whose weight is
-    beta/2. `code`: the authors' published code, the mean over positions of the squared difference, whose weight is beta
-    (1000 with its defaults). The two networks' channels need not agree, their grids must.
+    Zagoruyko and Komodakis 2017 (arXiv 1612.03928), eq. 2. `form="paper"` is the norm ||Q_S - Q_T||_2, with weight
+    beta/2 in the paper. `form="code"` is the mean over positions of the squared difference, as in the authors' code,
+    with weight beta (1000 by default). The channels of the two models may differ, but not their grids.
     """
-    same = student.ndim == teacher.ndim == 4 and student.shape[::2] == teacher.shape[::2]
-    if not same or student.shape[3] != teacher.shape[3] or not student.numel() * teacher.numel():
+    batch_and_height_agree = student.ndim == teacher.ndim == 4 and student.shape[::2] == teacher.shape[::2]
+    if not batch_and_height_agree or student.shape[3] != teacher.shape[3] or not student.numel() * teacher.numel():
         raise LossError(
             f"attention: expected two maps (batch, channels, height, width) of one batch and grid, got student "
             f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}"
@@ -41,24 +41,24 @@ def attention(
 
 
 def _unit(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
-    """Rows of length 1, of numbers whose own squares would be too large or too small; zeros stay."""
+    """Scale rows to length 1, without overflow or underflow of their squares. Rows of zeros stay zero."""
     return F.normalize(rows / power_of_two(rows.abs().amax(1, keepdim=True)), dim=1)
 
 
 def to_one_grid(*maps: Float[Tensor, "batch _ _ _"]) -> list[Tensor]:
-    """Each map max-pooled to the least height and width among them."""
+    """Max-pool each map to the smallest height and width among them."""
     size = tuple(min(map_.shape[axis] for map_ in maps) for axis in (2, 3))
     return [map_ if tuple(map_.shape[2:]) == size else F.adaptive_max_pool2d(map_, size) for map_ in maps]
 
 
 def positions(map_: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch positions channels"]:
-    """The map as rows of channels, which is a view of it.
+    """Return a view of the map as one row of channels per position.
 
-    Where channels come last in memory they do so in the gradient: a product of matrices would give the other order, and
-    each layer on the way back then pays for the conversion.
+    A map in channels-last memory gets its gradient in channels-last memory. A product of matrices would return the
+    other order, which every layer of the backward would then have to convert.
     """
     rows = map_.permute(0, 2, 3, 1).flatten(1, 2)
     if not rows.is_contiguous():
         return rows
-    # To one matrix and back: two views, but a gradient in another order has to be copied to be viewed so.
+    # To one matrix and back: both are views, but in the backward, a gradient in another order is copied by the view.
     return rows.flatten(0, 1).view(rows.shape)

@@ -1,4 +1,4 @@
-"""Losses of matrices that are made of a map, or of two: FSP and Gram."""
+"""Losses of matrices that are computed from one map or from two: FSP and Gram."""
 
 import torch
 from jaxtyping import Float
@@ -25,13 +25,13 @@ def fsp(
     relative: bool = False,
     reduction: Reduction = "sum",
 ) -> Float[Tensor, ""]:
-    """||G(student) - G(teacher)||_F^2 of two FSP matrices, as `flow_matrix` makes them.
+    """Compute ||G(student) - G(teacher)||_F^2 of two FSP matrices, which `flow_matrix` computes.
 
-    FSP, Yim et al. 2017 (CVPR), eq. 2. `relative` divides by the variance of the teacher's matrices over the batch,
-    sum over the matrix of Var(G_ij): then 1 is the loss of a student that knows the mean matrix and nothing else, and
-    1 minus the loss is the share of the variance that is explained. The paper's form grows with the fourth power of the
-    activations, and the matrix after a ReLU is for the most part constant. `relative` needs two images at least;
-    teacher's matrices that do not vary at all are their own measure.
+    FSP, Yim et al. 2017 (CVPR), eq. 2. The paper's form grows with the fourth power of the activations, and the matrix
+    after a ReLU is mostly constant. `relative` divides the loss by the variance of the teacher's matrices over the
+    batch, sum over the matrix of Var(G_ij). The loss of a student that predicts the mean matrix is then 1, and 1 minus
+    the loss is the share of the variance that is explained. `relative` needs at least two images. If the teacher's
+    matrices do not vary, the loss is divided by the mean of their squared norms instead.
     """
     return _matrices("fsp", student, teacher, relative, reduction)
 
@@ -45,10 +45,10 @@ def gram(
     relative: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""]:
-    """||G(student) - G(teacher)||_F^2 of the Gram matrices of a map with itself.
+    """Compute ||G(student) - G(teacher)||_F^2 of the Gram matrices of one map of each model.
 
-    The style loss of Gatys et al. 2016 (CVPR), eq. 4, between two networks: theirs has 1/4 before the mean. `relative`
-    is that of `fsp`.
+    This is the style loss of Gatys et al. 2016 (CVPR), eq. 4, between two networks. The paper has a factor 1/4 before
+    the mean. `relative` is as in `fsp`.
     """
     return _matrices("gram", student, teacher, relative, reduction)
 
@@ -74,9 +74,9 @@ def _matrices(loss: str, student: Tensor, teacher: Tensor, relative: bool, reduc
 def flow_matrix(
     first: Float[Tensor, "batch m h1 w1"], second: Float[Tensor, "batch n h2 w2"], /
 ) -> Float[Tensor, "batch m n"]:
-    """G = sum over positions of F1 F2^T / (h w): the FSP matrix of two maps (Yim et al. 2017, eq. 1).
+    """Compute the FSP matrix G = sum over positions of F1 F2^T / (h w) of two maps (Yim et al. 2017, eq. 1).
 
-    Where the grids differ, as in a block that downsamples, the larger is max-pooled to the smaller, as in the paper.
+    If the grids differ, as in a block that downsamples, the larger is max-pooled to the smaller, as in the paper.
     """
     if not first.ndim == second.ndim == 4 or len(first) != len(second) or not first.numel() * second.numel():
         raise LossError(

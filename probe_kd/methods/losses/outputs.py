@@ -20,16 +20,17 @@ def soft_targets(
     temperature: float = 4.0,
     standardize: bool = False,
 ) -> Float[Tensor, ""]:
-    """T^2 KL(softmax(v/T) || softmax(z/T)), summed over the classes and averaged over the batch.
+    """Compute T^2 KL(softmax(v/T) || softmax(z/T)), summed over the classes and averaged over the batch.
 
     Hinton, Vinyals and Dean 2015 (arXiv 1503.02531), sec. 2; z are the student's logits, v the teacher's. The KL
-    divergence stands for the paper's cross entropy, from which it differs by a constant, so that it is 0 at equality.
-    T^2 keeps the gradient's size when T changes. There is no `reduction`: a mean over the classes, which many
-    implementations take, divides the paper's loss by their number once too often.
+    divergence differs from the paper's cross entropy by a constant, and is 0 for equal outputs. The factor T^2 keeps
+    the size of the gradient when T changes. There is no `reduction`: the mean over the classes, which many
+    implementations use, divides the paper's loss by the number of classes.
 
-    `standardize` takes the z-score of each image's logits first, so that a student need not reach the teacher's scale
-    (Sun et al. 2024, arXiv 2403.01427, with a temperature of about 2 and a weight of about 9). Equal logits, as of a
-    classifier that starts at zero, have z-scores of 0. A class that the teacher masks by -inf counts for nothing.
+    `standardize` first replaces each image's logits by their z-scores, so that the student need not reach the
+    teacher's scale (Sun et al. 2024, arXiv 2403.01427, with a temperature of about 2 and a weight of about 9). Equal
+    logits, as from a classifier that is initialised to zero, have z-scores of 0. Classes that the teacher masks by -inf
+    do not count.
     """
     check_outputs("soft_targets", student, teacher)
     _check_temperature("soft_targets", temperature)
@@ -39,7 +40,7 @@ def soft_targets(
     student, teacher = _in_float64(temperature, student, teacher)
     log_p = F.log_softmax(student / temperature, dim=1)
     log_q = F.log_softmax(teacher / temperature, dim=1)
-    # A class that the teacher masks (-inf) adds 0 log 0 = 0, whatever the student says of it.
+    # A class that the teacher masks (-inf) adds 0 log 0 = 0, whatever the student's logit.
     log_p = log_p.masked_fill(log_q == -torch.inf, 0.0)
     log_q = log_q.clamp_min(torch.finfo(log_q.dtype).min)
     return (temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)).to(dtype)
@@ -55,12 +56,12 @@ def logits(
     standardize: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""]:
-    """||z - v||^2 of the pre-softmax logits.
+    """Compute the squared error ||z - v||^2 of the logits before the softmax.
 
-    Ba and Caruana 2014 (arXiv 1312.6184), eq. 1, which has 1/2 before the sum: weight 0.5 with `reduction="sum"`.
-    `center` takes the mean over the classes from both, to which a softmax is blind; then 1/(2 C) of the sum over C
-    classes is the limit of `soft_targets` for a high temperature (Hinton et al. 2015, sec. 2.1; Kim et al. 2021, arXiv
-    2105.08919). `standardize` also divides by the standard deviation over the classes (Sun et al. 2024).
+    Ba and Caruana 2014 (arXiv 1312.6184), eq. 1. The paper has a factor 1/2 before the sum: use weight 0.5 with
+    `reduction="sum"`. `center` subtracts from both logits their mean over the classes, which a softmax ignores. Then
+    1/(2 C) of the sum over C classes is the limit of `soft_targets` for a high temperature (Hinton et al. 2015, sec.
+    2.1; Kim et al. 2021, arXiv 2105.08919). `standardize` also divides by the standard deviation over the classes (Sun et al. 2024).
     """
     check_outputs("logits", student, teacher)
     if standardize:
@@ -80,12 +81,12 @@ def dist(
     inter: float = 1.0,
     intra: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """T^2 times inter (1 - r over an image's classes) + intra (1 - r over a class's images); r is Pearson's.
+    """Compute T^2 (inter (1 - r over each image's classes) + intra (1 - r over each class's images)).
 
-    DIST, Huang et al. 2022 (arXiv 2205.10536), eq. 6 to 10, on probabilities at temperature T; `inter` and `intra` are
-    its beta and gamma. A strong teacher's order of the classes is asked for, and not its numbers. The second part
-    compares the images of a batch with each other, so it needs two at least. Equal probabilities, as of a classifier
-    that starts at zero, go with nothing: their r is 0.
+    r is Pearson's correlation of the probabilities at temperature T. DIST, Huang et al. 2022 (arXiv 2205.10536), eq. 6
+    to 10; `inter` and `intra` are the paper's beta and gamma. The student has to match relations of a strong teacher's
+    probabilities, and not their values. The second part compares the images of a batch, so it needs at least two. Equal
+    probabilities, as from a classifier that is initialised to zero, have r = 0.
     """
     check_outputs("dist", student, teacher)
     _check_temperature("dist", temperature)
@@ -109,16 +110,16 @@ def _check_temperature(loss: str, temperature: float) -> None:
 
 
 def _in_float64(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
-    """The logits in float64 where the temperature is so high that T^2 makes the rounding of float32 the loss.
+    """Convert the logits to float64 if T^2 is so large that rounding in float32 would dominate the loss.
 
     At T = 1e4 the probabilities differ by 1e-4 of themselves, and T^2 = 1e8 times the rounding of float32 is 10. Below
     20 it is less than 1e-4. (Apple's GPUs have no float64.)
     """
-    return tuple(it.double() if temperature > 20 and it.device.type != "mps" else it for it in logits)
+    return tuple(tensor.double() if temperature > 20 and tensor.device.type != "mps" else tensor for tensor in logits)
 
 
 def _standardize(logits: Float[Tensor, "batch classes"], eps: float = 1e-7) -> Float[Tensor, "batch classes"]:
-    """The z-scores of each row; zeros for equal logits, which have none, with the gradient of logits / _FLAT."""
+    """The z-scores of each row. Those of equal logits are zeros, with the gradient of logits / _FLAT."""
     freedom = min(1, logits.shape[1] - 1)
     with torch.no_grad():
         deviation = logits.std(1, correction=freedom, keepdim=True)
@@ -142,10 +143,10 @@ def _pearson(
 
 
 def _centred(rows: Float[Tensor, "rows n"], temperature: float, eps: float) -> Float[Tensor, "rows n"]:
-    """The rows without their mean, each scaled to about 1, which no correlation notices, but `eps` would.
+    """Subtract the mean of each row and scale it to about 1, so that `eps` does not change the correlation.
 
-    The gradient of flat rows is damped, those of a deviation below 1.5 of their mean at T = 1 (less where there are so
-    few numbers that it cannot be reached). Equal numbers are zeros, with the gradient of numbers / their length.
+    The gradient of flat rows is damped. At T = 1, a row is flat if its deviation is below 1.5 times its mean, or below
+    less if it has too few numbers to reach that. Rows of equal numbers become zeros, with the gradient of row / norm.
     """
     with torch.no_grad():
         centred = rows - rows.mean(1, keepdim=True)
@@ -174,11 +175,11 @@ class _Damped(torch.autograd.Function):
 
 
 def _damped(rows: Float[Tensor, "rows n"], share: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows n"]:
-    """Rows whose gradient is multiplied by `share` where that is less than 1, and not 0.
+    """Return the rows unchanged, with their gradient multiplied by `share` if that is between 0 and 1.
 
-    A loss that divides a row by its deviation has a gradient that grows without end as the row becomes flat, which is
-    how a classifier that starts at (or near) zero begins. Then the first steps are all that an optimizer with a memory,
-    as AdamW, ever sees. The value is the formula's; the gradient keeps its direction, and grows no further.
+    The gradient of a loss that divides a row by its deviation grows without bound as the row becomes flat, as for a
+    classifier that is initialised at or near zero. The first steps would then dominate the moments of an optimizer such
+    as AdamW. The value stays that of the formula. The gradient keeps its direction, and its size is bounded.
     """
     if not rows.requires_grad:
         return rows
@@ -190,10 +191,10 @@ _FLAT = 0.5  # the deviation of an image's logits below which the gradient of th
 
 
 def _rounding(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows 1"]:
-    """What numbers of this size differ by where they are equal."""
+    """The rounding error within which numbers of this size count as equal."""
     return 4 * torch.finfo(rows.dtype).eps * rows.abs().amax(1, keepdim=True)
 
 
 def _without_value(centred: Float[Tensor, "rows n"], equal: Tensor) -> Float[Tensor, "rows n"]:
-    """Rows of equal numbers are zero after their mean is taken out, and not its rounding; their gradient stays."""
+    """Set rows of equal numbers to exact zeros, without the rounding error of their mean, and keep their gradient."""
     return torch.where(equal, centred - centred.detach(), centred)

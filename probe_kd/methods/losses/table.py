@@ -1,4 +1,4 @@
-"""All losses by their names, and what each of them reads."""
+"""All losses by name, and what each of them reads."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,42 +36,43 @@ class Loss:
 
     @property
     def reads_layers(self) -> bool:
-        """Whether it compares pairs of layers."""
+        """Whether the loss compares pairs of layers."""
         return self.reads not in ("labels", "outputs")
 
     @property
     def reads_matrices(self) -> bool:
-        """Whether it compares matrices, which are made of the maps at both ends of a flow."""
+        """Whether the loss compares matrices, which are computed from the maps at both ends of a flow."""
         return self.reads in ("flows", "grams")
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The names of its options."""
+        """The names of the function's keyword-only parameters."""
         parameters = signature(self.function).parameters.items()
         return tuple(name for name, value in parameters if value.kind is Parameter.KEYWORD_ONLY)
 
     def check_options(self, name: str, options: Mapping[str, Any], beside: Sequence[str] = ()) -> None:
-        """LossError for options that the function does not have, with the nearest that it has, or that stand beside."""
-        known = f"; it has {', '.join(self.options)}" if self.options else "; it has none"
-        wrong = [option for option in options if option not in self.options]
-        if wrong:
-            hints = [f"{option!r}{nearest(option, (*self.options, *beside))}" for option in wrong]
-            raise LossError(f"loss {name!r} has no option {'; and none '.join(hints)}{known}")
+        """Raise LossError for options that the function does not have, and suggest the nearest, also from `beside`."""
+        existing = f"; it has {', '.join(self.options)}" if self.options else "; it has none"
+        unknown = [option for option in options if option not in self.options]
+        if unknown:
+            hints = [f"{option!r}{nearest(option, (*self.options, *beside))}" for option in unknown]
+            raise LossError(f"loss {name!r} has no option {'; and none '.join(hints)}{existing}")
 
     def check_values(self, name: str, options: Mapping[str, Any]) -> None:
-        """LossError for a value that is not of the option's type."""
+        """Raise LossError for a value that is not of the option's type."""
         for option, value in options.items():
             expected = self.refusal(option, value)
             if expected:
                 raise LossError(f"{name!r}: {option} is {value!r}; expected {expected}")
 
     def refusal(self, option: str, value: Any) -> str:
-        """What is expected instead of the value: a truth, a number, one of a few words; empty where it will do.
+        """Describe the values that the option takes, if `value` is none of them; otherwise return "".
 
-        Other types are the function's own matter. A word where a truth is expected would do as a truth, and silently.
+        Only booleans, numbers and Literals are checked. (A string would silently count as a true boolean.) The function
+        checks other types itself.
         """
-        known = signature(self.function).parameters
-        return _refusal(value, known[option].annotation) if option in known else ""
+        parameters = signature(self.function).parameters
+        return _refusal(value, parameters[option].annotation) if option in parameters else ""
 
 
 def _refusal(value: Any, annotation: Any) -> str:
