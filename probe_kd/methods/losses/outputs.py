@@ -61,7 +61,8 @@ def logits(
     Ba and Caruana 2014 (arXiv 1312.6184), eq. 1. The paper has a factor 1/2 before the sum: use weight 0.5 with
     `reduction="sum"`. `center` subtracts from both logits their mean over the classes, which a softmax ignores. Then
     1/(2 C) of the sum over C classes is the limit of `soft_targets` for a high temperature (Hinton et al. 2015, sec.
-    2.1; Kim et al. 2021, arXiv 2105.08919). `standardize` also divides by the standard deviation over the classes (Sun et al. 2024).
+    2.1; Kim et al. 2021, arXiv 2105.08919). `standardize` also divides by the standard deviation over the
+    classes (Sun et al. 2024).
     """
     check_outputs("logits", student, teacher)
     if standardize:
