@@ -172,7 +172,7 @@ class JointTeacher:
 
     def features(self, images: Tensor, cached: Mapping[str, Tensor] | None = None) -> TeacherFeatures:
         if cached is not None:
-            raise LossError("the teacher trains too, so targets that were cached before are out of date")
+            raise LossError("the teacher trains too, so what it gave before is not what it gives now")
         view, model = self.view(images), self.probe.model
         random = RandomState(model) if self.block == "params" else None
         own = self.run(view)
