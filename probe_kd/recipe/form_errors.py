@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 from probe_kd.errors import Problem, nearest, nearest_truth
 from probe_kd.recipe.yaml_tree import Node, locate
 
-# What pydantic asks for, in the words of a recipe.
-_WANTED = {
+# What a value should have been, by pydantic's type of error.
+_EXPECTED = {
     **dict.fromkeys(("model_type", "dict_type"), "a mapping"),
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
@@ -27,43 +27,43 @@ _WANTED = {
 
 
 def form_problem(recipe: type[BaseModel], node: Node, error: Any) -> Problem:
-    steps, here = locate(node, error["loc"])
+    path, value = locate(node, error["loc"])
     last = error["loc"][-1] if error["loc"] else ""
-    where, by_option = ".".join(map(str, steps)), here.source.startswith("--set")
+    dotted, by_option = ".".join(map(str, path)), value.source.startswith("--set")
     if error["type"] == "extra_forbidden":
         legal = list(fields_at(recipe, error["loc"][:-1]))
         hint = nearest(str(last), legal) or f"; the keys here: {', '.join(legal)}"
-        return here.problem((f"there is no `{where}`" if by_option else f"unknown key `{last}`") + hint)
+        return value.problem((f"there is no `{dotted}`" if by_option else f"unknown key `{last}`") + hint)
     if error["type"] == "missing" and isinstance(last, str):
         field = fields_at(recipe, error["loc"][:-1]).get(last)
-        wanted = f"; expected {_wanted(field.annotation)}" if field else ""
-        beside = locate(node, steps[:-1])[1].value
-        meant = nearest(str(steps[-1]), {*beside} - {steps[-1]}) if by_option and isinstance(beside, dict) else ""
-        return here.problem(f"`{'.'.join(map(str, (*steps, last)))}` is missing{meant or wanted}")
-    return here.problem(f"`{where}`: {complaint(error)}")
+        expected = f"; expected {_expected_type(field.annotation)}" if field else ""
+        siblings = locate(node, path[:-1])[1].value
+        hint = nearest(str(path[-1]), {*siblings} - {path[-1]}) if by_option and isinstance(siblings, dict) else ""
+        return value.problem(f"`{'.'.join(map(str, (*path, last)))}` is missing{hint or expected}")
+    return value.problem(f"`{dotted}`: {complaint(error)}")
 
 
-def is_echo(recipe: type[BaseModel], error: Any, errors: Sequence[Any]) -> bool:
-    """Whether a key is missing only because it is written wrong, which is told."""
+def is_misspelt_key(recipe: type[BaseModel], error: Any, errors: Sequence[Any]) -> bool:
+    """Whether a key is missing only because it is misspelt, which is an error of its own."""
     *section, key = error["loc"] or ("",)
-    others = [other["loc"] for other in errors if other["type"] == "extra_forbidden"]
-    written = [str(loc[-1]) for loc in others if list(loc[:-1]) == section]
-    legal = list(fields_at(recipe, section)) if error["type"] == "missing" and written else []
-    return any(f"did you mean {key!r}" in nearest(name, legal) for name in written if key in legal)
+    unknown_keys = [other["loc"] for other in errors if other["type"] == "extra_forbidden"]
+    misspelt = [str(loc[-1]) for loc in unknown_keys if list(loc[:-1]) == section]
+    legal = list(fields_at(recipe, section)) if error["type"] == "missing" and misspelt else []
+    return any(f"did you mean {key!r}" in nearest(name, legal) for name in misspelt if key in legal)
 
 
 def complaint(error: Any) -> str:
-    """What one error of pydantic's says, without its names for things."""
+    """The message of one error of pydantic, in the words of a recipe."""
     given, kind, context = error["input"], error["type"], error.get("ctx", {})
-    word = json.dumps(given) if isinstance(given, bool | None) else repr(given)
-    got = "" if isinstance(given, dict | list) else f", got {word}"
-    if kind in _WANTED:
+    shown = json.dumps(given) if isinstance(given, bool | None) else repr(given)
+    got = "" if isinstance(given, dict | list) else f", got {shown}"
+    if kind in _EXPECTED:
         got = got or (", got a mapping" if isinstance(given, dict) else ", got a list")
-        return f"expected {_WANTED[kind]}{got}{nearest_truth(given) if kind.startswith('bool') else ''}"
+        return f"expected {_EXPECTED[kind]}{got}{nearest_truth(given) if kind.startswith('bool') else ''}"
     if kind == "literal_error":
         legal = context["expected"]
-        near = nearest(str(given), legal.split("'")[1::2])
-        return f"expected {legal}{got}{near}"
+        hint = nearest(str(given), legal.split("'")[1::2])
+        return f"expected {legal}{got}{hint}"
     if kind == "missing":
         return "a value is missing"
     if kind in ("too_short", "too_long"):
@@ -75,31 +75,35 @@ def complaint(error: Any) -> str:
     return f"{message[:1].lower()}{message[1:]}{got}"
 
 
-def fields_at(recipe: type[BaseModel], where: Iterable[str | int]) -> Mapping[str, FieldInfo]:
-    """The keys of a section, by pydantic's steps to it."""
-    here: Any = recipe
-    for step in where:
-        here = _below(here, step)
-    here = _below(here, None)
-    return here.model_fields if isinstance(here, type) and issubclass(here, BaseModel) else {}
+def fields_at(recipe: type[BaseModel], steps: Iterable[str | int]) -> Mapping[str, FieldInfo]:
+    """The fields of a section. `steps` is the `loc` of pydantic's errors in it."""
+    kind: Any = recipe
+    for step in steps:
+        kind = _inner_type(kind, step)
+    kind = _inner_type(kind, None)
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
 
 
-def _below(kind: Any, step: str | int | None) -> Any:
-    """The type of what is under a key, an index or a branch's tag; without a step, that of a section itself."""
-    origin, inner = get_origin(kind), [it for it in get_args(kind) if it is not type(None)]
+def _inner_type(kind: Any, step: str | int | None) -> Any:
+    """The type under a key, an index or the tag of a union's branch. With None, the type without Annotated and None."""
+    origin, arguments = get_origin(kind), [branch for branch in get_args(kind) if branch is not type(None)]
     if origin in (Union, UnionType):
-        tagged = [it for it in inner if any(isinstance(tag, Tag) and tag.tag == step for tag in get_args(it)[1:])]
-        return tagged[0] if tagged else _below(inner[0], step)
+        matching = [
+            branch
+            for branch in arguments
+            if any(isinstance(tag, Tag) and tag.tag == step for tag in get_args(branch)[1:])
+        ]
+        return matching[0] if matching else _inner_type(arguments[0], step)
     if origin is Annotated:
-        return _below(inner[0], step)
+        return _inner_type(arguments[0], step)
     if step is None:
         return kind
     if origin in (dict, list, tuple):
-        return inner[-1]
+        return arguments[-1]
     return kind.model_fields[step].annotation if step in getattr(kind, "model_fields", ()) else kind
 
 
-def _wanted(kind: Any) -> str:
-    kind = _below(kind, None)
+def _expected_type(kind: Any) -> str:
+    kind = _inner_type(kind, None)
     words = {int: "a whole number", float: "a number", str: "text"}
     return "a list" if get_origin(kind) in (list, tuple) else words.get(kind, "a mapping")

@@ -27,7 +27,7 @@ from probe_kd.methods.sharing import Pattern
 from probe_kd.methods.teachers import Block
 from probe_kd.recipe.form_errors import complaint
 
-# Columns of metrics.csv that are no losses.
+# Columns of metrics.csv that are not losses.
 RESERVED = (
     "role",
     "stage",
@@ -42,7 +42,7 @@ RESERVED = (
 
 
 def _name(text: str) -> str:
-    """Names stand in tables, files and terminals: one that is a formula, a path or a colour there is none."""
+    """Check a name, which is shown in tables, files and terminals: no formula, path or escape code."""
     if not re.fullmatch(r"\w[\w .-]{0,63}", text):
         raise ValueError("expected at most 64 letters, digits, `_`, `-`, `.` and spaces, a letter or digit first")
     return text
@@ -51,7 +51,7 @@ def _name(text: str) -> str:
 Name = Annotated[str, AfterValidator(_name)]
 
 
-# Which branch of a union is meant, so that one mistake is told once and not for every branch.
+# The branch of a union that a value belongs to, so that pydantic reports one error and not one for each branch.
 def _list_or_word(value: Any) -> str:
     return "list" if isinstance(value, list | tuple) else "word"
 
@@ -79,10 +79,10 @@ class _Section(BaseModel):
 
 
 class OptimizerOptions(_Section):
-    """timm's `create_optimizer_v2`: `opt`, `lr`, `weight_decay`, `momentum`, and `opt_args` for what else one takes.
+    """Arguments of timm's `create_optimizer_v2`, with `opt_args` for those that only some optimizers take.
 
-    `lr_scale` multiplies the learning rate of the student's parameters in a module, or whose names match a glob, as in
-    `{layer1: 0.1}`; where several match, the last does.
+    `lr_scale` multiplies the learning rate of the student's parameters in a module, or of those whose names match a
+    glob, as in `{layer1: 0.1}`. If several match, the last one applies.
     """
 
     opt: str = "adamw"
@@ -95,7 +95,7 @@ class OptimizerOptions(_Section):
 
 
 class SchedulerOptions(_Section):
-    """timm's `create_scheduler_v2`, stepped every update: `sched` and its arguments, counted in epochs."""
+    """Arguments of timm's `create_scheduler_v2`, counted in epochs. The scheduler steps every update."""
 
     sched: Literal["cosine", "tanh", "step", "multistep", "poly", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0, ge=0)
@@ -107,7 +107,7 @@ class SchedulerOptions(_Section):
 
 
 class ScheduleOptions(_Section):
-    """A number that moves from `start` to `end` over so many epochs of its stage, by default all of them."""
+    """A number that moves from `start` to `end` over `epochs` epochs of its stage, by default all."""
 
     start: float
     end: float
@@ -124,30 +124,31 @@ Scheduled = Annotated[
 ]
 
 
-def _no_reward(weight: float | ScheduleOptions) -> float | ScheduleOptions:
-    """What a loss of negative weight asks for is to be as unlike the teacher, or as wrong, as can be."""
-    least = min(weight.start, weight.end) if isinstance(weight, ScheduleOptions) else weight
-    if least < 0:
-        got = f", got {least:g}" if isinstance(weight, ScheduleOptions) else ""
+def _not_negative(weight: float | ScheduleOptions) -> float | ScheduleOptions:
+    """Refuse a negative weight, which would reward the student for differing from the teacher or the labels."""
+    smallest = min(weight.start, weight.end) if isinstance(weight, ScheduleOptions) else weight
+    if smallest < 0:
+        got = f", got {smallest:g}" if isinstance(weight, ScheduleOptions) else ""
         raise ValueError(f"expected a number greater than or equal to 0{got}")
     return weight
 
 
 def schedule(value: Any) -> Any:
+    """A Schedule for ScheduleOptions; any other value unchanged."""
     return Schedule(**value.model_dump()) if isinstance(value, ScheduleOptions) else value
 
 
 class LossOptions(BaseModel):
-    """One loss: its name in `LOSSES`, its weight, what is done before it, and the loss function's own arguments.
+    """One loss: its name in `LOSSES`, its weight, how features are adapted, and the arguments of the loss function.
 
-    `weight`, and a number among the arguments, may be a schedule: `{start: 4, end: 1, epochs: 400}`.
+    `weight` and any number among the arguments may be a schedule: `{start: 4, end: 1, epochs: 400}`.
     """
 
-    # What is no field here is the loss function's own, and checked against it.
+    # Other keys are arguments of the loss function, and are checked against its signature.
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     loss: str
-    weight: Annotated[Scheduled, AfterValidator(_no_reward)] = 1.0
+    weight: Annotated[Scheduled, AfterValidator(_not_negative)] = 1.0
     policy: Policy = "auto"
     tokens: Tokens = "drop"
     normalize: Normalize = "none"
@@ -158,7 +159,7 @@ class LossOptions(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The loss function's own. Raises LossError for a mapping that is no schedule."""
+        """The arguments of the loss function. Raises LossError for a mapping that is not a schedule."""
         return {key: self._read(key, value) for key, value in (self.model_extra or {}).items()}
 
     @staticmethod
@@ -175,9 +176,9 @@ class LossOptions(BaseModel):
 class StageOptions(_Section):
     """One phase of training: losses, epochs, optimizer, scheduler.
 
-    What no loss of the stage reaches takes no part in it. `keep: best` ends the stage with the epoch whose losses,
-    weighted and summed, were least on held-out training images (`data.holdout`). `grad_accum_steps` batches make one
-    update of the weights.
+    A stage trains only the parameters that its losses reach. With `keep: best`, it ends with the weights of the epoch
+    whose weighted sum of losses was lowest on held-out training images (`data.holdout`). The gradients of
+    `grad_accum_steps` batches are accumulated for one update of the weights.
     """
 
     name: Name = "train"
@@ -190,13 +191,13 @@ class StageOptions(_Section):
     keep: Literal["last", "best"] = "last"
 
 
-FINE_TUNING_LR = 1e-4  # a tenth of the default of one that is trained from scratch
+FINE_TUNING_LR = 1e-4  # a tenth of the default for training from scratch
 
 
 class TeacherTraining(_Section):
-    """How to train a teacher first, on the labels alone.
+    """How to train the teacher on the labels before the first stage.
 
-    One that has weights already is fine-tuned, by default at a learning rate of 1e-4 and not of 1e-3.
+    A teacher with weights is fine-tuned, at a default learning rate of 1e-4 instead of 1e-3.
     """
 
     epochs: int = Field(ge=1)
@@ -206,12 +207,12 @@ class TeacherTraining(_Section):
 
 
 class ModelOptions(_Section):
-    """A model: what `probe-kd inspect` takes as its name, with `model_kwargs` for timm's `create_model`.
+    """A model: its name as `probe-kd inspect` takes it, and `model_kwargs` for timm's `create_model`.
 
-    `package.module:function` needs `--allow-import package` on the command line. `grad_checkpointing` is timm's: less
-    memory in training for more time; a container whose children it runs one by one cannot be tapped then.
-    `new_classifier` leaves the classifier of the weights out, so that a new one begins. A teacher with `train` gets one
-    unasked where its weights have other classes.
+    `package.module:function` needs `--allow-import package` on the command line. `grad_checkpointing` is timm's: it
+    takes less memory and more time in training, and layers inside of a checkpointed container cannot be read.
+    `new_classifier` replaces the classifier of the weights by a new one. A teacher with `train` gets a new classifier
+    anyway if its weights have other classes.
     """
 
     model: str
@@ -225,14 +226,14 @@ class ModelOptions(_Section):
 class TeacherOptions(ModelOptions):
     """The teacher has weights (`pretrained`, `checkpoint`) or is trained first (`train`).
 
-    For a function of your own, `pretrained` says that it loads its weights itself.
+    For your own function, `pretrained` says that the function loads the weights itself.
 
-    `input_size`, `mean` and `std` are for a teacher that does not expect what timm's config says and the data gives.
-    `class_map` is its index of each of the student's classes, where they are not the same: a list, or a JSON file.
-    `same_init` lets its first weights follow from the recipe's seed as the student's do, so that two models of one
-    architecture begin with the same ones.
-    `cache` is a folder for what it gives: an image that it has seen in the same view, in this run or another, it is not
-    asked about again. `cache_top_k` keeps so many of its logits, and spreads what probability is left evenly.
+    `input_size`, `mean` and `std` are needed if the teacher expects other inputs than the data's size and timm's config
+    for it. `class_map` has the teacher's index of each of the student's classes, if the two differ, as a list or a JSON
+    file. `same_init` draws the initial weights from the same seed as the student's, so that two models of one
+    architecture start equal. `cache` is a folder for the teacher's outputs, so that it does not run twice on the same
+    view of an image, in this run or another. `cache_top_k` stores only the largest so many logits, and spreads the rest
+    of the probability evenly.
     """
 
     input_size: InputSize | None = None
@@ -247,31 +248,31 @@ class TeacherOptions(ModelOptions):
     cache_top_k: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _fine_tunes_gently(self) -> Self:
-        """A teacher that has weights already is trained on at a smaller rate, unless the recipe gives one."""
+    def _lower_lr_to_fine_tune(self) -> Self:
+        """Lower the default learning rate for a teacher that has weights."""
         if self.train is None or not (self.pretrained or self.checkpoint):
             return self
         optimizer = self.train.optimizer
         if "lr" not in optimizer.model_fields_set:
             train = self.train.model_copy(update={"optimizer": optimizer.model_copy(update={"lr": FINE_TUNING_LR})})
-            object.__setattr__(self, "train", train)  # the model is frozen for everybody else
+            object.__setattr__(self, "train", train)  # the model is frozen
         return self
 
 
 def classifier_of(options: ModelOptions) -> Literal["same", "new where other", "new"]:
-    """What becomes of the classifier that a model's weights have."""
+    """Whether a model takes the classifier of its weights: always, only with the right classes, or never."""
     if options.new_classifier:
         return "new"
     return "new where other" if isinstance(options, TeacherOptions) and options.train else "same"
 
 
 class ShareOptions(_Section):
-    """Teacher and student train together (Rocket Launching), and this is what they have in common.
+    """Joint training of student and teacher (Rocket Launching), and the layers that they share.
 
-    `form: weights`: the convolutions and linear layers in `modules`: `interval`, `bottom`, names, or student name:
-    teacher name. `form: trunk`: all layers up to `at`, which run once; `form: graft`: the student's layers up to `at`
-    are replaced by the teacher's; `at` is one layer, or student layer: teacher layer. `form: none`: nothing.
-    `block` is the gradient block: what a loss between the two may move.
+    `form: weights` shares the convolutions and linear layers in `modules`: `interval`, `bottom`, names, or student
+    name: teacher name. `form: trunk` shares all layers up to `at`, which run once. `form: graft` replaces the student's
+    layers up to `at` by the teacher's. `at` is one layer, or student layer: teacher layer. `form: none` shares nothing.
+    `block` is the gradient block: which parameters a loss between student and teacher may change.
     """
 
     form: Literal["weights", "trunk", "graft", "none"] = "weights"
@@ -280,18 +281,18 @@ class ShareOptions(_Section):
     block: Block = "output"
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        wanted = {"weights": "modules", "trunk": "at", "graft": "at"}.get(self.form)
+    def _has_keys_of_its_form(self) -> Self:
+        needed = {"weights": "modules", "trunk": "at", "graft": "at"}.get(self.form)
         for key in ("modules", "at"):
-            if key != wanted and getattr(self, key) is not None:
-                raise ValueError(f"form `{self.form}` has no `{key}`" + (f"; it has `{wanted}`" if wanted else ""))
-        if self.form != "weights" and wanted and getattr(self, wanted) is None:
-            raise ValueError(f"form `{self.form}` needs `{wanted}`: the last layer that both have in common")
+            if key != needed and getattr(self, key) is not None:
+                raise ValueError(f"form `{self.form}` has no `{key}`" + (f"; it has `{needed}`" if needed else ""))
+        if self.form != "weights" and needed and getattr(self, needed) is None:
+            raise ValueError(f"form `{self.form}` needs `{needed}`: the last layer that both have in common")
         return self
 
     @property
     def cut(self) -> tuple[Tap, Tap]:
-        """Raises TapError."""
+        """The last shared tap of the student and of the teacher. Raises TapError."""
         student_cut, teacher_cut = (
             (self.at, self.at) if isinstance(self.at, str) else next(iter((self.at or {"": ""}).items()))
         )
@@ -305,7 +306,7 @@ class AutoPairs(_Section):
     num_pairs: int | None = Field(default=None, ge=1)
 
 
-def _read_auto(value: Any) -> Any:
+def _auto_as_mapping(value: Any) -> Any:
     if isinstance(value, str):
         if value != "auto":
             raise ValueError(f"{value!r}: expected `auto`, or a mapping of student layers to teacher layers")
@@ -321,9 +322,9 @@ def _kind_of_pairs(value: Any) -> str:
 class PairOptions(_Section):
     """One pair in its long form.
 
-    `teacher` is the layer that the student's learns from. `weight` multiplies the pair's share of every loss; a pair of
-    weight 0 is in no loss, and only measured by `probe-kd eval`. `policy`, `tokens`, `normalize`, `projector` and
-    `activation` go before those of a loss, where it has such a choice.
+    `teacher` is the layer that the student's layer learns from. `weight` multiplies the pair's share of every loss. A
+    pair of weight 0 is in no loss, and only `probe-kd eval` measures it. `policy`, `tokens`, `normalize`, `projector`
+    and `activation` override those of a loss that has them.
     """
 
     teacher: str
@@ -344,7 +345,7 @@ _Pair = Annotated[
     Discriminator(_mapping_or_word),
 ]
 Pairs = Annotated[
-    Annotated[AutoPairs, BeforeValidator(_read_auto), Tag("auto")] | Annotated[dict[str, _Pair], Tag("mapping")],
+    Annotated[AutoPairs, BeforeValidator(_auto_as_mapping), Tag("auto")] | Annotated[dict[str, _Pair], Tag("mapping")],
     Discriminator(_kind_of_pairs),
 ]
 
@@ -352,7 +353,7 @@ Pairs = Annotated[
 class CompileOptions(_Section):
     """`torch.compile` of the whole `step` (both models, adapters and losses), or of one model.
 
-    `backend` and `mode` are torch's. It is compiled anew in every stage, since a stage reads other layers.
+    `backend` and `mode` are torch's. Every stage compiles again, because it reads other layers.
     """
 
     target: Literal["step", "student", "teacher"] = "step"
@@ -361,7 +362,7 @@ class CompileOptions(_Section):
 
 
 class AverageOptions(_Section):
-    """timm's ModelEmaV3 of the student: `decay`, and `warmup`, which lets it follow faster at the beginning."""
+    """Arguments of timm's ModelEmaV3 for the student. `warmup` uses a smaller `decay` in the first updates."""
 
     decay: float = Field(default=0.9998, ge=0, lt=1)
     warmup: bool = False
@@ -371,18 +372,17 @@ class Recipe(_Section):
     """A whole recipe.
 
     `pairs` maps student taps to teacher taps, or is `auto`. A tap may be a pattern, `glob:blocks.[0-3]` or
-    `re:layer[12]`, if both sides of a pair find equally many. `baseline` also trains the student without a
-    teacher: the same weights to begin with, the same images, and only the losses that read labels. `share` trains both
-    together; the
-    teacher is trained alone first, to compare. `precision` is accelerate's; where neither it nor accelerate's own
-    configuration is given, it is `bf16` on a GPU that computes in it, and `no` elsewhere. `matmul_precision` is that of
-    `torch.set_float32_matmul_precision`; where it is not given, `high` on a GPU in bf16 or fp16. `channels_last` is how
-    models and images lie in memory: where it is not given, they do if all models are timm's, on the CPU and on a GPU
-    in bf16 or fp16, since convolutions are then faster (benchmarks/modes.py, gpu.py); one of your own may not bear it.
-    `model_ema` also keeps a moving average of the student, begun anew in every stage. A checkpoint is
-    written after every epoch, and every `recovery_interval` batches in between; the newest `checkpoint_hist` are kept.
-    The test images are looked at every `val_interval` epochs, and after the last of a stage.
-    `trackers` are those of accelerate: `tensorboard`, `wandb`.
+    `re:layer[12]`, if both sides of a pair match equally many layers. `baseline` also trains the student without a
+    teacher, from the same initial weights, on the same images, with the losses that read only labels. `share` trains
+    both models jointly; before that, the teacher is trained alone, for comparison. `precision` is accelerate's. Not
+    set: accelerate's own configuration, else `bf16` on a GPU that supports it, and `no` elsewhere. `matmul_precision`
+    is that of `torch.set_float32_matmul_precision`. Not set: `high` on a GPU in bf16 or fp16. `channels_last` is the
+    memory format of models and images. Not set: yes if all models are timm's, except in float32 on a GPU, because
+    convolutions are then faster (benchmarks/modes.py, gpu.py); your own model may not support it. `model_ema` also
+    keeps a moving average of the student, which restarts in every stage. A checkpoint is written after every epoch, and
+    every `recovery_interval` batches in between; the newest `checkpoint_hist` are kept. The student is evaluated every
+    `val_interval` epochs, and after the last epoch of a stage. `trackers` are those of accelerate: `tensorboard`,
+    `wandb`.
     """
 
     student: ModelOptions

@@ -1,7 +1,7 @@
-"""From a recipe to a plan: what it names is opened, traced, paired and adapted, and nothing is trained.
+"""Check a recipe: open its data, trace and pair its models, make its adapters, and train nothing.
 
-Every section of the recipe is checked by functions of its own (`sections/`). `plan` calls them in the order in which
-one needs what another found, and raises one RecipeError with all that is wrong, each problem at its line.
+The functions in `sections/` check one section of the recipe each. `plan` calls them in the order of their dependencies,
+and raises one RecipeError with all problems, each with its line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,12 +33,12 @@ from probe_kd.recipe.sections.models import (
 from probe_kd.recipe.sections.pairs import Expansion, Paired, check_use, expansions, find_pairs
 from probe_kd.recipe.sections.sharing import check_trunk_inputs, input_of_trained, try_sharing
 from probe_kd.recipe.sections.stages import check_stages, check_warmup
-from probe_kd.recipe.yaml_tree import Path_
+from probe_kd.recipe.yaml_tree import KeyPath
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe that has been checked against models and data: all that training needs, and nothing left to guess."""
+    """A recipe that was checked against its models and data, and everything that training needs from them."""
 
     recipe: Recipe
     datasets: Datasets
@@ -51,9 +51,9 @@ class Plan:
     comparisons: tuple[Planned, ...]
     class_map: tuple[int, ...] | None = None
     sharing: Sharing | None = None
-    grown: Trace | None = None  # of the student as it is trained, where that is a graft
+    grown: Trace | None = None  # the student as it is trained, if it is a graft
     expansions: tuple[Expansion, ...] = ()
-    new_classifiers: tuple[str, ...] = ()  # in a sentence each, of models with weights
+    new_classifiers: tuple[str, ...] = ()  # one sentence for each model with weights
 
     @property
     def trained(self) -> Trace:
@@ -62,51 +62,55 @@ class Plan:
 
     @property
     def remarks(self) -> list[str]:
-        """What can be run as it stands, and is hardly what was meant."""
-        asked = self.recipe.share or any(objective.needs_teacher for stage in self.objectives for objective in stage)
-        if self.teacher is None or asked:
+        """Warnings: the recipe can run, but is probably not what was meant."""
+        uses_teacher = self.recipe.share or any(
+            objective.needs_teacher for stage in self.objectives for objective in stage
+        )
+        if self.teacher is None or uses_teacher:
             return []
-        does = "is trained" if self.recipe.teacher and self.recipe.teacher.train else "is loaded"
+        action = "is trained" if self.recipe.teacher and self.recipe.teacher.train else "is loaded"
         return [
-            f"no loss reads the teacher: it {does} and compared with, and teaches nothing; add "
+            f"no loss reads the teacher: it {action} and compared with, and teaches nothing; add "
             "`soft: {loss: soft_targets}`, say, or leave `teacher` out"
         ]
 
     @property
     def resolved(self) -> Recipe:
-        """The recipe with what was found written out: the pairs, and the arguments that the models are built with."""
+        """The recipe with explicit pairs, and with the arguments that the models are built with."""
         recipe = self.recipe
         student = recipe.student.model_copy(update={"model_kwargs": dict(self.student.model_kwargs)})
-        found: dict[str, Any] = {"student": student}
+        sections: dict[str, Any] = {"student": student}
         if recipe.teacher is not None and self.teacher is not None:
             kwargs = dict(self.teacher.model_kwargs)
-            found["teacher"] = recipe.teacher.model_copy(update={"model_kwargs": kwargs})
-        found |= self._normalisation_of_folders(found)
+            sections["teacher"] = recipe.teacher.model_copy(update={"model_kwargs": kwargs})
+        sections |= self._normalisation_of_folders(sections)
         if self.pairs:
             body = "body." if self.grown else ""
-            found["pairs"] = {str(pair.student).removeprefix(body): _written(pair) for pair in self.pairs}
-        return recipe.model_copy(update=found)
+            sections["pairs"] = {str(pair.student).removeprefix(body): _pair_as_written(pair) for pair in self.pairs}
+        return recipe.model_copy(update=sections)
 
-    def _normalisation_of_folders(self, found: Mapping[str, Any]) -> dict[str, Any]:
-        """The sections with the mean and std that the config of a `local-dir:` model says, since the folder may go."""
+    def _normalisation_of_folders(self, sections: Mapping[str, Any]) -> dict[str, Any]:
+        """The sections with the mean and std from the config of a `local-dir:` model, because its folder may vanish."""
         sides = [("data", self.recipe.student, None if self.grown else self.student_input)]
         if self.recipe.teacher is not None:
             sides.append(("teacher", self.recipe.teacher, self.teacher_input))
         return {
-            key: found.get(key, getattr(self.recipe, key)).model_copy(update={"mean": given.mean, "std": given.std})
-            for key, options, given in sides
-            if given is not None and options.model.startswith("local-dir:")
+            key: sections.get(key, getattr(self.recipe, key)).model_copy(
+                update={"mean": input_spec.mean, "std": input_spec.std}
+            )
+            for key, options, input_spec in sides
+            if input_spec is not None and options.model.startswith("local-dir:")
         }
 
 
-def _written(pair: Pair) -> str | PairOptions:
+def _pair_as_written(pair: Pair) -> str | PairOptions:
     plain = pair.weight == 1 and not pair.adapter
     long = {"teacher": str(pair.teacher), "weight": pair.weight, **pair.adapter}
     return str(pair.teacher) if plain else PairOptions.model_validate(long)
 
 
-class _Found(NamedTuple):
-    """What the sections of a recipe stand for, as far as each could be found."""
+class _Sections(NamedTuple):
+    """The results of checking all sections; None for what could not be made."""
 
     datasets: Datasets | None
     models: Models
@@ -122,44 +126,47 @@ class _Found(NamedTuple):
 def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord | None = None) -> Plan:
     """Check a recipe against its models and data.
 
-    Functions of your own that it names as models are imported and called only where `allow_import` names their package
-    or module. The classes have the numbers that the `record` of a former run says, where one is given. Raises
-    RecipeError with all problems that do not hide each other, those of form that `source` has too.
+    Your own functions, which a recipe may name as models, are imported and called only if `allow_import` names their
+    package or module. With the `record` of a former run, classes have the same numbers as in that run.
+
+    Raises RecipeError with the errors of form in `source`, and all other problems that do not follow from another.
     """
     recipe = source.recipe
     if source.form:
-        _raise(source, _beside_form(source, allow_import, record))
-    found, mistakes = _find(recipe, allow_import, record)
+        _raise(source, _check_despite_form(source, allow_import, record))
+    sections, mistakes = _check_sections(recipe, allow_import, record)
     _raise(source, mistakes)
-    _raise(source, check_trunk_inputs(recipe, found.models))
-    student, teacher = found.models.student, found.models.teacher
-    assert found.datasets is not None
+    _raise(source, check_trunk_inputs(recipe, sections.models))
+    student, teacher = sections.models.student, sections.models.teacher
+    assert sections.datasets is not None
     assert student is not None
     return Plan(
         recipe=recipe,
-        datasets=found.datasets,
+        datasets=sections.datasets,
         student=student,
         teacher=teacher,
         student_input=input_of_trained(recipe, student, teacher),
         teacher_input=input_of_teacher(recipe, teacher) if teacher else None,
-        pairs=found.paired.pairs or (),
-        objectives=tuple(tuple(stage) for stage in found.objectives),
-        comparisons=tuple(found.comparisons),
-        class_map=found.class_map,
-        sharing=found.sharing,
-        grown=found.grown,
-        expansions=tuple(expansions(recipe, found.paired)),
-        new_classifiers=tuple(found.new_classifiers),
+        pairs=sections.paired.pairs or (),
+        objectives=tuple(tuple(stage) for stage in sections.objectives),
+        comparisons=tuple(sections.comparisons),
+        class_map=sections.class_map,
+        sharing=sections.sharing,
+        grown=sections.grown,
+        expansions=tuple(expansions(recipe, sections.paired)),
+        new_classifiers=tuple(sections.new_classifiers),
     )
 
 
 def _raise(source: Source, mistakes: Sequence[Mistake]) -> None:
-    problems = [*source.form, *(source.problem(where, message) for where, message in mistakes)]
+    problems = [*source.form, *(source.problem(place, message) for place, message in mistakes)]
     if problems:
         raise source.error(problems)
 
 
-def _find(recipe: Recipe, allow_import: Sequence[str], record: DataRecord | None) -> tuple[_Found, list[Mistake]]:
+def _check_sections(
+    recipe: Recipe, allow_import: Sequence[str], record: DataRecord | None
+) -> tuple[_Sections, list[Mistake]]:
     datasets, mistakes = open_data(recipe.data, record)
     models, more = trace_models(recipe, datasets.num_classes if datasets else None, allow_import)
     mistakes += more + check_student(recipe, models) + check_teacher(recipe, models)
@@ -171,30 +178,30 @@ def _find(recipe: Recipe, allow_import: Sequence[str], record: DataRecord | None
     (grown, sharing), more = try_sharing(recipe, models)
     mistakes += more
     paired, objectives, comparisons, more = _plan_losses(recipe, models, grown, class_map)
-    found = _Found(datasets, models, new_classifiers, class_map, grown, sharing, paired, objectives, comparisons)
-    return found, mistakes + more
+    sections = _Sections(datasets, models, new_classifiers, class_map, grown, sharing, paired, objectives, comparisons)
+    return sections, mistakes + more
 
 
-def _beside_form(source: Source, allow_import: Sequence[str], record: DataRecord | None) -> list[Mistake]:
-    """What else is wrong, beside the form: nothing of the broken places, and nothing that may follow from them."""
+def _check_despite_form(source: Source, allow_import: Sequence[str], record: DataRecord | None) -> list[Mistake]:
+    """The mistakes of a recipe with errors of form, without those at broken places or that may follow from them."""
     recipe, broken = source.recipe, source.broken
     if any(map(_hides_others, broken)):
         mistakes = _check_names(recipe, allow_import)
-        if not any(place[:1] == ("data",) for place in broken):
+        if not any(broken_place[:1] == ("data",) for broken_place in broken):
             mistakes += open_data(recipe.data, record)[1]
     else:
-        _, mistakes = _find(recipe, allow_import, record)
-    # Whether a schedule fits its epochs, say, is seen again when all numbers are there.
+        _, mistakes = _check_sections(recipe, allow_import, record)
+    # Whether a schedule fits its epochs, say, is checked again when the numbers are legal.
     of_numbers = {"scheduler", "epochs", "batch_size"}
     return [
-        (where, message)
-        for where, message in mistakes
-        if not any(where[: len(place)] == place for place in broken) and not of_numbers & {*where}
+        (place, message)
+        for place, message in mistakes
+        if not any(place[: len(broken_place)] == broken_place for broken_place in broken) and not of_numbers & {*place}
     ]
 
 
-def _hides_others(place: Path_) -> bool:
-    """Whether models, data, pairs or losses are others without the value at this place."""
+def _hides_others(place: KeyPath) -> bool:
+    """Whether models, data, pairs or losses change without the value at this place."""
     section, key, *rest = (*place, "", "")
     if section == "stages":
         return "losses" in rest and (len(place) < 5 or place[4] in ("loss", "of", "between"))
@@ -209,7 +216,7 @@ _DATA_ITSELF = {
 
 
 def _check_names(recipe: Recipe, allow_import: Sequence[str]) -> list[Mistake]:
-    """What needs neither models nor data: whether what is named is there."""
+    """Check names of models, losses, optimizers and trackers, which needs neither models nor data."""
     mistakes = check_name("student", recipe.student, allow_import)
     if recipe.teacher is not None:
         mistakes += check_name("teacher", recipe.teacher, allow_import)
@@ -220,11 +227,11 @@ def _check_names(recipe: Recipe, allow_import: Sequence[str]) -> list[Mistake]:
 
 
 def _check_weights(recipe: Recipe, models: Models, record: DataRecord | None) -> tuple[list[str], list[Mistake]]:
-    # Without data nobody knows how many classes there are, and what does not fit 1000 would be no mistake.
-    known = models if models.classes is not None else Models(None, None, None)
-    told, mistakes = check_weights(recipe, "student", known.student, record)
-    of_teacher, more = check_weights(recipe, "teacher", known.teacher, record)
-    return told + of_teacher, mistakes + more
+    # Without data the number of classes is unknown, and not fitting the default of 1000 is no mistake.
+    checkable = models if models.classes is not None else Models(None, None, None)
+    new_of_student, mistakes = check_weights(recipe, "student", checkable.student, record)
+    new_of_teacher, more = check_weights(recipe, "teacher", checkable.teacher, record)
+    return new_of_student + new_of_teacher, mistakes + more
 
 
 def _plan_losses(
@@ -234,12 +241,12 @@ def _plan_losses(
     paired, mistakes = find_pairs(recipe, models, grown)
     objectives: list[list[Objective]] = []
     for index in range(len(recipe.stages)):
-        made, more = make_objectives(recipe, index, paired.compared, "body." if grown else "")
-        objectives.append(made)
-        mistakes += more + check_sides(recipe, index, made)
+        of_stage, more = make_objectives(recipe, index, paired.compared, "body." if grown else "")
+        objectives.append(of_stage)
+        mistakes += more + check_sides(recipe, index, of_stage)
     mistakes += check_use(recipe, paired, objectives)
     # Outputs are compared only where the number of classes is known.
-    of_layers = [[it for it in stage if it.resolved.reads != "outputs"] for stage in objectives]
+    of_layers = [[objective for objective in stage if objective.resolved.reads != "outputs"] for stage in objectives]
     compared = of_layers if models.classes is None else objectives
     traces = grown or models.student, models.teacher
     comparisons, more = find_adapters(recipe, compared, traces, paired, class_map)

@@ -1,4 +1,4 @@
-"""A recipe for two models, one method and one set of images: complete, commented, and one that runs as it stands."""
+"""Write a recipe for two models, a method and a data set: complete, commented and ready to run."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from probe_kd.errors import DataError, Problem, RecipeError, nearest
 from probe_kd.files.atomic import reason
 from probe_kd.recipe.reading import parse
 
-SMALL = 96  # pixels of a side up to which images are hardly large photographs
+SMALL = 96  # pixels; larger images are treated as photographs
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a recipe of this method says.
+    """The stages of a method in a recipe, and what else the recipe needs.
 
-    `pairs` says which pairs it reads: all, the one in the middle, those of several positions; empty for none.
+    `pairs` says which pairs the method reads: `all`, the `middle` one, those of `several` positions, or none (empty).
     """
 
     about: str
@@ -35,7 +35,7 @@ _SCHEDULER = "    scheduler: {sched: cosine, warmup_epochs: 0.5}"
 
 
 def _stage(name: str, epochs: int, *losses: str) -> str:
-    """One stage; a line of losses that begins with four blanks is a key of the stage."""
+    """One stage. A line of `losses` that begins with four spaces is a key of the stage."""
     keys = [line for line in losses if line.startswith("    ")]
     terms = [f"      {line}" for line in losses if not line.startswith("    ")]
     return "\n".join(
@@ -123,7 +123,7 @@ METHODS = {
 
 
 def chosen(method: str) -> Method:
-    """The method of that name. Raises RecipeError with the nearest ones."""
+    """The method of this name. Raises RecipeError with the nearest name."""
     if method not in METHODS:
         text = f"there is no method {method!r}; expected one of {', '.join(METHODS)}{nearest(method, METHODS)}"
         raise RecipeError("--method", [Problem(text)])
@@ -140,30 +140,30 @@ def write_recipe(
     data: str = "sklearn/digits",
     root: str | None = None,
 ) -> None:
-    """A complete recipe for these models, with the reason of every pair. Raises RecipeError, or DataError for images
-    that there are not.
+    """Write a complete recipe for these models, with the reason for every pair.
 
-    `data` is a name as in `data: {dataset: ...}`, or a folder of folders.
+    `data` is a name as in `data: {dataset: ...}`, or a folder of folders. Raises RecipeError, or DataError for images
+    that do not exist.
     """
-    found = chosen(method)
+    chosen_method = chosen(method)
     allowed = "".join(f" --allow-import {package}" for package in packages([student.model, teacher.model]))
     parts = [
         f"# probe-kd train {path}{allowed}",
-        f"# {found.about}.",
+        f"# {chosen_method.about}.",
         "student:",
         _model_lines(student),
         "teacher:",
         _model_lines(teacher) + _teacher_size(student, teacher),
-        *([] if found.shares else [_WEIGHTS]),
-        *_data_lines(data, root, student.input_size, holdout="keep: best" in found.stages),
-        *_layer_lines(found, student, teacher, pairs),
+        *([] if chosen_method.shares else [_WEIGHTS]),
+        *_data_lines(data, root, student.input_size, holdout="keep: best" in chosen_method.stages),
+        *_layer_lines(chosen_method, student, teacher, pairs),
         "baseline: true                  # also train the student without the teacher, to compare",
         "stages:",
-        found.stages,
+        chosen_method.stages,
         "seed: 0",
     ]
     text = "\n".join(parts) + "\n"
-    parse(text, str(path))  # what we write is what we read
+    parse(text, str(path))  # what is written can be read
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -195,9 +195,9 @@ def _has_train(folder: Path) -> bool:
 
 
 def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, holdout: bool) -> list[str]:
-    """The `data:` section; what is known of a set (small images, digits that must not be mirrored) is in it.
+    """The `data:` section, with settings for small images, and for digits, which must not be mirrored.
 
-    Raises DataError for images that there are not, as far as that can be seen without fetching any.
+    Raises DataError for images that do not exist, as far as can be told without downloading any.
     """
     folder = Path(data).is_dir()
     lines = ["data:"]
@@ -208,9 +208,9 @@ def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, hold
         lines += ["  train_split: .                # its folders are the classes"] * (not _has_train(Path(data)))
         lines += ["  val_split: none               # there is no `validation` in it"] * unmeasured
     elif "/" not in data or data.startswith((".", "/", "~")):
-        near = nearest(data, [*NAMES, *(entry.name for entry in Path().iterdir() if entry.is_dir())])
+        hint = nearest(data, [*NAMES, *(entry.name for entry in Path().iterdir() if entry.is_dir())])
         raise DataError(
-            f"there is no folder {data!r}{near or ','} and --data takes a folder of folders that is there, or a name "
+            f"there is no folder {data!r}{hint or ','} and --data takes a folder of folders that is there, or a name "
             "such as torch/cifar100"
         )
     else:
@@ -222,13 +222,13 @@ def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, hold
             lines += [f"  root: {_word(root)}"]
     lines += [f"  input_size: {list(size)}", "  batch_size: 64"]
     name = data.rpartition("/")[2]
-    known = name in ("digits", "mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100")
-    if known or max(size[1:]) <= SMALL:
+    is_known = name in ("digits", "mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100")
+    if is_known or max(size[1:]) <= SMALL:
         lines += [
             "  crop_pct: 1.0                 # small images are tested whole",
             "  scale: [0.7, 1.0]             # random resized crops; timm's [0.08, 1.0] are for large photographs",
         ]
-    if known:
+    if is_known:
         mirrored = name in ("fashion_mnist", "cifar10", "cifar100")
         lines += [
             f"  hflip: {0.5 if mirrored else '0.0                    # a mirrored digit is no digit'}",
@@ -242,19 +242,21 @@ def _layer_lines(method: Method, student: Trace, teacher: Trace, pairs: Sequence
         return _share_lines(student, teacher, pairs)
     if not method.pairs:
         return []
-    kept = list(pairs)
+    used = list(pairs)
     if method.pairs == "middle":
-        kept = [pairs[(len(pairs) - 1) // 2]]
-    if method.pairs == "several":  # attention over one position is no attention
-        kept = [pair for pair in pairs if (1, 1) not in (student[pair.student].grid, teacher[pair.teacher].grid)]
-    lines = [f"  {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {pair.reason}" for pair in kept]
-    left = "one position, and nothing to attend to" if method.pairs == "several" else "not in the middle"
-    lines += [f"  # {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {left}" for pair in pairs if pair not in kept]
+        used = [pairs[(len(pairs) - 1) // 2]]
+    if method.pairs == "several":  # attention needs several positions
+        used = [pair for pair in pairs if (1, 1) not in (student[pair.student].grid, teacher[pair.teacher].grid)]
+    lines = [f"  {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {pair.reason}" for pair in used]
+    why_unused = "one position, and nothing to attend to" if method.pairs == "several" else "not in the middle"
+    lines += [
+        f"  # {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {why_unused}" for pair in pairs if pair not in used
+    ]
     return ["pairs:                          # student layer: teacher layer", *lines]
 
 
 def _share_lines(student: Trace, teacher: Trace, pairs: Sequence[Pair]) -> list[str]:
-    """Weights in common, where half of the student's layers are the teacher's too; or a graft at the first pair."""
+    """Share weights if half of the student's layers have the same name and shape in the teacher, else graft."""
     leaves = [module for module in student.modules.values() if module.parameters and not module.children]
     others = {(module.name, module.kind, module.parameters) for module in teacher.modules.values()}
     common = [module for module in leaves if (module.name, module.kind, module.parameters) in others]
@@ -276,6 +278,6 @@ def _quoted(tap: Tap) -> str:
 
 
 def _word(text: str) -> str:
-    """A YAML scalar that is read back as this text."""
+    """A YAML scalar that reads as this text."""
     plain = re.fullmatch(r"[A-Za-z][\w./:-]*[\w/]", text) and text.lower() not in ("true", "false", "null")
     return text if plain else json.dumps(text)

@@ -1,6 +1,6 @@
-"""The JSON Schema of recipes, for editors that complete and check YAML while it is written.
+"""The JSON Schema of recipes, with which editors complete and check YAML.
 
-It says no more than the loader, which has the last word: what depends on models and data only `probe-kd check` knows.
+The schema allows whatever `reading.py` allows. Only `probe-kd check` sees what depends on models and data.
 """
 
 import re
@@ -16,8 +16,8 @@ from probe_kd.recipe.keys import LossOptions, Recipe, Scheduled
 
 Schema = dict[str, Any]
 
-# What an editor and docs/recipe_keys.md show beside a key. A key of one section only stands as Section.key.
-SAYS = {
+# Descriptions of keys in editors and docs/recipe_keys.md. `Section.key` is for one section only.
+DESCRIPTIONS = {
     # the recipe
     "student": "The model to train. It is exported without its adapters.",
     "teacher": "The model that the student learns from. Without it, the student is trained on labels alone.",
@@ -158,7 +158,7 @@ SAYS = {
 
 
 def schema() -> Schema:
-    """JSON Schema 2020-12 of a recipe: of a whole one, or of one that `extends` another and so may leave keys out."""
+    """JSON Schema 2020-12 of a complete recipe, or of one that `extends` another and may therefore omit keys."""
     whole = Recipe.model_json_schema(schema_generator=_Generator)
     sections: dict[str, Schema] = whole.pop("$defs")
     sections["Recipe"] = whole
@@ -182,52 +182,52 @@ def schema() -> Schema:
 
 
 class _Generator(GenerateJsonSchema):
-    """A key is its own title: what pydantic makes of it, `Warmup Epochs`, is no word of a recipe."""
+    """pydantic's generator, without its titles such as `Warmup Epochs`: a key is its own title."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
     def tagged_union_schema(self, schema: Any) -> Any:
-        """`{}` may be of several branches, which `oneOf` would refuse."""
-        found: Any = super().tagged_union_schema(schema)
-        found["anyOf"] = found.pop("oneOf")
-        return found
+        """Use `anyOf`, because `{}` may match several branches, which `oneOf` would refuse."""
+        union: Any = super().tagged_union_schema(schema)
+        union["anyOf"] = union.pop("oneOf")
+        return union
 
 
 def _sections(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """The models inside a model, each once, all the way down."""
-    seen: dict[str, type[BaseModel]] = {}
+    """The models nested in a model at any depth, each once."""
+    models: dict[str, type[BaseModel]] = {}
     waiting: list[Any] = [field.annotation for field in model.model_fields.values()]
     while waiting:
         kind = waiting.pop()
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            if kind.__name__ in seen:
+            if kind.__name__ in models:
                 continue
-            seen[kind.__name__] = kind
+            models[kind.__name__] = kind
             waiting += [field.annotation for field in kind.model_fields.values()]
         waiting += getattr(kind, "__args__", ())
-    yield from seen.values()
+    yield from models.values()
 
 
 def _describe(section: Schema, model: type[BaseModel]) -> None:
-    """Every key with what the section's docstring says of it."""
+    """Add a title and a description to every key of a section."""
     section["title"] = model.__name__.removesuffix("Options")
     for key, entry in section["properties"].items():
         entry["title"] = key
-        entry["description"] = said_of(key, model)
+        entry["description"] = description_of(key, model)
 
 
-def said_of(key: str, model: type[BaseModel]) -> str:
-    """What there is to say of a key: the table's word, or the sentences of the docstrings that name it."""
+def description_of(key: str, model: type[BaseModel]) -> str:
+    """The description of a key: from DESCRIPTIONS, else the sentences of the docstrings that name it."""
     own = f"{model.__name__.removesuffix('Options')}.{key}"
     texts = [" ".join((getdoc(kind) or "").split()) for kind in model.__mro__ if kind.__module__.startswith("probe_kd")]
     sentences = [sentence for text in texts for sentence in re.split(r"(?<=\.) (?=[A-Z`])", text)]
     named = [sentence for sentence in sentences if f"`{key}`" in sentence or f"`{key}:" in sentence]
-    return SAYS.get(own) or SAYS.get(key) or " ".join(dict.fromkeys(named))
+    return DESCRIPTIONS.get(own) or DESCRIPTIONS.get(key) or " ".join(dict.fromkeys(named))
 
 
 def _of_losses(section: Schema) -> None:
-    """The names of the losses, and for each its own options and no others."""
+    """Allow the names of the losses, and for each loss only its own options."""
     common = dict.fromkeys(LossOptions.model_fields, True)
     section["properties"]["loss"] |= {"enum": list(LOSSES)}
     del section["additionalProperties"]
@@ -241,47 +241,47 @@ def _of_losses(section: Schema) -> None:
 
 
 def _options(loss: Loss) -> Schema:
-    """Its keyword-only arguments. A number may be a schedule."""
-    hints, found = get_type_hints(loss.function), dict[str, Any]()
+    """The keyword-only arguments of a loss. A number may be a schedule."""
+    hints, options = get_type_hints(loss.function), dict[str, Any]()
     for key, parameter in signature(loss.function).parameters.items():
         if parameter.kind is Parameter.KEYWORD_ONLY:
             kind: Any = Scheduled if hints[key] is float else hints[key]
             about = f"Of this loss; {parameter.default!r} if not given."
-            found[key] = {
+            options[key] = {
                 "title": key,
                 "description": about,
                 **_inline(TypeAdapter(kind).json_schema(schema_generator=_Generator)),
             }
-    return found
+    return options
 
 
-def _inline(found: Schema) -> Schema:
-    """Without definitions of its own: those of the recipe have the same names."""
-    found.pop("$defs", None)
-    return found
+def _inline(section: Schema) -> Schema:
+    """Remove the definitions of a schema: the recipe's have the same names."""
+    section.pop("$defs", None)
+    return section
 
 
 def _part(node: Any) -> Any:
-    """What a file may say that extends another: mappings are merged, so that no key is needed; a list is replaced."""
+    """The schema of a file that extends another. Mappings are merged, so no key is required; lists are replaced."""
     if isinstance(node, list):
         return [_part(item) for item in node]
     if not isinstance(node, Mapping):
         return node
     if node.get("type") == "array" or "if" in node:
         return dict(node)
-    found = {key: _part(value) for key, value in node.items() if key != "required"}
-    if "$ref" in found:
-        found["$ref"] = found["$ref"].replace("#/$defs/", "#/$defs/Part")
-    return found
+    optional = {key: _part(value) for key, value in node.items() if key != "required"}
+    if "$ref" in optional:
+        optional["$ref"] = optional["$ref"].replace("#/$defs/", "#/$defs/Part")
+    return optional
 
 
 def _reached(name: str, sections: Mapping[str, Schema]) -> dict[str, Schema]:
-    """A section and those that it leads to."""
-    found: dict[str, Schema] = {}
+    """A section and all sections that it refers to."""
+    reached: dict[str, Schema] = {}
     waiting = [name]
     while waiting:
         name = waiting.pop()
-        if name in sections and name not in found:
-            found[name] = sections[name]
-            waiting += re.findall(r"'#/\$defs/(\w+)'", repr(found[name]))
-    return found
+        if name in sections and name not in reached:
+            reached[name] = sections[name]
+            waiting += re.findall(r"'#/\$defs/(\w+)'", repr(reached[name]))
+    return reached

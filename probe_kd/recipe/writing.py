@@ -14,37 +14,38 @@ from probe_kd.recipe.reading import load
 
 
 def inputs_of(recipe: Recipe, *, trained: bool = False) -> list[str]:
-    """The files that a run of this recipe reads besides its images; once it is `trained`, those its models still need.
+    """The files that a run of this recipe reads besides its images.
 
-    A teacher that is not trained first is read again whenever it is measured, and a student's weights are the run's.
+    With `trained`, only those that are still needed after training: the run has saved the student's weights, but reads
+    those of a teacher that it did not train each time the teacher is evaluated.
     """
-    teacher, found = recipe.teacher, list[str | Path]()
+    teacher, files = recipe.teacher, list[str | Path]()
     for model in filter(None, (recipe.student, teacher)):
-        whole = not trained or (isinstance(model, TeacherOptions) and model.train is None)
-        found += [model.checkpoint] if model.checkpoint and whole else []
-        found += files_of(model.model, pretrained=model.pretrained and whole)
-    found += [teacher.class_map] if teacher and isinstance(teacher.class_map, str) else []
-    return list(dict.fromkeys(map(str, found)))
+        reads_weights = not trained or (isinstance(model, TeacherOptions) and model.train is None)
+        files += [model.checkpoint] if model.checkpoint and reads_weights else []
+        files += files_of(model.model, pretrained=model.pretrained and reads_weights)
+    files += [teacher.class_map] if teacher and isinstance(teacher.class_map, str) else []
+    return list(dict.fromkeys(map(str, files)))
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe with every default written out, as YAML."""
+    """The recipe as YAML, with every default written out."""
     return _as_yaml(recipe.model_dump(mode="json", exclude_none=True))
 
 
 def command_to_go_on(folder: Path) -> str:
-    """The command that goes on with the run in a folder, whose own recipe has all that `--set` and `--seed` changed."""
+    """The command that resumes the run in a folder, whose recipe.yaml includes what `--set` and `--seed` changed."""
     try:
-        found = load(folder / "recipe.yaml").recipe
-        allowed = packages(model.model for model in (found.student, found.teacher) if model is not None)
-    except RecipeError:  # which the command tells
+        recipe = load(folder / "recipe.yaml").recipe
+        allowed = packages(model.model for model in (recipe.student, recipe.teacher) if model is not None)
+    except RecipeError:  # the command reports it
         allowed = []
     options = "".join(f" --allow-import {package}" for package in allowed)
     return f"probe-kd train {quote(str(folder / 'recipe.yaml'))} --out {quote(str(folder))}{options} --resume"
 
 
 def rewritten(text: str) -> str:
-    """A recipe's YAML in the form that `dump` writes, without comments, and with the defaults as they were."""
+    """Format the YAML of a recipe as `dump` does, without comments and without adding defaults."""
     return _as_yaml(YAML(typ="safe").load(text))
 
 

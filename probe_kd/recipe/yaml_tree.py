@@ -1,4 +1,4 @@
-"""Plain data out of a YAML file that nobody vouches for: in bounded time and memory, and none of it is code."""
+"""Plain data from an untrusted YAML file, in bounded time and memory, without running code."""
 
 import math
 import re
@@ -12,54 +12,57 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 
 from probe_kd.errors import CONTROL, Problem, RecipeError
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
-# Recipes have 150 nodes and 6 levels; the parser takes a few seconds where all of these are used up.
+# A recipe has about 150 nodes and 6 levels. At these limits the parser takes a few seconds.
 MAX_NODES = 10_000
 MAX_LEVELS = 32
-MAX_INT = 2**53  # up to it a float knows every whole number, and timm's schedules compute in floats
+MAX_INT = 2**53  # floats hold every whole number up to it, and timm's schedules compute in floats
 
 
 def read_yaml(text: str, name: str, shown: str | None = None) -> Any:
-    """What a YAML document holds, which knows the lines of its keys. Raises RecipeError, which shows `shown`."""
+    """Parse a YAML document into ruamel's maps and lists, which know the lines of their keys.
+
+    Raises RecipeError, which quotes `shown` instead of the text, if given.
+    """
     try:
-        problem = _bad_character(text) or _too_much(YAML().parse(text))
+        problem = _bad_character(text) or _beyond_limits(YAML().parse(text))
         if problem is None:
             return YAML(typ="rt").load(text)
     except MarkedYAMLError as refusal:
         message = " ".join(str(part) for part in (refusal.context, refusal.problem) if part)
         problem = Problem(f"not YAML: {message}", *_place(refusal.problem_mark))
-    except Exception as refusal:  # on what is not YAML, the parser fails in many ways
+    except Exception as refusal:  # the parser raises many types of errors
         problem = Problem(f"not YAML: {' '.join(str(refusal).split()) or type(refusal).__name__}")
     raise RecipeError(name, [problem], text if shown is None else shown)
 
 
 def _bad_character(text: str) -> Problem | None:
-    found = CONTROL.search(text)
-    if found is None:
+    match = CONTROL.search(text)
+    if match is None:
         return None
-    before = text[: found.start()].split("\n")
-    return Problem(f"character {found[0]!a} does not belong in a text", len(before), len(before[-1]) + 1)
+    before = text[: match.start()].split("\n")
+    return Problem(f"character {match[0]!a} does not belong in a text", len(before), len(before[-1]) + 1)
 
 
-def _too_much(events: Iterable[Any]) -> Problem | None:
-    """What forbids to build a document. Its events come one by one, so a bomb is left before it goes off."""
+def _beyond_limits(events: Iterable[Any]) -> Problem | None:
+    """Why a document must not be built. Events are counted one by one, so that a YAML bomb is never expanded."""
     total = 0
-    finished: dict[str, tuple[int, int]] = {}  # how many nodes and levels an anchor names
-    unfinished: list[tuple[str, int]] = []  # collections: their anchors, and the nodes before them
+    finished: dict[str, tuple[int, int]] = {}  # nodes and levels of each anchor
+    unfinished: list[tuple[str, int]] = []  # open collections: anchor, and number of nodes before it
     heights = [0]
     for event in events:
         anchor, height = getattr(event, "anchor", None) or "", 0
-        forbidden = _forbidden(event, finished)
-        if forbidden:
-            return Problem(forbidden, *_place(event.start_mark))
+        message = _why_forbidden(event, finished)
+        if message:
+            return Problem(message, *_place(event.start_mark))
         if isinstance(event, CollectionStartEvent):
             unfinished.append((anchor, total))
             heights.append(0)
             total += 1
         elif isinstance(event, CollectionEndEvent):
-            (anchor, before), height = unfinished.pop(), heights.pop()
-            finished[anchor] = total - before, height
+            (anchor, nodes_before), height = unfinished.pop(), heights.pop()
+            finished[anchor] = total - nodes_before, height
         elif isinstance(event, AliasEvent):
             nodes, height = finished[anchor]
             total += nodes
@@ -76,7 +79,7 @@ def _too_much(events: Iterable[Any]) -> Problem | None:
     return None
 
 
-def _forbidden(event: Any, finished: Mapping[str, Any]) -> str:
+def _why_forbidden(event: Any, finished: Mapping[str, Any]) -> str:
     if isinstance(event, AliasEvent):
         return "" if event.anchor in finished else f"`*{event.anchor}`: no `&{event.anchor}` ends before it"
     anchor = getattr(event, "anchor", None)
@@ -106,19 +109,19 @@ class Node:
 
     @property
     def plain(self) -> Any:
-        """In dicts, lists and scalars."""
+        """The value as dicts, lists and scalars."""
         if isinstance(self.value, dict):
             return {key: node.plain for key, node in self.value.items()}
         return [node.plain for node in self.value] if isinstance(self.value, list) else self.value
 
 
 def node_of(tree: Any, source: str, line: int = 1, column: int = 1) -> Node:
-    """What ruamel's maps and lists hold, which keep their lines in `lc`."""
+    """Convert ruamel's maps and lists, whose `lc` has the lines, to Nodes."""
     marks, value = getattr(tree, "lc", None), tree
 
     def inner(item: Any, key: Any, place: Callable[[Any], tuple[int, int]]) -> Node:
-        own = marks is not None and key in (marks.data or ())  # what `<<` merges in has no line here
-        return node_of(item, source, *(_from_one(place(key)) if own else (line, column)))
+        has_own_line = marks is not None and key in (marks.data or ())  # what `<<` merges has no line of its own
+        return node_of(item, source, *(_from_one(place(key)) if has_own_line else (line, column)))
 
     if isinstance(tree, Mapping):
         value = {str(key): inner(item, key, marks.key) for key, item in tree.items()} if marks else {}
@@ -130,7 +133,7 @@ def node_of(tree: Any, source: str, line: int = 1, column: int = 1) -> Node:
 
 
 def read_value(text: str, name: str) -> Any:
-    """A value of an option, in dicts, lists and scalars. Raises RecipeError."""
+    """Parse the value of a command-line option into dicts, lists and scalars. Raises RecipeError."""
     tree = read_yaml(text, name)
     node = node_of(tree, name)
     problems = [node.problem(message.replace("``: ", "")) for _, message in flaws(tree)]
@@ -144,72 +147,72 @@ def read_value(text: str, name: str) -> Any:
 
 
 def merged(under: Node, over: Node) -> Node:
-    """Mappings key by key, all the way down; anything else is replaced."""
+    """`over` merged into `under`: mappings recursively, key by key; `over` replaces any other value."""
     if not isinstance(under.value, dict) or not isinstance(over.value, dict):
         return over
-    known = under.value
-    news = {key: merged(known[key], node) if key in known else node for key, node in over.value.items()}
-    return replace(over, value={**known, **news})
+    base = under.value
+    changes = {key: merged(base[key], node) if key in base else node for key, node in over.value.items()}
+    return replace(over, value={**base, **changes})
 
 
-def replaced(node: Node, steps: Sequence[str], new: Node, done: str = "") -> Node:
-    """With another value at a path; mappings on the way to it are made where there are none.
+def replaced(node: Node, steps: Sequence[str], new: Node, prefix: str = "") -> Node:
+    """A copy of the tree with another value at a path. Missing mappings on the path are created.
 
-    Raises KeyError with a message for a path that leads nowhere.
+    Raises KeyError with a message for a path that cannot exist.
     """
     if not steps:
         return new
     if isinstance(node.value, list):
-        count, legal = len(node.value), f"`{done}.0` to `{done}.{len(node.value) - 1}`"
+        count, legal = len(node.value), f"`{prefix}.0` to `{prefix}.{len(node.value) - 1}`"
         if not re.fullmatch("[0-9]{1,4}", steps[0]) or int(steps[0]) >= count:
-            raise KeyError(f"there is no `{done}.{steps[0]}`: `{done}` is a list" + (f", {legal}" if count else ""))
+            raise KeyError(f"there is no `{prefix}.{steps[0]}`: `{prefix}` is a list" + (f", {legal}" if count else ""))
         index = int(steps[0])
-        inner = replaced(node.value[index], steps[1:], new, f"{done}.{index}")
+        inner = replaced(node.value[index], steps[1:], new, f"{prefix}.{index}")
         return replace(node, value=[*node.value[:index], inner, *node.value[index + 1 :]])
     if node.value is not None and not isinstance(node.value, dict):
         word = str(node.value).lower() if isinstance(node.value, bool) else repr(node.value)
-        raise KeyError(f"`{done}` is {word}, and nothing is under it; set it as a whole: `{done}={{...}}`")
-    known = node.value or {}
-    # Names of layers hold dots: what is there already is found by them.
+        raise KeyError(f"`{prefix}` is {word}, and nothing is under it; set it as a whole: `{prefix}={{...}}`")
+    mapping = node.value or {}
+    # Names of layers contain dots, so the longest existing key is tried first.
     joined = [(".".join(steps[:count]), steps[count:]) for count in range(len(steps), 1, -1)]
-    key, rest = next(((key, rest) for key, rest in joined if key in known), (steps[0], steps[1:]))
-    inner = replaced(known.get(key, replace(new, value=None)), rest, new, f"{done}.{key}".lstrip("."))
-    return replace(node, value={**known, key: inner})
+    key, rest = next(((key, rest) for key, rest in joined if key in mapping), (steps[0], steps[1:]))
+    inner = replaced(mapping.get(key, replace(new, value=None)), rest, new, f"{prefix}.{key}".lstrip("."))
+    return replace(node, value={**mapping, key: inner})
 
 
-def flaws(node: Any, where: Path_ = ()) -> Iterator[tuple[Path_, str]]:
-    """(place, message) of every value that no recipe can mean."""
-    name = ".".join(map(str, where))
+def flaws(node: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """(path, message) of every value that no recipe may contain, whatever its key."""
+    name = ".".join(map(str, path))
     if isinstance(node, Mapping):
         if len({str(key) for key in node}) < len(node):
-            yield where, f"`{name}`: two keys here are written alike"
+            yield path, f"`{name}`: two keys here are written alike"
         for key, value in node.items():
-            yield from list(flaws(str(key), (*where, "a key"))) or flaws(value, (*where, str(key)))
+            yield from list(flaws(str(key), (*path, "a key"))) or flaws(value, (*path, str(key)))
     elif isinstance(node, str):
         if CONTROL.search(node) or len(node.splitlines()) > 1:
-            yield where, f"`{name}`: expected one line of text, got {ascii(node)[:80]}"
+            yield path, f"`{name}`: expected one line of text, got {ascii(node)[:80]}"
     elif isinstance(node, Sequence):
         for index, item in enumerate(node):
-            yield from flaws(item, (*where, index))
+            yield from flaws(item, (*path, index))
     elif isinstance(node, float) and not math.isfinite(node):
-        yield where, f"`{name}`: expected a finite number, got {float(node)}"
+        yield path, f"`{name}`: expected a finite number, got {float(node)}"
     elif isinstance(node, int) and abs(node) > MAX_INT:
-        yield where, f"`{name}`: this number is too large"
+        yield path, f"`{name}`: this number is too large"
 
 
-def locate(node: Node, where: Path_) -> tuple[Path_, Node]:
-    """What of `where` the document has, and the last of it.
+def locate(node: Node, path: KeyPath) -> tuple[KeyPath, Node]:
+    """The steps of `path` that exist in the document, and the node at the last of them.
 
-    The rest are steps that pydantic puts in, such as the branch of a union, and what is missing.
+    The other steps are keys that are missing, or inserted by pydantic, such as the branch of a union.
     """
-    found: list[str | int] = []
-    for step in where:
+    existing: list[str | int] = []
+    for step in path:
         inner = node.value
         is_item = isinstance(inner, list) and isinstance(step, int) and step < len(inner)
         if is_item or (isinstance(inner, dict) and step in inner):
             node = inner[step]
-            found.append(step)
-    return tuple(found), node
+            existing.append(step)
+    return tuple(existing), node
 
 
 def _from_one(place: tuple[int, int]) -> tuple[int, int]:

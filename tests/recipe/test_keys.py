@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from probe_kd.errors import RecipeError
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import load, parse
-from probe_kd.recipe.schema import SAYS, schema
+from probe_kd.recipe.schema import DESCRIPTIONS, schema
 from probe_kd.recipe.writing import dump
 
 # (what to replace, by what, the line of the problem, what the message has to say)
@@ -624,8 +624,10 @@ def test_every_key_has_something_said_of_it_and_nothing_is_said_of_no_key() -> N
     sections = {name: it["properties"] for name, it in WHOLE["$defs"].items() if not name.startswith("Part")}
     assert [(name, key) for name, keys in sections.items() for key in keys if not keys[key]["description"]] == []
     known = {key for keys in sections.values() for key in keys}
-    assert {key.rpartition(".")[2] for key in SAYS} - known == set()
-    assert {key.partition(".")[0] for key in SAYS if "." in key} <= {name.removesuffix("Options") for name in sections}
+    assert {key.rpartition(".")[2] for key in DESCRIPTIONS} - known == set()
+    assert {key.partition(".")[0] for key in DESCRIPTIONS if "." in key} <= {
+        name.removesuffix("Options") for name in sections
+    }
 
 
 def test_a_pretrained_teacher_keeps_its_classifier_unless_it_is_trained_on() -> None:

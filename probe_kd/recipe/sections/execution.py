@@ -23,17 +23,17 @@ def _check_trackers(recipe: Recipe) -> Iterator[Mistake]:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    known, installed = list(LOGGER_TYPE_TO_CLASS), [str(tracker) for tracker in get_available_trackers()]
+    trackers, installed = list(LOGGER_TYPE_TO_CLASS), [str(tracker) for tracker in get_available_trackers()]
     for index, name in enumerate(recipe.trackers):
-        if name not in known:
-            message = f"accelerate has no tracker {name!r}{nearest(name, known)}; it has {', '.join(known)}"
+        if name not in trackers:
+            message = f"accelerate has no tracker {name!r}{nearest(name, trackers)}; it has {', '.join(trackers)}"
             yield ("trackers", index), message
         elif name not in installed:
             yield ("trackers", index), f"tracker {name!r} is not installed here; `pip install {name}`"
 
 
 def _check_layout(recipe: Recipe, models: Models) -> Iterator[Mistake]:
-    """`channels_last: true` where torch would corrupt the heap: refused, since the run would end without a word."""
+    """Refuse `channels_last: true` where torch would corrupt memory, because the run would crash without a message."""
     if not recipe.channels_last or torch.cuda.is_available():
         return
     for side, trace_ in (("student", models.student), ("teacher", models.teacher)):
@@ -47,7 +47,7 @@ def _check_layout(recipe: Recipe, models: Models) -> Iterator[Mistake]:
 
 
 def _check_compiler(options: CompileOptions) -> Iterator[Mistake]:
-    """torch's names of backends and modes."""
+    """Check the backend and mode against torch's."""
     import torch._dynamo
 
     backends, modes = torch._dynamo.list_backends(exclude_tags=()), list(torch._inductor.list_mode_options())
@@ -55,12 +55,12 @@ def _check_compiler(options: CompileOptions) -> Iterator[Mistake]:
         message = f"torch.compile has no backend {options.backend!r}{nearest(options.backend, backends)}"
         yield ("torchcompile", "backend"), message
     if options.mode is not None and options.mode not in modes:
-        near = f"{nearest(options.mode, modes)}; it has {', '.join(modes)}"
-        yield ("torchcompile", "mode"), f"torch.compile has no mode {options.mode!r}{near}"
+        hint = f"{nearest(options.mode, modes)}; it has {', '.join(modes)}"
+        yield ("torchcompile", "mode"), f"torch.compile has no mode {options.mode!r}{hint}"
 
 
 def _check_compiled(recipe: Recipe, options: CompileOptions) -> Iterator[Mistake]:
-    """What of the recipe does not bear being compiled."""
+    """Refuse what cannot be compiled."""
     graphs = torch._inductor.list_mode_options().get(options.mode or "", {}).get("triton.cudagraphs")
     if graphs and any(stage.grad_accum_steps > 1 for stage in recipe.stages):
         message = (

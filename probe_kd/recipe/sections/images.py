@@ -1,4 +1,4 @@
-"""`data`: the data sets are opened, and the transforms are tried."""
+"""`data`: open the data sets and try the transforms."""
 
 from contextlib import suppress
 from typing import Any
@@ -15,7 +15,7 @@ from probe_kd.recipe.sections.mistakes import Mistake
 
 
 def open_data(data: DataOptions, record: DataRecord | None) -> tuple[Datasets | None, list[Mistake]]:
-    """The data sets, with the classes numbered as the `record` of a former run says, where one is given."""
+    """Open the data sets. With the `record` of a former run, classes have the same numbers as in that run."""
     try:
         return open_datasets(data, record), []
     except DataError as refusal:
@@ -32,20 +32,20 @@ def check_transforms(data: DataOptions) -> list[Mistake]:
 
 
 def _try_transforms(options: DataOptions) -> None:
-    """The transforms of training on one grey image, since timm reads `aa` and others when it makes them."""
+    """Transform one grey image as in training, because timm checks `aa` and others only when it uses them."""
     size = (options.input_size[0], 32, 32)
     images: Any = [(Image.new("L" if size[0] == 1 else "RGB", (32, 32), 128), 0)]
     try:
         next(iter(loader(images, options.model_copy(update={"workers": 0}), InputSpec(size).or_plain(), training=True)))
-    except Exception as refusal:  # timm's and torchvision's have their own words
+    except Exception as refusal:  # timm and torchvision raise many types of errors
         raise DataError(f"the images cannot be transformed as `data` says: {short(refusal)}") from None
 
 
 def _key_to_blame(options: DataOptions) -> list[str]:
-    """Of transforms that are refused: the first key without which they are not, if it is one alone."""
-    usual = DataOptions(input_size=options.input_size)
+    """The first key whose default makes the transforms work; empty if no single one does."""
+    defaults = DataOptions(input_size=options.input_size)
     for key in ("aa", "ratio", "scale", "color_jitter", "crop_pct", "reprob"):
         with suppress(DataError):
-            _try_transforms(options.model_copy(update={key: getattr(usual, key)}))
+            _try_transforms(options.model_copy(update={key: getattr(defaults, key)}))
             return [key]
     return []

@@ -1,4 +1,4 @@
-"""`stages.N.losses`: each loss is made an objective, and what brings its two sides together is looked for."""
+"""`stages.N.losses`: make an objective of each loss, and the adapters of its comparisons."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,14 +13,14 @@ from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, schedule
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.pairs import Paired
-from probe_kd.recipe.yaml_tree import Path_
+from probe_kd.recipe.yaml_tree import KeyPath
 
-_UNKNOWN = Pair(Tap(""), Tap(""))  # stands for pairs that could not be read
+_UNKNOWN = Pair(Tap(""), Tap(""))  # stands for pairs that could not be determined
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What one loss compares in one stage, and what brings the two together first."""
+    """A comparison of one loss in one stage, with its adapter as text."""
 
     stage: str
     objective: Objective
@@ -31,14 +31,14 @@ class Planned:
 def make_objectives(
     recipe: Recipe, index: int, pairs: Sequence[Pair] | None, body: str
 ) -> tuple[list[Objective], list[Mistake]]:
-    """The objectives of one stage. `body` stands before the student's layers in `between`, where that is a graft."""
+    """The objectives of one stage. `body` is the prefix of the student's layers in `between`, if it is a graft."""
     stage = recipe.stages[index]
     objectives: list[Objective] = []
     mistakes: list[Mistake] = []
     for name in stage.losses:
-        made, others = _make_objective(recipe, index, name, [_UNKNOWN] if pairs is None else pairs, body)
-        objectives += made
-        mistakes += others
+        of_loss, more = _make_objective(recipe, index, name, [_UNKNOWN] if pairs is None else pairs, body)
+        objectives += of_loss
+        mistakes += more
     if not stage.losses:
         message = f"stage `{stage.name}` has no losses; give at least `losses: {{task: {{loss: cross_entropy}}}}`"
         mistakes.append((("stages", index), message))
@@ -49,45 +49,45 @@ def _make_objective(
     recipe: Recipe, index: int, name: str, pairs: Sequence[Pair], body: str
 ) -> tuple[list[Objective], list[Mistake]]:
     options: LossOptions = recipe.stages[index].losses[name]
-    where: Path_ = ("stages", index, "losses", name)
+    place: KeyPath = ("stages", index, "losses", name)
     mistakes: list[Mistake] = []
     if name in RESERVED:
-        mistakes.append((where, f"a loss cannot be called `{name}`: the metrics have a column of that name"))
+        mistakes.append((place, f"a loss cannot be called `{name}`: the metrics have a column of that name"))
     objective: Objective | None = None
-    with noting(mistakes, *where, *_place_of_mistake(options)):
+    with noting(mistakes, *place, *_key_to_blame(options)):
         objective = _objective(name, options, pairs, body)
         objective.check_batch(recipe.data.batch_size)
     return [objective] if objective else [], mistakes
 
 
 def check_sides(recipe: Recipe, index: int, objectives: Sequence[Objective]) -> list[Mistake]:
-    """Whether there is a teacher for the losses of a stage that read one or train it."""
-    where: Path_ = ("stages", index, "losses")
+    """Check that losses that read or train a teacher have one, and with `share` that both models are trained."""
+    place: KeyPath = ("stages", index, "losses")
     mistakes: list[Mistake] = []
     for objective in objectives:
         name = objective.name
         if objective.needs_teacher and recipe.teacher is None:
             message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"
-            mistakes.append(((*where, name), message))
+            mistakes.append(((*place, name), message))
         elif objective.of == "teacher" and recipe.share is None:
             message = f"loss `{name}` is `of: teacher`, which learns only where both train together; give `share`"
-            mistakes.append(((*where, name), message))
+            mistakes.append(((*place, name), message))
     if recipe.share and objectives:
         mistakes += _check_both_train(index, recipe.stages[index], objectives)
     return mistakes
 
 
 def _check_both_train(index: int, stage: StageOptions, objectives: Sequence[Objective]) -> list[Mistake]:
-    where: Path_ = ("stages", index, "losses")
-    of = {objective.of for objective in objectives}
-    if "teacher" not in of:
+    place: KeyPath = ("stages", index, "losses")
+    trained = {objective.of for objective in objectives}
+    if "teacher" not in trained:
         message = (
             f"stage `{stage.name}` trains the teacher too, and has no loss for it; add "
             "`booster: {loss: cross_entropy, of: teacher}`"
         )
-        return [(where, message)]
-    if of == {"teacher"}:
-        return [(where, f"stage `{stage.name}` has no loss for the student; add `light: {{loss: cross_entropy}}`")]
+        return [(place, message)]
+    if trained == {"teacher"}:
+        return [(place, f"stage `{stage.name}` has no loss for the student; add `light: {{loss: cross_entropy}}`")]
     return []
 
 
@@ -108,28 +108,28 @@ def _objective(name: str, options: LossOptions, pairs: Sequence[Pair], body: str
     )
 
 
-def _place_of_mistake(options: LossOptions) -> list[str]:
-    """Of a loss that will be refused: the key where that is seen."""
+def _key_to_blame(options: LossOptions) -> list[str]:
+    """The key of a loss that causes its error; empty if no single one does."""
     if options.loss not in LOSSES:
         return ["loss"]
-    known = LOSSES[options.loss]
+    loss = LOSSES[options.loss]
     given = (options.model_extra or {}).items()
-    unfit = (key for key, value in given if not isinstance(value, Mapping) and known.refusal(key, value))
-    return [*(key for key, _ in given if key not in known.options), *unfit][:1]
+    refused = (key for key, value in given if not isinstance(value, Mapping) and loss.refusal(key, value))
+    return [*(key for key, _ in given if key not in loss.options), *refused][:1]
 
 
 def check_loss_weights(index: int, stage: StageOptions) -> list[Mistake]:
-    where: Path_ = ("stages", index, "losses")
+    place: KeyPath = ("stages", index, "losses")
     mistakes: list[Mistake] = []
     weights = [schedule(loss.weight) for loss in stage.losses.values()]
     if weights and not any(value_at(weight, epoch, 1) for weight in weights for epoch in (0, 1)):
-        mistakes.append((where, f"every loss of stage `{stage.name}` weighs 0, so that it trains nothing"))
+        mistakes.append((place, f"every loss of stage `{stage.name}` weighs 0, so that it trains nothing"))
     for name, loss in stage.losses.items():
-        with suppress(LossError):  # told where the loss is made
+        with suppress(LossError):  # reported where the objective is made
             for key, value in {"weight": schedule(loss.weight), **loss.options}.items():
                 if isinstance(value, Schedule) and (value.epochs or 0) > stage.epochs:
                     message = f"a schedule of {value.epochs:g} epochs does not end in the {stage.epochs} of its stage"
-                    mistakes.append(((*where, name, key, "epochs"), message))
+                    mistakes.append(((*place, name, key, "epochs"), message))
     return mistakes
 
 
@@ -148,7 +148,7 @@ def find_adapters(
     paired: Paired,
     class_map: Sequence[int] | None,
 ) -> tuple[list[Planned], list[Mistake]]:
-    """What brings the two sides of every comparison together, by its text; nothing where the pairs are not known."""
+    """The adapter of every comparison, as text. Empty if models or pairs could not be determined."""
     student, teacher = traces
     planned: list[Planned] = []
     mistakes: list[Mistake] = []
@@ -159,9 +159,9 @@ def find_adapters(
             for comparison in objective.comparisons:
                 if paired.unknown & {*comparison.pairs}:
                     continue
-                where = paired.line_of(comparison) or ("stages", index, "losses", objective.name)
-                # Without memory: only what it would be is asked here, and the widths are the recipe's.
-                with noting(mistakes, *where), torch.device("meta"):
+                place = paired.line_of(comparison) or ("stages", index, "losses", objective.name)
+                # The meta device needs no memory, however wide the layers are. Only the adapter's text is needed.
+                with noting(mistakes, *place), torch.device("meta"):
                     adapter = objective.adapter(comparison, student, teacher, class_map)
                     planned.append(Planned(recipe.stages[index].name, objective, comparison, str(adapter)))
     return planned, mistakes

@@ -1,18 +1,18 @@
-"""What a section finds wrong: places in the recipe, each with a sentence."""
+"""The mistakes in a section: places in the recipe, each with a message."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from probe_kd.errors import ProbeKDError
-from probe_kd.recipe.yaml_tree import Path_
+from probe_kd.recipe.yaml_tree import KeyPath
 
-Mistake = tuple[Path_, str]
+Mistake = tuple[KeyPath, str]
 
 
 @contextmanager
-def noting(mistakes: list[Mistake], *where: str | int) -> Iterator[None]:
-    """Turn an error inside into a mistake at this place of the recipe, and go on after it."""
+def noting(mistakes: list[Mistake], *place: str | int) -> Iterator[None]:
+    """Append an error of the block to the mistakes, at this place of the recipe, instead of raising it."""
     try:
         yield
     except ProbeKDError as refusal:
-        mistakes.append((where, str(refusal)))
+        mistakes.append((place, str(refusal)))

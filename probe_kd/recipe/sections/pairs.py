@@ -12,12 +12,12 @@ from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.recipe.keys import AutoPairs, PairOptions, Recipe
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.models import Models
-from probe_kd.recipe.yaml_tree import Path_
+from probe_kd.recipe.yaml_tree import KeyPath
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """What a pair of patterns stands for."""
+    """A pair of patterns, and the pairs of layers that it matches."""
 
     student: str
     teacher: str
@@ -29,9 +29,9 @@ class Expansion:
 
 @dataclass(frozen=True)
 class Paired:
-    """The pairs, None where they cannot be known: then a loss without pairs is not its own mistake.
+    """The pairs. None if they could not be determined, so that a loss without pairs is no further mistake.
 
-    `lines` has what each line of `pairs` stands for, and `unknown` the pairs of layers that are not there.
+    `lines` maps each line of `pairs` to its pairs. `unknown` contains the pairs with layers that do not exist.
     """
 
     pairs: tuple[Pair, ...] | None = ()
@@ -40,93 +40,97 @@ class Paired:
 
     @property
     def compared(self) -> list[Pair] | None:
-        """Those that losses read: one of weight 0 is measured only."""
+        """The pairs that losses read. A pair of weight 0 is only measured."""
         return None if self.pairs is None else [pair for pair in self.pairs if pair.weight]
 
-    def line_of(self, comparison: Comparison) -> Path_:
-        """The line of `pairs` that says how the features are adapted; none where the loss says it."""
+    def line_of(self, comparison: Comparison) -> KeyPath:
+        """The line of `pairs` that sets the adapter of a comparison; empty if only the loss does."""
         pair = comparison.pairs[-1]
         return next((("pairs", key) for key, line in self.lines.items() if pair.adapter and pair in line), ())
 
 
 def find_pairs(recipe: Recipe, models: Models, grown: Trace | None) -> tuple[Paired, list[Mistake]]:
-    wanted, student, teacher = recipe.pairs, models.student, models.teacher
-    if not wanted:
+    options, student, teacher = recipe.pairs, models.student, models.teacher
+    if not options:
         return Paired(), []
     mistakes: list[Mistake] = []
     if recipe.teacher is None:
         mistakes.append((("pairs",), "there is no `teacher:` with layers to pair"))
     if student is None or teacher is None:
         return Paired(None), mistakes
-    if isinstance(wanted, AutoPairs):
+    if isinstance(options, AutoPairs):
         with noting(mistakes, "pairs"):
-            found = match(student, teacher, level=wanted.level, num_pairs=wanted.num_pairs)
-            return Paired(found if grown is None else _above_the_cut(found, grown)), mistakes
+            pairs = match(student, teacher, level=options.level, num_pairs=options.num_pairs)
+            return Paired(pairs if grown is None else _above_the_cut(pairs, grown)), mistakes
         return Paired(None), mistakes
     lines: dict[str, list[Pair]] = {}
     unknown = set[Pair]()
-    for name, given in wanted.items():
-        options = given if isinstance(given, PairOptions) else PairOptions(teacher=given)
-        lines[name], missing, others = _read_line(name, options, student, teacher, grown)
+    for name, value in options.items():
+        pair_options = value if isinstance(value, PairOptions) else PairOptions(teacher=value)
+        lines[name], missing, more = _read_line(name, pair_options, student, teacher, grown)
         unknown |= {*lines[name]} if missing else set()
-        mistakes += others
+        mistakes += more
     pairs = tuple(pair for line in lines.values() for pair in line)
-    return Paired(pairs or None, lines, frozenset(unknown)), mistakes + list(_taken_twice(lines))
+    return Paired(pairs or None, lines, frozenset(unknown)), mistakes + list(_in_two_pairs(lines))
 
 
-def _taken_twice(lines: Mapping[str, Sequence[Pair]]) -> Iterator[Mistake]:
-    taken: dict[Tap, str] = {}
+def _in_two_pairs(lines: Mapping[str, Sequence[Pair]]) -> Iterator[Mistake]:
+    line_of: dict[Tap, str] = {}
     for name, line in lines.items():
         for pair in line:
-            if pair.student in taken:
-                message = f"{str(pair.student)!r} is in two pairs: `{taken[pair.student]}` has it too"
+            if pair.student in line_of:
+                message = f"{str(pair.student)!r} is in two pairs: `{line_of[pair.student]}` has it too"
                 yield ("pairs", name), message
-            taken.setdefault(pair.student, name)
+            line_of.setdefault(pair.student, name)
 
 
 def _read_line(
     name: str, options: PairOptions, student: Trace, teacher: Trace, grown: Trace | None
 ) -> tuple[list[Pair], bool, list[Mistake]]:
-    """The pairs of one line of `pairs`, whether their layers are missing, and what is wrong with the line."""
+    """The pairs of one line of `pairs`, whether layers are missing, and the mistakes in the line."""
     mistakes: list[Mistake] = []
-    found: list[Sequence[Tap]] = []
+    taps_of_sides: list[Sequence[Tap]] = []
     sides = ((grown or student, name, "body." if grown else ""), (teacher, options.teacher, ""))
-    for trace_, text, inside in sides:
+    for trace_, text, prefix in sides:
         with noting(mistakes, "pairs", name):
-            taps = expand(trace_, text, inside)
-            left = [tap for tap in taps if not (grown and inside and _is_idle(grown, tap))]
-            if not left:
+            taps = expand(trace_, text, prefix)
+            present = [tap for tap in taps if not (grown and prefix and _is_idle(grown, tap))]
+            if not present:
                 raise TapError(f"{name!r}: the graft puts the teacher's layers in the place of these")
-            found.append(left)
-    how: dict[str, Any] = {"weight": options.weight, "adapter": options.adapter}
-    if len(found) < 2:  # a loss may name it, and that is no second mistake
+            taps_of_sides.append(present)
+    keywords: dict[str, Any] = {"weight": options.weight, "adapter": options.adapter}
+    if len(taps_of_sides) < 2:  # a loss that names it is no second mistake
         with suppress(TapError):
-            pair = Pair(Tap.parse(name), Tap.parse(options.teacher), **how)
+            pair = Pair(Tap.parse(name), Tap.parse(options.teacher), **keywords)
             return [_in_body(pair) if grown else pair], True, mistakes
         return [], True, mistakes
-    if len(found[0]) == len(found[1]):
-        return [Pair(*taps, **how) for taps in zip(*found, strict=True)], False, mistakes
-    texts = zip((name, options.teacher), found, strict=True)
+    if len(taps_of_sides[0]) == len(taps_of_sides[1]):
+        return [Pair(*taps, **keywords) for taps in zip(*taps_of_sides, strict=True)], False, mistakes
+    texts = zip((name, options.teacher), taps_of_sides, strict=True)
     counts = "; and ".join(f"{text!r} finds {len(taps)}: {listed(taps)}" for text, taps in texts)
     message = f"both sides of a pair have to find equally many layers; {counts}"
     return [], False, [*mistakes, (("pairs", name), message)]
 
 
 def check_use(recipe: Recipe, paired: Paired, stages: Sequence[Sequence[Objective]]) -> list[Mistake]:
-    """Of pairs that are written down, whether they are in a loss, and their choices mean something there."""
+    """Check that a loss compares each written pair, and that the pair's adapter keys apply to this loss."""
     if sum(map(len, stages)) < sum(len(stage.losses) for stage in recipe.stages):
-        return []  # a loss that could not be read might have them
+        return []  # a loss with mistakes might compare them
     objectives = [objective for stage in stages for objective in stage]
     mistakes: list[Mistake] = []
     for name, line in paired.lines.items():
-        users = [it for it in objectives if any({*line} & {*of.pairs} for of in it.comparisons)]
+        users = [
+            objective
+            for objective in objectives
+            if any({*line} & {*comparison.pairs} for comparison in objective.comparisons)
+        ]
         if line and line[0].weight and not users:
             message = f"no loss compares {line[0]}; take it out, or write `weight: 0` to have it measured only"
             mistakes.append((("pairs", name), message))
-        known = set[str]().union(*(objective.adaptable for objective in users))
+        adaptable = set[str]().union(*(objective.adaptable for objective in users))
         for key in line[0].adapter if line and users else ():
-            if key not in known:
-                names = ", ".join(f"`{it}`" for it in dict.fromkeys(objective.name for objective in users))
+            if key not in adaptable:
+                names = ", ".join(f"`{loss}`" for loss in dict.fromkeys(objective.name for objective in users))
                 message = f"`{key}` means nothing to the losses that compare this pair ({names}); leave it out"
                 mistakes.append((("pairs", name, key), message))
     return mistakes
@@ -134,14 +138,14 @@ def check_use(recipe: Recipe, paired: Paired, stages: Sequence[Sequence[Objectiv
 
 def expansions(recipe: Recipe, paired: Paired) -> Iterator[Expansion]:
     for name, line in paired.lines.items():
-        given = recipe.pairs[name] if isinstance(recipe.pairs, dict) else name
-        teacher = given.teacher if isinstance(given, PairOptions) else given
+        value = recipe.pairs[name] if isinstance(recipe.pairs, dict) else name
+        teacher = value.teacher if isinstance(value, PairOptions) else value
         if is_pattern(name) or is_pattern(teacher):
             yield Expansion(name, teacher, tuple(line))
 
 
 def _is_idle(grown: Trace, tap: Tap) -> bool:
-    """Whether the graft put nothing in the place of a layer, since the teacher's have done its work."""
+    """Whether the graft replaced this layer of the student, whose work the teacher's layers do."""
     return grown.modules[tap.module].kind == "Idle"
 
 
@@ -150,7 +154,7 @@ def _in_body(pair: Pair) -> Pair:
 
 
 def _above_the_cut(pairs: Sequence[Pair], grown: Trace) -> tuple[Pair, ...]:
-    """Of the pairs of the plain student, those whose layers are still there in the graft."""
+    """The pairs of the plain student whose layers the graft keeps, with their names in the graft."""
     moved = [_in_body(pair) for pair in pairs]
     kinds = {name: module.kind for name, module in grown.modules.items()}
     return tuple(pair for pair in moved if kinds.get(pair.student.module, "Idle") != "Idle")

@@ -1,4 +1,4 @@
-"""`share`: what the two models have in common is tried on models without weights."""
+"""`share`: try on models without weights what student and teacher share."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from probe_kd.recipe.keys import Recipe, ShareOptions
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.models import Models, input_of_student, input_of_teacher
 
-Joined = tuple[Trace | None, Sharing | None]  # the trace of the student as a graft, and what is shared
+Joined = tuple[Trace | None, Sharing | None]  # trace of the student as a graft; what is shared
 
 
 def try_sharing(recipe: Recipe, models: Models) -> tuple[Joined, list[Mistake]]:
@@ -25,21 +25,21 @@ def try_sharing(recipe: Recipe, models: Models) -> tuple[Joined, list[Mistake]]:
     if student is None or teacher is None:
         return (None, None), mistakes
     with noting(mistakes, "share"):
-        built = [build_on_meta(side.model, side.model_kwargs) for side in (student, teacher)]
-        joined, sharing = join(share, built[0], built[1], student, teacher)
+        modules = [build_on_meta(side.model, side.model_kwargs) for side in (student, teacher)]
+        trained, sharing = join(share, modules[0], modules[1], student, teacher)
         if share.form != "graft":
             return (None, sharing), mistakes
-        grown = trace(joined, teacher.input_size, training=True)
+        grown = trace(trained, teacher.input_size, training=True)
         return (replace(grown, model=f"{student.model} on {teacher.model}"), sharing), mistakes
     return (None, None), mistakes
 
 
 def join(
-    share: ShareOptions, student: nn.Module, teacher: nn.Module, seen: Trace, known: Trace
+    share: ShareOptions, student: nn.Module, teacher: nn.Module, student_trace: Trace, teacher_trace: Trace
 ) -> tuple[nn.Module, Sharing | None]:
-    """Let two models have in common what the recipe says. Returns the student to train; the given one is changed.
+    """Share between two models what the recipe says. Returns the student to train; changes the given one in place.
 
-    Raises TapError where they cannot.
+    Raises TapError if they cannot share it.
     """
     if share.form == "none":
         return student, None
@@ -47,12 +47,12 @@ def join(
         return student, share_convolutions(student, teacher, share.modules or "interval")
     student_cut, teacher_cut = share.cut
     if share.form == "trunk":
-        return student, share_trunk(student, teacher, student_cut, teacher_cut, seen, known)
-    return graft(student, teacher, student_cut, teacher_cut, seen, known)
+        return student, share_trunk(student, teacher, student_cut, teacher_cut, student_trace, teacher_trace)
+    return graft(student, teacher, student_cut, teacher_cut, student_trace, teacher_trace)
 
 
 def check_trunk_inputs(recipe: Recipe, models: Models) -> list[Mistake]:
-    """A shared trunk runs once, on one image."""
+    """Check that both models of a shared trunk take the same image, because the trunk runs once."""
     if recipe.share is None or recipe.share.form != "trunk" or models.student is None or models.teacher is None:
         return []
     student_input, teacher_input = input_of_student(recipe, models.student), input_of_teacher(recipe, models.teacher)
@@ -66,7 +66,7 @@ def check_trunk_inputs(recipe: Recipe, models: Models) -> list[Mistake]:
 
 
 def input_of_trained(recipe: Recipe, student: Trace, teacher: Trace | None) -> InputSpec:
-    """What the student sees: a graft begins with the teacher's layers, so it sees what the teacher sees."""
+    """The input of the student. A graft begins with the teacher's layers, so it takes the teacher's input."""
     if teacher is not None and recipe.share is not None and recipe.share.form == "graft":
         return input_of_teacher(recipe, teacher)
     return input_of_student(recipe, student)

@@ -1,4 +1,4 @@
-"""`stages` and `teacher.train`: optimizers, schedules, and what is kept of an epoch."""
+"""`stages` and `teacher.train`: optimizers, schedules and `keep`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from probe_kd.errors import RunError, TapError, nearest, short
 from probe_kd.recipe.keys import OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.recipe.sections.losses import check_loss_weights
 from probe_kd.recipe.sections.mistakes import Mistake, noting
-from probe_kd.recipe.yaml_tree import Path_
+from probe_kd.recipe.yaml_tree import KeyPath
 
 
 def check_stages(recipe: Recipe, student: Trace | None) -> list[Mistake]:
@@ -44,34 +44,36 @@ def _check_lr_scale(index: int, optimizer: OptimizerOptions, student: Trace) -> 
     return mistakes
 
 
-def _trained(recipe: Recipe) -> list[tuple[Path_, Any]]:
-    """Everything that has an optimizer, with its place in the recipe."""
-    stages: list[tuple[Path_, Any]] = [(("stages", index), stage) for index, stage in enumerate(recipe.stages)]
+def _with_optimizer(recipe: Recipe) -> list[tuple[KeyPath, Any]]:
+    """The stages and `teacher.train`, each with its place in the recipe."""
+    stages: list[tuple[KeyPath, Any]] = [(("stages", index), stage) for index, stage in enumerate(recipe.stages)]
     if recipe.teacher and recipe.teacher.train:
         stages.append((("teacher", "train"), recipe.teacher.train))
     return stages
 
 
 def _check_optimizers(recipe: Recipe) -> list[Mistake]:
-    """timm's names, which only timm knows."""
+    """Check optimizers and schedules. timm has the names of the optimizers."""
     from timm.optim import list_optimizers
 
-    known = list_optimizers()
+    optimizers = list_optimizers()
     mistakes: list[Mistake] = []
-    for where, stage in _trained(recipe):
+    for place, stage in _with_optimizer(recipe):
         name = stage.optimizer.opt
-        if name.lower() not in known:
-            mistakes.append(((*where, "optimizer", "opt"), f"timm has no optimizer {name!r}{nearest(name, known)}"))
+        if name.lower() not in optimizers:
+            mistakes.append(
+                ((*place, "optimizer", "opt"), f"timm has no optimizer {name!r}{nearest(name, optimizers)}")
+            )
         else:
-            with noting(mistakes, *where, "optimizer", *(["opt_args"] if stage.optimizer.opt_args else [])):
+            with noting(mistakes, *place, "optimizer", *(["opt_args"] if stage.optimizer.opt_args else [])):
                 _try_optimizer(stage.optimizer)
-        misfits = _misfits(stage.scheduler, stage.epochs)
-        mistakes += [((*where, "scheduler", key), message) for key, message in misfits]
+        misfits = _out_of_reach(stage.scheduler, stage.epochs)
+        mistakes += [((*place, "scheduler", key), message) for key, message in misfits]
     return mistakes
 
 
 def _try_optimizer(options: OptimizerOptions) -> None:
-    """One update of a few numbers, so that what an optimizer does not take is told before training."""
+    """Do one update of a few numbers, to see errors of the optimizer before training. Raises RunError."""
     from timm.optim import create_optimizer_v2
 
     weights = [nn.Parameter(torch.ones(shape, device="cpu")) for shape in ((2,), (2, 2), (2, 2, 3, 3))]
@@ -81,13 +83,13 @@ def _try_optimizer(options: OptimizerOptions) -> None:
     check_truths(f"optimizer `{options.opt}`", optimizer_parameters(options.opt), options.opt_args, RunError)
     try:
         create_optimizer_v2([{"params": weights}], opt=options.opt, **rates, **options.opt_args).step()
-    except Exception as refusal:  # timm's, torch's and other libraries' optimizers have their own words
+    except Exception as refusal:  # optimizers of timm, torch and others raise many types of errors
         given = ", ".join(f"{key}={value!r}" for key, value in options.opt_args.items())
         raise RunError(f"optimizer `{options.opt}` does not take {given or 'these values'}: {short(refusal)}") from None
 
 
-def _misfits(options: SchedulerOptions, epochs: int) -> Iterator[tuple[str, str]]:
-    """(key, message) of what of a schedule would never be reached in so many epochs."""
+def _out_of_reach(options: SchedulerOptions, epochs: int) -> Iterator[tuple[str, str]]:
+    """(key, message) of every part of a schedule that `epochs` epochs never reach."""
     if options.warmup_epochs >= epochs:
         yield "warmup_epochs", f"{options.warmup_epochs:g} epochs of warm-up leave nothing of {epochs} epochs"
     if options.sched == "step" and options.decay_epochs >= epochs:
@@ -100,13 +102,13 @@ def _misfits(options: SchedulerOptions, epochs: int) -> Iterator[tuple[str, str]
 
 
 def check_warmup(recipe: Recipe, datasets: Datasets | None) -> list[Mistake]:
-    """A stage whose every update lies in the warm-up is not trained, and its figures would not say so."""
+    """Refuse a stage whose updates all lie in the warm-up: it would train next to nothing, without a sign of it."""
     if datasets is None:
         return []
     images, batch = len(datasets.train), recipe.data.batch_size  # type: ignore[arg-type]
     batches = images // batch if images > batch else 1
     mistakes: list[Mistake] = []
-    for where, stage in _trained(recipe):
+    for place, stage in _with_optimizer(recipe):
         updates = -(-batches // getattr(stage, "grad_accum_steps", 1))
         warmup = stage.scheduler.warmup_epochs
         if 0 < warmup < stage.epochs and warmup * updates > stage.epochs * updates - 1:
@@ -115,5 +117,5 @@ def check_warmup(recipe: Recipe, datasets: Datasets | None) -> list[Mistake]:
                 f"{warmup:g} epochs, at next to no learning rate; set `warmup_epochs: 0`, more `epochs`, or a "
                 "smaller `data.batch_size`"
             )
-            mistakes.append(((*where, "scheduler", "warmup_epochs"), message))
+            mistakes.append(((*place, "scheduler", "warmup_epochs"), message))
     return mistakes
