@@ -59,7 +59,7 @@ AllowImport = Annotated[
     typer.Option(
         "--allow-import",
         metavar="PACKAGE",
-        help="Let the recipe name functions of this package or module as models, and run them; may be repeated.",
+        help="Allow the recipe to import models from this package or module, and run its code; may be repeated.",
     ),
 ]
 
@@ -80,11 +80,16 @@ class LevelChoice(StrEnum):
 
 
 Student = Annotated[str, typer.Option(help=MODEL_HELP)]
-Teacher = Annotated[str, typer.Option(help="As for the student.")]
-Level = Annotated[LevelChoice, typer.Option(help="Pair stage ends, or blocks.")]
-NumPairs = Annotated[int | None, typer.Option(min=1, help="So many pairs; the deepest is always kept.")]
-TeacherInputSize = Annotated[str | None, typer.Option(help="Where the teacher's differs.")]
-SideKwargs = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="As `depth=6`.")]
+Teacher = Annotated[str, typer.Option(help="The teacher, named as the student is.")]
+Level = Annotated[LevelChoice, typer.Option(help="Pair the ends of stages, or also the blocks between them.")]
+NumPairs = Annotated[
+    int | None, typer.Option(min=1, help="Number of pairs, evenly spaced; the deepest is always kept. Default: all.")
+]
+TeacherInputSize = Annotated[str | None, typer.Option(help="Size of the teacher's images, if it differs.")]
+SideKwargs = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="An argument for that model, as in `depth=6`; may be repeated."),
+]
 
 
 class SplitChoice(StrEnum):
@@ -95,23 +100,23 @@ class SplitChoice(StrEnum):
 
 
 def main() -> None:
-    """The `probe-kd` command. Errors that are the user's to mend print one message and exit with status 2."""
+    """Run the `probe-kd` command. Errors that the user can fix print one message and exit with status 2."""
     try:
         app()
     except ProbeKDError as refusal:
-        if _speaks() or not refusal.in_all_processes:
+        if _is_first_process() or not refusal.in_all_processes:
             if logging.getLogger().isEnabledFor(logging.INFO):  # --verbose
-                _say(traceback.format_exc(), sys.stderr)
-            _complain(str(refusal))
+                _print(traceback.format_exc(), sys.stderr)
+            _print_error(str(refusal))
         sys.exit(2)
     except BrokenPipeError:  # `probe-kd inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as refusal:  # where stdout goes to a full disk, say
         if logging.getLogger().isEnabledFor(logging.INFO):
-            _say(traceback.format_exc(), sys.stderr)
-        what = f"{refusal.filename}: " if refusal.filename else ""
-        _complain(f"{what}{refusal.strerror or refusal}; `probe-kd -v ...` shows where")
+            _print(traceback.format_exc(), sys.stderr)
+        place = f"{refusal.filename}: " if refusal.filename else ""
+        _print_error(f"{place}{refusal.strerror or refusal}; `probe-kd -v ...` shows where")
         sys.exit(2)
 
 
@@ -119,7 +124,10 @@ def main() -> None:
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also what timm and accelerate log, and where an error came from.")
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Also show the logs of timm and accelerate, and the traceback of an error."
+        ),
     ] = False,
 ) -> None:
     if verbose:
@@ -132,9 +140,13 @@ def root(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    all_modules: Annotated[bool, typer.Option("--all", help="Every module that yields a tensor.")] = False,
-    glob: Annotated[str | None, typer.Option(help="Only the modules of such names, as in `blocks.*.mlp`.")] = None,
-    depth: Annotated[int | None, typer.Option(min=0, help="Only modules nested so deep at most.")] = None,
+    all_modules: Annotated[
+        bool, typer.Option("--all", help="List every module, also those that yield no tensor.")
+    ] = False,
+    glob: Annotated[str | None, typer.Option(help="List only modules whose names match, as in `blocks.*.mlp`.")] = None,
+    depth: Annotated[
+        int | None, typer.Option(min=0, help="List only modules down to this nesting depth; 1 is the top level.")
+    ] = None,
     input_size: InputSize = None,
     train: Annotated[bool, typer.Option("--train", help="Trace in training mode.")] = False,
     model_kwargs: Kwargs = None,
@@ -142,16 +154,17 @@ def inspect(
 ) -> None:
     """List the layers of a model that can be matched: layout, shape, stride, parameters, MACs.
 
-    Without --all, --glob and --depth: the stage ends (marked) and the blocks. Nothing is downloaded or computed.
+    Without --all, --glob and --depth, it lists the stage ends (marked), the blocks and the output. No weights are
+    downloaded, and nothing is computed.
     """
     from probe_kd.tables import layer_rows, layers_table
 
-    found = _trace(model, input_size, model_kwargs, training=train)
-    rows = layer_rows(found, every=all_modules, glob=glob, depth=depth)
+    trace = _trace(model, input_size, model_kwargs, training=train)
+    rows = layer_rows(trace, every=all_modules, glob=glob, depth=depth)
     if as_json:
-        print(json.dumps({**_about(found), "layers": [asdict(row) for row in rows]}, indent=1))
+        print(json.dumps({**_about(trace), "layers": [asdict(row) for row in rows]}, indent=1))
         return
-    _console().print(layers_table(found, rows))
+    _console().print(layers_table(trace, rows))
 
 
 @app.command()
@@ -164,18 +177,18 @@ def match(
     teacher_input_size: TeacherInputSize = None,
     student_kwargs: SideKwargs = None,
     teacher_kwargs: SideKwargs = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a complete recipe.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a complete recipe to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Pair the layers of a student with those of a teacher, and say why."""
+    """Pair the layers of a student with the layers of a teacher, and show the reason for each pair."""
     from probe_kd.engine.matching import match as match_layers
     from probe_kd.engine.models import packages
     from probe_kd.recipe.scaffold import write_recipe
     from probe_kd.tables import pair_rows, pairs_table
 
     _check_recipe_is_new(output, overwrite)
-    student_trace, teacher_trace = _both(
+    student_trace, teacher_trace = _trace_both(
         student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs
     )
     pairs = match_layers(student_trace, teacher_trace, level=level.value, num_pairs=num_pairs)
@@ -188,7 +201,7 @@ def match(
     if output is not None:
         write_recipe(student_trace, teacher_trace, pairs, output)
         command = f"probe-kd train {output}{_options(allow_import=packages([student, teacher]))}"
-        _say(f"wrote {output}; run it with: {command}", sys.stderr if as_json else None)
+        _print(f"wrote {output}; run it with: {command}", sys.stderr if as_json else None)
 
 
 @app.command()
@@ -197,10 +210,12 @@ def init(
     teacher: Teacher,
     output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")],
     method: Annotated[
-        str, typer.Option(help="`fitnets_joint`, `soft_targets`, `fsp`, `rocket`, ...")
+        str, typer.Option(help="The method: `fitnets_joint`, `soft_targets`, `fsp`, `rocket`, ...")
     ] = "fitnets_joint",
-    data: Annotated[str, typer.Option(help="`torch/cifar100`, `hfds/...`, or a folder of folders.")] = "sklearn/digits",
-    root: Annotated[str | None, typer.Option(help="Where that data lies, or is downloaded to.")] = None,
+    data: Annotated[
+        str, typer.Option(help="The images: `torch/cifar100`, `hfds/...`, or a folder with one folder per class.")
+    ] = "sklearn/digits",
+    root: Annotated[str | None, typer.Option(help="Folder that holds the data, or to download it to.")] = None,
     level: Level = LevelChoice.stage,
     num_pairs: NumPairs = None,
     input_size: InputSize = None,
@@ -209,31 +224,31 @@ def init(
     teacher_kwargs: SideKwargs = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
 ) -> None:
-    """Write a commented recipe that runs, for two models, a method and a set of images. Nothing is downloaded."""
+    """Write a complete, commented recipe for two models, a method and a set of images. Nothing is downloaded."""
     from probe_kd.engine.matching import match as match_layers
     from probe_kd.engine.models import packages
     from probe_kd.recipe.scaffold import chosen, write_recipe
 
-    found = chosen(method)
+    chosen_method = chosen(method)
     _check_recipe_is_new(output, overwrite)
-    student_trace, teacher_trace = _both(
+    student_trace, teacher_trace = _trace_both(
         student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs
     )
-    needed = found.pairs or found.shares
-    pairs = match_layers(student_trace, teacher_trace, level=level.value, num_pairs=num_pairs) if needed else ()
+    needs_pairs = chosen_method.pairs or chosen_method.shares
+    pairs = match_layers(student_trace, teacher_trace, level=level.value, num_pairs=num_pairs) if needs_pairs else ()
     write_recipe(student_trace, teacher_trace, pairs, output, method=method, data=data, root=root)
     allowed = _options(allow_import=packages([student, teacher]))
-    _say(f"wrote {output}\n  probe-kd check {output}{allowed}\n  probe-kd train {output}{allowed}")
+    _print(f"wrote {output}\n  probe-kd check {output}{allowed}\n  probe-kd train {output}{allowed}")
 
 
-def _about(found: "Trace") -> dict[str, Any]:
-    """Which model was traced, and how, for other programs."""
+def _about(trace: "Trace") -> dict[str, Any]:
+    """Return the traced model and how it was traced, for JSON."""
     return {
-        "model": found.model,
-        "model_kwargs": dict(found.model_kwargs),
-        "input_size": found.input_size,
-        "parameters": found.parameters,
-        "macs": found.macs,
+        "model": trace.model,
+        "model_kwargs": dict(trace.model_kwargs),
+        "input_size": trace.input_size,
+        "parameters": trace.parameters,
+        "macs": trace.macs,
     }
 
 
@@ -243,7 +258,7 @@ def _check_recipe_is_new(output: Path | None, overwrite: bool) -> None:
     _check_free(output, overwrite)
 
 
-def _both(
+def _trace_both(
     student: str,
     teacher: str,
     size: str | None,
@@ -251,28 +266,32 @@ def _both(
     student_kwargs: list[str] | None,
     teacher_kwargs: list[str] | None,
 ) -> "tuple[Trace, Trace]":
-    """Both traced: the teacher at the student's size, or, where none was asked for, at its own if it takes no other."""
+    """Trace both models. The teacher gets the student's size; if no size was given and it refuses, its own size."""
     student_trace = _trace(student, size, student_kwargs, training=True)
-    wanted = teacher_size or size or "x".join(map(str, student_trace.input_size))
-    return student_trace, _trace(teacher, wanted, teacher_kwargs, or_own_size=teacher_size is None and size is None)
+    requested_size = teacher_size or size or "x".join(map(str, student_trace.input_size))
+    return student_trace, _trace(
+        teacher, requested_size, teacher_kwargs, or_own_size=teacher_size is None and size is None
+    )
 
 
 @app.command()
 def check(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
-    gradients: Annotated[bool, typer.Option("--gradients", help="Also show what every loss moves.")] = False,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also show which parameters each loss reaches.")
+    ] = False,
     no_batch: Annotated[
-        bool, typer.Option("--no-batch", help="Leave out the real batch: no weights, no compute.")
+        bool, typer.Option("--no-batch", help="Do not run a real batch: no weights, no compute.")
     ] = False,
     sets: Sets = None,
     allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a recipe is about to do, and whether it can. Nothing is trained or written; status 2 on any problem.
+    """Show what a recipe will do, and check that it can run. Nothing is trained or written; status 2 on any problem.
 
-    Models, pairs and adapters are found without weights or compute. Then every stage takes one real batch, with models
-    as they are before training: what each loss gives and moves, and the time and the memory of a step. Images that are
-    not there yet are fetched where the recipe says `download: true`.
+    Models, pairs and adapters are checked without weights or compute. Then every stage runs one real batch with the
+    models as they are before training, and shows each loss, and the time and memory of a step. Missing images are
+    downloaded if the recipe says `download: true`.
     """
     from probe_kd.recipe.planner import plan
     from probe_kd.recipe.reading import load
@@ -305,28 +324,28 @@ def check(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in data_lines(planned):
             console.print(line, highlight=False, markup=False)
-        _remark(planned.remarks, console)
-    found = None
+        _print_notes(planned.remarks, console)
+    audited = None
     if gradients or not no_batch:
         from probe_kd.training.audit import audit
 
-        found = audit(planned)
+        audited = audit(planned)
     if as_json:
-        print(json.dumps(_checked(planned, idle, found), indent=1))
-    elif found is not None:
+        print(json.dumps(_checked(planned, idle, audited), indent=1))
+    elif audited is not None:
         for table in (
-            losses_table(found.costs, trains_teacher=teacher is not None and teacher.train is not None),
-            costs_table(found.costs),
-            *([reach(found.reach)] if gradients else []),
+            losses_table(audited.costs, trains_teacher=teacher is not None and teacher.train is not None),
+            costs_table(audited.costs),
+            *([reach(audited.reach)] if gradients else []),
         ):
             console.print(table)
-        _remark(found.remarks, console)
-    if found is not None and found.wrong:
-        raise RunError("\n".join(f"{recipe}: {text}" for text in found.wrong))
+        _print_notes(audited.remarks, console)
+    if audited is not None and audited.wrong:
+        raise RunError("\n".join(f"{recipe}: {text}" for text in audited.wrong))
 
 
-def _checked(planned: "Plan", idle: "list[Idle]", found: "Audit | None") -> dict[str, Any]:
-    """What `check --json` prints."""
+def _checked(planned: "Plan", idle: "list[Idle]", audited: "Audit | None") -> dict[str, Any]:
+    """Return what `check --json` prints."""
     compared = [
         {"stage": item.stage, "loss": item.objective.name, "layers": str(item.comparison), "adapter": item.adapter}
         for item in planned.comparisons
@@ -336,21 +355,21 @@ def _checked(planned: "Plan", idle: "list[Idle]", found: "Audit | None") -> dict
         "weights": list(planned.new_classifiers),
         "pairs": [{"student": str(pair.student), "teacher": str(pair.teacher)} for pair in planned.pairs],
         "compared": compared,
-        "remarks": [*planned.remarks, *(found.remarks if found else ())],
+        "remarks": [*planned.remarks, *(audited.remarks if audited else ())],
         "not_run": [asdict(row) for row in idle],
-        "steps": [asdict(row) | {"memory": row.memory} for row in found.costs] if found else [],
-        "gradients": [asdict(row) for row in found.reach] if found else [],
+        "steps": [asdict(row) | {"memory": row.memory} for row in audited.costs] if audited else [],
+        "gradients": [asdict(row) for row in audited.reach] if audited else [],
     }
 
 
 @app.command()
 def schema(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to a file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the schema to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
 ) -> None:
-    """Write the JSON Schema of recipes, by which editors complete and check them.
+    """Write the JSON Schema of recipes. Editors use it to complete and check recipes.
 
-    In a recipe: `# yaml-language-server: $schema=recipe.schema.json`, with the path of the file.
+    Refer to it in a recipe by `# yaml-language-server: $schema=recipe.schema.json`, with the path of the file.
     """
     from probe_kd.recipe.schema import schema as written
 
@@ -365,18 +384,18 @@ def schema(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Annotated[Path | None, typer.Option(help="The folder of results. Default: runs/NAME-OF-THE-RECIPE.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The random seed, in place of the recipe's.")] = None,
     sets: Sets = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on after the last checkpoint; begin where there is none.")
+        bool, typer.Option("--resume", help="Continue from the last checkpoint, or start if there is none.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what a former run left there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of a former run.")] = False,
     allow_import: AllowImport = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Only the results, and on stderr what changes their meaning.")
+        bool, typer.Option("--quiet", "-q", help="Print only the results, and on stderr what changes their meaning.")
     ] = False,
 ) -> None:
-    """Run a recipe: train, evaluate, and write the student as safetensors that timm loads."""
+    """Run a recipe: train and evaluate the models, and write the student as safetensors that timm can load."""
     from probe_kd.recipe.planner import plan
     from probe_kd.recipe.reading import load
 
@@ -388,7 +407,7 @@ def train(
     from probe_kd.tables import data_lines, plan_table, print_student, teacher_lines
     from probe_kd.training.progress import Progress
 
-    quiet = quiet or not _speaks()
+    quiet = quiet or not _is_first_process()
     progress = Progress(console, quiet=quiet)
     with _claimed(folder, progress, resume=resume, overwrite=overwrite) as claimed:
         with console.status("tracing the models"):
@@ -398,34 +417,37 @@ def train(
         if not quiet:
             if planned.comparisons:
                 console.print(plan_table(planned))
-            _remark(planned.remarks, console)
+            _print_notes(planned.remarks, console)
             for line in teacher_lines(planned):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             for line in data_lines(planned):
                 console.print(line, highlight=False, markup=False)
-        elif _speaks():  # what a figure means is no progress
+        elif _is_first_process():  # notes explain the results, so --quiet keeps them
             for remark in (*planned.remarks, *planned.datasets.notes):
                 progress.say(f"note: {remark}")
         try:
             run(planned, folder, progress, resume=resume, overwrite=overwrite, claimed=claimed)
         except (KeyboardInterrupt, Stopped) as stop:
-            if _speaks():
-                _complain(f"{str(stop) or 'stopped'}; go on with: {_again(recipe, out, seed, sets, allow_import)}", "")
+            if _is_first_process():
+                _print_error(
+                    f"{str(stop) or 'stopped'}; go on with: {_resume_command(recipe, out, seed, sets, allow_import)}",
+                    "",
+                )
             sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
-        if _speaks():
+        if _is_first_process():
             _report(planned, folder, console)
             if claimed is not None:
-                claimed.check()  # else it would be said where the results are, and they are not there
+                claimed.check()  # do not name a folder of results that is gone
             print_student(planned, folder, console)
 
 
 @contextmanager
 def _claimed(folder: Path, progress: "Progress", *, resume: bool, overwrite: bool) -> "Iterator[Claim | None]":
-    """The folder of results, looked at and locked before anything that takes time, by the first process of a run."""
+    """Check and lock the folder of results before any slow work. Only the first process of a run does this."""
     from probe_kd.files.run_folder import claim
     from probe_kd.training.folder import check_folder
 
-    if not _speaks():
+    if not _is_first_process():
         yield None
         return
     claimed = claim(folder, progress.say)
@@ -439,25 +461,33 @@ def _claimed(folder: Path, progress: "Progress", *, resume: bool, overwrite: boo
 @app.command(name="eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The folder that `probe-kd train` wrote.")],
-    weights: Annotated[Path | None, typer.Option(help="Evaluate these weights of the student instead.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Evaluate these weights of the student in place of the run's.")
+    ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Evaluate the moving average of the student.")] = False,
-    split: Annotated[SplitChoice, typer.Option(help="Which images, never augmented.")] = SplitChoice.test,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's.")] = None,
-    device: Annotated[str | None, typer.Option(help="`cpu`, `cuda:1`, ... Default: what accelerate chooses.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Where the data lie, if they have moved.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON to a file.")] = None,
+    split: Annotated[
+        SplitChoice, typer.Option(help="The images to evaluate on; they are never augmented.")
+    ] = SplitChoice.test,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per batch. Default: the recipe's.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="The device: `cpu`, `cuda:1`, ... Default: accelerate's choice.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the data, if it has moved.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the results as JSON to this file.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
     allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the models of a run: accuracy, calibration, and the student against its teacher, layer by layer."""
+    """Measure the models of a run: accuracy, calibration, and the similarity of student and teacher, layer by layer."""
     _check_free(output, overwrite)
     from probe_kd.results.evaluation import evaluate as measure
     from probe_kd.tables import scores_table, similarity_table
 
     console = _console()
     with console.status("evaluating"):
-        found = measure(
+        evaluation = measure(
             run,
             weights=weights,
             ema=ema,
@@ -467,36 +497,39 @@ def evaluate(
             root=root,
             allow_import=_allowed(allow_import),
         )
-    if not _speaks():
+    if not _is_first_process():
         return
-    # JSON has no NaN, which an NLL may be: it reads such as null.
-    values = json.loads(json.dumps(asdict(found)), parse_constant=lambda _: None)
+    # JSON has no NaN, and an NLL may be NaN: it is written as null.
+    values = json.loads(json.dumps(asdict(evaluation)), parse_constant=lambda _: None)
     text = json.dumps(values, indent=1)
     if output is not None:
         _write(text, output, overwrite=overwrite)
     if as_json:
         print(text)
         return
-    console.print(scores_table(found))
-    if found.pairs:
-        console.print(similarity_table(found))
-    _remark(found.notes, console)
+    console.print(scores_table(evaluation))
+    if evaluation.pairs:
+        console.print(similarity_table(evaluation))
+    _print_notes(evaluation.notes, console)
 
 
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `probe-kd train` wrote.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a report: one HTML file.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a report to this HTML file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Compare layers also where a run did not at its end; builds the models.")
+        bool,
+        typer.Option(
+            "--layers", help="Also compare the layers of runs that did not do so at their end; this builds the models."
+        ),
     ] = False,
     allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
-    """Hold runs beside each other: accuracy over seeds, agreement, size, time, and what their recipes differ in.
+    """Compare runs: accuracy over seeds, agreement, size, time, and the differences between their recipes.
 
-    Runs whose recipes are the same but for `seed` are one group. No model is built, but for --layers.
+    Runs whose recipes are equal except for `seed` form one group. No model is built, except with --layers.
     """
     if output is not None and output.suffix.lower() not in (".html", ".htm"):
         raise RunError(f"{output}: a report is HTML; call it so, as in {output.with_suffix('.html')}, or take --json")
@@ -511,10 +544,10 @@ def compare(
     if as_json:
         print(comparison_as_json(comparison))
     else:
-        _show(console, tables(comparison))
+        _print_parts(console, tables(comparison))
     if output is not None:
         write_page(comparison, output)
-        _say(f"wrote {output}", sys.stderr if as_json else None)
+        _print(f"wrote {output}", sys.stderr if as_json else None)
 
 
 class RoleChoice(StrEnum):
@@ -527,40 +560,45 @@ class RoleChoice(StrEnum):
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; new, or empty.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write, which must be new or empty.")],
     role: Annotated[
-        RoleChoice, typer.Option("--role", "--subject", help="Which model of the run.")
+        RoleChoice, typer.Option("--role", "--subject", help="The model of the run to export.")
     ] = RoleChoice.student,
-    ema: Annotated[bool, typer.Option("--ema", help="The moving average of its weights.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Export the moving average of its weights.")] = False,
     reparameterize: Annotated[
         bool, typer.Option("--reparameterize", help="Merge the branches and norms that only training needs.")
     ] = False,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Also model.onnx, checked by onnxruntime.")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Also write model.onnx, checked by onnxruntime.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former export.")] = False,
     root: Annotated[
-        Path | None, typer.Option(help="Where the data lie, if they have moved: answers are compared on test images.")
+        Path | None,
+        typer.Option(help="Folder of the data, if it has moved. The exported model is checked on test images."),
     ] = None,
     allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model of a run as a folder that plain timm loads, once it has been loaded and gave the same answers.
+    """Write a model of a run as a folder that plain timm loads. Before, it loads the folder and compares the outputs.
 
-    config.json, model.safetensors and README.md: `local-dir:` for timm, or to be uploaded to the Hugging Face hub.
+    The folder holds config.json, model.safetensors and README.md. timm loads it by `local-dir:`, and it can be uploaded
+    to the Hugging Face hub.
     """
     from probe_kd.results.export import export as write
 
     options = {"ema": ema, "reparameterize": reparameterize, "onnx": onnx, "overwrite": overwrite}
-    done = write(run, output, role=role.value, root=root, allow_import=_allowed(allow_import), **options)
+    exported = write(run, output, role=role.value, root=root, allow_import=_allowed(allow_import), **options)
     if as_json:
-        print(json.dumps(asdict(done), indent=1))
+        print(json.dumps(asdict(exported), indent=1))
         return
-    _say(f"{done.weights} ({done.model}) -> {done.folder}: {', '.join(done.files)}")
-    for who, apart in (("timm", done.difference), ("onnxruntime", done.onnx_difference)):
-        if apart is not None:
-            _say(f"{who} answers as the run did: logits up to {done.largest_logit:.3g} differ by at most {apart:.2g}")
-    _say("\n".join([f"compared on {done.images}", *(f"note: {note}" for note in done.notes)]))
-    if done.difference is not None:
-        _say(f"  timm.create_model({f'local-dir:{done.folder}'!r}, pretrained=True)")
+    _print(f"{exported.weights} ({exported.model}) -> {exported.folder}: {', '.join(exported.files)}")
+    for library, difference in (("timm", exported.difference), ("onnxruntime", exported.onnx_difference)):
+        if difference is not None:
+            _print(
+                f"{library} answers as the run did: "
+                f"logits up to {exported.largest_logit:.3g} differ by at most {difference:.2g}"
+            )
+    _print("\n".join([f"compared on {exported.images}", *(f"note: {note}" for note in exported.notes)]))
+    if exported.difference is not None:
+        _print(f"  timm.create_model({f'local-dir:{exported.folder}'!r}, pretrained=True)")
 
 
 def _check_free(output: Path | None, overwrite: bool) -> None:
@@ -578,77 +616,80 @@ def _write(text: str, path: Path, *, overwrite: bool) -> None:
 
 
 def _pair_lines(planned: "Plan") -> list[str]:
-    """What patterns stand for, and which pairs are in no loss."""
+    """List the taps that each pattern stands for, and the pairs that are in no loss."""
     measured = ", ".join(str(pair) for pair in planned.pairs if not pair.weight)
     return [*map(str, planned.expansions), *([f"measured only: {measured}"] if measured else [])]
 
 
-def _remark(remarks: "Iterable[str]", console: "Console") -> None:
+def _print_notes(remarks: "Iterable[str]", console: "Console") -> None:
     for remark in remarks:
         console.print(f"note: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def _again(
+def _resume_command(
     recipe: Path, out: Path | None, seed: int | None, sets: list[str] | None, allow_import: list[str] | None
 ) -> str:
-    given: dict[str, Any] = {"out": out, "seed": seed, "set": sets, "allow_import": allow_import}
-    return f"probe-kd train {shlex.quote(str(recipe))}{_options(**given)} --resume"
+    options: dict[str, Any] = {"out": out, "seed": seed, "set": sets, "allow_import": allow_import}
+    return f"probe-kd train {shlex.quote(str(recipe))}{_options(**options)} --resume"
 
 
 def _report(planned: "Plan", folder: Path, console: "Console") -> None:
-    """What came of a run that has just ended, also as a file."""
+    """Show the results of a run that has just ended, and write them to report.html."""
     from probe_kd.results.comparison import compare as compare_runs
     from probe_kd.results.comparison import measure_layers
     from probe_kd.results.html import tables, write_page
 
     if planned.teacher is not None:
-        with _forgiving("the layers are not compared"), console.status("comparing the layers of student and teacher"):
+        with (
+            _errors_as_notes("the layers are not compared"),
+            console.status("comparing the layers of student and teacher"),
+        ):
             measure_layers(planned, folder)
-    with _forgiving("not all of the results can be shown"):
+    with _errors_as_notes("not all of the results can be shown"):
         comparison = compare_runs([folder])
-        _show(console, tables(comparison))
+        _print_parts(console, tables(comparison))
         write_page(comparison, folder / "report.html")
 
 
 @contextmanager
-def _forgiving(what: str) -> "Iterator[None]":
-    """The run is done and on the disk. What is only shown of it must not make it look as if it were not."""
+def _errors_as_notes(consequence: str) -> "Iterator[None]":
+    """Print errors inside the block as notes: the run is already saved, and must not seem to have failed."""
     try:
         yield
     except BrokenPipeError:
         raise
-    except (Exception, KeyboardInterrupt) as refusal:  # models, images and disks fail in every way there is
-        _complain(f"{what}: {' '.join(str(refusal).split())[:300] or type(refusal).__name__}", "note: ")
+    except (Exception, KeyboardInterrupt) as refusal:  # models, images and disks can fail in any way
+        _print_error(f"{consequence}: {' '.join(str(refusal).split())[:300] or type(refusal).__name__}", "note: ")
 
 
-def _show(console: "Console", parts: "Iterable[Table | Text | str]") -> None:
+def _print_parts(console: "Console", parts: "Iterable[Table | Text | str]") -> None:
     for part in parts:
         console.print(part, highlight=False, markup=False, soft_wrap=not hasattr(part, "columns"))
 
 
-def _options(**given: Any) -> str:
-    """Options as one types them; None is left out, and a list repeats its option."""
-    items = [(key, item) for key, value in given.items() for item in (value if isinstance(value, list) else [value])]
+def _options(**options: Any) -> str:
+    """Format options for the command line. None is left out, and a list repeats its option."""
+    items = [(key, item) for key, value in options.items() for item in (value if isinstance(value, list) else [value])]
     return "".join(f" --{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in items if value is not None)
 
 
-def _speaks() -> bool:
-    """Of several processes (torchrun, accelerate launch), whether this is the first."""
+def _is_first_process() -> bool:
+    """Whether this is the first of the processes that torchrun or accelerate launch started."""
     ranks = (os.environ[name] for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK") if name in os.environ)
     return next(ranks, "0") == "0"
 
 
 def _name_of_run(recipe: Path) -> str:
-    """A recipe called `...yaml` would be run in the folder above."""
+    """Return the name of a run. A recipe called `...yaml` would otherwise write into the parent folder."""
     if not re.fullmatch(r"\w[\w .+-]{0,99}", recipe.stem):
         raise RunError(f"the folder of a run has the name of its recipe, and {recipe.stem!r} is none; name it by --out")
     return recipe.stem
 
 
 def _allowed(packages: list[str] | None) -> list[str]:
-    """What may be imported, then also from the project one stands in.
+    """Return the packages that may be imported, and make them importable from the current folder.
 
-    Nothing else comes from there: a stray `yaml.py` beside a recipe is not run in the place of the library.
+    Without such packages, nothing is imported from there: a stray `yaml.py` must not replace the library.
     """
     if packages:
         sys.path.insert(0, os.getcwd())
@@ -662,7 +703,7 @@ def _trace(
     from probe_kd.engine.tracing import trace
     from probe_kd.errors import TraceError
 
-    _allowed(packages([model]))  # whoever types a name has allowed it
+    _allowed(packages([model]))  # a user who types a name has allowed it
     arguments = dict(_key_value(text) for text in kwargs or ())
     try:
         return trace(model, _sides(size), training=training, model_kwargs=arguments)
@@ -682,7 +723,7 @@ def _sides(text: str | None) -> list[int] | None:
 
 
 def _key_value(text: str) -> tuple[str, Any]:
-    """An argument of a model, whose value is YAML as after `--set`."""
+    """Split KEY=VALUE, and read the value as YAML, as `--set` does."""
     from probe_kd.recipe.yaml_tree import read_value
 
     key, sign, value = text.partition("=")
@@ -700,11 +741,11 @@ def _console() -> "Console":
     return PlainConsole(width=160)  # a pipe has no width; 80 would fold every name
 
 
-def _complain(message: str, start: str = "error: ") -> None:
-    _say(f"{start}{message}", sys.stderr)
+def _print_error(message: str, start: str = "error: ") -> None:
+    _print(f"{start}{message}", sys.stderr)
 
 
-def _say(text: str, file: TextIO | None = None) -> None:
+def _print(text: str, file: TextIO | None = None) -> None:
     print(visible(text), file=file)
 
 

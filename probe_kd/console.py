@@ -1,4 +1,4 @@
-"""The door by which text reaches a terminal: no control characters but those of rich itself, and how tables look."""
+"""Printing to a terminal: control characters are replaced, except those of rich itself, and all tables look alike."""
 
 from collections.abc import Iterable
 
@@ -12,11 +12,11 @@ from rich.text import Text
 from probe_kd.errors import visible
 
 INDENT = 4
-FOLDED = 24  # a column of text that is narrower is a tower of single words
+FOLDED = 24  # a narrower column of text would have one word per line
 
 
 class PlainConsole(Console):
-    """rich's console, with a picture for every control character in what is shown."""
+    """rich's console, which shows a symbol in place of every control character."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -24,7 +24,7 @@ class PlainConsole(Console):
 
 
 def table_of(title: str, first: str, *others: str) -> Table:
-    """A table whose first column, the names, is never cut. A column written `name>` is aligned to the right."""
+    """Return an empty table. Its first column is never cut, and a column written `name>` is right-aligned."""
     table = FoldingTable(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in others:
@@ -50,7 +50,7 @@ class FoldingTable(Table):
 
 
 def _least_width(column: Column) -> int:
-    """What a column needs, with the space beside it: all of its numbers and names, some of its texts."""
+    """Return the width that a column needs with its padding. Numbers and names are never folded, texts can be."""
     texts = [Text.from_markup(str(text)) for text in (column.header, *column.cells)]
     whole = max(text.cell_len for text in texts)
     if column.no_wrap:
@@ -59,7 +59,7 @@ def _least_width(column: Column) -> int:
 
 
 def _filled(pieces: Iterable[str], width: int) -> list[str]:
-    """Lines of as many pieces as they have room for; what is longer than a line has one of its own."""
+    """Join pieces to lines as long as they fit. A piece longer than a line gets a line of its own."""
     lines: list[str] = []
     for piece in pieces:
         if lines and len(lines[-1]) + len(piece) + 3 <= width:
@@ -70,7 +70,7 @@ def _filled(pieces: Iterable[str], width: int) -> list[str]:
 
 
 def amount(number: float) -> str:
-    """Three digits and a unit: 11.2 M."""
+    """Format a number with three digits and a unit: 11.2 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"
@@ -78,7 +78,7 @@ def amount(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two digits and a unit: 3.4 h."""
+    """Format a duration with two digits and a unit: 3.4 h."""
     for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= length:
             return f"{seconds / length:.2g} {unit}"
@@ -86,5 +86,5 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Three digits and a unit of bytes: 11.2 MB."""
+    """Format a number of bytes with three digits and a unit: 11.2 MB."""
     return f"{amount(count)}B" if count >= 1000 else f"{count:.0f} B"

@@ -30,16 +30,16 @@ CONTROL = re.compile(
 
 
 def visible(text: str) -> str:
-    """The text with a picture for each control character, so that it can be shown whoever wrote it: `\x1b` is `␛`.
+    """Replace each control character of a text by a symbol, so that it is safe to print: `\x1b` becomes `␛`.
 
-    Line ends and tabs are left. Names of files and layers, values of a recipe, and what other libraries say of them may
-    come from anybody: a terminal could be made to hide lines, to rename its window, or to run what it was told.
+    Line ends and tabs are kept. Names of files and layers, values of a recipe, and messages of other libraries may come
+    from anybody. Control characters in them could hide lines, rename the window, or run commands.
     """
     return CONTROL.sub(_picture, text.replace("\r\n", "\n").replace("\r", "\u240d"))
 
 
-def _picture(found: re.Match[str]) -> str:
-    code = ord(found[0])
+def _picture(match: re.Match[str]) -> str:
+    code = ord(match[0])
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
@@ -60,7 +60,7 @@ Error = TypeVar("Error", bound=ProbeKDError)
 
 
 def for_all(error: Error) -> Error:
-    """The error, marked as one that every process of a run raises."""
+    """Mark an error as one that every process of a run raises, and return it."""
     error.in_all_processes = True
     return error
 
@@ -90,7 +90,7 @@ class LossError(ProbeKDError):
 
 
 class DataError(ProbeKDError):
-    """`key` is the one of a recipe's `data:` section that is to blame, where it is one alone."""
+    """`key` names the key of a recipe's `data:` section that caused the error, if it is a single one."""
 
     def __init__(self, message: str, key: str = "") -> None:
         super().__init__(message)
@@ -111,9 +111,9 @@ class PeerLost(RunError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a recipe. `line` and `column` count from 1; 0 when the problem has no single place.
+    """One problem of a recipe. `line` and `column` count from 1, and are 0 if the problem has no single place.
 
-    `source` names what it stands in, where that is not the recipe's own file but one that it extends, or an option.
+    `source` names the file that the recipe extends, or the option, if the problem is not in the recipe's own file.
     """
 
     message: str
@@ -123,9 +123,9 @@ class Problem:
 
 
 class RecipeError(ProbeKDError):
-    """All problems of one recipe at once, each as `file:line:column: message` with the offending line and a caret.
+    """All problems of one recipe, each as `file:line:column: message` with the offending line and a caret.
 
-    `text` is that of the file `source`, or maps the name of each source to its text.
+    `text` is the text of the file `source`, or maps the name of each source to its text.
     """
 
     in_all_processes = True
@@ -134,13 +134,15 @@ class RecipeError(ProbeKDError):
         self.source = source
         texts = {source: text} if isinstance(text, str) else text
         placed = [replace(problem, source=problem.source or source) for problem in problems]
-        self.problems = tuple(sorted(placed, key=lambda it: (it.source != source, it.source, it.line, it.column)))
+        self.problems = tuple(
+            sorted(placed, key=lambda item: (item.source != source, item.source, item.line, item.column))
+        )
         super().__init__("\n".join(_show(problem, texts.get(problem.source, "")) for problem in self.problems))
-        self._given = source, tuple(problems), dict(texts)
+        self._arguments = source, tuple(problems), dict(texts)
 
     def __reduce__(self) -> tuple[type["RecipeError"], tuple[str, tuple[Problem, ...], Mapping[str, str]]]:
-        """Made anew from what it was given: else a process that raises it to another breaks the pool they are in."""
-        return type(self), self._given
+        """Rebuild from the constructor's arguments. Otherwise an error breaks a pool of processes."""
+        return type(self), self._arguments
 
 
 def _show(problem: Problem, text: str) -> str:
@@ -154,24 +156,26 @@ def _show(problem: Problem, text: str) -> str:
 
 
 def _around(line: str, column: int, most: int = 200) -> tuple[str, int]:
-    """Of a long line, the part around a column, and the column in it."""
+    """Return the part of a long line around a column, and the column in that part."""
     start = max(0, min(column - most // 2, len(line) - most))
     return line[start : start + most], column - start
 
 
-def demand(value: object, kind: type, what: str, error: type[ProbeKDError], expected: str) -> None:
-    """Raise `error` where an argument is of another kind, before it fails somewhere deep with an AttributeError."""
+def demand(value: object, kind: type, name: str, error: type[ProbeKDError], expected: str) -> None:
+    """Raise `error` if `value` is not a `kind`, before it causes an AttributeError deep inside."""
     if not isinstance(value, kind):
         shown = repr(value).partition("\n")[0][:60]
-        raise error(f"{what} is {shown} ({type(value).__name__}); expected {expected}")
+        raise error(f"{name} is {shown} ({type(value).__name__}); expected {expected}")
 
 
 MAX_WORD = 200
 
 
 def nearest(word: str, legal: Iterable[str], count: int = 3) -> str:
-    """The tail of a sentence, `; did you mean 'a' or 'b'?`, or an empty string when nothing legal is near."""
-    short = [name for name in legal if len(name) <= MAX_WORD]  # comparing takes as long as both are, multiplied
+    """Return the end of a sentence, `; did you mean 'a' or 'b'?`, or an empty string if no legal word is near."""
+    short = [
+        name for name in legal if len(name) <= MAX_WORD
+    ]  # the time to compare grows with the product of the lengths
     close = get_close_matches(word[:MAX_WORD], short, n=count, cutoff=0.5)
     if not close:
         return ""
@@ -179,13 +183,13 @@ def nearest(word: str, legal: Iterable[str], count: int = 3) -> str:
 
 
 def nearest_truth(value: object) -> str:
-    """The same tail for what is no true or false: words that were truths in YAML before 1.2, and are text now."""
+    """Return the same end of a sentence for words that YAML before 1.2 read as true or false."""
     truths = {"yes": "true", "on": "true", "true": "true", "no": "false", "off": "false", "false": "false"}
     word = truths.get(str(value).lower())
     return f"; did you mean {word}?" if word else ""
 
 
 def short(error: BaseException) -> str:
-    """What an error of somebody else's says, in one line."""
+    """Return the message of another library's error in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."

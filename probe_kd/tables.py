@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what they import takes a second, and `inspect` needs none o
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of a model as `inspect` shows it; `note` says what to know before tapping it."""
+    """One layer of a model as `inspect` shows it. `note` holds warnings for whoever taps the layer."""
 
     mark: str
     tap: str
@@ -44,26 +44,26 @@ class LayerRow:
 def layer_rows(
     trace: Trace, *, every: bool = False, glob: str | None = None, depth: int | None = None
 ) -> list[LayerRow]:
-    """The stage ends and blocks of a trace; or all of its modules, or those that `glob` and `depth` leave.
+    """Return the stage ends and blocks of a trace, all of its modules, or only those that match `glob` and `depth`.
 
-    Raises TapError for a glob that no module matches.
+    Raises TapError if no module matches the glob.
     """
     marks = _marks(trace)
-    named = patterns.glob(glob) if glob is not None else None
+    matches = patterns.glob(glob) if glob is not None else None
     narrowed = glob is not None or depth is not None
-    found: list[tuple[int, LayerRow]] = []
+    rows: list[tuple[int, LayerRow]] = []
     for name, module in trace.modules.items():
-        if (named is not None and not named(name)) or (depth is not None and module.depth > depth):
+        if (matches is not None and not matches(name)) or (depth is not None and module.depth > depth):
             continue
         specs = [spec for spec in trace.specs if spec.tap.module == name and spec.tap.port == "output"]
-        shown = [spec for spec in specs if every or narrowed or spec.tap in marks]
-        found += [(spec.order, _layer_row(spec, module, marks)) for spec in shown]
-        found += [(-1, _silent_row(module))] * (not specs and (every or narrowed))
-    if glob is not None and not found:
+        selected = [spec for spec in specs if every or narrowed or spec.tap in marks]
+        rows += [(spec.order, _layer_row(spec, module, marks)) for spec in selected]
+        rows += [(-1, _silent_row(module))] * (not specs and (every or narrowed))
+    if glob is not None and not rows:
         raise TapError(f"no module of {trace.model} is named {glob!r}{nearest(glob, trace.modules)}")
-    if not (every or narrowed):  # the choice reads in the order of the forward, the whole in that of the modules
-        found.sort(key=lambda item: item[0])
-    return [row for _, row in found]
+    if not (every or narrowed):  # a selection is in the order of the forward, a full list in the order of the modules
+        rows.sort(key=lambda item: item[0])
+    return [row for _, row in rows]
 
 
 def _marks(trace: Trace) -> dict[Tap, str]:
@@ -96,7 +96,7 @@ def _silent_row(module: ModuleSpec) -> LayerRow:
 
 
 def layers_table(trace: Trace, rows: Iterable[LayerRow]) -> Table:
-    """What `inspect` prints."""
+    """Return the table that `inspect` prints."""
     size = "x".join(map(str, trace.input_size))
     title = f"{escape(trace.model)}  {size}  {amount(trace.parameters)} parameters  {amount(trace.macs)} MACs"
     table = table_of(title, "tap", "module", "layout", "shape>", "stride>", "parameters>", "MACs>", "note")
@@ -130,7 +130,7 @@ class PairRow:
 
 
 def pair_rows(pairs: Iterable[Pair], student: Trace, teacher: Trace) -> list[PairRow]:
-    """The pairs with what they yield and how that is brought together for a hint."""
+    """Return each pair with the features at its taps and the adapter that a hint loss would use."""
     rows = []
     for pair in pairs:
         student_layer, teacher_layer = student[pair.student], teacher[pair.teacher]
@@ -148,7 +148,7 @@ def pair_rows(pairs: Iterable[Pair], student: Trace, teacher: Trace) -> list[Pai
 
 
 def pairs_table(student: str, teacher: str, rows: Iterable[PairRow]) -> Table:
-    """What `match` prints."""
+    """Return the table that `match` prints."""
     table = table_of(
         escape(f"{student} <- {teacher}"), "student layer", "yields", "teacher layer", "yields", "adapter", "reason"
     )
@@ -158,7 +158,7 @@ def pairs_table(student: str, teacher: str, rows: Iterable[PairRow]) -> Table:
 
 
 def plan_table(plan: Plan) -> Table:
-    """What a recipe is about to do: every comparison, with its adapter."""
+    """Return a table of every comparison of a plan, with its adapter."""
     table = table_of("What is compared: student <- teacher", "stage", "loss", "weight>", "layers", "adapter")
     for item in plan.comparisons:
         table.add_row(
@@ -173,14 +173,16 @@ def _weight(weight: float | Schedule) -> str:
 
 
 def models_table(plan: Plan) -> Table:
-    """The models of a recipe, and what each sees."""
+    """Return a table of the models of a plan, with the input of each."""
     table = table_of("Models", "", "model", "sees", "parameters>", "MACs>")
     sides = [("student", plan.trained, plan.student_input)]
     if plan.teacher and plan.teacher_input:
         sides.append(("teacher", plan.teacher, plan.teacher_input))
-    for role, trace, given in sides:
-        sees = f"{'x'.join(map(str, given.size))}, mean {_numbers(given.mean)}, std {_numbers(given.std)}"
-        table.add_row(role, escape(trace.model), sees, amount(trace.parameters), amount(trace.macs))
+    for role, trace, input_spec in sides:
+        description = (
+            f"{'x'.join(map(str, input_spec.size))}, mean {_numbers(input_spec.mean)}, std {_numbers(input_spec.std)}"
+        )
+        table.add_row(role, escape(trace.model), description, amount(trace.parameters), amount(trace.macs))
     table.caption = f"shared by {plan.sharing}" if plan.sharing else None
     return table
 
@@ -190,7 +192,7 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def teacher_lines(plan: Plan) -> list[str]:
-    """Which models get a new classifier; that a teacher which has weights is trained on, and at which learning rate."""
+    """List the models that get a new classifier, and how a teacher that already has weights is fine-tuned."""
     teacher, lines = plan.recipe.teacher, list(plan.new_classifiers)
     if teacher is None or teacher.train is None or not (teacher.pretrained or teacher.checkpoint):
         return lines
@@ -202,13 +204,16 @@ def teacher_lines(plan: Plan) -> list[str]:
 
 
 def data_lines(plan: Plan) -> list[str]:
-    """Which images a run measures on, and what else is to be known of its data."""
+    """List the images that a run measures on, and the notes on its data."""
     return [f"data: {text}" for text in (plan.datasets.measured_on, *plan.datasets.notes)]
 
 
 @dataclass(frozen=True)
 class Idle:
-    """What of one model one stage does not run, since no loss looks that far up; and what share of its MACs that is."""
+    """The modules of one model that one stage does not run, because no loss reads them or anything above them.
+
+    `share` is their share of the MACs of the model.
+    """
 
     stage: str
     side: str
@@ -218,12 +223,12 @@ class Idle:
 
 
 def idle_rows(plan: Plan) -> list[Idle]:
-    """Of every stage, the layers that do not run at all, because the forward stops at the last tap."""
+    """Return, for every stage, the layers that do not run because the forward stops at the last tap."""
     rows = []
     for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
         for index, (side, trace) in enumerate((("student", plan.trained), ("teacher", plan.teacher))):
             taps = [tap for objective in objectives for tap in objective.taps[index]]
-            # A trunk or a graft takes the other model's layers as well, so that there both run whole.
+            # With a trunk or a graft, a model also uses layers of the other one, so both run completely.
             if trace is None or not taps or plan.sharing or any(tap.is_output for tap in taps):
                 continue
             last = max((trace[tap] for tap in taps), key=lambda spec: spec.order)
@@ -237,7 +242,7 @@ def idle_rows(plan: Plan) -> list[Idle]:
 
 
 def idle_table(rows: Iterable[Idle]) -> Table:
-    """What `check` prints of them."""
+    """Return the table of layers that do not run, as `check` prints it."""
     table = table_of(
         "Not run: above the last layer that a loss reads", "stage", "model", "last", "not run", "of its MACs>"
     )
@@ -247,31 +252,31 @@ def idle_table(rows: Iterable[Idle]) -> Table:
 
 
 def cache_lines(plan: Plan) -> list[str]:
-    """What the teacher's cache will hold in the end, at four bytes a number; nothing where there is none."""
+    """Estimate the final size of the teacher's cache, at four bytes per number. Empty if the plan has no cache."""
     options, teacher = plan.recipe.teacher, plan.teacher
     if options is None or options.cache is None or teacher is None:
         return []
     views: dict[Target, set[int]] = {}
     age = 0
     for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
-        shown = {epoch % (plan.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
+        stage_views = {epoch % (plan.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
         adapters = make_adapters(objectives, plan.trained, teacher, plan.class_map)
         for target in targets_of(objectives, adapters, teacher).values():
-            views.setdefault(target, set()).update(shown)
+            views.setdefault(target, set()).update(stage_views)
         age += stage.epochs
     images, total, lines = len(plan.datasets.train), 0.0, []  # type: ignore[arg-type]
-    for target, seen in views.items():
+    for target, target_views in views.items():
         numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and not target.name else prod(target.shape)
-        size = 4.0 * numbers * images * len(seen)
+        size = 4.0 * numbers * images * len(target_views)
         total += size
-        times = f"{images} images x {len(seen)} views x {numbers} numbers"
+        times = f"{images} images x {len(target_views)} views x {numbers} numbers"
         lines.append(f"  {target.name or repr('')}: {times} = {size / 1e9:.3g} GB")
     new = " (every epoch shows new views; `data.views` or `no_aug` bounds them)" * (plan.recipe.data.num_views is None)
     return [f"The teacher's cache in {options.cache} will hold up to {total / 1e9:.3g} GB{new}:", *lines]
 
 
 def reach_table(rows: Iterable["Reach"]) -> Table:
-    """What every loss moves, and how much: the norm of its gradient, unweighted."""
+    """Return a table of the parameters that every loss reaches, with the norm of its unweighted gradient."""
     table = table_of("Gradients on one batch, before training", "stage", "loss", "moves", "parameters>", "norm>")
     for row in rows:
         table.add_row(row.stage, row.loss, row.part, f"{row.reached}/{row.parameters}", f"{row.norm:.3g}")
@@ -279,7 +284,7 @@ def reach_table(rows: Iterable["Reach"]) -> Table:
 
 
 def losses_table(rows: Iterable["StepCost"], *, trains_teacher: bool) -> Table:
-    """What every loss gives on one batch, before training, and what its stage weighs them to."""
+    """Return a table of the losses on one batch before training, and of the weighted sum of each stage."""
     table = table_of("Losses on one batch, before training", "stage", "loss", "value>")
     if trains_teacher:
         table.caption = "The teacher is not trained yet: what its answers decide will have other values."
@@ -290,7 +295,7 @@ def losses_table(rows: Iterable["StepCost"], *, trains_teacher: bool) -> Table:
 
 
 def costs_table(rows: Sequence["StepCost"]) -> Table:
-    """What a step of the student's stages costs on this machine: time and memory, and the adapters' share."""
+    """Return a table of the time and memory of a step in each stage of the student, and of the adapters' share."""
     columns = ("stage", "step>", "images/s>", "steps>", "stage takes>", "memory>", "of it activations>", "adapters>")
     table = table_of(f"A step of {rows[0].images} images, on this machine", *columns)
     for row in rows:
@@ -307,11 +312,11 @@ def costs_table(rows: Sequence["StepCost"]) -> Table:
     return table
 
 
-def scores_table(found: "Evaluation") -> Table:
-    """What every model of a run answers, and how near that is to the teacher."""
+def scores_table(evaluation: "Evaluation") -> Table:
+    """Return a table of the accuracy and calibration of every model of a run, and of its agreement with the teacher."""
     columns = ("model", "weights", "top-1>", "top-5>", "NLL>", "calibration error>", "agreement>", "KL>")
-    table = table_of(f"{found.run}: {found.images} images ({found.split})", "", *columns)
-    for row in found.scores:
+    table = table_of(f"{evaluation.run}: {evaluation.images} images ({evaluation.split})", "", *columns)
+    for row in evaluation.scores:
         table.add_row(
             row.role,
             *map(escape, (row.model, row.weights)),
@@ -319,17 +324,17 @@ def scores_table(found: "Evaluation") -> Table:
             *(_share(row.agreement), _decimals(row.kl)),
         )
     table.caption = "NLL, and KL(teacher || student), in nats per image; calibration error: expected, 15 bins, l1"
-    if any(row.role == "teacher baseline" for row in found.scores):
+    if any(row.role == "teacher baseline" for row in evaluation.scores):
         table.caption += "; agreement and KL are with the teacher that trained with the student"
     return table
 
 
-def similarity_table(found: "Evaluation") -> Table:
-    """How alike the compared layers of student and teacher are."""
-    alone = any(row.cka_alone is not None for row in found.pairs)
+def similarity_table(evaluation: "Evaluation") -> Table:
+    """Return a table of the similarity of the compared layers of student and teacher."""
+    alone = any(row.cka_alone is not None for row in evaluation.pairs)
     columns = ("loss", "student layer", "teacher layer", "CKA>", *["CKA alone>"] * alone, "explained variance>", "note")
     table = table_of("Features: student <- teacher", "stage", *columns)
-    for row in found.pairs:
+    for row in evaluation.pairs:
         table.add_row(
             *map(escape, (row.stage, row.loss, row.student, row.teacher)),
             *(_decimals(value) for value in (row.cka, *[row.cka_alone] * alone, row.explained_variance)),
@@ -351,29 +356,31 @@ def _decimals(value: float | None) -> str:
 
 
 def print_student(plan: Plan, folder: Path, console: Console) -> None:
-    """The end of a run: where it is, how to load the student, and what else one may do with it."""
+    """Print where the results of a run are, how to load the student, and the next commands."""
     student = plan.student
     arguments = "".join(f", {key}={value!r}" for key, value in student.model_kwargs.items())
     weights = folder / "student.safetensors"
-    timms = plan.grown is None and ":" not in student.model.removeprefix("hf-hub:").removeprefix("local-dir:")
+    is_timm = plan.grown is None and ":" not in student.model.removeprefix("hf-hub:").removeprefix("local-dir:")
     line = f"  timm.create_model({student.model!r}, checkpoint_path={str(weights)!r}{arguments})"
-    line = line if timms else f"  probe_kd.load_student({str(weights)!r}{_allowing(plan)})"
-    first = f"Results in {folder}. " + ("The student is plain timm:" if timms else "The student:")
-    for text in (first, line, _next_commands(plan, folder, timms=timms)):
+    line = line if is_timm else f"  probe_kd.load_student({str(weights)!r}{_allow_import_argument(plan)})"
+    first = f"Results in {folder}. " + ("The student is plain timm:" if is_timm else "The student:")
+    for text in (first, line, _next_commands(plan, folder, is_timm=is_timm)):
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def _next_commands(plan: Plan, folder: Path, *, timms: bool) -> str:
-    """In one line, to be copied."""
-    names = [found.model for found in (plan.student, plan.teacher) if found]
+def _next_commands(plan: Plan, folder: Path, *, is_timm: bool) -> str:
+    """Return the next commands in one line, ready to be copied."""
+    names = [trace.model for trace in (plan.student, plan.teacher) if trace]
     allowed = "".join(f" --allow-import {package}" for package in packages(names))
     run = quote(str(folder))
-    export = f"probe-kd export {run} -o DIR{'' if timms else ' --onnx'}{allowed}"  # what timm cannot build goes to ONNX
+    export = (
+        f"probe-kd export {run} -o DIR{'' if is_timm else ' --onnx'}{allowed}"  # what timm cannot build goes to ONNX
+    )
     return f"Next: probe-kd eval {run}{allowed} | {export} | probe-kd compare {run} ..."
 
 
-def _allowing(plan: Plan) -> str:
-    """What `load_student` has to be told for models that are functions of one's own."""
+def _allow_import_argument(plan: Plan) -> str:
+    """Return the `allow_import` argument that `load_student` needs for models built by the user's own functions."""
     traces = [plan.student] + [plan.teacher] * (plan.grown is not None and plan.teacher is not None)
-    allowed = packages(found.model for found in traces if found)
+    allowed = packages(trace.model for trace in traces if trace)
     return f", allow_import={allowed}" if allowed else ""

@@ -1,4 +1,4 @@
-"""Which arguments build a model, by an allow-list, and whether their values are read as they are meant.
+"""Check the arguments that build a model: names against an allow-list, and values against their types.
 
 timm's `create_model` takes the arguments of the architecture together with those of its loader, among them addresses to
 fetch weights from and folders to write them to. A recipe, a weights file or a folder from somebody else may give the
@@ -41,12 +41,12 @@ PLACES = frozenset(("device", "dtype"))  # where a model lies is the run's to sa
 MAX_NUMBER = 10_000_000  # no model has more classes, channels or layers; a billion layers would be built until it ends
 
 
-def check_arguments(name: str, architecture: str, given: Mapping[str, Any]) -> None:
-    """Whether arguments are of the architecture, and plain values. Raises TraceError for the first that is not."""
+def check_arguments(name: str, architecture: str, arguments: Mapping[str, Any]) -> None:
+    """Check that all arguments belong to the architecture and are plain values. Raises TraceError otherwise."""
     parameters: Mapping[str, Parameter] = {}
-    if given.keys() - COMMON:
+    if arguments.keys() - COMMON:
         parameters = architecture_parameters(architecture)
-    for key, value in given.items():
+    for key, value in arguments.items():
         if key not in COMMON and key not in parameters:
             near = nearest(key, sorted({*parameters, *COMMON}))
             raise TraceError(
@@ -56,17 +56,20 @@ def check_arguments(name: str, architecture: str, given: Mapping[str, Any]) -> N
         largest = max((abs(number) for number in _numbers(value)), default=0)
         if largest > MAX_NUMBER:
             raise TraceError(f"`{key}` of {name} is {largest}; expected no number above {MAX_NUMBER}")
-    check_truths(name, parameters, given)
+    check_truths(name, parameters, arguments)
 
 
 def check_truths(
     name: str,
     parameters: Mapping[str, Parameter],
-    given: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     error: type[ProbeKDError] = TraceError,
 ) -> None:
-    """Text or a list is true in Python, whatever it says: `"false"` too; and text is no number. Raises `error`."""
-    for key, value in given.items():
+    """Check that true-or-false arguments are booleans, and that numbers are not text. Raises `error`.
+
+    Python takes any text for true, also `"false"`.
+    """
+    for key, value in arguments.items():
         if key in parameters and is_truth(parameters[key]) and value not in (True, False, None):
             raise error(f"`{key}` of {name} is {value!r}; expected true or false{nearest_truth(value)}")
         default = parameters[key].default if key in parameters else None
@@ -75,7 +78,7 @@ def check_truths(
 
 
 def is_truth(parameter: Parameter) -> bool:
-    """Whether a parameter is true or false, by its annotation, or by its default where it has none."""
+    """Whether a parameter is a boolean, by its annotation, or by its default if it has no annotation."""
     kind = parameter.annotation
     if kind is Parameter.empty:
         return isinstance(parameter.default, bool)
@@ -85,62 +88,66 @@ def is_truth(parameter: Parameter) -> bool:
 
 
 def optimizer_parameters(name: str) -> Mapping[str, Parameter]:
-    """The arguments of timm's optimizer of this name, and of the function that makes it."""
+    """Return the arguments of timm's optimizer of this name, and of the function that builds it."""
     from timm.optim import create_optimizer_v2, get_optimizer_class
 
     try:
         kind = get_optimizer_class(name.lower().rpartition("lookahead_")[2], bind_defaults=False)
         return {**signature(create_optimizer_v2).parameters, **signature(kind).parameters}
-    except Exception:  # one that only a GPU has, or of a library that is not there: told where it is made
+    except Exception:  # needs a GPU or a missing library: reported when it is built
         return {}
 
 
 @lru_cache(maxsize=256)
 def architecture_parameters(architecture: str) -> Mapping[str, Parameter]:
-    """The arguments that timm hands on to the class of a model, and to what this class is made of."""
+    """Return the arguments that timm passes to the class of a model and to its parts."""
     import timm
     import torch
     from timm.models import build_model_with_cfg
 
     with torch.device("meta"):
         model = timm.create_model(architecture)
-    found = _of_class(type(model), architecture)
+    parameters = _class_parameters(type(model), architecture)
     loader = {*signature(timm.create_model).parameters, *signature(build_model_with_cfg).parameters}
-    several = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
-    return {key: it for key, it in found.items() if key not in loader | PLACES and it.kind not in several}
+    variadic = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    return {
+        key: parameter
+        for key, parameter in parameters.items()
+        if key not in loader | PLACES and parameter.kind not in variadic
+    }
 
 
-def _of_class(kind: type, architecture: str) -> dict[str, Parameter]:
-    """Of its constructor; where that hands on what it does not know, also of those that it may be handed on to."""
-    found: dict[str, Parameter] = {}
+def _class_parameters(kind: type, architecture: str) -> dict[str, Parameter]:
+    """Return the parameters of a constructor, and, if it passes `**kwargs` on, of those that may receive them."""
+    parameters: dict[str, Parameter] = {}
     open_ended = True
     for base in kind.__mro__:
         if not open_ended or base.__module__.startswith("torch."):
             break
         if "__init__" in vars(base):
-            own = signature(base.__init__).parameters  # type: ignore[misc]
-            found = {**own, **found}
-            open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in own.values())
-    found.pop("self", None)
-    configs = [value.annotation for value in found.values() if is_dataclass(value.annotation)]
-    for config in configs:  # which is replaced in part
-        found |= dict(_of_config(config))
+            constructor = signature(base.__init__).parameters  # type: ignore[misc]
+            parameters = {**constructor, **parameters}
+            open_ended = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in constructor.values())
+    parameters.pop("self", None)
+    configs = [value.annotation for value in parameters.values() if is_dataclass(value.annotation)]
+    for config in configs:  # whose fields are replaced one by one
+        parameters |= dict(_config_parameters(config))
     if open_ended and not configs:
-        found = {**dict(_of_module(kind, architecture)), **found}
-    return found
+        parameters = {**dict(_module_parameters(kind, architecture)), **parameters}
+    return parameters
 
 
-def _of_config(config: Any, prefix: str = "") -> Iterable[tuple[str, Parameter]]:
-    """The fields of a dataclass; of one inside it, as `transformer_cfg` of MaxxViT, with the name as a prefix."""
+def _config_parameters(config: Any, prefix: str = "") -> Iterable[tuple[str, Parameter]]:
+    """Return the fields of a dataclass. Those of a nested one (`transformer_cfg` of MaxxViT) get its name as prefix."""
     for field in fields(config):
         name = prefix + field.name
         if is_dataclass(field.type) and field.name.endswith("_cfg"):
-            yield from _of_config(field.type, name.removesuffix("cfg"))
+            yield from _config_parameters(field.type, name.removesuffix("cfg"))
         yield name, Parameter(name, Parameter.KEYWORD_ONLY, annotation=field.type)
 
 
-def _of_module(kind: type, architecture: str) -> Iterable[tuple[str, Parameter]]:
-    """Of the parts that a model's file defines, and the keys of the table in it that describes this architecture."""
+def _module_parameters(kind: type, architecture: str) -> Iterable[tuple[str, Parameter]]:
+    """Return the parameters of all classes in a model's file, and the keys of its table for this architecture."""
     for value in vars(getmodule(kind)).values():
         if isclass(value) and value.__module__ == kind.__module__ and "__init__" in vars(value):
             yield from list(signature(value.__init__).parameters.items())[1:]

@@ -1,4 +1,4 @@
-"""Which layer of the student learns from which layer of the teacher, found from two traces alone.
+"""Match layers of a student to layers of a teacher, from two traces alone.
 
 Nothing here knows an architecture by name. A model is read as a sequence of *units*, the modules that one would write
 on one line of its diagram: from the root down, a container is opened as long as it spans several strides. A stage ends
@@ -33,11 +33,11 @@ ISOTROPIC_STAGES = 4
 
 
 def stages(trace: Trace) -> list[FeatureSpec]:
-    """The ends of the stages, first to last: what a person would choose for a hint.
+    """Return the ends of the stages of a model, first to last. These are the usual layers for a hint.
 
-    Where the stride never grows after the stem, four blocks at equal distances, the last block among them.
+    If the stride never grows after the stem, return four evenly spaced blocks, including the last.
 
-    Raises MatchError for a model without spatial features.
+    Raises MatchError if the model has no spatial features.
     """
     plan = _Anatomy(trace)
     ends = plan.ends
@@ -53,35 +53,35 @@ def stages(trace: Trace) -> list[FeatureSpec]:
 
 
 def expand(trace: Trace, text: str, inside: str = "") -> tuple[Tap, ...]:
-    """The taps of one model that a name in a recipe means: one, or all that a pattern finds, in the order they come.
+    """Return the taps that a name in a recipe stands for: a single tap, or all matches of a pattern in forward order.
 
-    `glob:blocks.[0-3]` is a shell's pattern over the names of modules, in which `*` also passes dots, and
-    `re:layer[12]` a regular expression of RE2 for a whole name; `@input` or `#1` after either goes to each. `inside` is
-    the prefix of the modules in question, which the text leaves out.
+    `glob:blocks.[0-3]` is a shell pattern for names of modules, in which `*` also matches dots. `re:layer[12]` is a
+    regular expression of RE2 for a whole name. `@input` or `#1` after a pattern applies to each match. `inside` is the
+    prefix of the searched modules, which the text leaves out.
 
-    Raises TapError for what is no tap or pattern, and where it finds no module, or none that yields a tensor there.
+    Raises TapError if the text is not a tap or pattern, if it matches no module, or if no match yields a tensor.
     """
-    found = _PATTERN.fullmatch(text.strip())
-    if found is None:
+    pattern = _PATTERN.fullmatch(text.strip())
+    if pattern is None:
         tap = Tap.parse(text)
         tap = replace(tap, module=(inside + tap.module).removesuffix("."))
         trace[tap]
         return (tap,)
-    fits = (glob if found["kind"] == "glob" else expression)(found["pattern"])
+    matches = (glob if pattern["kind"] == "glob" else expression)(pattern["pattern"])
     names = [name.removeprefix(inside) for name in trace.modules if name.startswith(inside) and name != inside]
-    named = [name for name in names if fits(name)]
-    if not named:
-        raise TapError(f"no module of {trace.model} matches {text!r}{nearest(found['pattern'], names)}")
-    seen: list[FeatureSpec] = []
+    matching = [name for name in names if matches(name)]
+    if not matching:
+        raise TapError(f"no module of {trace.model} matches {text!r}{nearest(pattern['pattern'], names)}")
+    specs: list[FeatureSpec] = []
     silent: list[str] = []
-    for name in named:
+    for name in matching:
         try:
-            seen.append(trace[f"{inside}{name}{found['rest']}"])
+            specs.append(trace[f"{inside}{name}{pattern['rest']}"])
         except TapError as refusal:
             silent.append(str(refusal))
-    if not seen:
-        raise TapError(f"{text!r} matches {listed(named)}, and none of them yields a tensor there: {silent[0]}")
-    return tuple(spec.tap for spec in sorted(seen, key=lambda spec: spec.order))
+    if not specs:
+        raise TapError(f"{text!r} matches {listed(matching)}, and none of them yields a tensor there: {silent[0]}")
+    return tuple(spec.tap for spec in sorted(specs, key=lambda spec: spec.order))
 
 
 _PATTERN = re.compile(r"(?P<kind>glob|re):(?P<pattern>.*?)(?P<rest>(?:#[0-9]{1,9})?(?:@(?:input|output))?)", re.DOTALL)
@@ -92,19 +92,20 @@ def is_pattern(text: str) -> bool:
 
 
 def listed(names: Sequence[object], most: int = 12) -> str:
-    """Names in a message, which no pattern makes endless."""
+    """Join names for a message, and cut the list after `most` names."""
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(f"`{name}`" for name in names[:most]) + more
 
 
 def blocks(trace: Trace) -> list[FeatureSpec]:
-    """The blocks that are repeated in every stage: residual, transformer, mixer blocks; none in a plain VGG."""
+    """Return the blocks that every stage repeats: residual, transformer or mixer blocks. A plain VGG has none."""
     return _Anatomy(trace).chain
 
 
 def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None) -> tuple[Pair, ...]:
-    """Pair layers of a student with layers of a teacher. Pairs are in the order of both models, no layer is used
-    twice, and each pair has its reason.
+    """Pair layers of a student with layers of a teacher.
+
+    The pairs follow the order of both models, and no layer is used twice. `reason` of each pair says why it was chosen.
 
     Stage ends are paired by stride, or by relative depth if a model has only one stride. `level="block"` also pairs
     the blocks between two stage ends by relative depth. `num_pairs` keeps fewer pairs, evenly spaced, including the
@@ -114,8 +115,8 @@ def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: 
     """
     if level not in get_args(Level):
         raise MatchError(f"level {level!r}: expected 'stage' or 'block'")
-    for side, given in (("student", student), ("teacher", teacher)):
-        demand(given, Trace, f"the {side}", MatchError, "a Trace, as trace(model) gives")
+    for side, trace in (("student", student), ("teacher", teacher)):
+        demand(trace, Trace, f"the {side}", MatchError, "a Trace, as trace(model) gives")
     student_anatomy, teacher_anatomy = _Anatomy(student), _Anatomy(teacher)
     pairs = _stage_pairs(student_anatomy, teacher_anatomy)
     if level == "block":
@@ -150,19 +151,19 @@ class _Anatomy:
         return self.outputs[name].reduction or 1.0
 
     def called_children(self, name: str) -> list[str]:
-        """What runs directly under a module, in order; a ModuleList does not run, its items do."""
-        found: list[str] = []
+        """Return the modules that run directly under a module, in order. The items of a ModuleList count as direct."""
+        called: list[str] = []
         for child in self.trace.modules[name].children:
             if child not in self.trace.modules:  # a module that is shared has one name only
                 continue
-            found += [child] if self.trace.modules[child].calls else self.called_children(child)
-        return sorted(found, key=lambda child: self.trace.modules[child].first)
+            called += [child] if self.trace.modules[child].calls else self.called_children(child)
+        return sorted(called, key=lambda child: self.trace.modules[child].first)
 
     def is_container(self, name: str) -> bool:
         return any(self.trace.modules[child].parameters for child in self.called_children(name))
 
     def opens(self, name: str) -> bool:
-        """Whether a container is no unit but a series of them: its stride grows twice, or after its first part."""
+        """Whether a container is a series of units, not one: its stride grows twice, or after its first part."""
         share = self.trace.modules[name].macs / max(self.trace.macs, 1)
         start, end = self.entry.get(name, 1.0), self.stride(name) if name in self.outputs else float("inf")
         children = [child for child in self.called_children(name) if child in self.outputs]
@@ -173,39 +174,39 @@ class _Anatomy:
         return share > MAIN_SHARE and (grows_later or (share > WHOLE_SHARE and len(parts) > 1))
 
     def units(self, name: str = "") -> list[str]:
-        found: list[str] = []
+        units: list[str] = []
         for child in self.called_children(name):
-            found += self.units(child) if self.opens(child) else [child]
-        return found
+            units += self.units(child) if self.opens(child) else [child]
+        return units
 
     def _trunk(self) -> list[str]:
-        """The units on the way from the image to the classifier's pooling, in order, the stride never shrinking."""
-        found: list[str] = []
+        """Return the units between the image and the classifier's pooling, in order. Their stride never shrinks."""
+        trunk: list[str] = []
         units = [name for name in self.units() if name in self.outputs]
         for index, name in enumerate(units):
             module = self.trace.modules[name]
             if module.calls > 1 and not module.parameters:
                 continue
-            if self._pools_all(name, found):
+            if self._pools_all(name, trunk):
                 break
-            if found and self.stride(name) * SAME_STRIDE < self.stride(found[-1]):
-                if not self._begins_anew(units[index:], self.stride(found[-1])):
+            if trunk and self.stride(name) * SAME_STRIDE < self.stride(trunk[-1]):
+                if not self._restarts(units[index:], self.stride(trunk[-1])):
                     continue  # a side branch, a fusion of scales
-                found = [other for other in found if self.stride(other) < self.stride(name) * SAME_STRIDE]
-            found.append(name)
-        return self._without_class_attention(self._without_tails(found))
+                trunk = [other for other in trunk if self.stride(other) < self.stride(name) * SAME_STRIDE]
+            trunk.append(name)
+        return self._without_class_attention(self._without_tails(trunk))
 
     def _without_tails(self, units: Sequence[str]) -> list[str]:
-        """Every stage up to its last block; a stem has none, and stays as it is."""
-        kept: list[str] = []
+        """Cut every stage after its last block. A stem has no block, and is kept."""
+        trimmed: list[str] = []
         for group in self._by_stage(units):
             final = group[-1] == units[-1]
             blocks = [index for index, name in enumerate(group) if not self._is_tail(name, final)]
             end = blocks[-1] + 1 if blocks else len(group)
             while end < len(group) and self._completes(group[end], group[blocks[-1]]):
                 end += 1
-            kept += group[:end]
-        return kept
+            trimmed += group[:end]
+        return trimmed
 
     def _by_stage(self, units: Sequence[str]) -> list[list[str]]:
         groups: list[list[str]] = []
@@ -216,25 +217,25 @@ class _Anatomy:
                 groups.append([name])
         return groups
 
-    def _begins_anew(self, rest: Sequence[str], stride: float) -> bool:
+    def _restarts(self, units: Sequence[str], stride: float) -> bool:
         """Whether a second pass over the strides reaches the old one again (HRNet), or is most of the model."""
-        macs = sum(self.trace.modules[name].macs for name in rest)
+        macs = sum(self.trace.modules[name].macs for name in units)
         return (
-            any(self._near(name, [stride]) for name in rest[1:] if self.is_container(name))
+            any(self._near(name, [stride]) for name in units[1:] if self.is_container(name))
             or macs > self.trace.macs / 2
         )
 
     def _pools_all(self, name: str, before: Sequence[str]) -> bool:
-        """Whether only one position is left, by a pooling or by a convolution as large as the map."""
+        """Whether a pooling, or a convolution as large as the map, leaves only one position."""
         grid = self.outputs[name].grid
         if not before or grid != (1, 1) or self.outputs[before[-1]].grid == grid:
             return False
         return not self.trace.modules[name].parameters or self.stride(name) > 4 * SAME_STRIDE * self.stride(before[-1])
 
     def _is_tail(self, name: str, final: bool) -> bool:
-        """Whether a unit is no block: a norm, an activation, one convolution that widens for the classifier.
+        """Whether a unit is not a block: a norm, an activation, or one convolution that widens for the classifier.
 
-        One convolution in a series of stages is a stage to the model's author (MobileNetV3), so to us.
+        A single convolution in a series of stages counts as a stage, as the author of the model wrote it (MobileNetV3).
         """
         if self._is_series(name):
             return False
@@ -246,17 +247,17 @@ class _Anatomy:
         return _numbered(name) and any(map(_numbered, self.called_children(name)))
 
     def _completes(self, name: str, block: str) -> bool:
-        """Whether a norm or an activation belongs to the bare convolutions before it, which have none (Xception)."""
+        """Whether a unit is the norm or activation of a block that consists of bare convolutions (Xception)."""
         bare = all(self.trace.modules[part].macs for part in self._leaves(block))
         return bare and not self.trace.modules[name].macs
 
     def _leaves(self, name: str) -> list[str]:
-        """The layers in a module that have parameters or work to do, or the module itself."""
+        """Return the called modules in a module, itself included, that have no called children with parameters."""
         parts = [part for part in self.trace.modules if part == name or part.startswith(f"{name}.")]
         return [part for part in parts if self.trace.modules[part].calls and not self.is_container(part)]
 
     def _without_class_attention(self, trunk: list[str]) -> list[str]:
-        """Last blocks that add a class token and change nothing else (CaiT, Touvron et al. 2021) are no stage."""
+        """Drop the last blocks if they only add a class token (CaiT, Touvron et al. 2021): these are not a stage."""
         late = [name for name in trunk if self.outputs[name].prefix_tokens]
         early = [name for name in trunk if name not in late and self.is_container(name)]
         macs = {name: self.trace.modules[name].macs for name in trunk}
@@ -285,47 +286,50 @@ class _Anatomy:
     @cached_property
     def chain(self) -> list[FeatureSpec]:
         ends = {spec.tap.module for spec in self.ends}
-        found: list[str] = []
-        lone: list[str] = []
+        names: list[str] = []
+        single: list[str] = []
         for unit in filter(self.is_container, self.trunk):
             if self.stride(unit) > 2 * SAME_STRIDE * self.entry.get(unit, 1.0):
                 continue  # a stem
             inside = self._blocks_in(unit)
-            found += inside
+            names += inside
             if inside == [unit] and not _numbered(unit):
-                lone.append(unit)
-        strides = [self.stride(name) for name in found if name not in lone]
-        kept = [name for name in found if name not in lone or (name in ends and not self._near(name, strides))]
-        return [self.outputs[name] for name in kept]
+                single.append(unit)
+        strides = [self.stride(name) for name in names if name not in single]
+        chain = [name for name in names if name not in single or (name in ends and not self._near(name, strides))]
+        return [self.outputs[name] for name in chain]
 
     def _near(self, name: str, strides: Sequence[float]) -> bool:
         own = self.stride(name)
         return any(own < stride * SAME_STRIDE and stride < own * SAME_STRIDE for stride in strides)
 
     def _blocks_in(self, name: str) -> list[str]:
-        """The numbered containers of which `name` is a series, opened as far as that goes; or `name` itself."""
+        """Return the numbered blocks that a container consists of, opened recursively, or the container itself."""
         children = [child for child in self.called_children(name) if self.is_container(child)]
         numbered = [child for child in children if _numbered(child)]
         for series in (numbered, *([child] for child in children if child not in numbered)):
-            if series and all(child in self.outputs for child in series) and self._ends_as(series[-1], name):
+            if series and all(child in self.outputs for child in series) and self._has_form_of(series[-1], name):
                 opened = [block for child in series for block in self._blocks_in(child)]
-                if len(series) > 1 or opened != series or self._is(series[0], name):
+                if len(series) > 1 or opened != series or self._is_same_tensor(series[0], name):
                     return opened
         return [name]
 
-    def _ends_as(self, child: str, name: str) -> bool:
-        """Whether a child's output has the form of its parent's: it is the trunk there, not a branch."""
+    def _has_form_of(self, child: str, name: str) -> bool:
+        """Whether a child's output has the grid and channels of its parent's, and so lies on the trunk."""
         if name not in self.outputs:
             return False
-        own, whole = self.outputs[child], self.outputs[name]
-        return self._is(child, name) or (own.grid, own.channels) == (whole.grid, whole.channels)
+        child_output, parent_output = self.outputs[child], self.outputs[name]
+        return self._is_same_tensor(child, name) or (child_output.grid, child_output.channels) == (
+            parent_output.grid,
+            parent_output.channels,
+        )
 
-    def _is(self, child: str, name: str) -> bool:
-        """Whether a numbered child yields the very tensor of its parent, so that it stands for it."""
+    def _is_same_tensor(self, child: str, name: str) -> bool:
+        """Whether a numbered child yields the same tensor as its parent, so that it can replace it."""
         return _numbered(child) and self.outputs[child].tensor == self.outputs[name].tensor
 
     def depth(self, spec: FeatureSpec) -> float:
-        """How deep a feature lies, 0..1, counted in blocks; in compute where there are none."""
+        """Return the relative depth of a feature, 0..1, in blocks, or in tensors of the forward if there are none."""
         chain = self.chain
         if len(chain) > 1:
             return sum(block.order <= spec.order for block in chain) / len(chain)
@@ -333,7 +337,7 @@ class _Anatomy:
 
 
 def _stage_pairs(student: _Anatomy, teacher: _Anatomy) -> list[Pair]:
-    """By stride where both have several, otherwise by relative depth."""
+    """Pair stage ends by stride if both models have several strides, otherwise by relative depth."""
     student_layers, teacher_layers = stages(student.trace), stages(teacher.trace)
     if student.isotropic and teacher.isotropic:
         count = min(len(student_layers), len(teacher_layers))
@@ -349,7 +353,7 @@ def _stage_pairs(student: _Anatomy, teacher: _Anatomy) -> list[Pair]:
 
 
 def _above_stem(ends: list[FeatureSpec]) -> list[FeatureSpec]:
-    """Without the features of stride 1 and 2, which hold little more than edges, where enough others remain."""
+    """Drop the features of stride 1 and 2, which hold little more than edges, if at least two others remain."""
     deep = [spec for spec in ends if (spec.reduction or 1.0) > 2 * SAME_STRIDE]
     return deep if len(deep) > 1 else ends
 
@@ -357,7 +361,7 @@ def _above_stem(ends: list[FeatureSpec]) -> list[FeatureSpec]:
 def _by_depth(
     student: _Anatomy, teacher: _Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
 ) -> list[Pair]:
-    """Every layer of the shorter list with the one of the longer that lies as deep, the last with the last."""
+    """Pair every layer of the shorter list with one of similar depth, and the last with the last."""
     return [
         _pair(student, teacher, student_layers[i], teacher_layers[j])
         for i, j in _align(
@@ -370,7 +374,7 @@ def _by_depth(
 def _by_stride(
     student: _Anatomy, teacher: _Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
 ) -> list[Pair]:
-    """Equal strides first; what is left between two such pairs, by the nearest stride."""
+    """Pair layers of similar stride. Depth decides between layers of equal stride."""
     return [
         _pair(student, teacher, student_layers[i], teacher_layers[j])
         for i, j in _align(
@@ -381,9 +385,9 @@ def _by_stride(
 
 
 def _align(student_places: Sequence[float], teacher_places: Sequence[float]) -> list[tuple[int, int]]:
-    """Pairs of positions, monotone and unique, that use all of the shorter list and differ least in sum.
+    """Return monotone, unique pairs of positions that use all of the shorter list and have the smallest total distance.
 
-    The last is always paired with the last: it is what the classifier sees.
+    The last is always paired with the last, because the classifier reads it.
     """
     if len(student_places) > len(teacher_places):
         return [(i, j) for j, i in _align(teacher_places, student_places)]
@@ -392,9 +396,9 @@ def _align(student_places: Sequence[float], teacher_places: Sequence[float]) -> 
     for i in range(1, short + 1):
         for j in range(i, long + 1):
             cost, path = best[i - 1, j - 1]
-            taken = (cost + abs(student_places[i - 1] - teacher_places[j - 1]), [*path, (i - 1, j - 1)])
-            left_out = best.get((i, j - 1))
-            best[i, j] = taken if left_out is None or taken[0] <= left_out[0] else left_out
+            paired = (cost + abs(student_places[i - 1] - teacher_places[j - 1]), [*path, (i - 1, j - 1)])
+            skipped = best.get((i, j - 1))
+            best[i, j] = paired if skipped is None or paired[0] <= skipped[0] else skipped
     if short == 0:
         return []
     _, path = best[short - 1, long - 1]
@@ -402,7 +406,7 @@ def _align(student_places: Sequence[float], teacher_places: Sequence[float]) -> 
 
 
 def _block_pairs(student: _Anatomy, teacher: _Anatomy, anchors: Sequence[Pair]) -> list[Pair]:
-    """The blocks between two paired stage ends by relative depth, and the ends themselves."""
+    """Pair the blocks between two paired stage ends by relative depth, and keep the pairs of ends."""
     pairs: list[Pair] = []
     low = (-1, -1)
     for anchor in anchors:
@@ -421,11 +425,17 @@ def _block_pairs(student: _Anatomy, teacher: _Anatomy, anchors: Sequence[Pair]) 
 
 def _pair(student: _Anatomy, teacher: _Anatomy, student_layer: FeatureSpec, teacher_layer: FeatureSpec) -> Pair:
     depths = f"depth {student.depth(student_layer):.0%} and {teacher.depth(teacher_layer):.0%}"
-    own, other = student_layer.reduction or 1.0, teacher_layer.reduction or 1.0
-    if own < SAME_STRIDE * other and other < SAME_STRIDE * own:
-        strides = f"stride {own:.3g}" if f"{own:.3g}" == f"{other:.3g}" else f"stride {own:.3g} and {other:.3g}"
+    student_stride, teacher_stride = student_layer.reduction or 1.0, teacher_layer.reduction or 1.0
+    if student_stride < SAME_STRIDE * teacher_stride and teacher_stride < SAME_STRIDE * student_stride:
+        strides = (
+            f"stride {student_stride:.3g}"
+            if f"{student_stride:.3g}" == f"{teacher_stride:.3g}"
+            else f"stride {student_stride:.3g} and {teacher_stride:.3g}"
+        )
         return Pair(student_layer.tap, teacher_layer.tap, reason=f"{strides}; {depths}")
-    return Pair(student_layer.tap, teacher_layer.tap, reason=f"{depths}; stride {own:.3g} and {other:.3g}")
+    return Pair(
+        student_layer.tap, teacher_layer.tap, reason=f"{depths}; stride {student_stride:.3g} and {teacher_stride:.3g}"
+    )
 
 
 def _parent(name: str) -> str:
@@ -437,5 +447,5 @@ def _numbered(name: str) -> bool:
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:
-    """So many of them at equal distances, the last one included."""
+    """Return `count` evenly spaced items, including the last."""
     return [items[ceil((index + 1) * len(items) / count) - 1] for index in range(count)]

@@ -1,4 +1,4 @@
-"""Models by name, and their weights on disk."""
+"""Build models by name."""
 
 import importlib
 import json
@@ -22,16 +22,16 @@ MAX_CALLS = 100_000  # of torch while a model of timm is built; its largest take
 
 
 def build_on_meta(name: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
-    """The named model with neither weights nor memory."""
+    """Build the named model on the meta device, without weights or memory."""
     with torch.device("meta"):
         return build_model(name, model_kwargs)
 
 
 def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """The named model: `timm.create_model`, or the function that `package.module:function` names.
+    """Build the named model by `timm.create_model`, or by the function that `package.module:function` names.
 
-    Raises TraceError for a name nobody knows, with the nearest ones, for arguments that the model refuses, and for
-    those that are not of its architecture: what timm's loader takes could fetch anything into any folder.
+    Raises TraceError for an unknown name, with the nearest ones, and for arguments that the model refuses or that do
+    not belong to its architecture: arguments of timm's loader could download anything into any folder.
     """
     import timm  # 3.5 s: only where a model is built
 
@@ -44,9 +44,9 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
         with nullcontext() if module_of(name) else _Bounded(), _quiet_hub():
             model = factory(**arguments)
     except Exception as refusal:
-        given = ", ".join(f"{key}={value!r}" for key, value in model_kwargs.items())
+        shown_kwargs = ", ".join(f"{key}={value!r}" for key, value in model_kwargs.items())
         near = _nearest_argument(name, factory, refusal)
-        raise TraceError(f"cannot build {name}({given}): {short(refusal)}{near}") from refusal
+        raise TraceError(f"cannot build {name}({shown_kwargs}): {short(refusal)}{near}") from refusal
     if not isinstance(model, nn.Module):
         raise TraceError(f"{name} returned a {type(model).__name__}; expected an nn.Module")
     return model
@@ -54,7 +54,7 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without what huggingface_hub logs of a hub that it does not reach, which the error that it raises says too."""
+    """Silence the log of huggingface_hub when the hub cannot be reached. The error that it raises says the same."""
     logger = logging.getLogger("huggingface_hub")
     former = logger.level
     if not logging.getLogger().isEnabledFor(logging.INFO):  # --verbose
@@ -66,11 +66,11 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def check_kwargs(name: str, model_kwargs: Mapping[str, Any]) -> None:
-    """Whether the named model takes these arguments from anybody. Raises TraceError for the first that it does not."""
+    """Check that the named model accepts these arguments. Raises TraceError for the first that it does not."""
     import timm
 
     if module_of(name):
-        with suppress(ValueError, TypeError):  # a function that does not tell its arguments
+        with suppress(ValueError, TypeError):  # a function without a readable signature
             check_truths(name, signature(_import_factory(name)).parameters, model_kwargs)
     else:
         _check_name(name, timm)
@@ -86,7 +86,7 @@ def _nearest_argument(name: str, factory: Callable[..., Any], refusal: Exception
 
 
 class _Bounded(TorchFunctionMode):
-    """Ends what would be built for hours: a model of a million layers."""
+    """Stops the construction of a model that would take hours, such as one of a million layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class _Bounded(TorchFunctionMode):
 
 
 def _saved_arguments(name: str) -> tuple[str, dict[str, Any]]:
-    """The architecture that a name stands for, and the arguments that the config of a folder or of the hub adds.
+    """Return the architecture of a named model, and the arguments in the config of its folder or hub repository.
 
     Raises TraceError for a config that cannot be read.
     """
@@ -115,9 +115,9 @@ def _saved_arguments(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def portable(name: str, model_kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The architecture and arguments that a model is built by without the folder that `local-dir:` names.
+    """Return the architecture and arguments that build a `local-dir:` model without its folder.
 
-    Other names are as good elsewhere, and are left as they are.
+    Other names do not depend on a folder, and are returned unchanged.
     """
     if not name.startswith("local-dir:"):
         return name, dict(model_kwargs)
@@ -131,9 +131,9 @@ def portable(name: str, model_kwargs: Mapping[str, Any]) -> tuple[str, dict[str,
     arguments = {
         key: value for key, value in arguments.items() if value is not None and (key, value) != ("in_chans", 3)
     }
-    found = {**arguments, **saved, **model_kwargs}
-    same = _shapes(build_on_meta(architecture, found)) == _shapes(model)
-    return (architecture, found) if same else (name, dict(model_kwargs))
+    merged = {**arguments, **saved, **model_kwargs}
+    same = _shapes(build_on_meta(architecture, merged)) == _shapes(model)
+    return (architecture, merged) if same else (name, dict(model_kwargs))
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -152,7 +152,7 @@ def _hub_config(name: str, place: str) -> dict[str, Any]:
 
 
 def _local_config(folder: Path) -> dict[str, Any]:
-    """What timm reads of a folder's config.json, if it can be what an export wrote. Raises TraceError."""
+    """Read and check the config.json of a folder that timm or an export wrote. Raises TraceError if it is not valid."""
     try:
         config = json.loads(read_text(folder / "config.json"))
         irregular = [file.name for file in folder.iterdir() if not (file.is_file() or file.is_dir())]
@@ -174,29 +174,29 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
 
 def files_of(name: str, *, pretrained: bool) -> list[Path]:
-    """The files in the folder that `local-dir:` names which timm reads; of other names there are none."""
+    """Return the files that timm reads from the folder of a `local-dir:` name. Empty for other names."""
     if not name.startswith("local-dir:"):
         return []
     folder = Path(name.partition(":")[2])
     kinds = (".safetensors", ".pth", ".pth.tar", ".bin") if pretrained else ()
-    found = [file for file in folder.glob("*") if file.name.endswith(kinds)] if kinds else []
-    return [folder / "config.json", *sorted(found)]
+    weight_files = [file for file in folder.glob("*") if file.name.endswith(kinds)] if kinds else []
+    return [folder / "config.json", *sorted(weight_files)]
 
 
 def module_of(name: str) -> str:
-    """The module that a model's name would import, `package.module` of `package.module:function`; else empty."""
+    """Return the module that a model's name imports: `package.module` of `package.module:function`, otherwise empty."""
     return "" if name.startswith(_TIMM) or ":" not in name else name.partition(":")[0]
 
 
 def packages(names: Iterable[str]) -> list[str]:
-    """The packages that models of these names come from, other than timm."""
+    """Return the packages, other than timm, that these models come from."""
     return sorted({module_of(name).partition(".")[0] for name in names} - {""})
 
 
 def check_import(name: str, allow_import: Sequence[str]) -> None:
-    """Raises TraceError for a name whose module lies in none of the packages, or modules, that may be imported.
+    """Raise TraceError if a name would import a module outside the allowed packages and modules.
 
-    For names that come out of a file: whoever types one himself has allowed it.
+    This is for names that come from a file. A user who types a name has allowed it.
     """
     module = module_of(name)
     allowed = [allow_import] if isinstance(allow_import, str) else allow_import
@@ -225,8 +225,8 @@ def _check_name(name: str, timm: Any) -> None:
         raise TraceError(f"timm has no model {name!r}{near}")
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        known = f"; its weights: {', '.join(tags)}" if tags else "; it has no pretrained weights"
-        raise TraceError(f"timm has no weights {tag!r} for {architecture}{nearest(tag, tags)}{known}")
+        available = f"; its weights: {', '.join(tags)}" if tags else "; it has no pretrained weights"
+        raise TraceError(f"timm has no weights {tag!r} for {architecture}{nearest(tag, tags)}{available}")
 
 
 def _import_factory(name: str) -> Callable[..., Any]:
@@ -243,7 +243,7 @@ def _import_factory(name: str) -> Callable[..., Any]:
 
 
 def breaks_channels_last(model: nn.Module) -> str:
-    """The first layer whose backward writes past its memory where channels come last on a CPU; empty without one.
+    """Return the first layer whose backward corrupts memory in channels-last format on a CPU, or an empty string.
 
     Seen with torch 2.14.1 (AVX2, one thread, float32): a convolution of kernel 1 and stride 2 or more over fewer than 8
     channels, not grouped, corrupts the heap (docs/performance.md). 16 leaves room for wider vectors.
@@ -256,7 +256,7 @@ def breaks_channels_last(model: nn.Module) -> str:
 
 
 def checkpoint_gradients(model: nn.Module, name: str) -> None:
-    """Turn timm's gradient checkpointing on. Raises TraceError for a model that has none."""
+    """Enable timm's gradient checkpointing. Raises TraceError if the model does not support it."""
     try:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError) as refusal:

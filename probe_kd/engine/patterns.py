@@ -14,7 +14,10 @@ MAX_LENGTH = 1000
 
 @lru_cache(maxsize=256)
 def expression(pattern: str) -> Callable[[str], bool]:
-    """Whether a whole name matches a regular expression of RE2. Raises TapError for what is none."""
+    """Return a function that tests whether a whole name matches a regular expression of RE2.
+
+    Raises TapError if the pattern is not a valid expression.
+    """
     _check_length(pattern)
     return _matcher(pattern)
 
@@ -42,33 +45,33 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
 
 @lru_cache(maxsize=256)
 def glob(pattern: str) -> Callable[[str], bool]:
-    """Whether a name matches a shell's pattern, as `fnmatch` reads it: `*` also passes dots, `[!a]` is not `a`.
+    """Return a function that tests whether a name matches a shell pattern, as `fnmatch` reads it.
 
-    Raises TapError for a pattern that is too long.
+    `*` also matches dots, and `[!a]` matches anything but `a`. Raises TapError if the pattern is too long.
     """
     _check_length(pattern)
     parts, rest = [], pattern
     while rest:
-        sign, rest = rest[0], rest[1:]
-        end = rest.find("]", 2 if rest.startswith("!") else 1) if sign == "[" else -1
-        if sign in "*?":
-            parts.append(".*" if sign == "*" else ".")
+        character, rest = rest[0], rest[1:]
+        end = rest.find("]", 2 if rest.startswith("!") else 1) if character == "[" else -1
+        if character in "*?":
+            parts.append(".*" if character == "*" else ".")
         elif end > 0:
             parts.append(_any_of(rest[:end]))
             rest = rest[end + 1 :]
         else:
-            parts.append(_literal(sign))
+            parts.append(_literal(character))
     return _matcher("(?s:" + "".join(parts) + ")")
 
 
-def _any_of(signs: str) -> str:
-    """The inside of brackets as a class of RE2; ranges that run backwards hold nothing, as in `fnmatch`."""
-    negated, signs = signs.startswith("!"), signs.removeprefix("!")
+def _any_of(characters: str) -> str:
+    """Translate the inside of brackets to a character class of RE2. Reversed ranges match nothing, as in `fnmatch`."""
+    negated, characters = characters.startswith("!"), characters.removeprefix("!")
     ranges, index = [], 0
-    while index < len(signs):
-        last = index + 2 if signs[index + 1 : index + 2] == "-" and index + 2 < len(signs) else index
-        if signs[index] <= signs[last]:
-            ranges.append(f"{_literal(signs[index])}-{_literal(signs[last])}")
+    while index < len(characters):
+        last = index + 2 if characters[index + 1 : index + 2] == "-" and index + 2 < len(characters) else index
+        if characters[index] <= characters[last]:
+            ranges.append(f"{_literal(characters[index])}-{_literal(characters[last])}")
         index = last + 1
     inside = "".join(ranges)
     if not inside:
@@ -76,5 +79,5 @@ def _any_of(signs: str) -> str:
     return f"[{'^' if negated else ''}{inside}]"
 
 
-def _literal(sign: str) -> str:
-    return sign if sign.isalnum() and sign.isascii() else f"\\x{{{ord(sign):x}}}"
+def _literal(character: str) -> str:
+    return character if character.isalnum() and character.isascii() else f"\\x{{{ord(character):x}}}"

@@ -16,27 +16,30 @@ Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 
-# Longer than other classes: hooks, store and window of one forward are one state, which no part of it may see without
-# the others.
+# Longer than other classes: the hooks, the store and the recording window of a forward are one state, and must change
+# together.
 class Probe:
-    """Runs one model and returns the tensors at its taps.
+    """Runs a model and returns the tensors at its taps.
 
         probe = Probe(model, ["layer3", "layer4@input", ""])
         features = probe(images)                 # {Tap("layer3"): Tensor, ...}
 
-    Capture and reading are one call, so nothing is ever stale, and a frozen model inside a probe is invisible to
-    whatever holds the probe: a Probe is not an `nn.Module`.
+    One call runs the model and returns the features, so they are never stale. A Probe is not an `nn.Module`: a module
+    that holds a probe does not register the model's parameters.
 
-    The hooks are on the model only while the probe runs, so copies, pickles and averages of the model never carry one.
+    The hooks are on the model only while the probe runs, so copies, pickles and averages of the model have no hooks.
     The exception is `attach()`, which `torch.compile` needs: a hook added after the first compiled call never fires.
 
-    The first call in each mode (`train`, `eval`) is the rehearsal: the whole model runs, every tap is checked, and the
-    taps that a later in-place operation overwrites are found; only those are cloned from then on. Taps given as
-    `FeatureSpec`s of a trace were rehearsed there. After it, where `stop_early` and no tap needs the model's own
-    output, the forward ends at the last tap, also where the probe is compiled.
+    The first call in each mode (`train`, `eval`) is a rehearsal. It runs the whole model, checks every tap, and finds
+    the taps that a later in-place operation overwrites. Later calls clone only those. Taps given as `FeatureSpec`s of a
+    trace need no rehearsal.
 
-    Raises TapError: at once for a module that does not exist; in the rehearsal for a module that is never called, one
-    that is called several times without an index, and a value that is not a tensor.
+    If `stop_early` is true, every later forward ends at the last tap, unless a tap needs the model's own output. This
+    also holds for a compiled probe.
+
+    Raises TapError immediately for a module that does not exist. The rehearsal raises TapError for a module that is
+    never called, for a module that is called several times if the tap has no call index, and for a value that is not a
+    tensor.
     """
 
     def __init__(
@@ -47,15 +50,15 @@ class Probe:
         stop_early: bool = True,
     ) -> None:
         demand(model, nn.Module, "the model of a Probe", TapError, "an nn.Module, as timm.create_model(name) gives")
-        wanted = [taps] if isinstance(taps, str | Tap | FeatureSpec) else list(taps)
-        specs = [item for item in wanted if isinstance(item, FeatureSpec)]
+        tap_list = [taps] if isinstance(taps, str | Tap | FeatureSpec) else list(taps)
+        specs = [item for item in tap_list if isinstance(item, FeatureSpec)]
         self.model = model
         self.taps = tuple(
-            dict.fromkeys(item.tap if isinstance(item, FeatureSpec) else Tap.parse(item) for item in wanted)
+            dict.fromkeys(item.tap if isinstance(item, FeatureSpec) else Tap.parse(item) for item in tap_list)
         )
         self.stop_early = stop_early
         self._clones = {spec.tap for spec in specs if spec.clone}
-        self._rehearsed = {True, False} if len(specs) == len(wanted) else set[bool]()
+        self._rehearsed = {True, False} if len(specs) == len(tap_list) else set[bool]()
         self._rehearsing = False
         self._watched = False  # whether a rehearsal saw the version of every capture
         self._recording = False
@@ -78,14 +81,14 @@ class Probe:
             return self._run(args, kwargs)
 
     def attach(self) -> Self:
-        """Put the hooks on the model to stay, until `close()`: what `torch.compile` needs before its first call."""
+        """Register the hooks on the model until `close()`. `torch.compile` needs this before its first call."""
         if not self._attached:
             self._handles = [handle for hook in self._hooks for handle in hook.register()]
             self._attached = True
         return self
 
     def close(self) -> None:
-        """Take the hooks off the model; twice is as good as once."""
+        """Remove the hooks from the model. Calling it again has no effect."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -98,9 +101,9 @@ class Probe:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy or a pickle gets hooks of its own on its own model, with what the rehearsals of this one found.
-        known = set(self._clones), set(self._rehearsed)
-        return _rebuild, (self.model, self.taps, self.stop_early, *known, self._attached)
+        # A copy or a pickle has its own hooks on its own model, and the results of the rehearsals of this probe.
+        rehearsal = set(self._clones), set(self._rehearsed)
+        return _rebuild, (self.model, self.taps, self.stop_early, *rehearsal, self._attached)
 
     def __repr__(self) -> str:
         return f"Probe({type(self.model).__name__}, [{', '.join(repr(str(tap)) for tap in self.taps)}])"
@@ -112,9 +115,9 @@ class Probe:
             if _at_root(tap) and tap.call:
                 raise TapError(f"'{tap}': the model itself runs once; write '{Tap('', tap.port, None, tap.items)}'")
         inner = [tap for tap in self.taps if not _at_root(tap)]
-        found = {id(modules[tap.module]): modules[tap.module] for tap in inner}
+        tapped = {id(modules[tap.module]): modules[tap.module] for tap in inner}
         return [
-            _Hook(self, module, [tap for tap in inner if modules[tap.module] is module]) for module in found.values()
+            _Hook(self, module, [tap for tap in inner if modules[tap.module] is module]) for module in tapped.values()
         ]
 
     @contextmanager
@@ -146,7 +149,9 @@ class Probe:
             )
         self._open(may_stop=self.stop_early and self.model.training in self._rehearsed)
         self._compiled = True
-        with suppress(_AllCaptured):  # both ends lie in what is compiled, so that the layers above are in no graph
+        with suppress(
+            _AllCaptured
+        ):  # raised and caught inside the compiled code, so that the layers above are in no graph
             self._forward(args, kwargs)
         return self._complete(self._close_window())
 
@@ -161,7 +166,7 @@ class Probe:
                 self.record(tap, pick(tap, output, tap.items))
 
     def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
-        """A whole forward in which everything is cloned, so that its captures are right before the plan is known."""
+        """Run the whole model and clone every capture, because it is not yet known which ones are overwritten later."""
         calls: Counter[str] = Counter()
         names = _names_by_identity(self.model)
 
@@ -210,9 +215,11 @@ class Probe:
         return captured
 
     def _complete(self, captured: dict[Tap, Tensor | None]) -> dict[Tap, Tensor]:
-        lost = [str(tap) for tap, tensor in captured.items() if tensor is None]
-        if lost:
-            raise _Missing(f"captured nothing at {', '.join(map(repr, lost))}: the module did not run in this forward")
+        missing = [str(tap) for tap, tensor in captured.items() if tensor is None]
+        if missing:
+            raise _Missing(
+                f"captured nothing at {', '.join(map(repr, missing))}: the module did not run in this forward"
+            )
         return {tap: tensor for tap, tensor in captured.items() if tensor is not None}
 
     def record(self, tap: Tap, tensor: Tensor) -> None:
@@ -306,7 +313,10 @@ def _make_nothing() -> Callable[..., None]:
 
 @contextmanager
 def watch(model: nn.Module, before: Before | None = None, after: After | None = None) -> Iterator[None]:
-    """Call back around every module call of `model` (its own included) with the name and what goes in and comes out."""
+    """Call `before` and `after` around every module call of `model`, including its own.
+
+    Both get the name of the module, the module and its inputs; `after` also gets its output.
+    """
     handles: list[RemovableHandle] = []
     _refuse_unhookable(model)
     for name, module in model.named_modules():
@@ -322,11 +332,14 @@ def watch(model: nn.Module, before: Before | None = None, after: After | None = 
 
 
 def _named(callback: Callable[..., None], name: str) -> Callable[..., None]:
-    return lambda *seen: callback(name, *seen)
+    return lambda *values: callback(name, *values)
 
 
 def pick(tap: Tap, value: Any, items: Sequence[int | str]) -> Tensor:
-    """Follow `items` into a tuple, list, dict or dataclass until a tensor; TapError says what there is instead."""
+    """Return the tensor that `items` select from a tuple, list, dict or dataclass.
+
+    Raises TapError with the available items if there is no tensor.
+    """
     for item in items:
         value = _step(tap, value, item)
     if isinstance(value, Tensor):
@@ -365,23 +378,23 @@ def _describe(value: Any) -> str:
 
 
 def pick_argument(tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor that a module was called with: the first argument, or the one that the tap's first item names."""
+    """Return an argument of a module call: the first one, or the one that the tap's first item selects."""
     if not tap.items:
         first = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
         if first is None:
             raise TapError(f"'{tap}': the module is called without any argument")
         return pick(tap, first, ())
-    which, *rest = tap.items
-    if isinstance(which, int) and which < len(args):
-        return pick(tap, args[which], rest)
-    if isinstance(which, str) and which in kwargs:
-        return pick(tap, kwargs[which], rest)
-    legal = ", ".join([f"[{position}]" for position in range(len(args))] + [f"[{key}]" for key in kwargs])
-    raise TapError(f"'{tap}': the module is not called with an argument [{which}]; its arguments: {legal or 'none'}")
+    key, *rest = tap.items
+    if isinstance(key, int) and key < len(args):
+        return pick(tap, args[key], rest)
+    if isinstance(key, str) and key in kwargs:
+        return pick(tap, kwargs[key], rest)
+    legal = ", ".join([f"[{position}]" for position in range(len(args))] + [f"[{name}]" for name in kwargs])
+    raise TapError(f"'{tap}': the module is not called with an argument [{key}]; its arguments: {legal or 'none'}")
 
 
 def explain_calls(model: nn.Module, tap: Tap, calls: Mapping[str, int]) -> str:
-    """Why a forward with these call counts does not define the tap; an empty string when it does."""
+    """Explain why a tap is not defined in a forward with these call counts. Empty if it is defined."""
     times = calls.get(tap.module, 0)
     if times == 0:
         return f"'{tap}' never fires: {why_silent(model, tap.module, {name for name, count in calls.items() if count})}"
@@ -395,7 +408,7 @@ def explain_calls(model: nn.Module, tap: Tap, calls: Mapping[str, int]) -> str:
 
 
 def why_silent(model: nn.Module, name: str, called: Collection[str]) -> str:
-    """Why a module did not run in a forward in which `called` did, and the nearest of those."""
+    """Explain why a module did not run in a forward that ran `called`, and name the nearest of those."""
     module = model.get_submodule(name)
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList):
@@ -413,7 +426,7 @@ def why_silent(model: nn.Module, name: str, called: Collection[str]) -> str:
 
 
 def _nearest_called(name: str, called: Collection[str]) -> str:
-    """The last of its own children, else a sibling before or after it, else an ancestor."""
+    """Return the last called child, otherwise a called sibling, otherwise a called ancestor."""
     for scope in (name, *_ancestors(name)):
         inside = [other for other in called if other.startswith(f"{scope}.") or not scope]
         if scope == name and inside:

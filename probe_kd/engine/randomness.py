@@ -1,4 +1,4 @@
-"""Random numbers that are drawn once more."""
+"""Drawing the same random numbers again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class RandomState:
-    """The random numbers that are drawn next, on the CPU and on a module's GPUs."""
+    """The state of the random generators of the CPU and of a module's GPUs."""
 
     def __init__(self, module: nn.Module) -> None:
         places = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
@@ -18,7 +18,7 @@ class RandomState:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, they are drawn once more; what is drawn after it does not notice."""
+        """Draw the same numbers again inside the block. The numbers drawn after it do not change."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.state)
             for device, state in zip(self.devices, self.states, strict=True):

@@ -1,4 +1,4 @@
-"""The frozen values that everything else passes around: what to capture, what was seen there, what goes with what.
+"""Frozen values that the other modules share: taps, the features seen there, pairs, traces and inputs.
 
 Nothing here imports torch, so that a recipe can be read and refused in milliseconds.
 """
@@ -70,19 +70,22 @@ class Tap:
 
     @classmethod
     def parse(cls, text: "str | Tap") -> Self:
-        """Read the text form; a Tap passes unchanged, so that public functions can accept either."""
+        """Parse the text form of a tap. A Tap is returned unchanged, so that functions can accept either.
+
+        Raises TapError if the text is not a tap.
+        """
         if isinstance(text, cls):
             return text
         if not isinstance(text, str):
             raise TapError(f"{text!r} is not a tap; expected text of the form {_TAP_FORM}")
-        found = _TAP.fullmatch(text.strip())
-        if found is None:
+        match = _TAP.fullmatch(text.strip())
+        if match is None:
             raise TapError(f"{text!r} is not a tap; expected {_TAP_FORM}")
-        items = re.findall(r"\[([^\[\]]+)\]", found["items"])
+        items = re.findall(r"\[([^\[\]]+)\]", match["items"])
         return cls(
-            module=found["module"],
-            port="input" if found["port"] == "input" else "output",
-            call=None if found["call"] is None else int(found["call"]),
+            module=match["module"],
+            port="input" if match["port"] == "input" else "output",
+            call=None if match["call"] is None else int(match["call"]),
             items=tuple(int(item) if re.fullmatch("[0-9]{1,9}", item) else item for item in items),
         )
 
@@ -93,7 +96,7 @@ class Tap:
 
     @property
     def is_output(self) -> bool:
-        """Whether this is the model's own output (or an item of it): the logits, as a rule."""
+        """Whether this is the output of the model itself, or an item of it. Usually these are the logits."""
         return self.module == "" and self.port == "output"
 
 
@@ -125,11 +128,11 @@ class FeatureSpec:
 
     @property
     def spatial(self) -> bool:
-        """Whether there is a grid of positions to compare."""
+        """Whether the feature has a grid of positions."""
         return self.grid is not None
 
     def describe(self) -> str:
-        """The short form used in plans and tables: `tokens 14x14+1 192`, `map 28x28 512`, `vector 1000`."""
+        """Return the short form used in plans and tables: `tokens 14x14+1 192`, `map 28x28 512`, `vector 1000`."""
         grid = "" if self.grid is None else f" {self.grid[0]}x{self.grid[1]}"
         prefix = f"+{self.prefix_tokens}" if self.prefix_tokens else ""
         kinds = {Layout.NC: "vector", Layout.NLC: "tokens", Layout.NCL: "tokens", Layout.OTHER: "other"}
@@ -164,8 +167,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number that moves from `start` to `end` over so many epochs of a stage (default: all), and then stays
-    there.
+    """A number that changes from `start` to `end` over `epochs` epochs of a stage, and then stays at `end`.
+
+    By default it changes over all epochs of the stage.
 
     FitNets (Romero et al. 2015, sec. 3.1) decreases the weight of the soft targets from 4 to 1.
     """
@@ -176,7 +180,7 @@ class Schedule:
     shape: Literal["linear", "cosine"] = "linear"
 
     def at(self, epoch: float, epochs: int) -> float:
-        """The value after so many epochs of a stage of `epochs`."""
+        """Return the value after `epoch` epochs of a stage that has `epochs` epochs."""
         share = min(max(epoch / (self.epochs or epochs), 0.0), 1.0)
         if self.shape == "cosine":
             share = (1 - cos(pi * share)) / 2
@@ -189,11 +193,11 @@ def value_at(value: float | Schedule, epoch: float, epochs: int) -> float:
 
 @dataclass(frozen=True)
 class ModuleSpec:
-    """One module as a dry forward saw it: what it is, what it holds, how often and when it ran.
+    """One module in a dry forward: its class, its size, how often it ran and when.
 
-    `parameters` counts its own and its children's; `macs` are multiply-accumulates for one image over all its calls.
-    `first` and `last` are the orders at which its first call began and its last call ended, -1 where it never ran;
-    `silent` then says why.
+    `parameters` includes the parameters of its children. `macs` are the multiply-accumulates for one image over all its
+    calls. `first` and `last` are the orders at which its first call began and its last call ended. They are -1 if it
+    never ran, and `silent` then says why.
     """
 
     name: str
@@ -238,11 +242,11 @@ class Trace:
 
     @property
     def output(self) -> FeatureSpec:
-        """The model's own output; the first item where it is a tuple. Raises TraceError where it is no tensor."""
-        found = next((spec for spec in self.specs if spec.tap.is_output), None)
-        if found is None:
+        """The output of the model; its first item if it is a tuple. Raises TraceError if it is not a tensor."""
+        output = next((spec for spec in self.specs if spec.tap.is_output), None)
+        if output is None:
             raise TraceError(f"{self.model} gives no tensor; expected logits")
-        return found
+        return output
 
     @property
     def parameters(self) -> int:
@@ -253,12 +257,12 @@ class Trace:
         return self.modules[""].macs
 
     def __getitem__(self, tap: str | Tap) -> FeatureSpec:
-        wanted = Tap.parse(tap)
-        spec = self._by_tap.get(wanted)
-        if spec is None and wanted.call == 0:  # '#0' of a module that is called once is that call
-            spec = self._by_tap.get(Tap(wanted.module, wanted.port, None, wanted.items))
+        parsed = Tap.parse(tap)
+        spec = self._by_tap.get(parsed)
+        if spec is None and parsed.call == 0:  # '#0' of a module that is called once is that call
+            spec = self._by_tap.get(Tap(parsed.module, parsed.port, None, parsed.items))
         if spec is None:
-            raise TapError(self._explain(wanted))
+            raise TapError(self._explain(parsed))
         return spec
 
     def _explain(self, tap: Tap) -> str:
@@ -277,37 +281,37 @@ class Trace:
         return f"{self.model} yields no tensor at '{tap}'; its taps there: {', '.join(map(repr, legal[:8]))}"
 
 
-def _size(given: Any) -> tuple[int, int, int]:
-    """The size of an input, of whatever sequence has three whole numbers. Raises DataError."""
+def _size(value: Any) -> tuple[int, int, int]:
+    """Convert a sequence of three whole numbers to the size of an input. Raises DataError for anything else."""
     try:
-        sides = [index(side) for side in (given if hasattr(given, "__iter__") else [given])]
+        sides = [index(side) for side in (value if hasattr(value, "__iter__") else [value])]
     except TypeError:
         sides = []
-    if len(sides) == 3 and min(sides) > 0 and not any(isinstance(side, bool) for side in given):
+    if len(sides) == 3 and min(sides) > 0 and not any(isinstance(side, bool) for side in value):
         return sides[0], sides[1], sides[2]
     near = f"; did you mean (3, {sides[0]}, {sides[-1]})?" if len(sides) in (1, 2) and min(sides) > 0 else ""
     raise DataError(
-        f"size {given!r} of an input: expected (channels, height, width), three whole numbers above 0, as in "
+        f"size {value!r} of an input: expected (channels, height, width), three whole numbers above 0, as in "
         f"(3, 224, 224){near}"
     )
 
 
-def _numbers(given: Any, name: str) -> tuple[float, ...]:
-    """The numbers of a mean or std: one, or one for each channel, also as a tensor with axes of 1 around them."""
-    values = _squeezed(given)
-    several = hasattr(values, "__iter__") and not isinstance(values, str | bytes | Mapping)
-    found = tuple(map(_squeezed, values)) if several else () if values is None else (values,)
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in found):
-        shown = " ".join(repr(given).split())[:60]
+def _numbers(value: Any, name: str) -> tuple[float, ...]:
+    """Convert a mean or std to a tuple of one number, or one per channel. Axes of size 1 are dropped."""
+    squeezed = _squeezed(value)
+    several = hasattr(squeezed, "__iter__") and not isinstance(squeezed, str | bytes | Mapping)
+    numbers = tuple(map(_squeezed, squeezed)) if several else () if squeezed is None else (squeezed,)
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        shown = " ".join(repr(value).split())[:60]
         raise DataError(
             f"{name} {shown} of an input: expected a number, or one for each channel, as in (0.5, 0.5, 0.5)"
         )
-    return found
+    return numbers
 
 
-def _squeezed(given: Any) -> Any:
-    """A number, or a list, of an array or tensor; without the lists that hold one list or number and nothing else."""
-    value = given.tolist() if hasattr(given, "tolist") else given
+def _squeezed(array: Any) -> Any:
+    """Convert an array or tensor to a number or list, and unwrap lists that hold a single list or number."""
+    value = array.tolist() if hasattr(array, "tolist") else array
     while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list | int | float):
         value = value[0]
     return value
@@ -340,11 +344,11 @@ class InputSpec:
 
     @property
     def complete(self) -> bool:
-        """Whether it says how images are normalised, and not only how large they are."""
+        """Whether both mean and std are set."""
         return bool(self.mean and self.std)
 
     def filled(self, model: object) -> Self:
-        """With the model's own mean and std, as its timm config has them, in the place of those that were not given."""
+        """Return a copy in which missing mean and std are those of the model's timm config."""
         config = getattr(model, "pretrained_cfg", None) or {}
         if self.complete or not (config.get("mean") and config.get("std")):
             return self
@@ -352,17 +356,17 @@ class InputSpec:
         return replace(self, mean=self.mean or own.mean, std=self.std or own.std)
 
     def or_plain(self) -> Self:
-        """With mean 0 and std 1 in the place of those that were not given: images in [0, 1]."""
+        """Return a copy in which a missing mean is 0 and a missing std is 1: images in [0, 1]."""
         return replace(self, mean=self.mean or (0.0,), std=self.std or (1.0,))
 
     def covering(self, other: "InputSpec") -> Self:
-        """The same, but as high and as wide as the larger of both: what each then takes its own view of."""
+        """Return a copy with the larger height and width of both inputs. Each model then takes its own view."""
         channels, height, width = self.size
         return replace(self, size=(channels, max(height, other.size[1]), max(width, other.size[2])))
 
     @classmethod
     def of(cls, model: object, size: tuple[int, int, int] | None = None) -> Self:
-        """From timm's `pretrained_cfg` on the model; images in [0, 1], not normalised, where it has none."""
+        """Return the input of a model from its timm `pretrained_cfg`. Without one: images in [0, 1], not normalised."""
         config = getattr(model, "pretrained_cfg", None) or {}
         size = size or tuple(config.get("input_size") or (3, 224, 224))
         mean, std = tuple(config.get("mean") or (0.0,)), tuple(config.get("std") or (1.0,))

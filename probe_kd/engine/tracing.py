@@ -1,4 +1,4 @@
-"""One dry forward of a model, without weights and without compute, and all that it tells.
+"""Trace a model in one dry forward, without weights and without compute.
 
 Nothing here knows an architecture by name. A leaf such as a convolution or a linear layer says which axis of its
 tensors holds the channels; every other tensor gets its layout from the leaves that made or read it.
@@ -37,7 +37,7 @@ def trace(
     training: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Trace:
-    """Run `model` once on the meta device and describe every tensor that enters or leaves a module.
+    """Run a model once on the meta device and describe every tensor that enters or leaves a module.
 
     `model` is a timm name, `hf-hub:...`, `local-dir:...`, `package.module:function`, or an `nn.Module`, which is
     not changed. `input_size` is (channels, height, width), (height, width) or one side; the default is the model's
@@ -61,7 +61,7 @@ def trace(
 
 
 def _built_for(kwargs: Mapping[str, Any], size: Size) -> str:
-    """The tail of a sentence where the arguments say for what images a model is built."""
+    """Return the end of a sentence that names the `img_size` of the arguments, if there is one."""
     if "img_size" not in kwargs:
         return ""
     fits = size[1] if size[1] == size[2] else list(size[1:])
@@ -92,7 +92,7 @@ def _trace_on_meta(model: nn.Module, size: Size, training: bool, name: str, kwar
 
 
 def _trace_for_real(model: nn.Module, size: Size, name: str, refusal: Exception) -> Trace:
-    """For a model that looks at its values, or keeps plain tensors on a device: in eval mode nothing of it changes."""
+    """Trace a model that reads tensor values or holds plain tensors on a device. Eval mode leaves it unchanged."""
     modes = {module: module.training for module in model.modules()}
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     model.eval()
@@ -107,7 +107,7 @@ def _trace_for_real(model: nn.Module, size: Size, name: str, refusal: Exception)
 
 
 def refuse_lazy(model: nn.Module, name: str) -> None:
-    """Raises TraceError for a model with parameters that get their size only in its first forward."""
+    """Raise TraceError if a model has parameters without a size before its first forward."""
     for path, module in model.named_modules():
         held = [*module._parameters.values(), *module._buffers.values()]
         if any(map(is_lazy, held)):
@@ -118,7 +118,7 @@ def refuse_lazy(model: nn.Module, name: str) -> None:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without weights: a deepcopy in which every parameter and buffer has already been 'copied' to meta."""
+    """Return a copy on the meta device: a deepcopy whose memo already maps every tensor to a meta tensor."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
@@ -127,13 +127,13 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _resolve_size(asked: int | Sequence[int] | None, model: nn.Module) -> Size:
+def _resolve_size(input_size: int | Sequence[int] | None, model: nn.Module) -> Size:
     own = _own_size(model)
-    if asked is None:
+    if input_size is None:
         return own
-    sides = (asked,) if isinstance(asked, int) else tuple(asked)
+    sides = (input_size,) if isinstance(input_size, int) else tuple(input_size)
     if not 1 <= len(sides) <= 3 or any(not isinstance(side, int) or side < 1 for side in sides):
-        raise TraceError(f"input size {asked!r}: expected (channels, height, width), (height, width) or one side")
+        raise TraceError(f"input size {input_size!r}: expected (channels, height, width), (height, width) or one side")
     if len(sides) == 3:
         return sides[0], sides[1], sides[2]
     return own[0], sides[0], sides[-1]
@@ -152,8 +152,8 @@ def _own_size(model: nn.Module) -> Size:
 
 
 @dataclass
-class _Sight:
-    """One tensor seen at one place."""
+class _Observation:
+    """One tensor at one tap of a forward."""
 
     module: str
     port: str
@@ -166,7 +166,7 @@ class _Sight:
 
 @dataclass
 class _Log:
-    sights: list[_Sight] = field(default_factory=list)
+    observations: list[_Observation] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     macs: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
@@ -176,19 +176,19 @@ class _Log:
     axes_by_shape: dict[tuple[int, ...], int] = field(default_factory=dict)
     order: int = 0
 
-    def see(self, module: str, port: str, call: int, value: Any, items: tuple[int | str, ...] = ()) -> None:
+    def record(self, module: str, port: str, call: int, value: Any, items: tuple[int | str, ...] = ()) -> None:
         if isinstance(value, Tensor):
-            self.sights.append(_Sight(module, port, call, items, value, value._version, self.order))
+            self.observations.append(_Observation(module, port, call, items, value, value._version, self.order))
             self.order += 1
         elif isinstance(value, Mapping):
             for key, item in value.items():
-                self.see(module, port, call, item, (*items, key if isinstance(key, int) else str(key)))
+                self.record(module, port, call, item, (*items, key if isinstance(key, int) else str(key)))
         elif isinstance(value, tuple | list):
             for position, item in enumerate(value):
-                self.see(module, port, call, item, (*items, position))
+                self.record(module, port, call, item, (*items, position))
 
     def close(self, name: str) -> tuple[int, int]:
-        """(call, flops at its start) of the module that ends; what is open inside it was stopped early."""
+        """Return (call, flops at its start) of the module that ends. Those still open inside it stopped early."""
         while True:
             opened, call, start = self.open.pop()
             if opened == name:
@@ -214,10 +214,10 @@ _ACTIVATIONS = {
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What the operations below the modules tell: their flops, and which tensors an activation made.
+    """Counts the flops of all operations, and records which tensors an activation produced.
 
-    The flops are torch's own formulas, added up; its `FlopCounterMode` follows modules too, and fails on cait's class
-    tokens.
+    The flops come from torch's own formulas. `FlopCounterMode` is not used: it also tracks modules, and fails on the
+    class tokens of CaiT.
     """
 
     def __init__(self) -> None:
@@ -252,22 +252,22 @@ def _observe(model: nn.Module, images: Tensor, name: str, kwargs: Mapping[str, A
         log.calls[module_name] += 1
         call = log.calls[module_name] - 1
         for position, value in enumerate(args):
-            log.see(module_name, "input", call, value, (position,))
+            log.record(module_name, "input", call, value, (position,))
         for key, value in keywords.items():
-            log.see(module_name, "input", call, value, (key,))
+            log.record(module_name, "input", call, value, (key,))
         log.learn_axis(module, args[0] if args else None)
 
     def after(module_name: str, module: nn.Module, _: Any, __: Any, output: Any) -> None:
         call, start = log.close(module_name)
         log.macs[module_name] += operations.flops - start
-        log.see(module_name, "output", call, output)
+        log.record(module_name, "output", call, output)
         log.last[module_name] = log.order
         log.learn_axis(module, output)
 
     with operations, watch(model, before, after):
         model(images)
-    ruler = _Ruler(log, images, getattr(model, "num_prefix_tokens", 0), operations.activations)
-    specs = tuple(ruler.measure(sight) for sight in log.sights)
+    builder = _SpecBuilder(log, images, getattr(model, "num_prefix_tokens", 0), operations.activations)
+    specs = tuple(builder.build(observation) for observation in log.observations)
     _, channels, height, width = images.shape
     return Trace(name, (channels, height, width), model.training, specs, _modules(model, log), dict(kwargs))
 
@@ -304,7 +304,7 @@ _CHANNELS_FIRST = (
 
 
 def _channel_axis(module: nn.Module, tensor: Tensor) -> int | None:
-    """The axis that this layer takes for channels, 1 or -1; None where the layer does not say."""
+    """Return the channel axis of a layer's tensor, 1 or -1, or None if the layer does not determine it."""
     if tensor.ndim < 3:
         return None
     if isinstance(module, _CHANNELS_FIRST):
@@ -319,8 +319,8 @@ def _channel_axis(module: nn.Module, tensor: Tensor) -> int | None:
     return None
 
 
-class _Ruler:
-    """Turns what was seen into FeatureSpecs. The whole forward is known by then, so later layers tell of earlier."""
+class _SpecBuilder:
+    """Builds FeatureSpecs from the log of a forward. The log is complete, so later layers can explain earlier ones."""
 
     def __init__(
         self, log: _Log, images: Tensor, prefix_tokens: int, activations: Mapping[tuple[int, int], str]
@@ -333,31 +333,31 @@ class _Ruler:
         self.contents: dict[tuple[int, int], int] = {}  # (id of a tensor, version): a running number
         self.log.axes[id(images)] = 1
 
-    def measure(self, sight: _Sight) -> FeatureSpec:
-        tensor = sight.tensor
+    def build(self, observation: _Observation) -> FeatureSpec:
+        tensor = observation.tensor
         layout = self._layout(tensor)
         channels, grid, prefix = self._read(layout, tensor)
         if layout in (Layout.NCHW, Layout.NHWC) and grid is not None and self._fits(grid):
-            self.grids = [known for known in self.grids if known != grid] + [grid]
+            self.grids = [other for other in self.grids if other != grid] + [grid]
         return FeatureSpec(
-            tap=self._tap(sight),
+            tap=self._tap(observation),
             layout=layout,
             shape=tuple(int(side) for side in tensor.shape),
             channels=channels,
             grid=grid,
             prefix_tokens=prefix,
             reduction=self.size[0] / grid[0] if grid else None,
-            order=sight.order,
-            tensor=self.contents.setdefault((id(tensor), sight.version), len(self.contents)),
-            activation=self.activations.get((id(tensor), sight.version), ""),
-            calls=self.log.calls[sight.module],
-            clone=tensor._version != sight.version,
+            order=observation.order,
+            tensor=self.contents.setdefault((id(tensor), observation.version), len(self.contents)),
+            activation=self.activations.get((id(tensor), observation.version), ""),
+            calls=self.log.calls[observation.module],
+            clone=tensor._version != observation.version,
         )
 
-    def _tap(self, sight: _Sight) -> Tap:
-        call = sight.call if self.log.calls[sight.module] > 1 else None
-        items = () if sight.port == "input" and sight.items == (0,) else sight.items
-        return Tap(sight.module, "input" if sight.port == "input" else "output", call, items)
+    def _tap(self, observation: _Observation) -> Tap:
+        call = observation.call if self.log.calls[observation.module] > 1 else None
+        items = () if observation.port == "input" and observation.items == (0,) else observation.items
+        return Tap(observation.module, "input" if observation.port == "input" else "output", call, items)
 
     def _layout(self, tensor: Tensor) -> Layout:
         shape = tuple(tensor.shape)
@@ -379,7 +379,7 @@ class _Ruler:
         return 1 if first else -1 if last else None
 
     def _read(self, layout: Layout, tensor: Tensor) -> tuple[int, tuple[int, int] | None, int]:
-        """(channels, grid, prefix tokens)"""
+        """Return (channels, grid, prefix tokens)."""
         shape = [int(side) for side in tensor.shape]
         if layout is Layout.NCHW:
             return shape[1], (shape[2], shape[3]), 0
@@ -394,11 +394,11 @@ class _Ruler:
         return channels, grid, prefix
 
     def _tokens(self, length: int) -> tuple[tuple[int, int], int] | None:
-        """(grid, prefix tokens) of so many tokens: a grid seen before, with as few prefix tokens as possible."""
-        seen = [(grid, length - grid[0] * grid[1]) for grid in reversed(self.grids)]
-        fitting = [(grid, prefix) for grid, prefix in seen if prefix in (0, self.prefix_tokens)]
+        """Return (grid, prefix tokens) for a number of tokens: an earlier grid with the fewest prefix tokens."""
+        candidates = [(grid, length - grid[0] * grid[1]) for grid in reversed(self.grids)]
+        fitting = [(grid, prefix) for grid, prefix in candidates if prefix in (0, self.prefix_tokens)]
         fitting += sorted(
-            ((grid, prefix) for grid, prefix in seen if 0 < prefix <= MAX_PREFIX), key=lambda item: item[1]
+            ((grid, prefix) for grid, prefix in candidates if 0 < prefix <= MAX_PREFIX), key=lambda item: item[1]
         )
         if fitting and fitting[0][0] != (1, 1):
             return fitting[0]
@@ -409,7 +409,7 @@ class _Ruler:
         return None
 
     def _grid_of(self, positions: int) -> tuple[int, int] | None:
-        """The grid of so many positions that has the shape of the image."""
+        """Return the grid with this number of positions that has the aspect ratio of the image."""
         if positions < 2:
             return None
         height = round(sqrt(positions * self.size[0] / self.size[1]))
@@ -419,7 +419,7 @@ class _Ruler:
         return None
 
     def _fits(self, grid: tuple[int, int]) -> bool:
-        """Whether one stride makes this grid of the image, give or take the border that a convolution may cut."""
+        """Whether a single stride maps the image to this grid, up to one position that a convolution may cut."""
         height, width = self.size
         if grid[0] > height or grid[1] > width:
             return False

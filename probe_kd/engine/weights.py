@@ -18,36 +18,38 @@ from probe_kd.files.run_folder import changed, damaged
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint: safetensors, or what `torch.save` wrote, of timm or of a bare state dict.
+    """Read the tensors of a checkpoint: safetensors, or a file of `torch.save` with timm's keys or a plain state dict.
 
-    Nothing in it is run (`weights_only`). Raises WeightsError when it cannot be read, and where it lies in the folder
-    of a run and is not what the run wrote.
+    No code in the file is run (`weights_only`). Raises WeightsError if it cannot be read, or if it lies in the folder
+    of a run and differs from what the run wrote.
     """
     from timm.models import load_state_dict
 
     _check_unchanged(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch remarks on pickles that it then refuses
-            found = dict(load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True))
+            state_dict = dict(load_state_dict(str(path), use_ema=True, device="cpu", weights_only=True))
     except Exception as refusal:  # a pickle can fail in any way
-        raise WeightsError(f"cannot read the checkpoint {str(path)!r}: {_refused(refusal)}") from refusal
-    wrong = next((name for name, value in found.items() if not isinstance(value, Tensor)), None)
-    if wrong is not None:
-        kind = type(found[wrong]).__name__
-        raise WeightsError(f"the checkpoint {str(path)!r} is no state dict: {wrong!r} in it is a {kind}, and no tensor")
-    return found
+        raise WeightsError(f"cannot read the checkpoint {str(path)!r}: {_why_refused(refusal)}") from refusal
+    not_tensor = next((name for name, value in state_dict.items() if not isinstance(value, Tensor)), None)
+    if not_tensor is not None:
+        kind = type(state_dict[not_tensor]).__name__
+        raise WeightsError(
+            f"the checkpoint {str(path)!r} is no state dict: {not_tensor!r} in it is a {kind}, and no tensor"
+        )
+    return state_dict
 
 
 def _check_unchanged(path: str | Path) -> None:
-    """Raises WeightsError where a file in the folder of a run is not what the run wrote."""
+    """Raise WeightsError if a file in the folder of a run differs from what the run wrote."""
     if changed(Path(path)):
         raise WeightsError(damaged(Path(path)))
 
 
 def check_state(folder: Path) -> None:
-    """Whether all that accelerate has pickled into a checkpoint is data. Raises WeightsError otherwise.
+    """Check that the pickles in a checkpoint of accelerate hold only data. Raises WeightsError otherwise.
 
-    accelerate reads it with `weights_only` too, but passes over random numbers that it cannot read.
+    accelerate reads them with `weights_only` too, but skips random states that it cannot read.
     """
     from accelerate.utils import load
 
@@ -55,34 +57,34 @@ def check_state(folder: Path) -> None:
         try:
             load(file, map_location="cpu", weights_only=True, mmap=True)  # of the tensors, only where they lie
         except Exception as refusal:  # a pickle can fail in any way
-            raise WeightsError(f"cannot go on from {str(file)!r}: {_refused(refusal)}") from refusal
+            raise WeightsError(f"cannot go on from {str(file)!r}: {_why_refused(refusal)}") from refusal
 
 
-def _refused(error: Exception) -> str:
-    """torch goes on to say how to run what is in the file all the same."""
+def _why_refused(error: Exception) -> str:
+    """Return why a file was refused, without torch's advice on how to run its code anyway."""
     if isinstance(error, UnpicklingError):
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
         return (
-            "it holds more than tensors and numbers" + (f", {found[1]} say" if found else "") + ", and could run code"
+            "it holds more than tensors and numbers" + (f", {match[1]} say" if match else "") + ", and could run code"
         )
     return short(error)
 
 
 def load_weights(model: nn.Module, path: str | Path, classifier: Classifier = "same") -> list[str]:
-    """Load a checkpoint, all of it and nothing else; on the meta device this only compares.
+    """Load a complete checkpoint into a model. On the meta device, only compare names and shapes.
 
-    The classifier may be that of other classes: `new where other` leaves it as the model began with it where the
-    checkpoint has another or none, `new` always. Returns the names of what was left so.
+    `classifier="new where other"` keeps the model's initial classifier if the checkpoint has another or none, and
+    `"new"` always keeps it. Returns the names of the tensors that keep their initial values.
 
-    Raises WeightsError with the first differences: timm would build a teacher of another number of classes and leave
-    its classifier random.
+    Raises WeightsError with the first differences. timm would instead build a teacher with another number of classes
+    and a random classifier.
     """
     weights, expected = read_weights(path), model.state_dict()
-    left = [] if classifier == "same" else _left_new(model, weights, always=classifier == "new")
+    new_names = [] if classifier == "same" else _new_classifier_names(model, weights, always=classifier == "new")
     differences = [
         f"{name!r} is {_shape(weights, name)} in the checkpoint and {_shape(expected, name)} in the model"
         for name in dict.fromkeys([*expected, *weights])
-        if _shape(weights, name) != _shape(expected, name) and name not in left
+        if _shape(weights, name) != _shape(expected, name) and name not in new_names
     ]
     if differences:
         more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -90,44 +92,44 @@ def load_weights(model: nn.Module, path: str | Path, classifier: Classifier = "s
             f"the checkpoint {str(path)!r} does not fit {type(model).__name__}: {'; '.join(differences[:3])}{more}"
         )
     if not any(parameter.is_meta for parameter in model.parameters()):
-        model.load_state_dict({**weights, **{name: expected[name] for name in left}})
-    return left
+        model.load_state_dict({**weights, **{name: expected[name] for name in new_names}})
+    return new_names
 
 
 def classifiers(model: nn.Module) -> list[str]:
-    """The modules that a model classifies by, by name: one, or several as in a distilled DeiT.
+    """Return the names of a model's classifiers: one, or several as in a distilled DeiT.
 
-    Raises WeightsError where nothing says which they are, as it is for a model that is not timm's.
+    Raises WeightsError if the model does not say which they are, as a model that is not timm's may not.
     """
-    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    found = [named] if isinstance(named, str) else list(named)
+    config_names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = [config_names] if isinstance(config_names, str) else list(config_names)
     get_classifier = getattr(model, "get_classifier", None)
     if get_classifier is not None:
         heads = get_classifier()
-        held = {id(head) for head in (heads if isinstance(heads, tuple | list) else (heads,))}
-        found += [name for name, module in model.named_modules() if name and id(module) in held]
+        head_ids = {id(head) for head in (heads if isinstance(heads, tuple | list) else (heads,))}
+        names += [name for name, module in model.named_modules() if name and id(module) in head_ids]
     modules = dict(model.named_modules())
-    found = [name for name in dict.fromkeys(found) if name in modules]
-    if not found:
+    names = [name for name in dict.fromkeys(names) if name in modules]
+    if not names:
         raise WeightsError(f"{type(model).__name__} does not say which of its layers is the classifier")
-    return found
+    return names
 
 
-def _left_new(model: nn.Module, weights: Mapping[str, Tensor], *, always: bool) -> list[str]:
-    """The tensors of those classifiers that a checkpoint has otherwise than the model, or of all of them."""
-    expected, left = model.state_dict(), list[str]()
+def _new_classifier_names(model: nn.Module, weights: Mapping[str, Tensor], *, always: bool) -> list[str]:
+    """Return the tensors of the classifiers that differ in shape from the checkpoint; of all if `always`."""
+    expected, new_names = model.state_dict(), list[str]()
     for head in classifiers(model):
         names = [name for name in expected if name.startswith(f"{head}.")]
         if always or any(_shape(weights, name) != _shape(expected, name) for name in names):
-            left += names
-    return list(dict.fromkeys(left))
+            new_names += names
+    return list(dict.fromkeys(new_names))
 
 
 def renew_classifier(model: nn.Module, fresh: nn.Module) -> None:
-    """Give a model the classifier of another of its kind, which begins anew."""
-    drawn = fresh.state_dict()
-    new = {name: drawn[name] for name in _left_new(model, {}, always=True)}
-    model.load_state_dict({**model.state_dict(), **new})
+    """Replace the weights of a model's classifier by those of a freshly initialised model of the same architecture."""
+    fresh_state = fresh.state_dict()
+    classifier_state = {name: fresh_state[name] for name in _new_classifier_names(model, {}, always=True)}
+    model.load_state_dict({**model.state_dict(), **classifier_state})
 
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> str:
@@ -135,10 +137,10 @@ def _shape(weights: Mapping[str, Tensor], name: str) -> str:
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that a model holds, on the CPU, as safetensors takes them.
+    """Return contiguous copies of all tensors of a model on the CPU, as safetensors needs them.
 
-    It refuses memory that two names share, though timm asks for every name, and any order in memory but the usual one,
-    so also channels last.
+    safetensors refuses tensors that share memory, though timm expects every name, and tensors that are not contiguous,
+    such as channels-last ones.
     """
     order = {"memory_format": torch.contiguous_format}
     return {name: tensor.detach().cpu().clone(**order) for name, tensor in model.state_dict().items()}
@@ -150,12 +152,14 @@ def save_weights(model: nn.Module, path: Path, about: Mapping[str, Any]) -> None
 
     header = {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}}
     aside = path.with_suffix(".partial")
-    aside.write_bytes(save(own_tensors(model), header))  # its own `save_file` lets nobody else read the file
+    aside.write_bytes(
+        save(own_tensors(model), header)
+    )  # `save_file` of safetensors makes the file readable for its owner only
     put(aside, path)
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What `save_weights` wrote about the model. Raises WeightsError where the file is none of that kind."""
+    """Return the header that `save_weights` wrote. Raises WeightsError if the file has no such header."""
     from safetensors import safe_open
 
     _check_unchanged(path)

@@ -82,7 +82,7 @@ def _is_at(handle: IO[str], path: Path) -> bool:
 
 @dataclass
 class Claim:
-    """The right of one process to write one folder. `made` are the folders that did not exist before it."""
+    """The right of one process to write one folder. `made` are the folders that this claim created."""
 
     folder: Path
     made: tuple[Path, ...] = ()
@@ -90,17 +90,18 @@ class Claim:
 
     def check(self) -> None:
         """Raises RunError where the folder was deleted, moved or replaced since it was claimed."""
-        there = self.folder.is_dir() if self.handle is None else _is_at(self.handle, self.folder / LOCK)
-        if not there:
+        exists = self.folder.is_dir() if self.handle is None else _is_at(self.handle, self.folder / LOCK)
+        if not exists:
             raise RunError(
                 f"{self.folder} was deleted, moved or replaced while the run was writing it; what the run had saved "
                 "there is not there any more. Begin anew, with a folder that stays where it is"
             )
 
     def release(self) -> None:
-        """Give the folder back. A folder that this claim made and nothing was written to is deleted.
+        """Unlock the folder, and delete the folders that this claim created if they are empty.
 
-        It raises nothing, and hides no error that ended the run: a lock that cannot be deleted ends with the process.
+        Raises nothing, so that an error that ended the run stays visible. A lock that cannot be deleted ends with the
+        process.
         """
         if self.handle is not None:
             if _is_at(self.handle, self.folder / LOCK):
@@ -116,9 +117,9 @@ class Claim:
 
 
 def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
-    """Make the folder where there is none, and lock it. A link is followed, also one whose folder is not there yet.
+    """Create the folder if it does not exist, and lock it. Links are followed, also to a folder that is missing.
 
-    Raises RunError where another process writes the folder, and where it cannot be made or written.
+    Raises RunError if another process writes the folder, or if it cannot be created or written.
     """
     try:
         place = Path(os.path.realpath(folder, strict=False))
@@ -158,7 +159,7 @@ def claim(folder: Path, warn: Callable[[str], None]) -> Claim:
 
 
 def kind_of(path: Path) -> str:
-    """What is there in the place of a folder, in words."""
+    """Describe in words what a path leads to, for messages about a folder."""
     if path.is_file():
         return "a file"
     if path.is_symlink() and not path.exists():
@@ -167,7 +168,7 @@ def kind_of(path: Path) -> str:
 
 
 def why_no_run(folder: Path) -> str:
-    """Why a folder is not that of a run, which has a recipe.yaml."""
+    """Say why a folder is not the folder of a run. The folder of a run has a recipe.yaml."""
     if not folder.is_dir():
         return "there is none" if not os.path.lexists(folder) else f"it is {kind_of(folder)}"
     if not os.path.lexists(folder / RECIPE):
@@ -176,14 +177,14 @@ def why_no_run(folder: Path) -> str:
 
 
 def runs_beside(folder: Path) -> list[str]:
-    """The names of other folders of runs, where one of them was meant."""
-    beside = folder.absolute().parent
-    found = beside.glob(f"*/{RECIPE}") if beside.is_dir() else ()
-    return [recipe.parent.name for recipe in found if recipe.is_file() and recipe.parent.name != folder.name]
+    """Return the names of the other run folders beside `folder`, for a hint in a message."""
+    parent = folder.absolute().parent
+    recipes = parent.glob(f"*/{RECIPE}") if parent.is_dir() else ()
+    return [recipe.parent.name for recipe in recipes if recipe.is_file() and recipe.parent.name != folder.name]
 
 
 def _is_lock(lock: Path) -> bool:
-    """Whether a lock may be written here: there is none yet, or it is a run's, of which a kill may leave a part."""
+    """Whether a lock may be written here: there is no file yet, or the file is a lock, perhaps cut short by a kill."""
     if not os.path.lexists(lock):
         return True
     try:
@@ -202,7 +203,7 @@ def _owner(lock: Path) -> str:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether the process that wrote this folder was killed. True for one caller only, which then holds the lock."""
+    """Whether the process that wrote this folder was killed. Only one caller gets True, and then holds the lock."""
     path = folder / LOCK
     for _ in range(20):  # its sockets may have closed a moment before its lock
         try:
@@ -218,7 +219,10 @@ def is_abandoned(folder: Path) -> bool:
 
 @dataclass
 class Manifest:
-    """What a run wrote, and what it reads: names and digests. A file that is being written has no digest yet."""
+    """The files that a run wrote and the files that it reads, with their digests.
+
+    The digest of a file that is being written is empty.
+    """
 
     files: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
@@ -231,22 +235,22 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
-        """None where there is none, or where it is none of a run's."""
+        """Read the manifest of a folder. Returns None if there is none, or if it is not the manifest of a run."""
         try:
             values = json.loads(whole_text(folder / MANIFEST))
-            found = cls(values["files"], values["inputs"], values["written_by"])
-            told = [*found.files.items(), *found.inputs.items()]
+            manifest = cls(values["files"], values["inputs"], values["written_by"])
+            entries = [*manifest.files.items(), *manifest.inputs.items()]
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError):
             return None
-        known = found.written_by == "probe-kd" and all(isinstance(text, str) for pair in told for text in pair)
-        return found if known else None
+        valid = manifest.written_by == "probe-kd" and all(isinstance(text, str) for pair in entries for text in pair)
+        return manifest if valid else None
 
 
 @contextmanager
 def recording(folder: Path, name: str) -> Iterator[Path]:
-    """Yields where to write a file of the run; afterwards the manifest has its digest.
+    """Yield the path at which to write a file of the run, and enter its digest into the manifest afterwards.
 
-    Its name is there before the file is, so that a run that is killed in between leaves no file that it does not know.
+    The name is entered before the file is written, so that a killed run leaves no file that its manifest does not name.
     """
     manifest = Manifest.read(folder) or Manifest()
     manifest.files[name] = ""
@@ -257,21 +261,21 @@ def recording(folder: Path, name: str) -> Iterator[Path]:
 
 
 def record(folder: Path, names: Iterable[str]) -> None:
-    """Put into the manifest what these files are, which are written again no more."""
+    """Enter the digests of these files, which are final, into the manifest."""
     manifest = Manifest.read(folder) or Manifest()
     manifest.files |= {name: digest_of(folder / name) for name in names if (folder / name).is_file()}
     manifest.write(folder)
 
 
 def changed(path: Path) -> bool:
-    """Whether a file is not what the run that owns its folder wrote. False where no run tells what it wrote."""
+    """Whether a file differs from what the run that owns its folder wrote. False if no manifest has its digest."""
     manifest = Manifest.read(path.parent)
     digest = manifest.files.get(path.name) if manifest is not None else None
     return bool(digest) and digest_of(path) != digest
 
 
 def damaged(path: Path) -> str:
-    """What to say of a file that has changed."""
+    """Return the message for a file that has changed."""
     return (
         f"{path} is damaged, or was replaced: it is not what the run wrote there. Put the file back from a copy; or "
         "delete it, and begin the run anew by --overwrite"
@@ -279,44 +283,49 @@ def damaged(path: Path) -> str:
 
 
 def digests_of(paths: Iterable[str | Path]) -> dict[str, str]:
-    """Of the files outside a run's folder that it reads. One that cannot be read is whoever reads it to tell."""
+    """Return the digests of files outside the folder of a run.
+
+    A path that is no file is left out: the code that opens it reports the error.
+    """
     return {str(path): digest_of(Path(path)) for path in paths if Path(path).is_file()}
 
 
-def check_inputs(folder: Path, names: Iterable[str | Path], mend: str) -> None:
-    """Raises RunError where one of these files outside a run's folder is gone, or not the one that it was begun with.
+def check_inputs(folder: Path, names: Iterable[str | Path], advice: str) -> None:
+    """Raise RunError if a file outside the folder of a run has changed or is gone since the run began.
 
-    A run of before tells of fewer files, or of none.
+    The manifest of an older version may name fewer files, or none. A file that it does not name is not checked.
     """
     manifest = Manifest.read(folder)
-    before = manifest.inputs if manifest is not None else {}
-    known = [str(name) for name in names if str(name) in before]
-    now = digests_of(known)
-    other = next((name for name in known if now.get(name) != before[name]), "")
-    if other:
-        why = "its contents have changed since" if other in now else "it is gone"
-        raise RunError(f"{other} is not the file that {folder} was begun with: {why}. {mend}")
+    recorded = manifest.inputs if manifest is not None else {}
+    checked = [str(name) for name in names if str(name) in recorded]
+    current = digests_of(checked)
+    first_changed = next((name for name in checked if current.get(name) != recorded[name]), "")
+    if first_changed:
+        why = "its contents have changed since" if first_changed in current else "it is gone"
+        raise RunError(f"{first_changed} is not the file that {folder} was begun with: {why}. {advice}")
 
 
 def check_own(folder: Path, names: Iterable[str]) -> None:
-    """Raises RunError where one of these files of a run is gone, or not what the run wrote.
+    """Raise RunError if a file of a run is gone, or differs from what the run wrote.
 
-    A run of before has no manifest, or one with fewer files, and tells nothing of the others.
+    A run of an older version has no manifest, or one with fewer files. A file that it does not name is not checked.
     """
-    manifest, mend = Manifest.read(folder), "put the former file back from a copy, or leave this run out"
+    manifest = Manifest.read(folder)
+    advice = "put the former file back from a copy, or leave this run out"
     if manifest is None and os.path.lexists(folder / MANIFEST):
-        raise RunError(f"{folder / MANIFEST} is damaged, which says what the run wrote; {mend}")
+        raise RunError(f"{folder / MANIFEST} is damaged, which says what the run wrote; {advice}")
     for path in (folder / name for name in names if manifest is not None and manifest.files.get(name)):
         if not path.is_file():
-            raise RunError(f"{path} is gone, which the run wrote; {mend}")
+            raise RunError(f"{path} is gone, which the run wrote; {advice}")
         if changed(path):
             raise RunError(
-                f"{path} is damaged, or was changed since the run wrote it, so figures would not be of that run; {mend}"
+                f"{path} is damaged, or was changed since the run wrote it, so figures would not be of that run; "
+                f"{advice}"
             )
 
 
 def clear(folder: Path, names: Iterable[str]) -> None:
-    """Delete these files and folders; recipe and manifest last, so that what a kill leaves is known as a run's."""
+    """Delete these files and folders, recipe and manifest last, so that after a kill it is still a run's folder."""
     for name in sorted(names, key=lambda name: (name == MANIFEST, name == RECIPE, name)):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -326,13 +335,13 @@ def clear(folder: Path, names: Iterable[str]) -> None:
 
 
 def is_measured(file: Path) -> bool:
-    """Whether a file was written by `eval -o` or `compare -o`, whatever it is called: its contents say so."""
+    """Whether a file was written by `eval -o` or `compare -o`, judged by its contents and not by its name."""
     try:
         check_regular(file)
         if file.suffix.lower() in (".html", ".htm"):
             with file.open(encoding="utf-8") as page:
                 return f'<meta name="generator" content="{GENERATOR}' in page.read(2000)
-        found = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < _MOST_BYTES else None
+        values = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < _MOST_BYTES else None
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and found.keys() | {"notes"} == EVALUATION  # those of before have no notes
+    return isinstance(values, dict) and values.keys() | {"notes"} == EVALUATION  # those of before have no notes
