@@ -1,4 +1,4 @@
-"""A recipe on one real batch, before anything is trained: what every loss gives and moves, what a step costs."""
+"""The audit of a recipe on one real batch before training: the value and reach of every loss, the cost of a step."""
 
 import copy
 import math
@@ -26,7 +26,7 @@ from probe_kd.training.trial import Norms, complaints, first_batch, one_step, st
 
 @dataclass(frozen=True)
 class Reach:
-    """What one loss of one stage does to one part of the models: how many of its parameters it moves, and how much."""
+    """How many parameters of one part of the models a loss reaches in a stage, and the norm of their gradients."""
 
     stage: str
     loss: str
@@ -38,11 +38,14 @@ class Reach:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one update of one stage costs and gives, on one real batch, before anything is trained.
+    """The losses and the cost of one update of a stage, measured on one real batch before training.
 
-    `losses` are the unweighted terms and `loss`, their weighted sum; `seconds` are those of a step when all is warm,
-    `steps` are those of the whole stage. The rest is in bytes: `weights` of both models and the adapters, `activations`
-    what is kept for the backward. `adapter_macs` are of one image.
+    - `losses`: the unweighted terms, and `loss`, their weighted sum
+    - `images`: the images of the batch; `steps`: the steps of the whole stage
+    - `seconds`: the time of a step after a warm-up step
+    - `weights`, `gradients`, `optimizer`, `activations`: bytes of the weights of both models and the adapters, of the
+      gradients, of the optimizer's state, and of what is saved for the backward
+    - `adapter_macs`: multiply-accumulates of the adapters for one image
     """
 
     stage: str
@@ -59,13 +62,13 @@ class StepCost:
 
     @property
     def memory(self) -> int:
-        """The bytes of a step; what a library allocates for itself comes on top."""
+        """The bytes of a step, without what libraries allocate for themselves."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What one real batch told: of every loss, what it moves; of every stage, what a step costs; and what is wrong."""
+    """The result of `audit`: the reach of every loss, the cost of a step in every stage, errors and remarks."""
 
     reach: tuple[Reach, ...]
     costs: tuple[StepCost, ...]
@@ -74,11 +77,11 @@ class Audit:
 
 
 def audit(plan: Plan) -> Audit:
-    """Every stage of the student on one batch of the recipe's images, before anything is trained.
+    """Run every stage of the student on one batch of the recipe's images, before training.
 
-    Wrong are a loss that is no number, one that moves nothing, and a gradient that is not finite; remarked on is a
-    parameter that no loss of any stage reaches although the student's answer depends on it. Raises DataError where
-    images cannot be read, RunError where a step fails or does not fit into memory.
+    `wrong` lists losses and gradients that are not finite, and losses that train no parameter. `remarks` name
+    parameters that the student's output depends on, but that no loss of any stage reaches. Raises DataError if images
+    cannot be read, and RunError if a step fails or does not fit into memory.
     """
     with accelerating(plan.recipe) as accelerator:
         models = Models(plan, accelerator)
@@ -92,7 +95,7 @@ def audit(plan: Plan) -> Audit:
 def _audit(plan: Plan, models: Models) -> Audit:
     trained = student_of(models)
     images, target = first_batch(models, trained)
-    found: list[Reach] = []
+    reaches: list[Reach] = []
     costs: list[StepCost] = []
     reach: list[tuple[str, Norms]] = []
     remarks: list[str] = []
@@ -101,13 +104,13 @@ def _audit(plan: Plan, models: Models) -> Audit:
         distiller = models.distiller(trained, phase)
         norms = gradient_norms(distiller.train(), images, target)
         reach.append((phase.name, norms))
-        found += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
-        reached = {name for loss in norms.values() for name in loss}
-        if reached:
-            costs.append(_cost(models, phase, distiller, images, target, reached, steps, remarks))
+        reaches += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
+        reached_names = {name for loss in norms.values() for name in loss}
+        if reached_names:
+            costs.append(_cost(models, phase, distiller, images, target, reached_names, steps, remarks))
         distiller.close()
     wrong = (*_no_numbers(costs), *complaints(reach))
-    return Audit(tuple(found), tuple(costs), wrong, (*untrained(models, trained, reach, images, target), *remarks))
+    return Audit(tuple(reaches), tuple(costs), wrong, (*untrained(models, trained, reach, images, target), *remarks))
 
 
 def _cost(
@@ -116,32 +119,37 @@ def _cost(
     distiller: Distiller,
     images: Tensor,
     target: Tensor,
-    reached: set[str],
+    reached_names: set[str],
     steps: int,
     remarks: list[str],
 ) -> StepCost:
-    """Two real steps, of which the second is timed; the models are as they were after it.
+    """Take two real steps, time the second, and restore the models.
 
-    A learning rate at which the first makes the loss no number is remarked on: no error, since it may warm up.
+    If the loss is not finite after the first update, this is a remark and no error, since the learning rate may have
+    a warm-up.
     """
-    before = copy.deepcopy(distiller.state_dict())
-    with training_only(distiller, reached) as moved:
+    initial_state = copy.deepcopy(distiller.state_dict())
+    with training_only(distiller, reached_names) as trained_parameters:
         optimizer = make_optimizer(distiller, phase.optimizer)
-        saved: dict[int, int] = {}
-        with FlopCounterMode(display=False) as counter, _counting(distiller, saved), models.accelerator.autocast():
+        saved_bytes: dict[int, int] = {}
+        with (
+            FlopCounterMode(display=False) as counter,
+            _counting(distiller, saved_bytes),
+            models.accelerator.autocast(),
+        ):
             result = distiller(images, target)
         _update(optimizer, result["loss"], models)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         with models.accelerator.autocast():
             loss = distiller(images, target)["loss"]
         _update(optimizer, loss, models)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         if loss is not None and not loss.isfinite():
             remarks.append(
                 f"the loss of stage `{phase.name}` is {loss.item()} after one update at `lr: {phase.optimizer.lr:g}`; "
                 "try a smaller one"
             )
-    distiller.load_state_dict(before)
+    distiller.load_state_dict(initial_state)
     teacher = distiller.frozen_teacher
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     adapters = {
@@ -157,9 +165,9 @@ def _cost(
         steps=phase.epochs * steps,
         seconds=seconds,
         weights=_bytes([*distiller.parameters(), *(teacher.parameters() if teacher else ())]),
-        gradients=_bytes(moved),
+        gradients=_bytes(trained_parameters),
         optimizer=_bytes(state),
-        activations=sum(saved.values()),
+        activations=sum(saved_bytes.values()),
         adapter_parameters=sum(parameter.numel() for parameter in distiller.adapters.parameters()),
         adapter_macs=macs // len(images),
     )
@@ -175,18 +183,18 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor | None, models: Model
 
 
 @contextmanager
-def _counting(distiller: Distiller, saved: dict[int, int]) -> Iterator[None]:
-    """Inside, `saved` gets the bytes of every storage that is kept for the backward, weights left out."""
-    held = [*distiller.parameters(), *distiller.buffers()]
-    own = {tensor.untyped_storage().data_ptr() for tensor in held}
+def _counting(distiller: Distiller, saved_bytes: dict[int, int]) -> Iterator[None]:
+    """Record in `saved_bytes` the size of every storage that is saved for the backward, without the weights."""
+    tensors = [*distiller.parameters(), *distiller.buffers()]
+    own_storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in own_storages:
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(count, lambda tensor: tensor):
         yield
 
 
@@ -202,8 +210,10 @@ def _by_part(stage: str, loss: str, norms: Mapping[str, float], distiller: Disti
         part = part.replace("student.", "shared.") if id(parameter) in shared else part
         parts.setdefault(part, []).append(name)
     rows = [(part, [norms[name] for name in names if name in norms], len(names)) for part, names in parts.items()]
-    kept = [row for row in rows if row[1]] or [("nothing", [0.0], 0)]
-    return [Reach(stage, loss, part, len(some), total, math.hypot(*some)) for part, some, total in kept]
+    reached = [row for row in rows if row[1]] or [("nothing", [0.0], 0)]
+    return [
+        Reach(stage, loss, part, len(part_norms), total, math.hypot(*part_norms)) for part, part_norms, total in reached
+    ]
 
 
 def _no_numbers(costs: Sequence[StepCost]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How a run computes on its device: in which precision, with which settings of torch, and in which order of memory."""
+"""How a run computes on its device: precision, settings of torch, and memory format."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from probe_kd.recipe.keys import Recipe
 
 
 def mixed_precision(recipe: Recipe, device_type: str) -> str | None:
-    """What accelerate is asked for: what the recipe says; else bf16 on a GPU whose cores compute in it.
+    """The precision to request from accelerate: the recipe's, or bf16 on a GPU that computes in it.
 
-    None leaves the choice to accelerate, whose own setting (`accelerate launch --mixed_precision`) goes before bf16.
+    None leaves the choice to accelerate. Its own setting (`accelerate launch --mixed_precision`) takes precedence.
     """
     if recipe.precision or device_type != "cuda" or os.environ.get("ACCELERATE_MIXED_PRECISION"):
         return recipe.precision
@@ -24,16 +24,16 @@ def mixed_precision(recipe: Recipe, device_type: str) -> str | None:
 
 
 def _in_half(recipe: Recipe, device_type: str) -> bool:
-    chosen = mixed_precision(recipe, device_type) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    return chosen in ("bf16", "fp16")
+    precision = mixed_precision(recipe, device_type) or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return precision in ("bf16", "fp16")
 
 
 @contextmanager
 def cuda_settings(recipe: Recipe) -> Iterator[None]:
-    """Inside, what cuDNN and cuBLAS are set to for a run; they are settings of the process, and are given back.
+    """Configure cuDNN and cuBLAS for a run, and restore the settings of the process at the end.
 
-    Convolutions are timed once for every shape (`cudnn.benchmark`). Under autocast, what is left in float32 is
-    multiplied in TensorFloat32: the losses' matrices, whose products are exact where features were captured in bf16.
+    `cudnn.benchmark` times convolutions once for every shape. Under autocast, products that stay in float32 are
+    computed in TensorFloat32. These are the matrices of the losses, which are exact for features in bf16.
     """
     if not torch.cuda.is_available():
         yield
@@ -49,7 +49,7 @@ def cuda_settings(recipe: Recipe) -> Iterator[None]:
 
 
 def describe_device(recipe: Recipe, accelerator: Accelerator) -> str:
-    """What a run on a GPU is set to, in one line; empty on a CPU."""
+    """Describe the settings of a run on a GPU in one line; empty on a CPU."""
     if accelerator.device.type != "cuda":
         return ""
     layout = "channels last" if memory_format(recipe, accelerator.device) is torch.channels_last else "channels first"
@@ -62,23 +62,23 @@ def describe_device(recipe: Recipe, accelerator: Accelerator) -> str:
 
 
 def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
-    """How models and images lie in memory: as the recipe says, or channels last where convolutions are faster so.
+    """The memory format of models and images: the recipe's choice, or channels last where convolutions are faster.
 
-    That was measured on the CPU (benchmarks/modes.py) and on a GPU in half precision (benchmarks/gpu.py). A model of
-    your own is left as it is: `x.view(len(x), -1)` behind a convolution fails with channels last. On a CPU so is a
-    model with a layer whose backward would corrupt the heap.
+    They were measured to be faster on the CPU (benchmarks/modes.py) and on a GPU in half precision (benchmarks/gpu.py).
+    Models that are not timm's keep their format: `x.view(len(x), -1)` after a convolution fails with channels last. So
+    do, on a CPU, models with a layer whose backward would corrupt the heap.
     """
-    last = recipe.channels_last
-    if last is None:
+    channels_last = recipe.channels_last
+    if channels_last is None:
         models = [options.model for options in (recipe.student, recipe.teacher) if options is not None]
         faster = device.type == "cpu" or (device.type == "cuda" and _in_half(recipe, "cuda"))
-        last = faster and not any(map(module_of, models))
-        last = last and not (device.type == "cpu" and unsafe_layer(recipe))
-    return torch.channels_last if last else torch.contiguous_format
+        channels_last = faster and not any(map(module_of, models))
+        channels_last = channels_last and not (device.type == "cpu" and unsafe_layer(recipe))
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def unsafe_layer(recipe: Recipe) -> str:
-    """The first layer of the recipe's models, as `student.NAME`, that must not lie channels last on a CPU, or empty."""
+    """The first layer, as `student.NAME`, that must not use channels last on a CPU; empty if there is none."""
     for side in ("student", "teacher"):
         options = getattr(recipe, side)
         if options is not None and not module_of(options.model):

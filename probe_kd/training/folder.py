@@ -1,4 +1,4 @@
-"""The folder of a run: whether a run may begin in it, go on in it, or overwrite what is there."""
+"""The folder of a run: whether a run may begin, resume, or overwrite in it."""
 
 import hashlib
 import json
@@ -43,9 +43,9 @@ _TABLE_OR_PARTIAL = (
 def open_run(
     plan: Plan, folder: Path, progress: Progress, *, resume: bool, overwrite: bool
 ) -> tuple[TrainState, Path | None]:
-    """Prepare a claimed folder, or find what to resume: the state, and the checkpoint that it was in.
+    """Prepare a claimed folder for a run, or find the state and the checkpoint from which to resume.
 
-    Nothing is touched that no run wrote, and nothing of another run unless it was asked for.
+    Files that no run wrote are never touched, and those of another run only with `overwrite`.
     """
     check_folder(folder, resume=resume, overwrite=overwrite)
     _check_inputs_outside(plan, folder, resume=resume)
@@ -53,9 +53,9 @@ def open_run(
     if resume and (folder / RECIPE).is_file():
         checkpoint = _reopen(folder, resolved, plan, progress)
         if checkpoint is not None:
-            known = DataRecord.read(folder)
-            if known is not None:
-                known.refuse_others(plan.datasets.record, folder)
+            data_record = DataRecord.read(folder)
+            if data_record is not None:
+                data_record.refuse_others(plan.datasets.record, folder)
             state = TrainState.read(checkpoint / JOURNAL)
             batch = f", batch {state.step}" if state.step else ""
             progress.say(f"going on with {folder}: {state.role or 'the next model'}, epochs done {state.epoch}{batch}")
@@ -81,20 +81,20 @@ def open_run(
 
 
 def _reopen(folder: Path, resolved: str, plan: Plan, progress: Progress) -> Path | None:
-    recipe, manifest = folder / RECIPE, Manifest.read(folder)
-    begun_with = _with_root_of(whole_text(recipe), resolved)
-    if begun_with != resolved:
-        known = DataRecord.read(folder) if _same_data(begun_with, plan.resolved) else None
-        if known is not None:  # a class more makes another model
-            known.refuse_others(plan.datasets.record, folder)
+    recipe_file, manifest = folder / RECIPE, Manifest.read(folder)
+    original_recipe = _with_root_of(whole_text(recipe_file), resolved)
+    if original_recipe != resolved:
+        data_record = DataRecord.read(folder) if _same_data(original_recipe, plan.resolved) else None
+        if data_record is not None:  # a class more makes another model
+            data_record.refuse_others(plan.datasets.record, folder)
         raise RunError(
-            f"the recipe is not the one that {folder} was begun with ({recipe}); it then had "
-            f"{_first_difference(begun_with, resolved)}. Give the same recipe and options "
+            f"the recipe is not the one that {folder} was begun with ({recipe_file}); it then had "
+            f"{_first_difference(original_recipe, resolved)}. Give the same recipe and options "
             "again, or another folder by --out; --overwrite deletes that run and begins anew"
         )
     if manifest is not None:
-        mend = "Put the former file back, or choose another --out; --overwrite deletes that run and begins anew"
-        check_inputs(folder, manifest.inputs, mend)
+        advice = "Put the former file back, or choose another --out; --overwrite deletes that run and begins anew"
+        check_inputs(folder, manifest.inputs, advice)
     if (folder / "summary.json").exists():
         raise RunError(f"nothing to resume in {folder}: the run is finished")
     if manifest is None:
@@ -110,11 +110,13 @@ def _reopen(folder: Path, resolved: str, plan: Plan, progress: Progress) -> Path
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Whether a run may begin in this folder, or go on in it. Raises RunError. Nothing is written."""
+    """Raise RunError if a run may not begin or resume in this folder. Nothing is written."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is {kind_of(folder)}; choose another --out")
     contents = _contents(folder)
-    if not contents or (contents == [MANIFEST] and Manifest.read(folder)):  # one that was killed as it began
+    if not contents or (
+        contents == [MANIFEST] and Manifest.read(folder)
+    ):  # the folder of a run that was killed as it began
         return
     foreign = foreign_files(folder, contents)
     if foreign:
@@ -130,31 +132,31 @@ def _contents(folder: Path) -> list[str]:
 
 
 def foreign_files(folder: Path, contents: Sequence[str]) -> str:
-    """What in a folder no run wrote, in words; empty where all of it is a run's."""
+    """Describe what in a folder no run wrote; empty if a run wrote everything."""
     manifest = Manifest.read(folder)
-    kept = "and will be neither resumed nor overwritten; choose another --out"
+    consequence = "and will be neither resumed nor overwritten; choose another --out"
     if manifest is None and MANIFEST in contents:
-        return f"{folder / MANIFEST} is damaged, or not of a run: what else is there cannot be known, {kept}"
+        return f"{folder / MANIFEST} is damaged, or not of a run: what else is there cannot be known, {consequence}"
     if manifest is None and RECIPE in contents and not _is_old_run(folder):
-        return f"{folder / RECIPE} was written by no run, {kept}"
+        return f"{folder / RECIPE} was written by no run, {consequence}"
     if manifest is None and RECIPE not in contents:
-        return f"{folder} is not the folder of a run (it has no recipe.yaml), {kept}"
+        return f"{folder} is not the folder of a run (it has no recipe.yaml), {consequence}"
     foreign = [name for name in contents if not _is_of_run(folder / name, manifest)]
-    place = folder / checkpoints.FOLDER
-    if foreign == [checkpoints.FOLDER] and place.is_dir() and not place.is_symlink():
-        foreign = [str((checkpoints.foreign(folder) or place).relative_to(folder))]
+    checkpoint_folder = folder / checkpoints.FOLDER
+    if foreign == [checkpoints.FOLDER] and checkpoint_folder.is_dir() and not checkpoint_folder.is_symlink():
+        foreign = [str((checkpoints.foreign(folder) or checkpoint_folder).relative_to(folder))]
     if foreign:
-        return f"{folder} holds more than a run writes ({', '.join(foreign[:3])}), {kept}"
-    other = next((name for name in contents if name != MANIFEST and changed(folder / name)), "")
-    if other == RECIPE:
-        return f"{folder / RECIPE} was changed since a run wrote it, {kept}, or put it back"
-    return damaged(folder / other) if other else ""
+        return f"{folder} holds more than a run writes ({', '.join(foreign[:3])}), {consequence}"
+    changed_name = next((name for name in contents if name != MANIFEST and changed(folder / name)), "")
+    if changed_name == RECIPE:
+        return f"{folder / RECIPE} was changed since a run wrote it, {consequence}, or put it back"
+    return damaged(folder / changed_name) if changed_name else ""
 
 
 def _is_of_run(file: Path, manifest: Manifest | None) -> bool:
-    """Whether a run wrote a file or folder, or `eval -o` and `compare -o` did about it.
+    """Whether a run wrote a file or folder, or `eval -o` or `compare -o` did.
 
-    Weights are its own where the manifest names them; the tables and folders have names that nothing else has there.
+    Weights belong to the run if the manifest names them. Tables and folders are recognised by their names.
     """
     if file.is_symlink():
         return False
@@ -165,13 +167,13 @@ def _is_of_run(file: Path, manifest: Manifest | None) -> bool:
     if file.name in ("report.html", "layers.json"):
         return is_measured(file) if file.suffix == ".html" else _is_json(file)
     if file.suffix == ".safetensors":
-        named = re.fullmatch(_WEIGHTS, file.stem)
-        return bool(named) and (manifest is None or file.name in manifest.files)
+        weights_match = re.fullmatch(_WEIGHTS, file.stem)
+        return bool(weights_match) and (manifest is None or file.name in manifest.files)
     return bool(re.fullmatch(_TABLE_OR_PARTIAL, file.name)) or is_measured(file)
 
 
 def _has_trackers(folder: Path) -> bool:
-    """Whether the recipe of a run has trackers, whose folder is theirs."""
+    """Whether the recipe of a run has trackers, which write the folder of trackers."""
     try:
         return bool(load(folder / RECIPE).recipe.trackers)
     except (OSError, ValueError, ProbeKDError):
@@ -186,31 +188,31 @@ def _is_json(file: Path) -> bool:
 
 
 def _is_old_run(folder: Path) -> bool:
-    """Whether a run from before there were manifests wrote the recipe: no line of it is as a person writes it.
+    """Whether a run of a version without manifests wrote the recipe, and not a person.
 
-    It has every default written out, in the form that ruamel.yaml gives it, and beside it are metrics or a checkpoint.
+    A run writes out every default, in the form of ruamel.yaml, and metrics or a checkpoint are next to it.
     """
-    beside = (folder / "metrics.csv").is_file() or any(folder.glob(f"{checkpoints.FOLDER}/*/{MANIFEST}"))
+    has_results = (folder / "metrics.csv").is_file() or any(folder.glob(f"{checkpoints.FOLDER}/*/{MANIFEST}"))
     try:
         text = whole_text(folder / RECIPE)
         source = load(folder / RECIPE)
     except (OSError, ValueError, ProbeKDError):
         return False
-    written = source.recipe.model_fields_set >= {"student", "data", "pairs", "stages", "baseline", "seed"}
-    return beside and written and rewritten(text) == text
+    is_complete = source.recipe.model_fields_set >= {"student", "data", "pairs", "stages", "baseline", "seed"}
+    return has_results and is_complete and rewritten(text) == text
 
 
 def _check_inputs_outside(plan: Plan, folder: Path, *, resume: bool) -> None:
-    """Raises RunError where --overwrite would delete what the recipe reads."""
-    place = Path(os.path.realpath(folder))
+    """Raise RunError if a run in this folder would delete what the recipe reads."""
+    real_folder = Path(os.path.realpath(folder))
     cache = plan.recipe.teacher.cache if plan.recipe.teacher else None
-    if cache and Path(os.path.realpath(cache)).is_relative_to(place):
+    if cache and Path(os.path.realpath(cache)).is_relative_to(real_folder):
         raise RunError(
             f"the teacher's cache {cache} lies in the folder of results, {folder}, which a run must have for itself; "
             "give another folder as `teacher.cache`"
         )
     for name in inputs_of(plan.recipe):
-        if not resume and Path(os.path.realpath(name)).is_relative_to(place):
+        if not resume and Path(os.path.realpath(name)).is_relative_to(real_folder):
             raise RunError(
                 f"the recipe reads {name}, which lies in the folder of results, {folder}, and would be overwritten; "
                 "choose another --out"
@@ -218,26 +220,26 @@ def _check_inputs_outside(plan: Plan, folder: Path, *, resume: bool) -> None:
 
 
 def _first_difference(before: str, now: str) -> str:
-    """Of two recipes, the first lines that are not the same."""
+    """Describe the first lines in which two recipes differ."""
     for old, new in zip_longest(before.splitlines(), now.splitlines(), fillvalue="nothing"):
         if old != new:
             return f"`{old.strip()}` where there now is `{new.strip()}`"
     return "the same lines, with other ends"
 
 
-def _same_data(begun_with: str, now: Recipe) -> bool:
+def _same_data(original_recipe: str, recipe: Recipe) -> bool:
     try:
-        return parse(begun_with).recipe.data == now.data
+        return parse(original_recipe).recipe.data == recipe.data
     except ProbeKDError:  # of another version
         return False
 
 
-def _with_root_of(begun_with: str, resolved: str) -> str:
-    """The recipe that a run was begun with, where its data have moved to: that they are the same, `data.json` tells."""
+def _with_root_of(original_recipe: str, resolved: str) -> str:
+    """The recipe of a run with the data's present `root`. That the data are the same is checked by `data.json`."""
     try:
-        before, now = parse(begun_with).recipe, parse(resolved).recipe
+        before, now = parse(original_recipe).recipe, parse(resolved).recipe
     except ProbeKDError:  # of another version
-        return begun_with
+        return original_recipe
     if before.data.root == now.data.root or not (before.data.root and now.data.root):
-        return begun_with
+        return original_recipe
     return dump(before.model_copy(update={"data": before.data.model_copy(update={"root": now.data.root})}))

@@ -1,6 +1,6 @@
-"""The loop of one phase: batches, updates, averages. What is measured, saved and shown between them is `run.py`'s.
+"""The loop of one phase: batches, updates, averages. `run.py` measures, saves and reports between them.
 
-It is the loop that timm's training script has: the same order of operations, and the same parts of timm.
+It is the loop of timm's training script: the same order of operations, and the same parts of timm.
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ from probe_kd.training.phase import Phase
 
 
 class Loop:
-    """All that one phase runs on, prepared by accelerate; `run` is one epoch.
+    """The Distiller, optimizer, schedule and batches of one phase, prepared by accelerate. `run` trains one epoch.
 
-    `sums` are the losses of the epoch so far, added up over the batches of this process. `average` is timm's
-    ModelEmaV3 of the student, where the recipe wants one.
+    `sums` are the losses of the current epoch, summed over the batches of this process. `average` is timm's ModelEmaV3
+    of the student, if the recipe has `model_ema`.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class Loop:
         phase: Phase,
         *,
         images: Dataset[Any],
-        given: InputSpec,
+        image_input: InputSpec,
         num_classes: int,
         averaged: bool = False,
         cache: TeacherCache | None = None,
     ) -> None:
         self.cache = cache
         self.accelerator, self.distiller, self.phase = accelerator, distiller, phase
-        batches = loader(images, recipe.data, given, training=True, seed=recipe.seed)
+        batches = loader(images, recipe.data, image_input, training=True, seed=recipe.seed)
         assert isinstance(batches.sampler, Views)
         self.views = batches.sampler
         self.average = _average(distiller.student, recipe) if averaged else None
@@ -67,15 +67,13 @@ class Loop:
         self.schedule = make_scheduler(self.optimizer, phase, self.updates)
         self.mix = mixer(recipe.data, num_classes)
         self.sums: dict[str, Tensor] = {}
-        self.recalled = self.asked = 0  # images that the cache knew, and those that the teacher was asked about for it
-        self.finished: int | None = (
-            None  # batches done, where the weights are those of a finished update and of no half one
-        )
+        self.recalled = self.computed = 0  # images whose targets were read from the cache, or computed for it
+        self.finished: int | None = None  # batches done; None while an update is incomplete
 
     def run(self, epoch: int, first: int = 0) -> Iterator[int]:
-        """One epoch, from batch `first` on: yields how many batches are done, after every update of the weights.
+        """Train one epoch from batch `first` on. Yield the number of batches done after every update of the weights.
 
-        Raises DataError where a batch cannot be read.
+        Raises DataError if a batch cannot be read.
         """
         self._begin(self.phase.age + epoch)
         self.module.train()
@@ -96,59 +94,61 @@ class Loop:
         self.cache.begin(self.views.view)
 
     def _targets(self, images: Tensor, indices: Tensor) -> list[Tensor] | None:
-        """What the teacher gives for these images: from the cache, or for the cache."""
+        """The teacher's targets for these images: read from the cache, or computed and stored in it."""
         if self.cache is None:
             return None
-        found = self.cache.find(indices)
-        if found is not None:
+        cached = self.cache.find(indices)
+        if cached is not None:
             self.recalled += len(indices)
-            return [feature.to(images.device) for feature in found]
-        self.asked += len(indices)
+            return [feature.to(images.device) for feature in cached]
+        self.computed += len(indices)
         with self.accelerator.autocast():
             features = self.distiller.teacher_targets(images)
         return self.cache.keep(indices, features)
 
     @torch.no_grad()
     def check_cache(self) -> None:
-        """Compare a few of what the cache holds with the teacher. Raises RunError where they differ."""
+        """Compare a few cached targets with the teacher's. Raises RunError if they differ."""
         assert self.cache is not None
         self.views.begin(self.phase.age)
-        indices, found = self.cache.some(self.views.view, 8)
+        indices, cached = self.cache.some(self.views.view, 8)
         if not len(indices):
             return
         images, *_ = self.batches.take(self.views.of(indices.tolist()))
         with self.accelerator.autocast():
             features = self.distiller.teacher_targets(images)
-        for tap, kept, feature in zip(self.cache.taps, found, features, strict=True):
-            given = lengthen(shorten(feature, tap.top_k), tap.shape[-1]) if tap.top_k else feature
-            apart = (kept.float() - given.float().cpu()).norm() / given.float().norm().cpu().clamp_min(1e-12)
-            if not apart < (1e-3 if tap.dtype == torch.float32 else 3e-2):
+        for tap, cached_feature, feature in zip(self.cache.taps, cached, features, strict=True):
+            expected = lengthen(shorten(feature, tap.top_k), tap.shape[-1]) if tap.top_k else feature
+            difference = (cached_feature.float() - expected.float().cpu()).norm()
+            deviation = difference / expected.float().norm().cpu().clamp_min(1e-12)
+            if not deviation < (1e-3 if tap.dtype == torch.float32 else 3e-2):
                 raise RunError(
-                    f"the teacher's cache in {self.cache.folder} holds at `{tap.tap}` what is {float(apart):.1%} away "
-                    "from what the teacher gives for the same images; something that it depends on has changed without "
-                    "its noticing. Delete that folder"
+                    f"the teacher's cache in {self.cache.folder} holds at `{tap.tap}` what is {float(deviation):.1%} "
+                    "away from what the teacher gives for the same images; something that it depends on has changed "
+                    "without its noticing. Delete that folder"
                 )
 
     def _step(self, epoch: int, step: int, images: Tensor, target: Tensor, cached_targets: list[Tensor] | None) -> bool:
-        """Forward and backward of one batch. True where the weights were updated with it."""
+        """Run the forward and backward of one batch. Return whether the weights were updated."""
         self.finished = None
         accumulated = self.phase.grad_accum_steps
-        whole = self.steps - self.steps % accumulated
-        group = accumulated if step < whole else self.steps % accumulated  # the last may be smaller, and weighs as much
-        last = (step + 1) % accumulated == 0 or step + 1 == self.steps
+        in_full_groups = self.steps - self.steps % accumulated
+        # The last group may be smaller, with the same weight.
+        group = accumulated if step < in_full_groups else self.steps % accumulated
+        updates = (step + 1) % accumulated == 0 or step + 1 == self.steps
         update = epoch * self.updates + step // accumulated
         if step % accumulated == 0:
             self.schedule.step_update(update)
         self.distiller.set_epoch(epoch + step / self.steps, self.phase.epochs)
-        with nullcontext() if last else self.accelerator.no_sync(self.module):
+        with nullcontext() if updates else self.accelerator.no_sync(self.module):
             result = self.module(images, target, cached_targets)
             self.accelerator.backward(result["loss"] / group)
         for name in result.keys() - {"output"}:
             self.sums[name] = self.sums.get(name, 0.0) + result[name].detach()
-        if last:
+        if updates:
             self._update(update)
             self.finished = step + 1
-        return last
+        return updates
 
     def _update(self, update: int) -> None:
         if self.phase.clip_grad is not None:
@@ -159,7 +159,7 @@ class Loop:
             self.average.update(self.distiller.student, step=update + 1)
 
     def average_over_processes(self) -> None:
-        """At the end of an epoch: every process has seen other images, and its batch norms count them (timm's way)."""
+        """Average the batch norm statistics of the processes at the end of an epoch, as timm does."""
         from timm.utils import distribute_bn
 
         if self.accelerator.num_processes > 1:
@@ -167,19 +167,19 @@ class Loop:
                 distribute_bn(model, self.accelerator.num_processes, reduce=True)
 
     def close(self) -> None:
-        """Leave the models as they were: the next stage reads other layers, which what is compiled would not notice."""
+        """Discard compiled code: the next stage reads other layers, which it would not notice."""
         if self.compiled:
             self.distiller._compiled_call_impl = None
             torch.compiler.reset()
 
     @property
     def rate(self) -> float:
-        """The learning rate of what is not scaled down."""
+        """The largest learning rate, of the parameters that are not scaled down."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
 
 def _compile(distiller: Distiller, options: CompileOptions | None) -> None:
-    """Compile in place, after the hooks are on."""
+    """Compile in place, after the hooks are attached."""
     if options is None:
         return
     if options.target == "step":

@@ -1,4 +1,4 @@
-"""Which models a run trains, in which order and in which phases; each is built when its turn comes."""
+"""The models that a run trains, in which order and in which phases. Each is built when its turn comes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ TEACHER_BASELINE, BASELINE = "teacher baseline", "baseline"
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A model to be trained, and how. `partner` is the teacher that trains with it, and `sharing` what they share."""
+    """A model to train, and its phases. `partner` is the teacher that trains with it, `sharing` what the two share."""
 
     role: str
     model: nn.Module
@@ -36,7 +36,7 @@ class TrainedModel:
 
     @property
     def is_teacher(self) -> bool:
-        """Whether it is the teacher, alone or beside the student."""
+        """Whether this is the teacher, alone or trained with the student."""
         return self.role in ("teacher", TEACHER_BASELINE)
 
     @property
@@ -46,14 +46,14 @@ class TrainedModel:
 
 @dataclass
 class Models:
-    """The models of one run on their device. `teacher` is the one that the others learn from, once there is one."""
+    """The models of one run on their device. `teacher` is the model that the others learn from, once it is built."""
 
     plan: Plan
     accelerator: Accelerator
     teacher: TrainedModel | None = None
 
     def in_turn(self) -> Iterator[TrainedModel]:
-        """Each is built when its turn comes."""
+        """Yield the models in the order of training. Each is built when its turn comes."""
         plan, recipe = self.plan, self.plan.recipe
         if recipe.teacher is not None:
             yield self._teacher(TEACHER_BASELINE if recipe.share else "teacher")
@@ -89,7 +89,10 @@ class Models:
         return distiller.to(self.accelerator.device)
 
     def images_for(self, trained: TrainedModel) -> InputSpec:
-        """Normalised for this model, and as large as the larger model wants: each takes its own view of them."""
+        """The images for training a model: its normalisation, and the larger size of model and teacher.
+
+        Each model converts them to its own size.
+        """
         other = self.teacher.input if self.teacher and trained.role != "teacher" else trained.input
         return trained.input.covering(other)
 
@@ -100,27 +103,29 @@ class Models:
         assert plan.teacher_input is not None
         phases: tuple[Phase, ...] = ()
         if options.train is not None:
-            wish = options.train
-            labels = Objective("cross_entropy", "task", options={"label_smoothing": wish.label_smoothing})
-            phases = (Phase("train", wish.epochs, (labels,), wish.optimizer, wish.scheduler),)
+            train_options = options.train
+            labels = Objective("cross_entropy", "task", options={"label_smoothing": train_options.label_smoothing})
+            phases = (
+                Phase("train", train_options.epochs, (labels,), train_options.optimizer, train_options.scheduler),
+            )
         elif role == TEACHER_BASELINE and not (options.pretrained or options.checkpoint):
             phases = self._stages(alone="teacher")
         seed = plan.recipe.seed if options.same_init else teacher_seed(plan.recipe.seed)
         return TrainedModel(role, self._build(options, plan.teacher, seed), plan.teacher, plan.teacher_input, phases)
 
     def _input_alone(self) -> InputSpec:
-        """What the plain student sees: the size that the recipe gives, also where a graft sees the teacher's."""
+        """The input of the baseline: the size in the recipe, even if a graft has the size of the teacher."""
         return replace(self.plan.student_input, size=self.plan.student.input_size)
 
     def _stages(self, alone: str = "") -> tuple[Phase, ...]:
-        """The recipe's stages; for a model alone, what of them it can learn from labels."""
+        """The phases of the recipe's stages; for a model alone, only the objectives on labels."""
         phases, age = [], 0
         for stage, objectives in zip(self.plan.recipe.stages, self.plan.objectives, strict=True):
-            kept = _labels_only(objectives, alone) if alone else objectives
+            own_objectives = _labels_only(objectives, alone) if alone else objectives
             phase = Phase(
                 name=stage.name,
                 epochs=stage.epochs,
-                objectives=kept,
+                objectives=own_objectives,
                 optimizer=stage.optimizer.model_copy(update={"lr_scale": {}}) if alone else stage.optimizer,
                 scheduler=stage.scheduler,
                 clip_grad=stage.clip_grad,
@@ -128,7 +133,7 @@ class Models:
                 keep=stage.keep,
                 age=age,
             )
-            phases += [phase] * bool(kept)
+            phases += [phase] * bool(own_objectives)
             age += stage.epochs
         return tuple(phases)
 
@@ -150,16 +155,16 @@ class Models:
 
 
 def teacher_seed(seed: int) -> int:
-    """What a teacher's first weights follow from: far from the seed of any student, which are small numbers.
+    """The seed of a teacher's initial weights, far from the seeds of students, which are small numbers.
 
-    Of one seed, a teacher and a student of one architecture would begin with the same weights, so that their agreement
-    would be no evidence.
+    With the same seed, a teacher and a student of one architecture would have the same initial weights, and their
+    agreement would be no evidence.
     """
     return (seed + 2**31) % 2**32
 
 
 def _labels_only(objectives: Sequence[Objective], side: str) -> tuple[Objective, ...]:
-    """What a model alone can learn from. A single loss weighs 1: less would only be a smaller learning rate."""
+    """The objectives on labels of one model. A single one gets weight 1: less would only lower the learning rate."""
     labels = [
         replace(objective, of="student")
         for objective in objectives

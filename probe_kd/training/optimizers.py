@@ -1,4 +1,4 @@
-"""timm's optimizers and schedules, as a recipe and its models want them."""
+"""timm's optimizers and schedules, made from the options of a recipe."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,15 +13,16 @@ from probe_kd.training.phase import Phase
 
 
 def make_optimizer(distiller: Distiller, options: OptimizerOptions) -> torch.optim.Optimizer:
-    """timm's optimizer over all that trains, without weight decay on biases and norms."""
+    """Make timm's optimizer of all trained parameters, without weight decay on biases and norms."""
     from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
-    decay, groups, seen = options.weight_decay, [], set[int]()
+    decay, groups, grouped_ids = options.weight_decay, [], set[int]()
     for model in filter(None, (distiller.student, distiller.teacher)):
         for group in _groups(model, options):
-            fresh = [parameter for parameter in group["params"] if id(parameter) not in seen]  # shared by both
-            seen |= {id(parameter) for parameter in fresh}
-            groups += _scaled({**group, "params": fresh}, distiller.student, options.lr_scale)
+            # Parameters that both models share are in the first group only.
+            new_parameters = [parameter for parameter in group["params"] if id(parameter) not in grouped_ids]
+            grouped_ids |= {id(parameter) for parameter in new_parameters}
+            groups += _scaled({**group, "params": new_parameters}, distiller.student, options.lr_scale)
     groups += param_groups_weight_decay(distiller.adapters, decay)
     groups = [group for group in groups if group["params"]]
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
@@ -37,20 +38,21 @@ def make_optimizer(distiller: Distiller, options: OptimizerOptions) -> torch.opt
 
 
 def _fused(options: OptimizerOptions, parameters: Iterable[nn.Parameter]) -> dict[str, bool]:
-    """All parameters in one kernel, where torch has it: a loop over them takes as long as a small model's backward.
+    """Choose the fused kernel of an optimizer if torch has it and `opt_args` do not choose (`fused`, `foreach`).
 
-    Unless `opt_args` say how they are gone through: `fused: false`, or `foreach: true`.
+    A loop over the parameters takes as long as the backward of a small model.
     """
     from timm.optim import get_optimizer_class
 
     try:
-        kind = get_optimizer_class(options.opt, bind_defaults=False)
-    except Exception:  # timm has its own words for it, and makes what has two names, as `lookahead_adamw`
+        optimizer_class = get_optimizer_class(options.opt, bind_defaults=False)
+    except Exception:  # timm reports unknown names itself, and makes optimizers of two names, such as `lookahead_adamw`
         return {}
-    told = {"fused", "foreach", "differentiable"} & options.opt_args.keys()
-    places = {parameter.device.type for parameter in parameters}
-    known = kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD) and places <= {"cpu", "cuda"}
-    return {"fused": True} if known and not told else {}
+    chosen = {"fused", "foreach", "differentiable"} & options.opt_args.keys()
+    device_types = {parameter.device.type for parameter in parameters}
+    is_fusable = optimizer_class in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    is_supported = is_fusable and device_types <= {"cpu", "cuda"}
+    return {"fused": True} if is_supported and not chosen else {}
 
 
 def _groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]:
@@ -64,19 +66,24 @@ def _groups(model: nn.Module, options: OptimizerOptions) -> list[dict[str, Any]]
 
 
 def _scaled(group: dict[str, Any], student: nn.Module, scales: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The group, divided by how its learning rate is scaled; timm's schedulers read `lr_scale`."""
-    # The layers that a graft keeps of the plain student go by the names that they have in it.
+    """Split a group by the scale of the learning rate. timm's schedulers read `lr_scale`."""
+    # In a graft, the student's layers have the prefix `body.`; the recipe names them without it.
     names = {id(parameter): name.removeprefix("body.") for name, parameter in student.named_parameters()}
     parts: dict[float, list[nn.Parameter]] = {}
     for parameter in group["params"]:
-        found = [scale for pattern, scale in scales.items() if in_pattern(names.get(id(parameter), ""), pattern)]
-        parts.setdefault(found[-1] if found else 1.0, []).append(parameter)
-    own = group.get("lr_scale", 1.0)
-    return [{**group, "params": part, "lr_scale": own * scale} for scale, part in parts.items()]
+        matching_scales = [
+            scale for pattern, scale in scales.items() if in_pattern(names.get(id(parameter), ""), pattern)
+        ]
+        parts.setdefault(matching_scales[-1] if matching_scales else 1.0, []).append(parameter)
+    group_scale = group.get("lr_scale", 1.0)
+    return [{**group, "params": part, "lr_scale": group_scale * scale} for scale, part in parts.items()]
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, phase: Phase, updates: int) -> Any:
-    """timm's schedule of the learning rate over so many updates an epoch, set anew for each from its number alone."""
+    """Make timm's schedule of the learning rate, which depends only on the number of the update.
+
+    `updates` is the number of updates per epoch.
+    """
     from timm.scheduler import create_scheduler_v2
 
     options = phase.scheduler.model_dump()

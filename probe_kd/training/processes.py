@@ -26,42 +26,42 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # a
 
 @contextmanager
 def accelerating(recipe: Recipe, folder: Path | None = None) -> Iterator[Accelerator]:
-    """The accelerator of one run, as its recipe wishes. Raises RunError for what cannot be had."""
+    """Create the accelerator of a run from its recipe. Raises RunError for settings that are not available."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    wishes: dict[str, Any] = {"mixed_precision": mixed_precision(recipe, device_type)}
+    options: dict[str, Any] = {"mixed_precision": mixed_precision(recipe, device_type)}
     if folder is not None and recipe.trackers:
-        wishes |= {"log_with": list(recipe.trackers), "project_dir": str(folder / TRACKERS)}
+        options |= {"log_with": list(recipe.trackers), "project_dir": str(folder / TRACKERS)}
     with ExitStack() as stack:
         stack.enter_context(cuda_settings(recipe))
         try:
-            accelerator = stack.enter_context(own_accelerator(**wishes))
+            accelerator = stack.enter_context(own_accelerator(**options))
         except (ValueError, ImportError) as refusal:  # fp16 without a GPU, say
             raise RunError(f"accelerate cannot begin with precision {recipe.precision}: {short(refusal)}") from refusal
-        kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        distributed_type = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        if distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             raise RunError(
-                f"accelerate is set to {kind}, which cuts a model's parameters up and gathers them layer by layer; "
-                "captured layers, shared weights and a teacher beside the student do not survive that. Run with plain "
-                "DDP (`accelerate launch --multi_gpu`, or torchrun), with `grad_checkpointing: true` where memory is "
-                "short"
+                f"accelerate is set to {distributed_type}, which cuts a model's parameters up and gathers them layer "
+                "by layer; captured layers, shared weights and a teacher beside the student do not survive that. Run "
+                "with plain DDP (`accelerate launch --multi_gpu`, or torchrun), with `grad_checkpointing: true` where "
+                "memory is short"
             )
         yield accelerator
 
 
 @contextmanager
-def own_accelerator(**wishes: Any) -> Iterator[Accelerator]:
-    """accelerate for a while. What it settles is settled for the whole process, so it is taken back at the end.
+def own_accelerator(**options: Any) -> Iterator[Accelerator]:
+    """Create an Accelerator, and reset accelerate's global state at the end.
 
-    Unless somebody outside has settled it before, who may still want it. Several processes on a machine without GPUs
-    talk by gloo. Raises RunError where a launcher started several processes that accelerate cannot bring together.
+    The state is not reset if the caller had initialised it before. Several processes on a machine without GPUs
+    communicate by gloo. Raises RunError if a launcher started several processes that accelerate cannot connect.
     """
-    alone = not AcceleratorState._shared_state
+    is_first = not AcceleratorState._shared_state
     launched = launched_processes()
     if launched > 1 and not torch.accelerator.is_available():
-        wishes["cpu"] = True  # without it, or ACCELERATE_USE_CPU, accelerate overlooks what torchrun has set
+        options["cpu"] = True  # without it, or ACCELERATE_USE_CPU, accelerate overlooks what torchrun has set
     try:
         try:
-            accelerator = Accelerator(**wishes)
+            accelerator = Accelerator(**options)
         except RuntimeError as refusal:  # of torch.distributed
             raise RunError(f"cannot bring {launched} processes together: {short(refusal)}") from refusal
         if launched not in (1, accelerator.num_processes):
@@ -74,46 +74,46 @@ def own_accelerator(**wishes: Any) -> Iterator[Accelerator]:
             )
         yield accelerator
     finally:
-        if alone:
+        if is_first:
             GradientState._reset_state()
             AcceleratorState._reset_state()
 
 
 def launched_processes() -> int:
-    """How many processes a launcher says that it started: torchrun, accelerate launch, or mpirun. Raises RunError."""
+    """The number of processes that torchrun, accelerate launch or mpirun started. Raises RunError if it is unclear."""
     try:
-        found = get_cpu_distributed_information()
+        environment = get_cpu_distributed_information()
     except ValueError:
         raise RunError("RANK and WORLD_SIZE have to be whole numbers; unset them, or start by torchrun") from None
-    if found.world_size > 1 and not any(name in os.environ for name in RANKS):
+    if environment.world_size > 1 and not any(name in os.environ for name in RANKS):
         raise RunError(
-            f"WORLD_SIZE says that this is one of {found.world_size} processes, and RANK is not there to say which; "
-            "start them by torchrun or `accelerate launch`, or unset WORLD_SIZE"
+            f"WORLD_SIZE says that this is one of {environment.world_size} processes, and RANK is not there to say "
+            "which; start them by torchrun or `accelerate launch`, or unset WORLD_SIZE"
         )
-    return max(int(found.world_size), 1)
+    return max(int(environment.world_size), 1)
 
 
 @contextmanager
 def with_peers(accelerator: Accelerator, folder: Path) -> Iterator[None]:
-    """Turn what torch raises where another process of the run has ended into PeerLost.
+    """Turn torch's errors after another process of the run has ended into PeerLost.
 
-    The first process says it, or, where that was killed, one of those that are left.
+    Only the first process reports it, or a remaining one if the first was killed.
     """
     try:
         yield
     except Exception as refusal:
         if accelerator.num_processes == 1 or not is_peer_lost(refusal):
             raise
-        lost = PeerLost(
+        peer_lost = PeerLost(
             f"another of the {accelerator.num_processes} processes of this run has ended or was killed, so this one "
             f"ends too. The last checkpoint in {folder} is whole; go on by --resume"
         )
-        lost.in_all_processes = not accelerator.is_main_process and not is_abandoned(folder)
-        raise lost from refusal
+        peer_lost.in_all_processes = not accelerator.is_main_process and not is_abandoned(folder)
+        raise peer_lost from refusal
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Gloo has no error of its own for it."""
+    """Whether an error means that another process has ended; gloo has no exception type for it."""
     if isinstance(error, torch.distributed.DistError):
         return True
     text = str(error)
@@ -122,21 +122,21 @@ def is_peer_lost(error: BaseException) -> bool:
 
 @contextmanager
 def listening(progress: Progress) -> Iterator[list[int]]:
-    """The signals that asked the run to stop, as they come in. A second Ctrl-C does not wait for the update to end."""
-    asked: list[int] = []
+    """Yield a list that collects the signals to stop. A second Ctrl-C does not wait for the end of the update."""
+    signals: list[int] = []
 
-    def ask(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and asked:
+    def on_signal(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and signals:
             raise KeyboardInterrupt
-        asked.append(number)
+        signals.append(number)
         progress.say(f"{signal.Signals(number).name}: stopping after this update, with a checkpoint")
 
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield asked
+        yield signals
         return
-    former = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    former_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield signals
     finally:
-        for number, handler in former.items():
+        for number, handler in former_handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run while it trains."""
+"""The progress of a run in a terminal."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -14,16 +14,16 @@ from probe_kd.training.state import MEASURES, Row
 
 @contextmanager
 def unread() -> Iterator[None]:
-    """The run goes on where nobody reads what is shown, as in `train ... | head`, by which rich would exit.
+    """Let the run continue if its output cannot be written, as in `train ... | head`, or to a full disk.
 
-    So it does where what is shown goes to a disk that is full.
+    rich would exit on a closed pipe.
     """
     with suppress(OSError, SystemExit):
         yield
 
 
 class Progress:
-    """How a run shows itself while it goes on: a bar per stage in a terminal, a line every few seconds elsewhere."""
+    """Shows the progress of a run: a bar per stage in a terminal, a line every few seconds elsewhere."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.console = console
@@ -37,7 +37,7 @@ class Progress:
         self.accuracy = ""
 
     def begin(self, title: str, epochs: int, steps: int, done: int) -> None:
-        """A stage begins: so many epochs of so many steps, the first `done` of them done before."""
+        """Begin a stage of `epochs` epochs with `steps` steps each, of which `done` epochs are done already."""
         self.title, self.epochs, self.images = title, epochs, 0
         self.steps, self.before, self.done = steps, done * steps, 0
         self.started = self.shown = time.monotonic()
@@ -57,39 +57,39 @@ class Progress:
             )
 
     def step(self, done: int, images: int) -> bool:
-        """So many batches of the epoch are done, of so many images each.
+        """Show that `done` batches of the epoch are done, of `images` images each.
 
-        True when losses are wanted, for which the caller has to wait for the GPU.
+        Return whether the losses should be shown too, for which the caller has to wait for the GPU.
         """
         self.images += (done - self.done) * images
         self.done = done
         if self.bar is None:
             return False
         self.bar.update(self.task, completed=self.before + done)
-        due = time.monotonic() - self.shown > 0.5
-        if due:
+        is_due = time.monotonic() - self.shown > 0.5
+        if is_due:
             self.shown = time.monotonic()
-        return due
+        return is_due
 
     def say(self, text: str) -> None:
-        """Something that has to be read, also where the run is quiet."""
+        """Print a message to stderr, even if the run is quiet."""
         with unread():
             PlainConsole(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
 
     def tell(self, text: str) -> None:
-        """Something that is good to know, where the run is not quiet."""
+        """Print a message unless the run is quiet."""
         if not self.quiet:
             with unread():
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def losses(self, terms: Mapping[str, float]) -> None:
-        """The mean losses of the epoch so far."""
+        """Show the mean losses of the current epoch."""
         self.text = " ".join(f"{name} {value:.4g}" for name, value in terms.items())
         if self.bar is not None:
             self.bar.update(self.task, losses=self._status())
 
     def epoch(self, row: Row) -> None:
-        """An epoch is done and measured."""
+        """Show the results of an epoch."""
         self.before, self.done = self.before + self.steps, 0
         self.accuracy = f"[green]accuracy {row['accuracy']:.1%}[/]" if "accuracy" in row else self.accuracy
         self.losses({name: value for name, value in row.items() if name not in MEASURES})

@@ -18,13 +18,13 @@ TABLES = ("metrics.csv", "summary.csv", "curves.png", "summary.json")
 
 
 def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, folder: Path) -> None:
-    """The tables, the curves, and the summary for other programs, which marks the run as finished."""
+    """Write the tables, the curves, and `summary.json`, which marks the run as finished."""
     # The last checkpoint wrote the tables too, unless the run was killed between the two.
     write_metrics(rows, folder / "metrics.csv")
     write_timm_summary(rows, folder / "summary.csv")
     draw_curves(rows, folder / "curves.png", "Test" if plan.datasets.val is None else "Validation")
-    aside = folder / "summary.partial"
-    found = {
+    partial = folder / "summary.partial"
+    summary = {
         "seed": plan.recipe.seed,
         "classes": class_names(plan.datasets),
         "measured_on": plan.datasets.measured_on,
@@ -32,23 +32,23 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, fol
         "notes": list(plan.datasets.notes),
         "results": [asdict(result) for result in results],
     }
-    aside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    put(aside, folder / "summary.json")
+    partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    put(partial, folder / "summary.json")
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:
-    """One line per epoch of every model, a column for whatever any of them measured."""
+    """Write one line per epoch of every model, with a column for each value that any row has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    aside = path.with_suffix(".partial")
-    with aside.open("w", newline="", encoding="utf-8") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(map(_cell, columns))
         writer.writerows([_cell(row.get(key)) for key in columns] for row in rows)
-    put(aside, path)
+    put(partial, path)
 
 
 def _cell(value: Any) -> Any:
-    """What a spreadsheet shows, and does not compute: text that begins as a formula is marked as text."""
+    """Mark text that begins like a formula as text, so that a spreadsheet does not compute it."""
     if not isinstance(value, str):
         return value
     text = visible(value)
@@ -56,15 +56,15 @@ def _cell(value: Any) -> Any:
 
 
 def write_timm_summary(rows: Sequence[Row], path: Path) -> None:
-    """The student's epochs as timm's training script writes them: `train_*`, `eval_top1` in percent, `lr`."""
-    own = [row for row in rows if row["role"] == "student"]
-    losses = [{f"train_{key}": value for key, value in row.items() if key not in RESERVED} for row in own]
-    told = [
+    """Write the student's epochs in the format of timm's training script: `train_*`, `eval_top1` in percent, `lr`."""
+    student_rows = [row for row in rows if row["role"] == "student"]
+    losses = [{f"train_{key}": value for key, value in row.items() if key not in RESERVED} for row in student_rows]
+    summary_rows = [
         {"epoch": epoch, **loss, **_in_percent(row), "lr": row["lr"]}
-        for epoch, (row, loss) in enumerate(zip(own, losses, strict=True))
+        for epoch, (row, loss) in enumerate(zip(student_rows, losses, strict=True))
     ]
-    if told:
-        write_metrics(told, path)
+    if summary_rows:
+        write_metrics(summary_rows, path)
 
 
 def _in_percent(row: Row) -> Row:
@@ -72,7 +72,7 @@ def _in_percent(row: Row) -> Row:
 
 
 def draw_curves(rows: Sequence[Row], path: Path, split: str = "Test") -> None:
-    """Accuracy of every model by epoch, on the images of `split`, and the loss terms of the student."""
+    """Draw the accuracy of every model by epoch, on the images of `split`, and the loss terms of the student."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -83,9 +83,9 @@ def draw_curves(rows: Sequence[Row], path: Path, split: str = "Test") -> None:
         if points:
             left.plot(*zip(*points, strict=True), label=role)
     left.set(title=f"{split} accuracy", xlabel="epoch", ylabel="%")
-    own = [row for row in rows if row["role"] == "student"]
-    for term in dict.fromkeys(key for row in own for key in row if key not in {*MEASURES, "loss"}):
-        points = [(epoch, row[term]) for epoch, row in enumerate(own, 1) if term in row]
+    student_rows = [row for row in rows if row["role"] == "student"]
+    for term in dict.fromkeys(key for row in student_rows for key in row if key not in {*MEASURES, "loss"}):
+        points = [(epoch, row[term]) for epoch, row in enumerate(student_rows, 1) if term in row]
         right.plot(*zip(*points, strict=True), label=term)
     right.set(title="Training losses of the student (not weighted)", xlabel="epoch", yscale="log")
     for axes in (left, right):

@@ -1,10 +1,9 @@
 """Training: from a plan to a folder of results. Reads from top to bottom.
 
-A run trains up to three models, one after the other: the teacher where it has no weights yet, the baseline where
-the recipe asks for one, and the student. The two students begin with the same weights, and see the same images
-in the same order in every stage that both go through.
-Where a recipe shares (Rocket Launching), the first is the teacher baseline, and the last is the student with a teacher
-that began as the first did.
+A run trains up to three models, one after the other: the teacher if it has no weights yet, the baseline if the recipe
+has one, and the student. Baseline and student begin with the same weights, and see the same images in the same order
+in every stage that both train in. In joint training (Rocket Launching), the first model is the teacher baseline, and
+the last is the student together with a teacher that begins with the same weights as the teacher baseline.
 """
 
 import math
@@ -45,7 +44,7 @@ from probe_kd.training.teacher_cache import open_cache, tell_of_damage
 from probe_kd.training.trial import check_student, reached, too_large
 from probe_kd.version import __version__
 
-ASK_EVERY = 20  # updates of an epoch between which several processes do not ask each other whether to stop
+ASK_EVERY = 20  # updates after which several processes ask each other whether to stop
 
 
 def train(
@@ -57,34 +56,36 @@ def train(
     overwrite: bool = False,
     claimed: Claim | None = None,
 ) -> TrainState:
-    """Run the plan and write `folder`: recipe.yaml, metrics.csv, and the weights of every model that was trained.
+    """Train the models of a plan, and write `folder`: recipe.yaml, metrics.csv, and the weights of every trained model.
 
-    `resume` goes on after the last checkpoint, as if the run had not stopped, and begins where there is none;
-    `overwrite` deletes what a former run left. SIGTERM and the first SIGINT end the update that the run is at, write a
-    checkpoint and raise Stopped. `claimed` is the folder's lock, where the caller holds it already. Raises RunError
-    where a run is in the folder and neither was asked for, where another process writes it, where the recipe to resume
-    is another, where the folder vanishes or takes no checkpoint, and where a loss stops being a number; PeerLost where
-    another process of the run ended; DataError where images cannot be read; WeightsError where a file that the run
-    goes on from is not as it was written. All of them leave the last checkpoint as it was.
+    `resume` continues from the last checkpoint as if the run had not stopped, or begins if there is none. `overwrite`
+    deletes the files of a former run. `claimed` is the folder's lock, if the caller holds it already. After SIGTERM or
+    the first SIGINT, the run finishes the current update, writes a checkpoint and raises Stopped.
+
+    Raises RunError if the folder holds a run and neither `resume` nor `overwrite` is set, if another process writes to
+    it, if the recipe differs from that of the run to resume, if the folder vanishes or a checkpoint cannot be written,
+    and if a loss is not finite. Raises PeerLost if another process of the run ended, DataError if images cannot be
+    read, and WeightsError if a file that the run continues from has changed. The last checkpoint stays valid after any
+    of these errors.
     """
-    with accelerating(plan.recipe, folder) as accelerator, listening(progress) as signals, ExitStack() as after:
-        after.enter_context(with_peers(accelerator, folder))
+    with accelerating(plan.recipe, folder) as accelerator, listening(progress) as signals, ExitStack() as cleanup:
+        cleanup.enter_context(with_peers(accelerator, folder))
         if not resume:
             check_student(plan, accelerator, progress)  # before anything is written
-        opened: list[Any] = [None]
+        run_or_error: list[Any] = [None]
         if accelerator.is_main_process:
             try:
                 if claimed is None:
                     claimed = claim(folder, progress.say)
-                    after.callback(claimed.release)
-                opened = [open_run(plan, folder, progress, resume=resume, overwrite=overwrite)]
+                    cleanup.callback(claimed.release)
+                run_or_error = [open_run(plan, folder, progress, resume=resume, overwrite=overwrite)]
             except ProbeKDError as refusal:
-                opened = [refusal]
-        opened = broadcast_object_list(opened)
-        if isinstance(opened[0], ProbeKDError):
-            raise for_all(opened[0])
+                run_or_error = [refusal]
+        run_or_error = broadcast_object_list(run_or_error)
+        if isinstance(run_or_error[0], ProbeKDError):
+            raise for_all(run_or_error[0])
         state: TrainState
-        state, checkpoint = opened[0]
+        state, checkpoint = run_or_error[0]
         if plan.recipe.trackers:
             with _tracking():
                 accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
@@ -107,7 +108,7 @@ def train(
 
 @contextmanager
 def _tracking() -> Iterator[None]:
-    """Raises RunError where a tracker, of which every one has errors of its own, does not take what it is given."""
+    """Turn any error of a tracker into a RunError: every tracker has its own exception types."""
     try:
         yield
     except Exception as refusal:
@@ -117,7 +118,7 @@ def _tracking() -> Iterator[None]:
 
 
 def _load_again(model: nn.Module, path: Path) -> None:
-    """The weights of a model that this run trained before it was stopped. Raises WeightsError."""
+    """Load the weights of a model that this run trained before it was stopped. Raises WeightsError."""
     if not path.is_file():
         raise WeightsError(
             f"{path} is gone, which the run wrote and goes on from: put it back from a copy, or begin anew by "
@@ -128,7 +129,7 @@ def _load_again(model: nn.Module, path: Path) -> None:
 
 @contextmanager
 def _explained(state: TrainState, folder: Path) -> Iterator[None]:
-    """Turn what models, optimizers and devices raise in an update, which is anything, into a RunError."""
+    """Turn any error of models, optimizers and devices in an update into a RunError."""
     try:
         yield
     except torch.OutOfMemoryError as refusal:
@@ -152,7 +153,7 @@ class Run:
     scorer: Scorer
     saver: Saver
     progress: Progress
-    signals: list[int]  # that asked the run to stop
+    signals: list[int]  # the signals to stop so far
 
     @property
     def plan(self) -> Plan:
@@ -167,7 +168,7 @@ class Run:
         return self.saver.state
 
     def train_models(self) -> None:
-        """Each in its turn, unless the run trained it before it was stopped."""
+        """Train the models in turn, except for those that the run trained before it was stopped."""
         for trained in self.models.in_turn():
             self.saver.check_inputs()  # a model that is built late reads its file late
             result = self.state.results.get(trained.role)
@@ -180,7 +181,7 @@ class Run:
 
     def _train_model(self, trained: TrainedModel) -> None:
         if trained.partner is not None:
-            self.scorer.forget_teacher()  # which was the teacher baseline
+            self.scorer.forget_teacher()  # the teacher was the teacher baseline so far
         state = self.state
         state.begin(trained.role)
         average: nn.Module | None = None
@@ -190,10 +191,10 @@ class Run:
         self._finish(trained, average)
 
     def _train_phase(self, trained: TrainedModel, phase: Phase) -> nn.Module | None:
-        """Returns the moving average of the student, where there is one."""
-        with self._prepared(trained, phase) as loop, ExitStack() as after:
+        """Train one phase, and return the moving average of the student if there is one."""
+        with self._prepared(trained, phase) as loop, ExitStack() as cleanup:
             self.saver.restore(loop) if self.saver.checkpoint else self.saver.save(loop)
-            after.callback(self.progress.end)
+            cleanup.callback(self.progress.end)
             self.progress.begin(f"{trained.role}: {phase.name}", phase.epochs, loop.steps, self.state.epoch)
             for epoch in range(self.state.epoch, phase.epochs):
                 losses = self._train_epoch(loop, epoch)
@@ -206,28 +207,28 @@ class Run:
 
     @contextmanager
     def _prepared(self, trained: TrainedModel, phase: Phase) -> Iterator[Loop]:
-        """All that a phase runs on; afterwards the models are free of it."""
+        """Prepare the loop of a phase, and release everything that it holds at the end."""
         distiller = self.models.distiller(trained, phase)
         self.saver.best, self.saver.best_average = {}, {}
-        with ExitStack() as after:
-            after.callback(self.accelerator.free_memory)
-            after.callback(distiller.close)
-            # What no loss reaches no optimizer moves, by weight decay say, and DDP does not wait for it.
-            after.enter_context(training_only(distiller, reached(self.models, trained, distiller)))
+        with ExitStack() as cleanup:
+            cleanup.callback(self.accelerator.free_memory)
+            cleanup.callback(distiller.close)
+            # The optimizer must not change parameters that no loss reaches, by weight decay say, nor DDP wait for them.
+            cleanup.enter_context(training_only(distiller, reached(self.models, trained, distiller)))
             cache = open_cache(self.models, trained, distiller, self.progress)
             if cache is not None:
-                after.callback(cache.close)
-                after.callback(tell_of_damage, cache, self.progress)
+                cleanup.callback(cache.close)
+                cleanup.callback(tell_of_damage, cache, self.progress)
             loop = loop_of(self.models, trained, phase, distiller, cache)
-            after.callback(loop.close)
+            cleanup.callback(loop.close)
             if cache is not None:
                 loop.check_cache()
             yield loop
 
     def _finish_phase(self, trained: TrainedModel, loop: Loop) -> None:
-        """Tell of the cache, go back to the best epoch, and write the student's adapters."""
+        """Report on the cache, restore the best epoch, and write the student's adapters."""
         if loop.cache is not None:
-            counts = f"{loop.asked} images asked of the teacher, {loop.recalled} known from its cache"
+            counts = f"{loop.computed} images asked of the teacher, {loop.recalled} known from its cache"
             self.progress.tell(f"{trained.role}: {loop.phase.name}: {counts} in {loop.cache.folder}")
         if self.saver.take_best(loop):
             self.scorer.latest.clear()
@@ -235,50 +236,50 @@ class Run:
         if not all(bool(tensor.isfinite().all()) for tensor in adapters.parameters()):
             raise for_all(RunError(_no_number(f"the adapters of stage {loop.phase.name!r}", "no numbers")))
         if trained.role == "student" and self.accelerator.is_main_process and adapters.state_dict():
-            about = {"stage": loop.phase.name, "probe_kd": __version__}
-            self.saver.write(adapters, f"adapters-{self.state.phase}.safetensors", about)
+            metadata = {"stage": loop.phase.name, "probe_kd": __version__}
+            self.saver.write(adapters, f"adapters-{self.state.phase}.safetensors", metadata)
 
     def _train_epoch(self, loop: Loop, epoch: int) -> Row:
         state, started = self.state, time.perf_counter()
-        first, before = state.step, state.seconds
-        if not first:  # else the generators are as the checkpoint found them
+        first, seconds_before = state.step, state.seconds
+        if not first:  # otherwise the checkpoint has restored the generators
             set_seed((self.plan.recipe.seed * 1_000_003 + loop.phase.age + epoch + 1) % 2**31, device_specific=True)
         loop.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in state.sums.items()}
         try:
             with _explained(state, self.saver.folder):
                 for done in loop.run(epoch, first):
-                    state.seconds = before + time.perf_counter() - started
+                    state.seconds = seconds_before + time.perf_counter() - started
                     self._after_update(loop, done)
         except DataError:
             self._save_what_is_done(loop)
             raise
         seconds = time.perf_counter() - started
-        state.seconds, state.step, state.sums = before + seconds, 0, {}
+        state.seconds, state.step, state.sums = seconds_before + seconds, 0, {}
         loop.average_over_processes()
         images = (loop.steps - first) * self.plan.recipe.data.batch_size * self.accelerator.num_processes
         return {"images_per_second": round(images / seconds, 1), "lr": loop.rate, **self._means(loop, loop.steps)}
 
     def _after_update(self, loop: Loop, done: int) -> None:
-        """Show, save and stop, where it is time to."""
+        """Show the progress, save a checkpoint and stop, if it is time to."""
         recipe, processes = self.plan.recipe, self.accelerator.num_processes
         if self.progress.step(done, recipe.data.batch_size * processes):
             self.progress.losses({name: float(total) / done for name, total in sorted(loop.sums.items())})
         update = -(-done // loop.phase.grad_accum_steps)
-        between = done < loop.steps  # the end of an epoch saves by itself, after it is measured
-        due = update % ASK_EVERY == 0 or not between
-        asked = bool(self.signals) if processes == 1 else due and self._any_asked()
+        mid_epoch = done < loop.steps  # the end of an epoch saves by itself, after it is measured
+        is_due = update % ASK_EVERY == 0 or not mid_epoch
+        stop_requested = bool(self.signals) if processes == 1 else is_due and self._any_stop_requested()
         interval = max(1, recipe.recovery_interval // loop.phase.grad_accum_steps)
-        if asked or (between and recipe.recovery_interval and update % interval == 0):
+        if stop_requested or (mid_epoch and recipe.recovery_interval and update % interval == 0):
             self._save_what_is_done(loop, together=True)
-        if asked:
+        if stop_requested:
             raise Stopped(f"stopped by {signal.Signals(self.signals[0] if self.signals else signal.SIGTERM).name}")
 
-    def _any_asked(self) -> bool:
-        asked = torch.tensor(float(bool(self.signals)), device=self.accelerator.device)
-        return float(self.accelerator.reduce(asked, "sum")) > 0
+    def _any_stop_requested(self) -> bool:
+        stop_requested = torch.tensor(float(bool(self.signals)), device=self.accelerator.device)
+        return float(self.accelerator.reduce(stop_requested, "sum")) > 0
 
     def _save_what_is_done(self, loop: Loop, *, together: bool = False) -> None:
-        """A checkpoint in the middle of an epoch; of several processes only if all of them are here."""
+        """Save a checkpoint in the middle of an epoch; with several processes only if all of them call this."""
         if not together and self.accelerator.num_processes > 1:
             return
         if loop.finished is not None:
@@ -286,37 +287,35 @@ class Run:
             self.saver.save(loop)
 
     def _means(self, loop: Loop, count: int) -> dict[str, float]:
-        """The losses of all processes, over so many batches. Raises RunError for one that is no number."""
+        """The mean losses of all processes over `count` batches. Raises RunError for a loss that is not finite."""
         totals = {name: self.accelerator.reduce(total, "mean") for name, total in sorted(loop.sums.items())}
         means = {name: float(total) / count for name, total in totals.items()}
-        wrong = [name for name, mean in means.items() if not math.isfinite(mean) and name != "loss"]
-        if wrong:
-            became = f"{means[wrong[0]]} in epoch {self.state.epoch + 1}"
-            raise RunError(_no_number(f"{', '.join(map(repr, wrong))} of {self.state.role}", became))
+        not_finite = [name for name, mean in means.items() if not math.isfinite(mean) and name != "loss"]
+        if not_finite:
+            change = f"{means[not_finite[0]]} in epoch {self.state.epoch + 1}"
+            raise RunError(_no_number(f"{', '.join(map(repr, not_finite))} of {self.state.role}", change))
         return means
 
     def _record(self, trained: TrainedModel, loop: Loop, losses: Row) -> None:
-        """The end of an epoch: measure, write, save, show."""
+        """End an epoch: measure the models, write a row, save a checkpoint, and show the results."""
         state = self.state
         state.epoch += 1
-        due = state.epoch % self.plan.recipe.val_interval == 0 or state.epoch == loop.phase.epochs
+        is_due = state.epoch % self.plan.recipe.val_interval == 0 or state.epoch == loop.phase.epochs
         average = replace(trained, model=loop.average.module) if loop.average is not None else None
         models = [model for model in (trained.partner, trained, average) if model is not None]
-        measured = iter(self.scorer.measure(models) if due else ())
-        for shown in filter(None, (trained.partner if due else None, trained)):
+        scores = iter(self.scorer.measure(models) if is_due else ())
+        for shown in filter(None, (trained.partner if is_due else None, trained)):
             row: Row = {"role": shown.role, "stage": loop.phase.name, "epoch": state.epoch}
-            if due:
-                self.scorer.latest[shown.role] = next(measured)
+            if is_due:
+                self.scorer.latest[shown.role] = next(scores)
                 row["accuracy"], row["agreement"], _ = self.scorer.latest[shown.role]
-            if due and shown is trained and average is not None:
-                row["ema_accuracy"] = next(measured)[0]
+            if is_due and shown is trained and average is not None:
+                row["ema_accuracy"] = next(scores)[0]
             state.rows.append(row | (losses if shown is trained else {}))
         self.saver.save(loop)
-        figures = {
-            f"{trained.role}/{name}": value for name, value in state.rows[-1].items() if isinstance(value, float)
-        }
+        logged = {f"{trained.role}/{name}": value for name, value in state.rows[-1].items() if isinstance(value, float)}
         with _tracking():
-            self.accelerator.log(figures, step=loop.phase.age + state.epoch)
+            self.accelerator.log(logged, step=loop.phase.age + state.epoch)
         self.progress.epoch(state.rows[-1])
 
     def _finish(self, trained: TrainedModel, average: nn.Module | None = None) -> None:
@@ -325,8 +324,8 @@ class Run:
         if trained.partner is not None:
             self._finish(replace(trained.partner, phases=trained.phases))
         # After the last epoch its weights were measured already, where that was in this process and on these images.
-        measured = self.scorer.latest.pop(trained.role, None) if self.plan.datasets.val is None else None
-        accuracy, agreement, classes = measured or self.scorer.measure([trained], self.scorer.final)[0]
+        score = self.scorer.latest.pop(trained.role, None) if self.plan.datasets.val is None else None
+        accuracy, agreement, classes = score or self.scorer.measure([trained], self.scorer.final)[0]
         averaged = replace(trained, model=average) if average is not None else None
         # Before any weights are written, since outputs that are no numbers end the run.
         ema_accuracy = self.scorer.measure([averaged], self.scorer.final)[0][0] if averaged else None
@@ -354,14 +353,14 @@ def _no_number(what: str, became: str) -> str:
 def loop_of(
     models: Models, trained: TrainedModel, phase: Phase, distiller: Distiller, cache: TeacherCache | None
 ) -> Loop:
-    """The loop of a phase, over the training images as this model sees them."""
+    """Make the loop of a phase, over the training images in the form for this model."""
     return Loop(
         models.accelerator,
         models.plan.recipe,
         distiller,
         phase,
         images=models.plan.datasets.train,
-        given=models.images_for(trained),
+        image_input=models.images_for(trained),
         num_classes=models.plan.datasets.num_classes,
         averaged=trained.role in ("student", BASELINE),
         cache=cache,

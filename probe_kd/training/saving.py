@@ -1,6 +1,6 @@
-"""How a run is saved and goes on: checkpoints, the best epoch, and the weights that it leaves.
+"""How a run is saved and resumed: checkpoints, the best epoch, and the final weights.
 
-`checkpoints.py` makes a folder of files whole or absent; here is what stands in it.
+This file decides what a checkpoint contains. `checkpoints.py` makes sure that it is whole or absent.
 """
 
 import os
@@ -36,10 +36,10 @@ BEST, BEST_AVERAGE = "best.safetensors", "best-average.safetensors"
 
 @dataclass
 class Saver:
-    """What writes into the folder of a run, and brings back what a checkpoint holds.
+    """Writes into the folder of a run, and restores its checkpoints.
 
-    `best` are the weights of the best epoch so far, in a phase that keeps it, and `best_average` the moving average of
-    the same epoch.
+    In a phase that keeps the best epoch, `best` holds the weights of the best epoch so far, and `best_average` the
+    moving average of the same epoch.
     """
 
     plan: Plan
@@ -53,59 +53,59 @@ class Saver:
     best_average: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, loop: Loop) -> None:
-        """Write a checkpoint. Raises RunError where the disk takes none; the one before it is as it was."""
+        """Write a checkpoint. Raises RunError if it cannot be written; the previous checkpoint stays valid."""
         accelerator = self.accelerator
         if loop.cache is not None:
             loop.cache.flush()
         try:
             if self.claimed is not None:
                 self.claimed.check()
-            aside: list[Any] = [checkpoints.begin(self.folder) if accelerator.is_main_process else None]
-            broadcast_object_list(aside)
-            # Not as safetensors, which would leave out one of two names of a tensor that two models share, and not
-            # always the same one. It is read with `weights_only`.
-            accelerator.save_state(str(aside[0]), safe_serialization=False)
+            partial: list[Any] = [checkpoints.begin(self.folder) if accelerator.is_main_process else None]
+            broadcast_object_list(partial)
+            # Not as safetensors: of a tensor that two models share, it would leave out one name, and not always the
+            # same one. The file is read with `weights_only`.
+            accelerator.save_state(str(partial[0]), safe_serialization=False)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                self._commit(aside[0], loop)
-        except Exception as refusal:  # torch and safetensors have errors of their own for a full disk
+                self._commit(partial[0], loop)
+        except Exception as refusal:  # torch and safetensors raise their own errors for a full disk
             if isinstance(refusal, RunError) or is_peer_lost(refusal):
                 raise
             self._check_there()
-            before = "; the one before it is whole" if checkpoints.any_whole(self.folder) else ""
+            previous = "; the one before it is whole" if checkpoints.any_whole(self.folder) else ""
             raise RunError(
-                f"cannot write a checkpoint to {self.folder}: {short(refusal)}{before}. Make room, and go on with "
+                f"cannot write a checkpoint to {self.folder}: {short(refusal)}{previous}. Make room, and go on with "
                 "--resume"
             ) from refusal
         accelerator.wait_for_everyone()
 
     def check_inputs(self) -> None:
-        """Raises RunError where a file that the recipe names has changed while the run went on."""
+        """Raise RunError if a file that the recipe names has changed during the run."""
         if self.accelerator.is_main_process:
-            mend = "It changed while the run went on: put the former file back, and go on by --resume"
-            check_inputs(self.folder, filter(os.path.exists, inputs_of(self.plan.recipe)), mend)
+            advice = "It changed while the run went on: put the former file back, and go on by --resume"
+            check_inputs(self.folder, filter(os.path.exists, inputs_of(self.plan.recipe)), advice)
 
     def _check_there(self) -> None:
-        """Raises RunError where the folder has vanished, which is why it could not be written."""
+        """Raise RunError if the folder has vanished, which explains why it could not be written."""
         (self.claimed or Claim(self.folder)).check()
 
-    def _commit(self, aside: Path, loop: Loop) -> None:
-        self.state.write(aside / JOURNAL)
+    def _commit(self, partial: Path, loop: Loop) -> None:
+        self.state.write(partial / JOURNAL)
         if self.best:
-            save_file(self.best, aside / BEST)
+            save_file(self.best, partial / BEST)
         if self.best_average:
-            save_file(self.best_average, aside / BEST_AVERAGE)
+            save_file(self.best_average, partial / BEST_AVERAGE)
         if loop.average is not None:
-            save_weights(loop.average.module, aside / AVERAGE, {})
-        checkpoints.commit(aside, self.plan.recipe.checkpoint_hist)
+            save_weights(loop.average.module, partial / AVERAGE, {})
+        checkpoints.commit(partial, self.plan.recipe.checkpoint_hist)
         write_metrics(self.state.rows, self.folder / "metrics.csv")
         write_timm_summary(self.state.rows, self.folder / "summary.csv")
 
     def restore(self, loop: Loop) -> None:
         assert self.checkpoint is not None
         check_state(self.checkpoint)
-        former = len(list(self.checkpoint.glob("random_states_*.pkl")))
-        self._share_out(loop, former)
+        former_processes = len(list(self.checkpoint.glob("random_states_*.pkl")))
+        self._share_out(loop, former_processes)
         self.best, self.best_average = (
             load_file(self.checkpoint / name) if (self.checkpoint / name).exists() else {}
             for name in (BEST, BEST_AVERAGE)
@@ -113,7 +113,7 @@ class Saver:
         if loop.average is not None:
             load_weights(loop.average.module, self.checkpoint / AVERAGE)
         try:
-            self.accelerator.load_state(str(self.checkpoint))  # last, since it brings the random numbers back
+            self.accelerator.load_state(str(self.checkpoint))  # last, since it restores the random numbers
         except Exception as refusal:  # of another version of timm, say, by which the model has other layers
             if is_peer_lost(refusal):
                 raise
@@ -124,41 +124,41 @@ class Saver:
                     "--overwrite"
                 )
             ) from refusal
-        if former != self.accelerator.num_processes:  # it has none for some of these
+        if former_processes != self.accelerator.num_processes:  # the checkpoint has no random states for some of these
             set_seed((self.plan.recipe.seed * 1_000_003 + self.state.step) % 2**31, device_specific=True)
         self.checkpoint = None
 
-    def _share_out(self, loop: Loop, former: int) -> None:
-        """Go on at the same image where there are more or fewer processes than before.
+    def _share_out(self, loop: Loop, former_processes: int) -> None:
+        """Resume at the same image if the number of processes has changed.
 
-        Raises RunError where the images that were seen of an epoch are no whole number of updates of these processes.
+        Raises RunError if the images done in the epoch are not a whole number of updates of these processes.
         """
-        state, now = self.state, self.accelerator.num_processes
-        if former == now:
+        state, processes = self.state, self.accelerator.num_processes
+        if former_processes == processes:
             return
-        step, left = divmod(state.step * former, now)
-        if left or step % loop.phase.grad_accum_steps:
+        step, remainder = divmod(state.step * former_processes, processes)
+        if remainder or step % loop.phase.grad_accum_steps:
             raise for_all(
                 RunError(
-                    f"{former} processes had done {state.step} batches each of epoch {state.epoch + 1}, which "
-                    f"{now} cannot go on with at the same image; resume with {former} processes, which may be stopped "
-                    "at the end of an epoch"
+                    f"{former_processes} processes had done {state.step} batches each of epoch {state.epoch + 1}, "
+                    f"which {processes} cannot go on with at the same image; resume with {former_processes} processes, "
+                    "which may be stopped at the end of an epoch"
                 )
             )
         scale = step / state.step if state.step else 1.0
         state.step, state.sums = step, {name: total * scale for name, total in state.sums.items()}
         if self.accelerator.is_main_process:
-            self.progress.say(f"going on with {now} processes instead of {former}, at the same image")
+            self.progress.say(f"going on with {processes} processes instead of {former_processes}, at the same image")
 
     def keep_if_best(self, loop: Loop, loss: float) -> None:
-        """Keep the weights of the epoch of a phase whose held-out loss is the least so far."""
-        if self.state.best is None or not loss >= self.state.best:  # also after one that is no number
+        """Keep the present weights if their held-out loss is the lowest of the phase so far."""
+        if self.state.best is None or not loss >= self.state.best:  # also after a loss of NaN
             self.state.best = loss
             self.best = own_tensors(loop.distiller)
             self.best_average = own_tensors(loop.average.module) if loop.average is not None else {}
 
     def take_best(self, loop: Loop) -> bool:
-        """Go back to the best epoch of a phase that kept it, the moving average too. Whether there was one."""
+        """Restore the weights and the moving average of the best epoch. Return whether the phase kept one."""
         if not self.best:
             return False
         loop.distiller.load_state_dict(self.best)
@@ -170,18 +170,18 @@ class Saver:
     def write_weights(self, trained: TrainedModel, end: str = "") -> str:
         trace_, name = trained.trace, weights_name(trained.role, end)
         model, kwargs = portable(trace_.model, trace_.model_kwargs)
-        about = {"model": model, "model_kwargs": kwargs, "probe_kd": __version__}
+        metadata = {"model": model, "model_kwargs": kwargs, "probe_kd": __version__}
         if self.accelerator.is_main_process:
-            self.write(trained.model, name, about | _about_graft(self.plan, trained))
+            self.write(trained.model, name, metadata | _graft_metadata(self.plan, trained))
         return name
 
-    def write(self, model: nn.Module, name: str, about: Mapping[str, Any]) -> None:
+    def write(self, model: nn.Module, name: str, metadata: Mapping[str, Any]) -> None:
         with self.writing(), recording(self.folder, name) as path:
-            save_weights(model, path, about)
+            save_weights(model, path, metadata)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Raises RunError where the folder has vanished, or does not take what is written to it."""
+        """Raise RunError if the folder has vanished or cannot be written to."""
         try:
             if self.claimed is not None:
                 self.claimed.check()
@@ -194,18 +194,18 @@ class Saver:
             ) from refusal
 
 
-def _about_graft(plan: Plan, trained: TrainedModel) -> dict[str, Any]:
-    """What `load_student` needs to build a student that is no single model of timm."""
+def _graft_metadata(plan: Plan, trained: TrainedModel) -> dict[str, Any]:
+    """The metadata from which `load_student` builds a graft, which is not a model of timm."""
     share = plan.recipe.share
     if not (share and share.form == "graft" and plan.teacher and trained.role == "student"):
         return {}
     sides = {"student": (plan.student, share.cut[0]), "teacher": (plan.teacher, share.cut[1])}
-    named = {side: portable(trace_.model, trace_.model_kwargs) for side, (trace_, _) in sides.items()}
+    arguments = {side: portable(trace_.model, trace_.model_kwargs) for side, (trace_, _) in sides.items()}
     return {
         "graft": {
             side: {
-                "model": named[side][0],
-                "model_kwargs": named[side][1],
+                "model": arguments[side][0],
+                "model_kwargs": arguments[side][1],
                 "input_size": list(trace_.input_size),
                 "at": str(at),
             }

@@ -1,4 +1,4 @@
-"""What a run measures: accuracy, agreement with the teacher, right answers by class, the loss on held-out images."""
+"""What a run measures: accuracy, agreement with the teacher, correct answers by class, the loss on held-out images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ MeasuredSplit = Literal["val", "test"]  # the images of the curves and of the fi
 
 
 class Score(NamedTuple):
-    """Of one model on one split; `classes` has two counts of every class: its `images`, and those that are `right`."""
+    """The score of one model on one split. `classes` counts for every class its `images` and those that are `right`."""
 
     accuracy: float
     agreement: float | None
@@ -27,38 +27,38 @@ class Score(NamedTuple):
 
 
 class Scorer:
-    """Measures the models of a run; it owns the prepared test batches, and what the teacher predicts for them."""
+    """Measures the models of a run. Owns the prepared test batches and the teacher's predictions for them."""
 
     def __init__(self, models: Models) -> None:
         self.models = models
         self.plan, self.accelerator = models.plan, models.accelerator
-        self.latest: dict[str, Score] = {}  # by role, while the weights are still those
+        self.latest: dict[str, Score] = {}  # by role, as long as the weights do not change
         self.teacher_predictions: dict[str, Tensor] = {}  # by split
         # With the workers that read them.
         self.test_batches: dict[tuple[InputSpec, MeasuredSplit], Batches] = {}
 
     def forget_teacher(self) -> None:
-        """The teacher is another now, or has other weights."""
+        """Discard the teacher's predictions: it is another model now, or has other weights."""
         self.teacher_predictions = {}
 
     def measure(self, models: Sequence[TrainedModel], split: MeasuredSplit = "val") -> list[Score]:
-        """The score of each model on the images of a split, the teacher's without an agreement.
+        """Measure each model on the images of a split. The teacher's score has no agreement.
 
-        Images are read once for all models that see them alike.
+        Images are read once for all models with the same input.
         """
-        asked = list(models)
+        predicting = list(models)
         teacher = self.models.teacher if split not in self.teacher_predictions else None
-        if teacher is not None and any(it is not teacher and it.role != "teacher" for it in models):
-            asked += [teacher] * (teacher not in asked)
-        predicted = self._predict(asked, split)
-        if teacher in asked:
-            self.teacher_predictions[split] = predicted[asked.index(teacher)][0]
-        return [self._score(model, *found, split) for model, found in zip(models, predicted, strict=False)]
+        if teacher is not None and any(model is not teacher and model.role != "teacher" for model in models):
+            predicting += [teacher] * (teacher not in predicting)
+        predicted = self._predict(predicting, split)
+        if teacher in predicting:
+            self.teacher_predictions[split] = predicted[predicting.index(teacher)][0]
+        return [self._score(model, *prediction, split) for model, prediction in zip(models, predicted, strict=False)]
 
     def _score(self, trained: TrainedModel, answers: Tensor, targets: Tensor, split: MeasuredSplit) -> Score:
         accuracy = (answers == targets).double().mean().item()
-        counted = {"images": targets, "right": targets[answers == targets]}
-        classes = {name: _per_class(kept, self.plan.datasets.num_classes) for name, kept in counted.items()}
+        labels_by_count = {"images": targets, "right": targets[answers == targets]}
+        classes = {name: _per_class(labels, self.plan.datasets.num_classes) for name, labels in labels_by_count.items()}
         if trained is self.models.teacher or trained.role == TEACHER_BASELINE:  # while it trains, its answers change
             self.teacher_predictions[split] = answers
             return Score(accuracy, None, classes)
@@ -67,46 +67,46 @@ class Scorer:
         return Score(accuracy, (answers == self.teacher_predictions[split]).double().mean().item(), classes)
 
     def _predict(self, models: Sequence[TrainedModel], split: MeasuredSplit) -> list[tuple[Tensor, Tensor]]:
-        """Of each model (predicted classes, true classes) of all images of a split, in their order."""
+        """Return (predicted classes, true classes) of all images of a split, in their order, for each model."""
         by_input: dict[InputSpec, list[int]] = {}
         for index, model in enumerate(models):
             by_input.setdefault(self.models.images_for(model), []).append(index)
-        found: dict[int, tuple[Tensor, Tensor]] = {}
-        for given, indices in by_input.items():
-            predicted, targets = self._predict_alike([models[index] for index in indices], given, split)
-            found |= {index: (answers, targets) for index, answers in zip(indices, predicted, strict=True)}
-        return [found[index] for index in range(len(models))]
+        predictions: dict[int, tuple[Tensor, Tensor]] = {}
+        for image_input, indices in by_input.items():
+            predicted, targets = self._predict_alike([models[index] for index in indices], image_input, split)
+            predictions |= {index: (answers, targets) for index, answers in zip(indices, predicted, strict=True)}
+        return [predictions[index] for index in range(len(models))]
 
     @torch.no_grad()
     def _predict_alike(
-        self, models: Sequence[TrainedModel], given: InputSpec, split: MeasuredSplit
+        self, models: Sequence[TrainedModel], image_input: InputSpec, split: MeasuredSplit
     ) -> tuple[list[Tensor], Tensor]:
-        """The predicted classes of models that see the images of a split in one form, and the true classes."""
+        """Return the predicted classes of models with the same input, and the true classes."""
         accelerator = self.accelerator
-        if (given, split) not in self.test_batches:
+        if (image_input, split) not in self.test_batches:
             datasets = self.plan.datasets
             images = datasets.val if split == "val" and datasets.val is not None else datasets.test
-            batches = loader(images, self.plan.recipe.data, given, training=False)
+            batches = loader(images, self.plan.recipe.data, image_input, training=False)
             prepared = batches.prepare(accelerator, memory_format(self.plan.recipe, accelerator.device))
-            self.test_batches[given, split] = prepared
+            self.test_batches[image_input, split] = prepared
         views = [ImageView(model.input, model.input).to(accelerator.device) for model in models]
         for model in models:
             model.model.eval()
         rows: list[tuple[Tensor, ...]] = []
-        wrong = torch.zeros(len(models), dtype=torch.long, device=accelerator.device)  # read once, at the end
-        for pixels, target in readable(self.test_batches[given, split], "test"):
+        missing_counts = torch.zeros(len(models), dtype=torch.long, device=accelerator.device)  # read once, at the end
+        for pixels, target in readable(self.test_batches[image_input, split], "test"):
             with accelerator.autocast():
                 outputs = [model.model(view(pixels)) for model, view in zip(models, views, strict=True)]
-            found = [self._answers(model, output) for model, output in zip(models, outputs, strict=True)]
-            rows.append(accelerator.gather_for_metrics((*(answers for answers, _ in found), target)))
-            wrong += torch.stack([missing for _, missing in found])
+            answers_and_missing = [self._answers(model, output) for model, output in zip(models, outputs, strict=True)]
+            rows.append(accelerator.gather_for_metrics((*(answers for answers, _ in answers_and_missing), target)))
+            missing_counts += torch.stack([missing for _, missing in answers_and_missing])
         *predicted, targets = (torch.cat(column).cpu() for column in zip(*rows, strict=True))
-        for model, count in zip(models, accelerator.reduce(wrong, "sum").tolist(), strict=True):
+        for model, count in zip(models, accelerator.reduce(missing_counts, "sum").tolist(), strict=True):
             _check_finite(model, count)
         return predicted, targets
 
     def _answers(self, trained: TrainedModel, output: Any) -> tuple[Tensor, Tensor]:
-        """The class of every image, and how many images have none: the largest of their outputs is no number."""
+        """The class of every image, and the number of images without one: their largest output is not finite."""
         logits = _logits(output)
         if self.plan.class_map is not None and trained.role == "teacher":
             logits = logits[:, list(self.plan.class_map)]
@@ -114,22 +114,22 @@ class Scorer:
 
     @property
     def final(self) -> MeasuredSplit:
-        """Where the images of the curves are those of the final figures, their batches are kept but once."""
+        """The split of the final scores: `val` if the curves are on the same images, so that batches are made once."""
         return "val" if self.plan.datasets.val is None else "test"
 
     @torch.no_grad()
     def held_out_loss(self, loop: Loop, trained: TrainedModel) -> float:
-        """The weighted loss on held-out images, by which `keep: best` chooses an epoch.
+        """Return the weighted loss on held-out images, by which `keep: best` chooses an epoch.
 
-        Without such images it is on the validation images, where the test images are others.
+        Without held-out images, it is measured on the validation images, if they are not the test images.
         """
-        chosen_by, accelerator = self.plan.datasets.to_choose_by, self.accelerator
-        assert chosen_by is not None
-        images_held_out = loader(chosen_by, self.plan.recipe.data, self.models.images_for(trained), training=False)
+        dataset, accelerator = self.plan.datasets.to_choose_by, self.accelerator
+        assert dataset is not None
+        held_out_batches = loader(dataset, self.plan.recipe.data, self.models.images_for(trained), training=False)
         losses: list[Tensor] = []
         distiller = loop.distiller.eval()
         distiller.set_epoch(loop.phase.epochs, loop.phase.epochs)  # one measure for all epochs, whatever is scheduled
-        for images, target in readable(images_held_out.prepare(accelerator), "held-out"):
+        for images, target in readable(held_out_batches.prepare(accelerator), "held-out"):
             if len(target) > 1 or not losses:  # one image has no variance, which some losses divide by
                 with accelerator.autocast():
                     loss = distiller(images, target)["loss"]
@@ -137,26 +137,26 @@ class Scorer:
         return torch.cat(losses).double().mean().item()
 
 
-def _check_finite(trained: TrainedModel, wrong: int) -> None:
-    """Raises RunError, in all processes, where a model has no answer to some images: it is of no use to anybody."""
-    if not wrong:
+def _check_finite(trained: TrainedModel, missing: int) -> None:
+    """Raise RunError, in all processes, if a model has outputs that are not finite for some images."""
+    if not missing:
         return
-    mend = (
+    advice = (
         "try a smaller `lr`, `clip_grad: 1.0`, or `precision: bf16`"
         if trained.phases
         else "its weights are damaged, or `precision` is too narrow for it; give others, or `precision: no`"
     )
-    raise for_all(RunError(f"the outputs of {trained.role} are no numbers: {mend}"))
+    raise for_all(RunError(f"the outputs of {trained.role} are no numbers: {advice}"))
 
 
 def _per_class(targets: Tensor, classes: int) -> list[int]:
-    """How many images of each class there are. A label that is none, which `eval` refuses, is left out."""
+    """Count the images of each class. Labels out of range, which `eval` refuses, are left out."""
     counts: list[int] = torch.bincount(targets[(targets >= 0) & (targets < classes)], minlength=classes).tolist()
     return counts
 
 
 def _logits(output: Any) -> Tensor:
-    """The model's answer: the first tensor, where it gives several."""
+    """The model's output, or its first tensor if it returns several."""
     while not isinstance(output, Tensor):
         output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     return output

@@ -1,4 +1,4 @@
-"""What a run remembers besides weights: the results so far, the rows of its tables, and where it stands."""
+"""What a run remembers besides weights: the results so far, the rows of its tables, and its progress."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -16,17 +16,17 @@ FORMER_ROLES = {"student alone": "baseline", "teacher alone": "teacher baseline"
 
 
 def current_role(role: str) -> str:
-    """A role as it is called now."""
+    """The present name of a role, which an earlier version may have named differently."""
     return FORMER_ROLES.get(role, role)
 
 
 def weights_name(role: str, end: str = "") -> str:
-    """The file that holds the weights of a role; `end` is `-ema` for their moving average."""
+    """The name of the file with the weights of a role. `end` is `-ema` for their moving average."""
     return f"{role.replace(' ', '-')}{end}.safetensors"
 
 
 def weights_file(folder: Path, role: str, end: str = "") -> Path:
-    """The weights of a role in the folder of a run, also where an earlier version wrote them under another name."""
+    """The file with the weights of a role in the folder of a run, also under the name of an earlier version."""
     names = [role, *(before for before, now in FORMER_ROLES.items() if now == role)]
     paths = [folder / weights_name(name, end) for name in names]
     return next((path for path in paths if path.is_file()), paths[0])
@@ -34,11 +34,12 @@ def weights_file(folder: Path, role: str, end: str = "") -> Path:
 
 @dataclass
 class Result:
-    """What came of one model of a run.
+    """The result of one model of a run.
 
-    `accuracy` and `agreement` (with the teacher's answers) are shares of the test images, in 0..1; `seconds` were spent
-    in training; `weights` is the file in the run's folder, empty where nothing was trained. Those with `ema` are of the
-    moving average. `images` are the test images of every class, and `right` those of them that it answers rightly.
+    `accuracy` and `agreement` (with the teacher's predictions) are shares of the test images, in 0..1. `seconds` is the
+    time of training. `weights` is the file in the run's folder, empty if the model was not trained. `ema_accuracy` and
+    `ema_weights` are those of the moving average. `images` counts the test images of every class, and `right` those
+    that are classified correctly.
     """
 
     role: str
@@ -58,7 +59,7 @@ class Result:
 
 @dataclass
 class TrainState:
-    """All that a run has to remember besides weights: plain values, written with every checkpoint."""
+    """The state of a run besides weights: plain values that every checkpoint contains."""
 
     results: dict[str, Result] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -68,10 +69,10 @@ class TrainState:
     step: int = 0  # batches of the epoch after them that are done
     sums: dict[str, float] = field(default_factory=dict)  # of the losses of these batches
     seconds: float = 0.0  # spent on this model
-    best: float | None = None  # the least held-out loss of this phase, where it keeps the best epoch
+    best: float | None = None  # the lowest held-out loss of this phase, if it keeps the best epoch
 
     def begin(self, role: str) -> None:
-        """A model begins, unless it is the one that a resumed run stopped at."""
+        """Begin a model, unless it is the one that a resumed run continues with."""
         if self.role != role:
             self.role, self.phase, self.epoch, self.step, self.sums = role, 0, 0, 0, {}
             self.seconds, self.best = 0.0, None

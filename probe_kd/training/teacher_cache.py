@@ -15,7 +15,7 @@ from probe_kd.methods.distiller import Distiller
 from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.progress import Progress
 
-# What changes no training image.
+# The keys of `data` that do not change the training images.
 UNSEEN = {
     *("batch_size", "workers", "views", "download", "root", "num_classes"),
     *("val_split", "test_split", "on_error"),
@@ -23,38 +23,36 @@ UNSEEN = {
 
 
 def open_cache(models: Models, trained: TrainedModel, distiller: Distiller, progress: Progress) -> TeacherCache | None:
-    """Where the recipe wants one, and this phase asks a frozen teacher."""
+    """Open the teacher's cache if the recipe has one and the phase uses a frozen teacher; otherwise return None."""
     options, accelerator = models.plan.recipe.teacher, models.accelerator
     if options is None or options.cache is None or not distiller.targets or models.teacher is None:
         return None
-    given = models.images_for(trained)
-    with (
-        torch.no_grad(),
-        accelerator.autocast(),
-    ):  # what it gives, of which shape and precision, is seen and not guessed
-        features = distiller.teacher_targets(torch.zeros(2, *given.size, device=accelerator.device))
+    image_input = models.images_for(trained)
+    # The shapes and precisions of the targets are measured, and not guessed.
+    with torch.no_grad(), accelerator.autocast():
+        features = distiller.teacher_targets(torch.zeros(2, *image_input.size, device=accelerator.device))
     taps = [
         Stored(name, tuple(feature.shape[1:]), feature.dtype, None if name else options.cache_top_k)
         for name, feature in zip(distiller.targets, features, strict=True)
     ]
-    found: list[Any] = [None]
+    opened: list[Any] = [None]
     cache = TeacherCache(Path(options.cache), taps, len(models.plan.datasets.train))  # type: ignore[arg-type]
     if accelerator.is_main_process:
-        key, depends = key_of(models.teacher.model, models.plan.datasets.train, _depends_on(models, given))
+        key, depends = key_of(models.teacher.model, models.plan.datasets.train, _depends_on(models, image_input))
         cache.folder = cache.folder / key
         try:
-            found = [(cache.folder, cache.lock())]
+            opened = [(cache.folder, cache.lock())]
             (cache.folder / "depends-on.json").write_text(depends, encoding="utf-8")
         except OSError as refusal:
             raise RunError(f"cannot write the teacher's cache {cache.folder}: {refusal.strerror}") from refusal
-    cache.folder, cache.writes = broadcast_object_list(found)[0]
+    cache.folder, cache.writes = broadcast_object_list(opened)[0]
     if not cache.writes:
         progress.say(f"another run writes the teacher's cache in {cache.folder}; this one only reads it")
     return cache
 
 
-def _depends_on(models: Models, given: InputSpec) -> dict[str, Any]:
-    """What decides what the teacher sees, and how it computes."""
+def _depends_on(models: Models, image_input: InputSpec) -> dict[str, Any]:
+    """All settings on which the teacher's targets depend."""
     recipe, teacher = models.plan.recipe, models.teacher
     assert teacher is not None
     data = recipe.data.model_dump(mode="json", exclude=UNSEEN)
@@ -63,7 +61,7 @@ def _depends_on(models: Models, given: InputSpec) -> dict[str, Any]:
         "model": model,
         "model_kwargs": kwargs,
         "seed": None if recipe.data.no_aug else recipe.seed,
-        "views": {**data, "given": asdict(given), "teacher": asdict(teacher.input)},
+        "views": {**data, "given": asdict(image_input), "teacher": asdict(teacher.input)},
         "precision": str(models.accelerator.mixed_precision),
         "device": models.accelerator.device.type,
     }

@@ -1,4 +1,4 @@
-"""What is tried on images before anything is trained: which parameters the losses reach, and whether a step works."""
+"""The trial before training: which parameters the losses reach, and whether a step works on real images."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,15 +24,18 @@ Norms = dict[str, dict[str, float]]  # of the gradient, by loss and parameter
 
 
 def check_student(plan: Plan, accelerator: Accelerator, progress: Progress) -> None:
-    """Say and refuse what `probe-kd check` does on a batch, before hours are spent on a teacher. Raises RunError."""
+    """Make the checks of `probe-kd check` on a batch before training, which may begin with hours for a teacher.
+
+    Raises RunError for errors, and prints remarks.
+    """
     models = Models(plan, accelerator)
     with one_step():
         trained = student_of(models)
         images, target = first_batch(models, trained, most=MOST_TRIED)
         reach = reach_of(models, trained, images, target)
-        found = complaints(reach), untrained(models, trained, reach, images, target)
+        wrong_and_remarks = complaints(reach), untrained(models, trained, reach, images, target)
     accelerator.free_memory()
-    wrong, remarks = broadcast_object_list([found])[0]  # so that all processes end, or none
+    wrong, remarks = broadcast_object_list([wrong_and_remarks])[0]  # so that all processes end, or none
     if wrong:
         raise for_all(RunError("; ".join(wrong)))
     if accelerator.is_main_process:
@@ -42,27 +45,27 @@ def check_student(plan: Plan, accelerator: Accelerator, progress: Progress) -> N
 
 @contextmanager
 def one_step() -> Iterator[None]:
-    """Inside, what models and losses raise on real images is told. Raises RunError."""
+    """Turn any error of models and losses on real images into a RunError."""
     try:
         yield
     except (ProbeKDError, torch.OutOfMemoryError):
         raise
-    except Exception as refusal:  # models of anybody fail in any way, on a batch of one image say
+    except Exception as refusal:  # a user's model may raise anything, on a batch of one image say
         raise RunError(f"a step on the first batch of images fails: {short(refusal)}") from refusal
 
 
 def reach_of(models: Models, trained: TrainedModel, images: Tensor, target: Tensor) -> list[tuple[str, Norms]]:
-    """Of each stage, the gradients that its losses give on these images."""
-    found = []
+    """The gradient norms of the losses of each stage on these images."""
+    reach = []
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
-        found.append((phase.name, gradient_norms(distiller.train(), images, target)))
+        reach.append((phase.name, gradient_norms(distiller.train(), images, target)))
         distiller.close()
-    return found
+    return reach
 
 
 def student_of(models: Models) -> TrainedModel:
-    """The student before training, beside a teacher as it is before training, which is tried where it is trained."""
+    """The student before training. A teacher that is to be trained is tried first, too."""
     for trained in models.in_turn():
         if trained.phases and trained.is_teacher:
             reach_of(models, trained, *first_batch(models, trained, most=MOST_TRIED))
@@ -74,12 +77,12 @@ def student_of(models: Models) -> TrainedModel:
 
 
 def first_batch(models: Models, trained: TrainedModel, *, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Images, as the loop gives them to the models, and class indices; the first few of a batch, or all of it.
+    """Return the images and class indices of the first batch, in the form of the loop, with at most `most` images.
 
-    Raises DataError.
+    Raises DataError if an image cannot be read.
     """
     data, device = models.plan.recipe.data, models.accelerator.device
-    # Without workers, which would read many batches more than this one.
+    # Without workers, which would read more batches than this one.
     options = data.model_copy(update={"workers": 0, "batch_size": min(data.batch_size, most or data.batch_size)})
     batches = loader(models.plan.datasets.train, options, models.images_for(trained), training=True)
     placed = batches.on(device, memory_format=memory_format(models.plan.recipe, device))
@@ -90,38 +93,38 @@ def first_batch(models: Models, trained: TrainedModel, *, most: int | None = Non
 def untrained(
     models: Models, trained: TrainedModel, reach: Sequence[tuple[str, Norms]], images: Tensor, target: Tensor
 ) -> list[str]:
-    """A remark on the student's parameters that its answer depends on, and no loss of any stage moves.
+    """Remark on parameters that the student's output depends on, but that no loss of any stage trains.
 
-    It is no refusal: who trains hints alone means to train what is above them later.
+    This is not an error: after hints alone, one may train the layers above them in another run.
     """
-    answer = Distiller(trained.model, None, [Objective("cross_entropy")], student_input=trained.input)
-    answer.to(models.accelerator.device)
-    used = set(gradient_norms(answer.train(), images, target)["cross_entropy"])
-    answer.close()
-    missed = sorted(used - {name for _, norms in reach for loss in norms.values() for name in loss})
-    names = ", ".join(missed[:6]) + (f" and {len(missed) - 6} more" if len(missed) > 6 else "")
-    says = (
+    distiller = Distiller(trained.model, None, [Objective("cross_entropy")], student_input=trained.input)
+    distiller.to(models.accelerator.device)
+    used = set(gradient_norms(distiller.train(), images, target)["cross_entropy"])
+    distiller.close()
+    unreached = sorted(used - {name for _, norms in reach for loss in norms.values() for name in loss})
+    names = ", ".join(unreached[:6]) + (f" and {len(unreached) - 6} more" if len(unreached) > 6 else "")
+    remark = (
         f"no loss of any stage trains {names}, so its accuracy means nothing; add one that reads the student's answer"
     )
-    return [f"{says}, `cross_entropy` say"] * bool(missed)
+    return [f"{remark}, `cross_entropy` say"] * bool(unreached)
 
 
 def complaints(reach: Sequence[tuple[str, Norms]]) -> list[str]:
-    """What is wrong with the gradients of a first batch."""
-    says = []
+    """List the errors in the gradients of a first batch."""
+    errors = []
     for stage, norms in reach:
-        for loss, found in norms.items():
-            if not all(map(math.isfinite, found.values())):
-                says.append(f"loss `{loss}` of stage `{stage}` has a gradient that is not finite")
-            elif not any(found.values()):
-                says.append(
+        for loss, gradients in norms.items():
+            if not all(map(math.isfinite, gradients.values())):
+                errors.append(f"loss `{loss}` of stage `{stage}` has a gradient that is not finite")
+            elif not any(gradients.values()):
+                errors.append(
                     f"loss `{loss}` of stage `{stage}` moves nothing; leave it out, or compare what can be trained"
                 )
-    return says
+    return errors
 
 
 def too_large(refusal: Exception) -> str:
-    """What to try where a device has no memory left."""
+    """The message for a device that is out of memory, with what to try."""
     return (
         f"out of memory: {short(refusal)}. Try a smaller `batch_size` with `grad_accum_steps`, `precision: bf16`, or "
         "`grad_checkpointing: true` of the student"
@@ -129,8 +132,8 @@ def too_large(refusal: Exception) -> str:
 
 
 def reached(models: Models, trained: TrainedModel, distiller: Distiller) -> set[str]:
-    """The parameters that any loss reaches, by name, seen on images of noise."""
+    """The names of the parameters that any loss reaches, measured on images of noise."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *models.images_for(trained).size, generator=generator).to(models.accelerator.device)
     target = torch.zeros(2, dtype=torch.long, device=models.accelerator.device)
-    return {name for found in gradient_norms(distiller.train(), images, target).values() for name in found}
+    return {name for norms in gradient_norms(distiller.train(), images, target).values() for name in norms}
