@@ -1,6 +1,6 @@
-"""What the models see, and what a teacher gave for it: images, data sets, loaders, the cache.
+"""Images, data sets, loaders, and the cache of teacher outputs.
 
-The names below are loaded when they are first used.
+The names below are loaded on first use.
 """
 
 from probe_kd.lazy import getter

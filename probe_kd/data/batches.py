@@ -1,4 +1,4 @@
-"""From what the workers of a DataLoader give to what a model takes: uint8 pixels to normalised images on its device.
+"""From the uint8 pixels of a DataLoader's workers to normalised images on the device of a model.
 
 Workers send uint8, a quarter of the bytes of float32, and the device normalises: that is a thousandth of a step on a
 GPU, and a tenth of a worker's time. The arithmetic is that of torchvision's `ToTensor` and `Normalize`, operation by
@@ -21,7 +21,7 @@ FEWEST_BATCHES = 2  # an epoch for each worker: fewer are read before the last w
 
 
 class Pixels(NamedTuple):
-    """What the dataset of a loader gives for one image: uint8 pixels, the class, and what training adds.
+    """One image from the data set of a loader: uint8 pixels, the class, and what training adds.
 
     `erased` marks the pixels that random erasing takes, and `position` is the index of the image in the dataset.
     """
@@ -33,7 +33,7 @@ class Pixels(NamedTuple):
 
 
 class RawBatch(NamedTuple):
-    """The same for a batch, as it leaves a worker: pixels lie in memory as a decoder leaves them, channels last."""
+    """A batch of `Pixels` as it leaves a worker. In memory the channels are last, as a decoder writes them."""
 
     pixels: UInt8[Tensor, "batch channels height width"]
     target: Int[Tensor, " batch"]
@@ -151,14 +151,14 @@ class Batches:
         return (images, target) if raw.position is None else (images, target, raw.position)
 
 
-def worker_count(wanted: int | str, batches: int) -> int:
-    """How many processes read images: no more than there are batches.
+def worker_count(workers: int | str, batches: int) -> int:
+    """The number of worker processes, at most one for each batch.
 
     `auto` takes the cores of a machine with a GPU, shared among its processes. On a CPU it takes none: the models use
     the cores, and small images are read in less time than is lost by waiting for a worker.
     """
-    if wanted != "auto":
-        return min(int(wanted), batches)
+    if workers != "auto":
+        return min(int(workers), batches)
     if not torch.accelerator.is_available():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What a frozen teacher gave for every view of every image, kept on disk and replayed to the bit.
+"""The outputs of a frozen teacher for every view of every image, stored on disk and replayed bit by bit.
 
 A cache is a folder per teacher, images and augmentation (its key), in it a folder per tap, and in that two files per
 view: the features of all images, row by row, which are mapped into memory, and one checksum per row, 0 where the row is
@@ -27,14 +27,14 @@ from probe_kd.files.atomic import to_disk
 from probe_kd.files.run_folder import lock_file, unlock_file
 
 SUM = torch.int64  # of checksums, which need 33 bits as signed numbers
-FORMAT = 2  # another number where rows are written otherwise, or an adapter makes something else under the same name
+FORMAT = 2  # changes if the format of rows does, or what an adapter of the same name computes
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What is kept for one tap: its name, and the shape and dtype of one image's feature.
+    """What is stored for one tap: its name, and the shape and dtype of one image's feature.
 
-    With `top_k`, of logits only the k largest are kept, and the logarithm of the summed exponentials of all.
+    With `top_k`, only the k largest logits are stored, and the logarithm of the summed exponentials of all.
     """
 
     tap: str
@@ -48,14 +48,14 @@ class Stored:
         return (2 * self.top_k + 1,) if self.top_k else self.shape
 
     @property
-    def kept_as(self) -> torch.dtype:
-        """Indices of classes do not fit into 16 bits of a float."""
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of a stored row. Class indices need more than the 16 bits of a half-precision float."""
         return torch.float32 if self.top_k else self.dtype
 
     @property
     def bytes(self) -> int:
-        """Of one image."""
-        return prod(self.row) * self.kept_as.itemsize
+        """The stored bytes of one image."""
+        return prod(self.row) * self.stored_dtype.itemsize
 
 
 def shorten(logits: Tensor, k: int) -> Tensor:
@@ -133,7 +133,7 @@ class TeacherCache:
             return
         self._view = view
         self._rows = [
-            torch.from_file(str(rows), shared=True, size=self.count * prod(tap.row), dtype=tap.kept_as).view(
+            torch.from_file(str(rows), shared=True, size=self.count * prod(tap.row), dtype=tap.stored_dtype).view(
                 self.count, *tap.row
             )
             for tap, (rows, _) in zip(self.taps, files, strict=True)
@@ -144,16 +144,16 @@ class TeacherCache:
         """The features of these images at every tap, on the CPU, as they were written; None unless all are there."""
         if not self._sums or not all(bool(sums[indices].all()) for sums in self._sums):
             return None
-        found, whole = [], True
+        features, intact = [], True
         for tap, rows, sums in zip(self.taps, self._rows, self._sums, strict=True):
-            read = rows[indices]
-            wrong = checksums(read) != sums[indices]
-            if wrong.any():
-                whole = False
-                self.damaged += int(wrong.sum())
-                sums[indices[wrong]] = 0
-            found.append(self._as_feature(tap, read))
-        return found if whole else None
+            stored = rows[indices]
+            mismatched = checksums(stored) != sums[indices]
+            if mismatched.any():
+                intact = False
+                self.damaged += int(mismatched.sum())
+                sums[indices[mismatched]] = 0
+            features.append(self._as_feature(tap, stored))
+        return features if intact else None
 
     def keep(self, indices: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
         """Write the features of these images, one tensor per tap. Returns what `read` will give for them."""
@@ -173,7 +173,7 @@ class TeacherCache:
         return lengthen(rows, tap.shape[-1]).to(tap.dtype) if tap.top_k else rows
 
     def flush(self) -> None:
-        """Bring what was written to the disk, and only then say that it is there."""
+        """Write new rows to the disk, and only then their checksums, which mark them as present."""
         if not self._fresh:
             return
         files = [self._files(tap, self._view) for tap in self.taps]
@@ -185,13 +185,13 @@ class TeacherCache:
         self._fresh = []
 
     def some(self, view: int, most: int) -> tuple[Tensor, list[Tensor]]:
-        """(indices, features at every tap) of a few images that are there."""
+        """(indices, features at every tap) of at most `most` images that are stored."""
         self.begin(view)
         while self._sums:
             indices = torch.stack(self._sums).bool().all(0).nonzero().flatten()[:most]
-            found = self.find(indices)
-            if found is not None:  # else some were damaged, and count as absent now
-                return indices, found
+            features = self.find(indices)
+            if features is not None:  # else some were damaged, and count as absent now
+                return indices, features
         return torch.zeros(0, dtype=torch.long), []
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ def checksums(rows: Tensor) -> Tensor:
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Blocks on the disk for the whole file: a mapped file that finds the disk full would kill the process."""
+    """Reserve disk space for the whole file, since writing to a mapped file on a full disk kills the process."""
     if path.exists() and path.stat().st_size == size:
         return
     handle = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -242,9 +242,9 @@ def key_of(teacher: nn.Module, images: Dataset[Any], about: Mapping[str, Any]) -
 
 
 def fingerprint(images: Dataset[Any]) -> str:
-    """A digest of which images there are, in which order: of all their files' names, sizes and times, or their pixels.
+    """A digest of the images and their order: of the names, sizes and times of all files, or of all pixels.
 
-    Where neither can be had without reading everything, of the pixels of every so manieth.
+    It always includes the pixels of some images. Without files or pixels in memory, it has nothing else.
     """
     if isinstance(images, Subset):
         return _digest([fingerprint(images.dataset).encode(), repr(list(images.indices)).encode()])
@@ -268,10 +268,10 @@ def fingerprint(images: Dataset[Any]) -> str:
 
 def _stat(path: str, target: Any) -> bytes:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:  # inside an archive
         return f"{path} {target}".encode()
-    return f"{path} {target} {found.st_size} {found.st_mtime_ns}".encode()
+    return f"{path} {target} {status.st_size} {status.st_mtime_ns}".encode()
 
 
 def _named(module: nn.Module) -> Iterable[Tensor]:

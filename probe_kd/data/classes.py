@@ -13,7 +13,7 @@ from probe_kd.errors import DataError, nearest
 
 
 def renumbered(split: Split, names: Sequence[str], whose: str) -> Split:
-    """The split with the class indices of `names`. Raises DataError for a class that is none of these."""
+    """The split with the class indices of `names`. Raises DataError for a class that is not in `names`."""
     if not names or tuple(split.names) == tuple(names):
         return split
     numbers = {name: number for number, name in enumerate(names)}
@@ -43,7 +43,7 @@ def _renumbered_images(images: Dataset[Any], table: Sequence[int]) -> Dataset[An
 
 
 class _RenumberedImages(Dataset[Any]):
-    """A dataset whose classes have other numbers."""
+    """A data set whose class index `i` becomes `table[i]`."""
 
     def __init__(self, images: Dataset[Any], table: Sequence[int]) -> None:
         self.images, self.table = images, table
@@ -57,7 +57,7 @@ class _RenumberedImages(Dataset[Any]):
 
 
 def check_train(train: Split, names: Sequence[str], num_classes: int, *, may_lack: bool) -> None:
-    """Raise DataError where no classifier can be learned from the training images."""
+    """Raise DataError if the training images cannot train a classifier of these classes."""
     if train.empty and not may_lack:
         raise DataError(f"{train.label} has no images of {quoted(train.empty)}; put some in, or take the folder away")
     if len(train) < 2:
@@ -79,6 +79,7 @@ def check_train(train: Split, names: Sequence[str], num_classes: int, *, may_lac
 
 
 def check_labels(split: Split, num_classes: int) -> None:
+    """Raise DataError if the split is empty or has a label outside of 0 to `num_classes - 1`."""
     if not len(split):
         raise DataError(f"{split.label} has no images", split.key)
     if split.targets is None:
@@ -95,6 +96,7 @@ def check_labels(split: Split, num_classes: int) -> None:
 
 
 def notes_on_missing(split: Split, names: Sequence[str], num_classes: int) -> list[str]:
+    """A note on the classes without images in this split; empty if there are none."""
     if split.targets is None:
         return []
     present = set(np.asarray(split.targets).tolist())

@@ -22,12 +22,12 @@ from probe_kd.errors import DataError
 
 @dataclass(frozen=True)
 class Datasets:
-    """The images of a recipe, as PIL images with a class index, and how many classes there are.
+    """The images of a recipe, as PIL images with a class index, and the number of classes.
 
-    `test` are the images of the final figure, and `val` those of the curves where these are others. `held_out` are the
-    training images that are kept from training. `classes` are the names of the classes in their order, where the
-    dataset has names. `measured_on` says in words which images the figures are of, `notes` what else a user should
-    know, and `skipped` which images of each split could not be read and are left out.
+    `test` gives the final figures, and `val` the curves, if these come from other images. `held_out` are the training
+    images that no model trains on. `classes` are the class names in order, if the data set has names. `measured_on`
+    says in words which images the figures come from, and `notes` what else a user should know. `skipped` names the
+    images of each split that could not be read and are left out.
     """
 
     train: Dataset[Any]
@@ -39,12 +39,14 @@ class Datasets:
     measured_on: str = ""
     notes: tuple[str, ...] = ()
     skipped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    whole: tuple[Split, ...] = field(default=(), repr=False, compare=False)  # as they were opened
-    read_from: Mapping[str, str] = field(default_factory=dict)  # the key of the split that each part is of
+    whole: tuple[Split, ...] = field(
+        default=(), repr=False, compare=False
+    )  # as opened, before renumbering and division
+    read_from: Mapping[str, str] = field(default_factory=dict)  # the key of the split that each part comes from
 
     @property
     def to_choose_by(self) -> Dataset[Any] | None:
-        """Images that neither train a model nor give its final figure; None where there are none."""
+        """Images that neither train a model nor give its final figure; None if there are none."""
         return self.held_out if self.held_out is not None else self.val
 
     @property
@@ -55,9 +57,9 @@ class Datasets:
         return DataRecord(self.classes, self.num_classes, images, dict(self.skipped), contents)
 
     def other_than(self, record: DataRecord | None, part: str) -> tuple[str, ...]:
-        """A remark where a part (`test`, `val`, `train` or `held_out`) has other images than it had in a run.
+        """A remark if a part (`test`, `val`, `train` or `held_out`) has other images than it had in a run.
 
-        Raises DataError where other training images are divided: these held-out images may have been trained on.
+        Raises DataError if the training images changed and a part of them is held out: the run may have trained on it.
         """
         difference = self.difference(record, part)
         if record is None or not difference:
@@ -73,21 +75,21 @@ class Datasets:
         return (f"these are not the images of the run{counts}: {difference}",)
 
     def difference(self, record: DataRecord | None, part: str) -> str:
-        """How the split of a part differs from that of a run, as far as that has kept it; else empty."""
+        """How the split of a part differs from that of a run; empty if it does not, or the run did not record it."""
         key = self._key_of(part)
         split = next((split for split in self.whole if split.key == key), None)
-        before = record.contents.get(key) if record is not None else None
-        found = before.difference(contents_of(split)) if split is not None and before is not None else ""
-        return f"of {split.label}, {found}" if split is not None and found else ""
+        earlier = record.contents.get(key) if record is not None else None
+        change = earlier.difference(contents_of(split)) if split is not None and earlier is not None else ""
+        return f"of {split.label}, {change}" if split is not None and change else ""
 
     def _key_of(self, part: str) -> str:
         return self.read_from.get(part, "train_split")
 
 
 def open_datasets(options: DataOptions, record: DataRecord | None = None) -> Datasets:
-    """Open what the recipe names. Raises DataError when it is not there, or cannot be trained on and measured.
+    """Open all splits that the options name. Raises DataError if one is missing, or cannot be trained on or measured.
 
-    The classes are numbered as the training split has them, or as `record` says, which a former run has kept.
+    The class indices are those of the training split, or those of `record`, which an earlier run stored.
     """
     splits = _open_all(options)
     try:
@@ -118,9 +120,9 @@ def _checked(options: DataOptions, splits: list[Split], record: DataRecord | Non
     notes = [note for split in splits for note in split.notes]
     classless = {split.key for split in splits if split.left_out}
     notes += [
-        f"{len(left)} images of {key} cannot be read{' or have no class' * (key in classless)} and are left out: "
-        f"{quoted(left)}"
-        for key, left in skipped.items()
+        f"{len(images)} images of {key} cannot be read{' or have no class' * (key in classless)} and are left out: "
+        f"{quoted(images)}"
+        for key, images in skipped.items()
     ]
     for split in splits:
         check_labels(split, num_classes)
@@ -133,17 +135,17 @@ def _checked(options: DataOptions, splits: list[Split], record: DataRecord | Non
 
 def _open_all(options: DataOptions) -> list[Split]:
     check_name(options.dataset)
-    wanted = options.splits
-    if len(wanted) == 1 and not options.holdout:
+    split_names = options.splits
+    if len(split_names) == 1 and not options.holdout:
         raise DataError(
             "there are no images to measure on: name them as `val_split`, or hold some of the training images out, as "
             "in `holdout: 0.1`",
             "val_split",
         )
     if options.dataset.lower() in OF_TWO_PARTS:
-        for key, name in wanted.items():
+        for key, name in split_names.items():
             train_or_test(options, key, name)
-    opened = [open_split(options, key, name) for key, name in wanted.items()]
+    opened = [open_split(options, key, name) for key, name in split_names.items()]
     for number, split in enumerate(opened):
         for other in opened[:number]:
             if overlap(other, split):
@@ -156,31 +158,34 @@ def _open_all(options: DataOptions) -> list[Split]:
 
 
 def class_names(datasets: Datasets) -> list[str]:
-    """What the classes are called, in their order; their numbers where the dataset does not say."""
+    """The names of the classes in order; their indices if the data set has no names."""
     complete = len(datasets.classes) == datasets.num_classes
     return list(datasets.classes) if complete else [str(index) for index in range(datasets.num_classes)]
 
 
-def _without_unreadable(split: Split, known: Mapping[str, Sequence[str]] | None) -> tuple[Split, tuple[str, ...]]:
-    """The split without the images that cannot be read, and their names; those that a run has found, where it is known.
+def _without_unreadable(split: Split, recorded: Mapping[str, Sequence[str]] | None) -> tuple[Split, tuple[str, ...]]:
+    """The split without unreadable images, and their names: those that a run `recorded`, if given.
 
-    Every image is decoded, by threads: which images there are is settled before the first of them is drawn.
+    Otherwise threads decode every image, because the images of a split must be known before any of them is used.
     """
     count = len(split)
-    if known is not None:
-        names = set(known.get(split.key, ()))
-        bad = {index for index in range(count) if names and image_name(split.images, index) in names}
+    if recorded is not None:
+        names = set(recorded.get(split.key, ()))
+        unreadable = {index for index in range(count) if names and image_name(split.images, index) in names}
     elif in_memory(split.images):
-        bad = set()
+        unreadable = set()
     else:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             starts = range(0, count, 64)
             parts = threads.map(lambda start: _unreadable(split.images, range(start, min(start + 64, count))), starts)
-            bad = {index for part in parts for index in part}
-    if not bad:
+            unreadable = {index for part in parts for index in part}
+    if not unreadable:
         return split, split.left_out
-    kept = [index for index in range(count) if index not in bad]
-    return split.among(kept), (*split.left_out, *(image_name(split.images, index) for index in sorted(bad)))
+    readable_indices = [index for index in range(count) if index not in unreadable]
+    return split.among(readable_indices), (
+        *split.left_out,
+        *(image_name(split.images, index) for index in sorted(unreadable)),
+    )
 
 
 def _unreadable(images: Dataset[Any], indices: Iterable[int]) -> list[int]:
@@ -198,24 +203,24 @@ def _can_read(images: Dataset[Any], index: int) -> bool:
 def _divided(
     options: DataOptions, splits: Sequence[Split], num_classes: int, names: Sequence[str], notes: Sequence[str]
 ) -> Datasets:
-    """The training images divided by `holdout` and `fraction`, and which images the figures are of."""
+    """Divide the training images by `holdout` and `fraction`, and choose the images that give the figures."""
     train, *others = splits
-    told = list(notes)
+    all_notes = list(notes)
     held_out: Split | None = None
     if options.holdout or options.fraction < 1:
-        kept, used = _division(options, train)
-        held_out = train.among(kept) if kept else None
-        train = train.among(used)
+        held_out_indices, train_indices = _division(options, train)
+        held_out = train.among(held_out_indices) if held_out_indices else None
+        train = train.among(train_indices)
         check_train(train, names, num_classes, may_lack=True)
-        told += [
+        all_notes += [
             note.replace(train.label, "what is trained on") for note in notes_on_missing(train, names, num_classes)
         ]
         if held_out is not None:
-            lacks = notes_on_missing(held_out, names, num_classes)
-            told += [note.replace(f"{held_out.label} has", "the held-out images have") for note in lacks]
-        told = list(dict.fromkeys(told))
-    measured = [*([] if "val_split" in options.splits or held_out is None else [held_out]), *others]
-    final, curves = measured[-1], measured[0]
+            missing = notes_on_missing(held_out, names, num_classes)
+            all_notes += [note.replace(f"{held_out.label} has", "the held-out images have") for note in missing]
+        all_notes = list(dict.fromkeys(all_notes))
+    measured_splits = [*([] if "val_split" in options.splits or held_out is None else [held_out]), *others]
+    final, curves = measured_splits[-1], measured_splits[0]
     return Datasets(
         train=train.images,
         test=final.images,
@@ -224,11 +229,11 @@ def _divided(
         val=curves.images if curves is not final else None,
         measured_on=_measured_on(
             *(
-                f"the held-out images ({len(it)})" if it is held_out else f"{it.label} ({len(it)} images)"
-                for it in (curves, final)
+                f"the held-out images ({len(split)})" if split is held_out else f"{split.label} ({len(split)} images)"
+                for split in (curves, final)
             )
         ),
-        notes=tuple(told),
+        notes=tuple(all_notes),
         read_from={"test": final.key, "val": curves.key},
     )
 
@@ -245,18 +250,18 @@ def _measured_on(curves: str, final: str) -> str:
 
 
 def _division(options: DataOptions, train: Split) -> tuple[list[int], list[int]]:
-    """(held out, trained on)"""
+    """Indices of the images that are held out, and of those that are trained on."""
     count = len(train)
-    kept = round(count * options.holdout)
-    if options.holdout and not 0 < kept < count:
+    num_held_out = round(count * options.holdout)
+    if options.holdout and not 0 < num_held_out < count:
         raise DataError(f"holdout {options.holdout} of {count} training images leaves none on one side", "holdout")
-    used = round((count - kept) * options.fraction)
-    if not used:
-        message = f"fraction {options.fraction} of {count - kept} training images is less than one image"
+    num_train = round((count - num_held_out) * options.fraction)
+    if not num_train:
+        message = f"fraction {options.fraction} of {count - num_held_out} training images is less than one image"
         raise DataError(message, "fraction")
-    # One division for ever, whatever the seed of a run: runs are compared on the same images.
+    # The division never depends on the seed of a run, so runs are compared on the same images.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    parts = order[:kept], order[kept : kept + used]
+    parts = order[:num_held_out], order[num_held_out : num_held_out + num_train]
     whole = train.images.dataset if isinstance(train.images, Subset) else train.images
     if isinstance(whole, Shards):  # they are read from one end to the other
         parts = sorted(parts[0]), sorted(parts[1])

@@ -1,4 +1,4 @@
-"""What the splits of a run held, in a few kilobytes: by it other images are found, wherever the data lie by now.
+"""Digests of the splits of a run, in a few kilobytes: they reveal changed images, even if the data were moved.
 
 Names, sizes and classes of all images, and no times: data may be moved and copied. It takes one `stat` per file, a
 second for 100,000 files on two busy cores with a local disk. The contents of a few are read too, since images without
@@ -20,16 +20,16 @@ from probe_kd.data.shards import Shards
 from probe_kd.errors import DataError
 from probe_kd.files.atomic import digest_of
 
-NAMED = 2000  # images of a split whose names are all kept; of more, a class is named and no image
+NAMED = 2000  # images; of larger splits no names are stored, so only a class can be named
 LOOKED_INTO = 64
 _Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a split held: of each part, a class or a shard, how many images, and a digest of their names and sizes.
+    """The contents of a split: for each part (a class or a shard) its number of images and a digest of names and sizes.
 
-    `files` are the sizes of all images by name, where these are few, and `looked_into` digests of what a few contain.
+    `files` are the sizes of all images by name, if there are few, and `looked_into` digests of the contents of a few.
     """
 
     kind: Literal["class", "shard"]
@@ -37,37 +37,40 @@ class Contents:
     files: dict[str, int] = field(default_factory=dict)
     looked_into: dict[str, str] = field(default_factory=dict)
 
-    def difference(self, now: "Contents") -> str:
-        """What is other by now, in words, with the name of one image where that is known; empty where all is alike."""
-        told = _of_files(self.files, now.files) if self.files and now.files else []
-        told = told or [*_of_parts(self, now)]
-        if not told and list(self.parts) != list(now.parts):
-            told = [f"the {_plural(self.kind)} come in another order"]
-        other = [name for name, digest in now.looked_into.items() if self.looked_into.get(name, digest) != digest]
-        return ", ".join(told or ([f"{_one_of(other)} has other contents"] if other else []))
+    def difference(self, current: "Contents") -> str:
+        """What has changed, in words, naming one image if names are stored; empty if nothing has."""
+        changes = _file_changes(self.files, current.files) if self.files and current.files else []
+        changes = changes or [*_part_changes(self, current)]
+        if not changes and list(self.parts) != list(current.parts):
+            changes = [f"the {_plural(self.kind)} come in another order"]
+        other = [name for name, digest in current.looked_into.items() if self.looked_into.get(name, digest) != digest]
+        return ", ".join(changes or ([f"{_one_of(other)} has other contents"] if other else []))
 
 
-def _of_files(before: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
-    gone, new = [name for name in before if name not in now], [name for name in now if name not in before]
-    other = [name for name, size in now.items() if before.get(name, size) != size]
-    told = [f"{_one_of(gone)} is not there any more"] if gone else []
-    told += [f"{_one_of(new)} is new"] if new else []
-    told += [f"{_one_of(other)} has {now[other[0]]} bytes and had {before[other[0]]}"] if other else []
-    return told
+def _file_changes(before: Mapping[str, int], current: Mapping[str, int]) -> list[str]:
+    gone, new = [name for name in before if name not in current], [name for name in current if name not in before]
+    other = [name for name, size in current.items() if before.get(name, size) != size]
+    changes = [f"{_one_of(gone)} is not there any more"] if gone else []
+    changes += [f"{_one_of(new)} is new"] if new else []
+    changes += [f"{_one_of(other)} has {current[other[0]]} bytes and had {before[other[0]]}"] if other else []
+    return changes
 
 
-def _of_parts(before: Contents, now: Contents) -> Iterable[str]:
-    """Of the first part that is another."""
-    kind = now.kind
-    for name in [*before.parts, *now.parts]:
-        (had, digest), (has, other) = before.parts.get(name, (0, "")), now.parts.get(name, (0, ""))
-        if name not in now.parts:
-            yield f"{kind} {name!r} is not there any more ({had} images)"
+def _part_changes(before: Contents, current: Contents) -> Iterable[str]:
+    """The change of the first part that differs."""
+    kind = current.kind
+    for name in [*before.parts, *current.parts]:
+        (earlier_count, earlier_digest), (count, digest) = (
+            before.parts.get(name, (0, "")),
+            current.parts.get(name, (0, "")),
+        )
+        if name not in current.parts:
+            yield f"{kind} {name!r} is not there any more ({earlier_count} images)"
         elif name not in before.parts:
-            yield f"{kind} {name!r} is new ({has} images)"
-        elif had != has:
-            yield f"{kind} {name!r} has {has} images and had {had}"
-        elif digest != other:
+            yield f"{kind} {name!r} is new ({count} images)"
+        elif earlier_count != count:
+            yield f"{kind} {name!r} has {count} images and had {earlier_count}"
+        elif digest != earlier_digest:
             yield f"{kind} {name!r} has other images, as many as before"
         else:
             continue
@@ -83,7 +86,7 @@ def _plural(kind: str) -> str:
 
 
 def of_files(files: Sequence[tuple[str, str]], root: str) -> Contents:
-    """Of image files below `root`: `files` are (path, name of the class), in an order that follows from the names."""
+    """Contents of image files below `root`: `files` are (path, class name), in an order that depends on names alone."""
     start = root.rstrip(os.sep) + os.sep
     names = [path[len(start) :] if path.startswith(start) else os.path.relpath(path, root) for path, _ in files]
     digests: dict[str, Any] = {}
@@ -92,7 +95,9 @@ def of_files(files: Sequence[tuple[str, str]], root: str) -> Contents:
     for name, size, (_, label) in zip(names, sizes, files, strict=True):
         counts[label] = counts.get(label, 0) + 1
         digests.setdefault(label, blake2b(digest_size=8)).update(os.fsencode(f"{name}\0{size}\0"))
-    looked_into = {printable(names[it]): _digest_of_file(files[it][0]) for it in spread(range(len(files)), LOOKED_INTO)}
+    looked_into = {
+        printable(names[index]): _digest_of_file(files[index][0]) for index in spread(range(len(files)), LOOKED_INTO)
+    }
     return Contents(
         "class",
         {label: (counts[label], digest.hexdigest()) for label, digest in digests.items()},
@@ -102,7 +107,7 @@ def of_files(files: Sequence[tuple[str, str]], root: str) -> Contents:
 
 
 def of_shards(shards: Shards, root: str, targets: Any | None) -> Contents:
-    """Of tar files below `root`, in their order: their sizes, some of their bytes, and the labels that are known."""
+    """Contents of tar files below `root`, in order: their sizes, some of their bytes, and the labels, if known."""
     parts = {}
     for file, count, start in zip(shards.files, shards.lengths, shards.starts, strict=False):
         digest = blake2b(digest_size=8)
@@ -120,18 +125,18 @@ def of_shards(shards: Shards, root: str, targets: Any | None) -> Contents:
 
 
 def of_images(images: Dataset[Any], labels: Sequence[str]) -> Contents:
-    """Of images that are no files: the class of each, by its number, and the bytes or pixels of a few."""
+    """Contents of images without files: the class of each index, and the bytes or pixels of a few."""
     places: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
         places.setdefault(label, []).append(index)
     count = len(images)  # type: ignore[arg-type]
-    parts = {label: (len(those), _digest(repr(those).encode())) for label, those in sorted(places.items())}
+    parts = {label: (len(indices), _digest(repr(indices).encode())) for label, indices in sorted(places.items())}
     looked_into = {f"image {index}": _digest_of_image(images, index) for index in spread(range(count), LOOKED_INTO)}
     return Contents("class", parts or {"": (count, "")}, {}, looked_into)
 
 
 def spread(items: Sequence[_Item], most: int) -> list[_Item]:
-    """So many of the items at most, from the first to the last."""
+    """At most `most` items, spread evenly from the first towards the last."""
     count = min(len(items), most)
     return [items[index * len(items) // count] for index in range(count)]
 
@@ -142,19 +147,19 @@ def printable(name: str) -> str:
 
 
 def _sizes(paths: Sequence[str]) -> list[int]:
-    """By threads, for file systems that are far away."""
+    """In threads, because a file system may be remote."""
     parts = [paths[start : start + 1024] for start in range(0, len(paths), 1024)]
     with ThreadPoolExecutor(8) as threads:
         return [size for part in threads.map(lambda part: [*map(_size, part)], parts) for size in part]
 
 
 def _size(path: str) -> int:
-    """-1 of what is no file: a folder has another size on another disk."""
+    """-1 if it is not a file, since the size of a folder depends on the disk."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return -1
-    return found.st_size if S_ISREG(found.st_mode) else -1
+    return status.st_size if S_ISREG(status.st_mode) else -1
 
 
 def _digest_of_file(path: str) -> str:

@@ -65,18 +65,18 @@ def _formats() -> list[str]:
 
 @contextmanager
 def _regular_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """The opened file; never a pipe or a device, which could be waited for without end."""
+    """The opened file. Refuses pipes and devices, which could block forever."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         handle = os.open(path, flags)
     except OSError as refusal:
         raise DataError(f"{path} cannot be read: {refusal.strerror}") from None
     try:
-        about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode):
-            kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe or a device"
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
             raise DataError(f"{path} cannot be read: it is {kind}, and not an image file")
-        if not about.st_size:
+        if not status.st_size:
             raise DataError(f"{path} cannot be read: it is empty")
         with open(handle, "rb", closefd=False) as file:
             yield file
@@ -138,21 +138,21 @@ class FolderImages(Dataset[Any]):
 
 @dataclass(frozen=True)
 class FolderScan:
-    """What lies in the folder of one split: the files of every class, in order, and what is to be told about it.
+    """The contents of the folder of one split: the files of every class, in order, and notes for the user.
 
-    `empty` are class folders without images, `notes` sentences for the user, `unfollowed` those on links.
+    `empty` are class folders without images, `notes` sentences, and `unfollowed` those of them on links.
     """
 
     files: Mapping[str, Sequence[str]]
     empty: Sequence[str]
     notes: Sequence[str]
-    linked: bool = False  # whether anything in it is a link
+    linked: bool = False  # whether it contains a link
     unfollowed: Sequence[str] = ()
 
     def samples(self, class_to_idx: Mapping[str, int], *, by_path: bool) -> list[tuple[str, int]]:
         """All files with their class index; in timm's order by path, or class after class as torchvision has it."""
-        found = [(path, class_to_idx[name]) for name, paths in self.files.items() for path in paths]
-        return sorted(found, key=lambda sample: _natural(sample[0])) if by_path else found
+        samples = [(path, class_to_idx[name]) for name, paths in self.files.items() for path in paths]
+        return sorted(samples, key=lambda sample: _natural(sample[0])) if by_path else samples
 
 
 @dataclass
@@ -168,7 +168,7 @@ class _Walk:
 
 
 def scan_folder(root: str | Path, *, outermost: bool = False) -> FolderScan:
-    """Find the images of a split, class by class.
+    """Find the images of a split, by class.
 
     A class is the innermost folder of an image, as timm has it, or the `outermost` within `root`, as torchvision's
     ImageFolder has it. Folders whose names begin with a dot are left out. Raises DataError where images are in no class
@@ -224,23 +224,23 @@ def _natural(text: str) -> tuple[list[str | int], str]:
 
 
 def _walk(top: str) -> _Walk:
-    """Every folder once: links to a folder that was seen, or that holds this one, go round and are not followed."""
+    """Visit every folder once. Links to a visited folder, or to one that contains the link, are not followed."""
     walk, real_top = _Walk(), os.path.realpath(top)
-    seen = {real_top}
+    visited = {real_top}
     folders, links = deque([(top, real_top)]), deque[tuple[str, str]]()
     while folders or links:
         if folders:
             folder, real = folders.popleft()
         else:  # after all that is no link, so that an image has the class of the folder that it lies in
             folder, real = links.popleft()
-            around = os.path.realpath(os.path.dirname(folder))
-            if real == real_top or f"{around}{os.sep}".startswith(real.rstrip(os.sep) + os.sep):
+            parent = os.path.realpath(os.path.dirname(folder))
+            if real == real_top or f"{parent}{os.sep}".startswith(real.rstrip(os.sep) + os.sep):
                 walk.unfollowed.append(folder)
                 continue
-            if real in seen:
+            if real in visited:
                 walk.doubled[folder] = real
                 continue
-            seen.add(real)
+            visited.add(real)
         walk.images[folder], walk.folders[folder] = [], []
         for entry in _entries(folder):
             walk.linked |= entry.is_symlink()
@@ -249,11 +249,11 @@ def _walk(top: str) -> _Walk:
                 inner = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
                 if entry.is_symlink():
                     links.append((entry.path, inner))
-                elif inner in seen:
+                elif inner in visited:
                     walk.unfollowed.append(entry.path)
                     continue
                 else:
-                    seen.add(inner)
+                    visited.add(inner)
                     folders.append((entry.path, inner))
                 walk.folders[folder].append(entry.path)
             elif not is_folder and suffix in EXTENSIONS:
@@ -280,7 +280,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _take_for_images(walk: _Walk, top: str) -> None:
-    """A folder that is called like an image and holds none, inside a class, is an image that cannot be read."""
+    """Count an empty folder inside a class whose name is that of an image as an unreadable image."""
     for folder in reversed(list(walk.images)):
         parent, holds = os.path.dirname(folder), walk.images[folder] or walk.folders[folder]
         if top not in (folder, parent) and folder.lower().endswith(EXTENSIONS) and not holds:
@@ -300,7 +300,7 @@ def _why_no_class(walk: _Walk, top: str) -> str:
 
 
 def _check_innermost(walk: _Walk, inside: Mapping[str, Sequence[str]], label: Mapping[str, str]) -> None:
-    """Raises DataError where the innermost folder is not plainly the class."""
+    """Raise DataError if the innermost folders do not determine the class of every image."""
     outer = "`dataset: torch/image_folder` takes the outermost folders as classes"
     taken: dict[str, str] = {}
     for folder in inside:
@@ -327,12 +327,12 @@ def _notes(walk: _Walk, top: str) -> list[str]:
     notes: list[str] = []
     pictures = {suffix: count for suffix, count in walk.left_out.items() if suffix in _registered()}
     if pictures:
-        told = ", ".join(f"{count} {suffix}" for suffix, count in sorted(pictures.items()))
-        notes.append(f"files in {top} that are not read as images: {told}; read are {' '.join(EXTENSIONS)}")
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(pictures.items()))
+        notes.append(f"files in {top} that are not read as images: {counts}; read are {' '.join(EXTENSIONS)}")
     return notes
 
 
 @cache
 def _registered() -> set[str]:
-    """What Pillow knows as images, and what cameras write that it does not."""
+    """Extensions of images: all that Pillow knows, and those of cameras that it does not."""
     return {*Image.registered_extensions(), ".heic", ".heif", ".dng", ".cr2", ".nef"} - {".pdf"}

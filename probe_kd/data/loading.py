@@ -1,4 +1,4 @@
-"""Data: from datasets to batches, by timm's transforms, in an order that a run can go on with anywhere."""
+"""Loaders: from data sets to batches by timm's transforms, in an order in which a run can resume anywhere."""
 
 import random
 import re
@@ -66,7 +66,7 @@ class Views(Sampler[tuple[int, int]]):
         self.age = 0
 
     def begin(self, age: int) -> None:
-        """An epoch begins, before which the recipe has `age` others."""
+        """Begin an epoch after `age` others of the recipe."""
         self.age = age
 
     @property
@@ -78,36 +78,36 @@ class Views(Sampler[tuple[int, int]]):
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        chance = torch.Generator().manual_seed(_mixed(self.seed, self.age, 0))
+        generator = torch.Generator().manual_seed(_combined_seed(self.seed, self.age, 0))
         if self.shards is None:
-            return iter(self.of(torch.randperm(self.count, generator=chance).tolist()))
+            return iter(self.of(torch.randperm(self.count, generator=generator).tolist()))
         shards = torch.split(torch.arange(self.count), list(self.shards))
-        row = torch.cat([shards[index] for index in torch.randperm(len(shards), generator=chance).tolist()])
-        windows = [window[torch.randperm(len(window), generator=chance)] for window in torch.split(row, WINDOW)]
+        order = torch.cat([shards[index] for index in torch.randperm(len(shards), generator=generator).tolist()])
+        windows = [window[torch.randperm(len(window), generator=generator)] for window in torch.split(order, WINDOW)]
         return iter(self.of(torch.cat(windows).tolist()))
 
     def of(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         """These images, each with the seed of this epoch's view."""
-        view = _mixed(self.seed, self.view, 1)
+        view = _combined_seed(self.seed, self.view, 1)
         return [(index, view) for index in indices]
 
 
-def _mixed(*numbers: int) -> int:
+def _combined_seed(*numbers: int) -> int:
     """One seed of 63 bits from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def loader(dataset: Dataset[Any], options: DataOptions, wanted: InputSpec, *, training: bool, seed: int = 0) -> Batches:
-    """Batches of images normalised as `wanted` says, with their class indices.
+def loader(dataset: Dataset[Any], options: DataOptions, spec: InputSpec, *, training: bool, seed: int = 0) -> Batches:
+    """Batches of images normalised as `spec` says, with their class indices.
 
     Training batches are augmented and shuffled, as the `Views` that is their sampler says, and carry the indices of
     the images in the dataset as a third tensor. Workers live as long as the loader, from one epoch to the next.
     """
-    wanted = wanted.or_plain()  # there is no model here to ask
-    count, channels = len(dataset), wanted.size[0]  # type: ignore[arg-type]
+    spec = spec.or_plain()  # there is no model here to ask
+    count, channels = len(dataset), spec.size[0]  # type: ignore[arg-type]
     workers = worker_count(options.workers, -(-count // options.batch_size))
     batches = DataLoader(
-        _Transformed(dataset, _transform(options, wanted, training), channels),
+        _Transformed(dataset, _transform(options, spec, training), channels),
         batch_size=options.batch_size,
         sampler=Views(count, seed, options.num_views, shards=_shards_of(dataset)) if training else None,
         drop_last=training and count > options.batch_size,
@@ -117,12 +117,12 @@ def loader(dataset: Dataset[Any], options: DataOptions, wanted: InputSpec, *, tr
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or an iterator would draw its seed from the numbers that dropout uses
     )
-    mean, std = (_per_channel(numbers, channels) for numbers in (wanted.mean, wanted.std))
+    mean, std = (_per_channel(numbers, channels) for numbers in (spec.mean, spec.std))
     return Batches(batches, mean, std, ahead=training)
 
 
 def _shards_of(dataset: Dataset[Any]) -> list[int] | None:
-    """How many of the images lie in each shard; None where they are not in shards."""
+    """The number of images in each shard; None if the images are not in shards."""
     whole = dataset.dataset if isinstance(dataset, Subset) else dataset
     if not isinstance(whole, Shards):
         return None
@@ -131,29 +131,29 @@ def _shards_of(dataset: Dataset[Any]) -> list[int] | None:
 
 
 def readable(batches: Iterable[Any], which: str = "training") -> Iterator[Any]:
-    """The batches. Raises DataError where one of them cannot be had."""
-    found = iter(batches)
+    """Yield the batches. Raises DataError if one of them cannot be read."""
+    iterator = iter(batches)
     while True:
         try:
-            batch = next(found)
+            batch = next(iterator)
         except StopIteration:
             return
         except Exception as refusal:  # datasets, image files and worker processes fail in every way there is
             text = " ".join(str(refusal).split()) or type(refusal).__name__
             text = text.rpartition(f"{type(refusal).__name__}: ")[2]  # without the traceback that a worker sends along
             workers = getattr(getattr(batches, "loader", None), "num_workers", 0)
-            mend = _of_dead_worker(refusal) if workers else ""
+            advice = _dead_worker_message(refusal) if workers else ""
             if isinstance(refusal, DataError) and "cannot be read: " in text:
-                mend = "; mend or delete it, or leave out all that cannot be read by `data: {on_error: skip}`"
-            raise DataError(f"cannot read a batch of {which} images: {text[-500:]}{mend}") from refusal
-        _hear_of_workers_only_when_waiting()
+                advice = "; mend or delete it, or leave out all that cannot be read by `data: {on_error: skip}`"
+            raise DataError(f"cannot read a batch of {which} images: {text[-500:]}{advice}") from refusal
+        _restore_sigchld_handler()
         yield batch
 
 
-def _of_dead_worker(refusal: Exception) -> str:
-    """What to say of an error by which a loader finds that a process of its own has ended; else empty.
+def _dead_worker_message(refusal: Exception) -> str:
+    """What to add to an error if it means that a worker process of the loader has died; else empty.
 
-    What a worker itself raises is told by torch as caught in it.
+    Errors that a worker itself raises begin with "Caught" in torch.
     """
     text = str(refusal)
     broken = isinstance(refusal, ConnectionError | EOFError) or re.search(r"DataLoader worker \(pid|ancdata", text)
@@ -165,11 +165,11 @@ def _of_dead_worker(refusal: Exception) -> str:
     )
 
 
-def _hear_of_workers_only_when_waiting() -> None:
-    """Take back the handler by which torch tells of a dead worker.
+def _restore_sigchld_handler() -> None:
+    """Remove torch's signal handler for dead workers.
 
-    It raises wherever the process is at that moment, be it half way through an update or through a checkpoint that
-    is being written. A loader that waits for a batch looks after its workers by itself, every five seconds.
+    The handler raises wherever the process is at that moment, even in the middle of an update or of writing a
+    checkpoint. A loader that waits for a batch checks its workers itself, every five seconds.
     """
     number = getattr(signal, "SIGCHLD", None)  # Windows has none
     if number is None or threading.current_thread() is not threading.main_thread():
@@ -178,12 +178,12 @@ def _hear_of_workers_only_when_waiting() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _transform(options: DataOptions, wanted: InputSpec, training: bool) -> Callable[[Image.Image], torch.Tensor]:
+def _transform(options: DataOptions, spec: InputSpec, training: bool) -> Callable[[Image.Image], torch.Tensor]:
     from timm.data import create_transform
 
-    channels = wanted.size[0]
+    channels = spec.size[0]
     transform: Callable[[Image.Image], torch.Tensor] = create_transform(
-        input_size=wanted.size,
+        input_size=spec.size,
         is_training=training,
         no_aug=options.no_aug,
         scale=options.scale,
@@ -193,19 +193,19 @@ def _transform(options: DataOptions, wanted: InputSpec, training: bool) -> Calla
         color_jitter=options.color_jitter or None,  # one of 0 changes nothing, and takes longer than a crop
         auto_augment=options.aa,
         interpolation=options.interpolation if training or options.interpolation != "random" else "bicubic",
-        mean=_per_channel(wanted.mean, channels),
-        std=_per_channel(wanted.std, channels),
+        mean=_per_channel(spec.mean, channels),
+        std=_per_channel(spec.std, channels),
         re_prob=options.reprob if training else 0.0,
         crop_pct=options.crop_pct,
     )
-    _keep_a_bit(transform)
+    _posterize_to_one_bit_or_more(transform)
     return transform
 
 
-def _keep_a_bit(transform: Any) -> None:
-    """Let timm's policies posterize to one bit at least: they draw 0 bits too, which Pillow 13 refuses.
+def _posterize_to_one_bit_or_more(transform: Any) -> None:
+    """Make timm's policies posterize to at least one bit. They also draw 0 bits (black), which Pillow 13 rejects.
 
-    Only the operations of this transform are changed. 0 bits were a black image.
+    Changes only the operations of this transform.
     """
     from timm.data.auto_augment import AugmentOp, posterize
 
@@ -214,10 +214,10 @@ def _keep_a_bit(transform: Any) -> None:
             transform.aug_fn = _posterize
     elif isinstance(transform, list | tuple):
         for part in transform:
-            _keep_a_bit(part)
+            _posterize_to_one_bit_or_more(part)
     else:
         for name in ("transforms", "ops", "policy"):  # of Compose; RandAugment and AugMix; AutoAugment
-            _keep_a_bit(getattr(transform, name, ()))
+            _posterize_to_one_bit_or_more(getattr(transform, name, ()))
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
@@ -232,9 +232,9 @@ def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 
 
 def _drawing(transform: Any) -> tuple[Callable[[Image.Image], Image.Image], Callable[[Tensor], Tensor] | None]:
-    """What a transform of timm does to an image before it becomes numbers, and its random erasing, if it has one.
+    """The steps of a timm transform up to the conversion to a tensor, and its random erasing, if it has one.
 
-    The rest, division and normalisation, is the same for all images, and `Batches` does it.
+    `Batches` does the rest, division and normalisation, which is the same for all images.
     """
     from timm.data.random_erasing import RandomErasing
     from torchvision.transforms import Compose
@@ -262,16 +262,16 @@ class _Transformed(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Pixels]:
-        with _random_numbers_aside():
-            return [self._drawn(index) if isinstance(index, int) else self._seen(*index) for index in indices]
+        with _preserved_random_states():
+            return [self._drawn(index) if isinstance(index, int) else self._view_of(*index) for index in indices]
 
     def _drawn(self, index: int) -> Pixels:
         image, target = self.images[index]
         drawn = self.draw(image.convert(self.mode) if image.mode != self.mode else image)
         return Pixels(np.atleast_3d(np.asarray(drawn)), int(target))
 
-    def _seen(self, index: int, view: int) -> Pixels:
-        seed = _mixed(view, index)
+    def _view_of(self, index: int, view: int) -> Pixels:
+        seed = _combined_seed(view, index)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)
@@ -279,14 +279,14 @@ class _Transformed(Dataset[Any]):
         return drawn._replace(position=index, erased=self._erased(drawn.pixels) if self.erase else None)
 
     def _erased(self, pixels: UInt8[np.ndarray, "height width channels"]) -> Bool[Tensor, "1 height width"]:
-        """Where timm's random erasing, which writes zeros, would write."""
+        """The mask of pixels that timm's random erasing would set to zero."""
         assert self.erase is not None
         return self.erase(torch.ones(1, *pixels.shape[:2])) == 0
 
 
 @contextmanager
-def _random_numbers_aside() -> Iterator[None]:
-    """What is drawn or seeded inside, in any of the three generators that transforms use, is not noticed outside."""
+def _preserved_random_states() -> Iterator[None]:
+    """Restore the states of the three random generators that transforms use when the block ends."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

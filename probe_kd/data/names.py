@@ -15,7 +15,7 @@ _TEST_WORDS = (*EVALUATED, "test", "testing")
 
 
 def check_name(name: str, root: str | None = None) -> None:
-    """Raise DataError for a dataset that there is not, without looking for its images."""
+    """Raise DataError if no data set has this name. Does not look for images."""
     kind, slash, inner = name.partition("/")
     if not name:
         return
@@ -43,7 +43,7 @@ def check_name(name: str, root: str | None = None) -> None:
 
 
 def train_or_test(options: DataOptions, key: str, split: str) -> str:
-    """Of a dataset that has two parts: which of them a split is."""
+    """Which part of a data set of two parts a split names: `train` or `validation`."""
     for part, words in (("train", TRAINED), ("validation", _TEST_WORDS)):
         if split.lower() in words:
             return part

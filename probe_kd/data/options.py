@@ -7,26 +7,28 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 _Side = Annotated[int, Field(ge=1, le=16384)]
 
 
-def _in_order(given: tuple[float, float]) -> tuple[float, float]:
-    least, most = given
-    if not 0 < least <= most:
-        expected = f"; did you mean [{most:g}, {least:g}]?" if 0 < most < least else ", both above 0"
-        raise ValueError(f"[{least:g}, {most:g}]: expected [least, most]{expected}")
-    return given
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = bounds
+    if not 0 < low <= high:
+        expected = f"; did you mean [{high:g}, {low:g}]?" if 0 < high < low else ", both above 0"
+        raise ValueError(f"[{low:g}, {high:g}]: expected [least, most]{expected}")
+    return bounds
 
 
-def _grey_or_colour(size: tuple[int, int, int]) -> tuple[int, int, int]:
-    if size[0] not in (1, 3):
-        raise ValueError(f"{size[0]} channels: images have 1 (grey) or 3 (colour); expected [channels, height, width]")
-    return size
+def _one_or_three_channels(input_size: tuple[int, int, int]) -> tuple[int, int, int]:
+    if input_size[0] not in (1, 3):
+        raise ValueError(
+            f"{input_size[0]} channels: images have 1 (grey) or 3 (colour); expected [channels, height, width]"
+        )
+    return input_size
 
 
-_Range = Annotated[tuple[float, float], AfterValidator(_in_order)]
-InputSize = Annotated[tuple[Annotated[int, Field(ge=1)], _Side, _Side], AfterValidator(_grey_or_colour)]
+_Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+InputSize = Annotated[tuple[Annotated[int, Field(ge=1)], _Side, _Side], AfterValidator(_one_or_three_channels)]
 
 
-def _none_as_word(value: Any) -> Any:
-    """A recipe is written down without what is null, and `val_split` has another default."""
+def _null_as_none_word(value: Any) -> Any:
+    """Null becomes the word `none`, because a stored recipe omits null values and would get the default instead."""
     return "none" if value is None else value
 
 
@@ -51,7 +53,7 @@ class DataOptions(BaseModel):
     dataset: str = ""
     root: str | None = None
     train_split: str = "train"
-    val_split: Annotated[str | None, BeforeValidator(_none_as_word)] = "validation"
+    val_split: Annotated[str | None, BeforeValidator(_null_as_none_word)] = "validation"
     test_split: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
     download: bool = False
@@ -82,7 +84,7 @@ class DataOptions(BaseModel):
 
     @property
     def num_views(self) -> int | None:
-        """How many different views of an image there are; None for a new one every epoch."""
+        """The number of different views of an image; None if every epoch has a new one."""
         return 1 if self.no_aug else self.views
 
     @property
@@ -91,14 +93,14 @@ class DataOptions(BaseModel):
 
     @property
     def mode(self) -> str:
-        """PIL's mode of the images, whatever that of their files is."""
+        """PIL's mode that images are converted to: `L` or `RGB`."""
         return "L" if self.input_size[0] == 1 else "RGB"
 
     @property
     def splits(self) -> dict[str, str]:
-        """The splits that are read, by the key that names each."""
-        given = {"train_split": self.train_split, "val_split": self.val_split, "test_split": self.test_split}
-        return {key: split for key, split in given.items() if split is not None and split.lower() != "none"}
+        """The names of the splits to read, by the key that names each."""
+        split_names = {"train_split": self.train_split, "val_split": self.val_split, "test_split": self.test_split}
+        return {key: split for key, split in split_names.items() if split is not None and split.lower() != "none"}
 
     @model_validator(mode="after")
     def _mixes_in_pairs(self) -> Self:

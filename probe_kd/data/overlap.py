@@ -13,7 +13,7 @@ from probe_kd.errors import DataError
 
 
 def overlap(one: Split, two: Split) -> bool:
-    """Whether two splits have a source or a row of a table in common, or one's folder lies in the other's."""
+    """Whether two splits share a source, a file, or a row of a table, or the folder of one contains the other's."""
     if one.sources & two.sources:
         return True
     if len(one.sources) == len(two.sources) == 1:
@@ -35,10 +35,10 @@ def _real_files(split: Split) -> set[str]:
 
 
 def with_note_of_copies(split: Split, train: Split) -> Split:
-    """The split, with a note where some of its images are training images too. Raises DataError where all are.
+    """The split, with a note if some of its images are also training images. Raises DataError if all are.
 
-    Of a folder, up to 100 images are compared with what has their name and class among the training images, and, where
-    they are hard links, with all of these.
+    Up to 100 images of a folder are compared with the training images of the same name and class. Hard links are
+    compared with all training images.
     """
     if not isinstance(split.images, FolderImages):
         return split
@@ -59,40 +59,40 @@ def with_note_of_copies(split: Split, train: Split) -> Split:
 
 
 def _copies(compared: Sequence[tuple[str, int]], names: Sequence[str], train: Split) -> list[str]:
-    """Those of these images that lie in the training split too: of one name, class and bytes, or hard links."""
+    """The paths that are also training images: the same name, class and bytes, or a hard link."""
     if not isinstance(train.images, FolderImages):
         return []
-    wanted = {os.path.basename(path) for path, _ in compared}
-    there: dict[tuple[str, str], list[str]] = {}
+    compared_names = {os.path.basename(path) for path, _ in compared}
+    train_paths: dict[tuple[str, str], list[str]] = {}
     for path, target in train.images.samples:
         name = path.rpartition(os.sep)[2]
-        if name in wanted:
-            there.setdefault((train.names[target], name), []).append(path)
-    file_of = _files_of_several_names(path for path, _ in compared)
-    linked = set(_files_of_several_names(path for path, _ in train.images.samples).values()) if file_of else set()
+        if name in compared_names:
+            train_paths.setdefault((train.names[target], name), []).append(path)
+    inode_of = _inodes_of_hard_links(path for path, _ in compared)
+    linked = set(_inodes_of_hard_links(path for path, _ in train.images.samples).values()) if inode_of else set()
     return [
         path
         for path, target in compared
-        if any(_same_bytes(path, other) for other in there.get((names[target], os.path.basename(path)), ())[:20])
-        or file_of.get(path) in linked
+        if any(_same_bytes(path, other) for other in train_paths.get((names[target], os.path.basename(path)), ())[:20])
+        or inode_of.get(path) in linked
     ]
 
 
-def _files_of_several_names(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """By the paths, which files they are names of (hard links), of those that have more names than one."""
-    found = {}
+def _inodes_of_hard_links(paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(device, inode) of each path that is one of several hard links to a file."""
+    inodes = {}
     for path in paths:
         with suppress(OSError):
-            about = os.stat(path)
-            if about.st_nlink > 1:
-                found[path] = about.st_dev, about.st_ino
-    return found
+            status = os.stat(path)
+            if status.st_nlink > 1:
+                inodes[path] = status.st_dev, status.st_ino
+    return inodes
 
 
 def _same_bytes(path: str, other: str) -> bool:
     try:
         return os.path.samefile(path, other) or (
-            os.path.getsize(path) > 0 and filecmp.cmp(path, other, shallow=False)  # which reads regular files only
+            os.path.getsize(path) > 0 and filecmp.cmp(path, other, shallow=False)  # reads regular files only
         )
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""Tar shards in webdataset's form, read at places: every image has a number, as in a folder of files.
+"""Tar shards in webdataset's format, read by position: every image has an index, as in a folder of files.
 
 timm's own reader runs through shards from one end to the other. It deals them out by process and worker and fills each
 share up from its beginning, so that an epoch is not every image once; it shuffles by generators that live on from epoch
@@ -71,12 +71,12 @@ class Shards(Dataset[Any]):
         self.starts = np.cumsum([0, *self.lengths])
         # (offset, bytes, class) of every image, read shard by shard when it is wanted; in memory that the workers of a
         # loader share, or each would read the headers of every shard anew in every epoch.
-        self._known = torch.zeros(len(self), 3, dtype=torch.long)
+        self._index = torch.zeros(len(self), 3, dtype=torch.long)
         self._read = torch.zeros(len(files), dtype=torch.bool)
-        for shared in (self._known, self._read):
+        for shared in (self._index, self._read):
             shared.share_memory_()  # type: ignore[no-untyped-call]
         for shard, places in enumerate(counted):
-            self._keep(shard, places)
+            self._store(shard, places)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -86,8 +86,8 @@ class Shards(Dataset[Any]):
             raise IndexError(index)
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         if not self._read[shard]:
-            self._keep(shard, _places(self.files[shard])[0])
-        offset, size, target = self._known[index].tolist()
+            self._store(shard, _places(self.files[shard])[0])
+        offset, size, target = self._index[index].tolist()
         name = f"image {index - int(self.starts[shard])} (from 0) of shard {self.files[shard]}"
         try:
             with self.files[shard].open("rb") as file:
@@ -98,17 +98,17 @@ class Shards(Dataset[Any]):
         return decode(BytesIO(content), self.mode, name), target
 
     def read_labels(self, most: int = 20_000) -> None:
-        """Read all labels, so that a wrong one is told before training; of so many images at most, for their time."""
+        """Read all labels, to find a wrong one before training. Above `most` images, only the first shard is read."""
         for shard in range(len(self.files)):
             if not self._read[shard] and (shard == 0 or len(self) <= most):
-                self._keep(shard, _places(self.files[shard])[0])
+                self._store(shard, _places(self.files[shard])[0])
 
     @property
     def targets(self) -> Any:
-        """The labels of all images; None where they are not read yet."""
-        return self._known[:, 2].numpy() if bool(self._read.all()) else None
+        """The labels of all images; None until all are read."""
+        return self._index[:, 2].numpy() if bool(self._read.all()) else None
 
-    def _keep(self, shard: int, places: Sequence[tuple[int, int, int]]) -> None:
+    def _store(self, shard: int, places: Sequence[tuple[int, int, int]]) -> None:
         if len(places) != self.lengths[shard]:
             raise self._miscounted(shard, len(places), self.lengths[shard])
         wrong = [target for *_, target in places if not 0 <= target < (self.num_classes or target + 1)]
@@ -117,13 +117,13 @@ class Shards(Dataset[Any]):
                 f"shard {self.files[shard]} has an image of class {wrong[0]}, which is none of the {self.num_classes} "
                 "classes (0 is the first); set `num_classes`"
             )
-        self._known[self.starts[shard] : self.starts[shard + 1]] = torch.tensor(places, dtype=torch.long).view(-1, 3)
+        self._index[self.starts[shard] : self.starts[shard + 1]] = torch.tensor(places, dtype=torch.long).view(-1, 3)
         self._read[shard] = True  # last, since other workers look
 
-    def _miscounted(self, shard: int, found: int, length: int) -> DataError:
-        """Of a file that is whole, since one that is not is told as it is read."""
+    def _miscounted(self, shard: int, count: int, length: int) -> DataError:
+        """The error for a complete file with another number of images. Reading finds incomplete files earlier."""
         return DataError(
-            f"shard {self.files[shard]} is whole and holds {found} images with a class, and `shard_lengths` of its "
+            f"shard {self.files[shard]} is whole and holds {count} images with a class, and `shard_lengths` of its "
             f"_info.json says {length}; write the right number there, or fetch the shard that it is of"
         )
 
@@ -153,18 +153,18 @@ def open_shards(
     elif ".tar" in split:
         names = _expand(split.partition("|")[0])
     else:
-        says = f"has {', '.join(map(repr, splits))}" if splits else "has none (there is no _info.json)"
+        listing = f"has {', '.join(map(repr, splits))}" if splits else "has none (there is no _info.json)"
         raise DataError(
-            f"there is no split {split!r} in {folder}, which {says}{nearest(split, splits)}; name one of these, or the "
-            "files themselves, as in `digits-{0000..0009}.tar`"
+            f"there is no split {split!r} in {folder}, which {listing}{nearest(split, splits)}; name one of these, or "
+            "the files themselves, as in `digits-{0000..0009}.tar`"
         )
     lengths = _lengths(splits)
-    known = all(name in lengths for name in names)
-    files, counts = [folder / name for name in names], [lengths[name] for name in names] if known else []
-    found = Shards(files, counts, mode=mode, num_classes=num_classes, skip=skip)
-    if not len(found):
+    has_counts = all(name in lengths for name in names)
+    files, counts = [folder / name for name in names], [lengths[name] for name in names] if has_counts else []
+    shards = Shards(files, counts, mode=mode, num_classes=num_classes, skip=skip)
+    if not len(shards):
         raise DataError(f"there are no images with a class in the split {split!r} of the shards in {folder}")
-    return found
+    return shards
 
 
 def _info(folder: Path) -> _Info:
@@ -174,18 +174,20 @@ def _info(folder: Path) -> _Info:
         except FileNotFoundError:
             continue
         except ValidationError as refusal:
-            found = refusal.errors()[0]
-            at = ".".join(map(str, found["loc"])) or "the file"
-            raise DataError(f"{folder / name} does not describe shards as timm has it: {at}: {found['msg']}") from None
+            error = refusal.errors()[0]
+            place = ".".join(map(str, error["loc"])) or "the file"
+            raise DataError(
+                f"{folder / name} does not describe shards as timm has it: {place}: {error['msg']}"
+            ) from None
         except OSError as refusal:
             raise DataError(f"cannot read {folder / name}: {refusal.strerror}") from None
     return _Info()
 
 
 def _lengths(splits: Mapping[str, _Split]) -> dict[str, int]:
-    """How many images each file holds, of the splits that say so for all of theirs."""
-    told = [split for split in splits.values() if len(split.filenames) == len(split.shard_lengths)]
-    return {name: count for split in told for name, count in zip(split.filenames, split.shard_lengths, strict=True)}
+    """The number of images of each file, from splits that tell it for all of their files."""
+    complete = [split for split in splits.values() if len(split.filenames) == len(split.shard_lengths)]
+    return {name: count for split in complete for name, count in zip(split.filenames, split.shard_lengths, strict=True)}
 
 
 def _expand(names: str) -> list[str]:
@@ -204,26 +206,26 @@ def _places(file: Path, *, skip: bool = False) -> tuple[list[tuple[int, int, int
     Raises DataError for what is no tar or not a whole one, and, unless they are left out, for an image without a class
     or a class without an image. What is nothing of the two is passed over.
     """
-    found, wrong = [], {}
+    places, problems = [], {}
     try:
         with tarfile.open(file, "r:") as tar:  # what is compressed has no places
             for name, members in _samples(tar, file):
                 sample = _sample(tar, members)
                 if isinstance(sample, tuple):
-                    found.append(sample)
+                    places.append(sample)
                 elif sample:
-                    wrong[name] = sample
+                    problems[name] = sample
             end = tar.offset
     except (OSError, tarfile.TarError, ValueError) as refusal:
         raise DataError(f"cannot read {file}, which should be a tar file without compression: {refusal}") from None
     _check_end(file, end)  # before a sample is blamed that was whole
-    if wrong and not skip:
-        name = next(iter(wrong))
+    if problems and not skip:
+        name = next(iter(problems))
         raise DataError(
-            f"sample {name!r} of shard {file} {wrong[name]} ({len(wrong)} such samples); mend the shard, or leave them "
-            "out by `data: {on_error: skip}`"
+            f"sample {name!r} of shard {file} {problems[name]} ({len(problems)} such samples); mend the shard, or "
+            "leave them out by `data: {on_error: skip}`"
         )
-    return found, list(wrong)
+    return places, list(problems)
 
 
 def _samples(tar: tarfile.TarFile, file: Path) -> Iterator[tuple[str, "_Parts"]]:

@@ -20,6 +20,7 @@ from probe_kd.errors import DataError, nearest
 
 
 def open_split(options: DataOptions, key: str, split: str) -> Split:
+    """Open the split that `key` of the options names. Raises DataError if it is missing or cannot be read."""
     kind, _, name = options.dataset.lower().partition("/")
     if kind == "sklearn":
         return _open_digits(options, key, split)
@@ -47,14 +48,14 @@ def _load_digits(part: str) -> tuple[Any, Any]:
     from sklearn.model_selection import train_test_split
 
     pixels, targets = load_digits(return_X_y=True)
-    # One split for ever, whatever the seed of a run: runs are compared on the same 360 images.
+    # The split never depends on the seed of a run, so runs are compared on the same 360 images.
     split = train_test_split(pixels.reshape(-1, 8, 8), targets, test_size=0.2, random_state=0, stratify=targets)
     train_pixels, test_pixels, train_targets, test_targets = split
     return (train_pixels, train_targets) if part == "train" else (test_pixels, test_targets)
 
 
 class DigitImages(Dataset[Any]):
-    """The handwritten digits of scikit-learn (UCI): 8x8 grey images of the figures 0 to 9."""
+    """The handwritten digits of scikit-learn (UCI): 8x8 grey images of the digits 0 to 9."""
 
     def __init__(self, pixels: Any, targets: Any, mode: str) -> None:
         self.images = [Image.fromarray((image * (255 / 16)).astype("uint8")).convert(mode) for image in pixels]
@@ -79,11 +80,11 @@ def _open_shards(options: DataOptions, key: str, split: str) -> Split:
 def _open_folder(options: DataOptions, key: str, split: str) -> Split:
     folder = _split_folder(options, key, split)
     outermost = options.dataset.lower().partition("/")[2] in FOLDERS
-    found = scan_folder(folder, outermost=outermost)
-    names = tuple(found.files)
+    scan = scan_folder(folder, outermost=outermost)
+    names = tuple(scan.files)
     if not names:
         raise DataError(f"there are no images in {folder}; read are files that end in {' '.join(EXTENSIONS)}", key)
-    samples = found.samples({name: index for index, name in enumerate(names)}, by_path=not outermost)
+    samples = scan.samples({name: index for index, name in enumerate(names)}, by_path=not outermost)
     return Split(
         key=key,
         name=split,
@@ -91,38 +92,39 @@ def _open_folder(options: DataOptions, key: str, split: str) -> Split:
         names=names,
         sources=frozenset({os.path.realpath(folder)}),
         targets=np.array([target for _, target in samples]),
-        empty=tuple(found.empty),
-        notes=tuple(found.notes),
-        linked=found.linked,
-        unfollowed=tuple(found.unfollowed),
+        empty=tuple(scan.empty),
+        notes=tuple(scan.notes),
+        linked=scan.linked,
+        unfollowed=tuple(scan.unfollowed),
     )
 
 
 def _split_folder(options: DataOptions, key: str, split: str) -> str:
-    """The folder of a split in `root`, by its name or one that timm takes for the same."""
+    """The folder of a split in `root`, by the split's name or one that timm treats as the same."""
     root = options.root
     if not (root and Path(root).is_dir()):
         raise DataError(
             f"there is no folder {root!r} to read images from; set `root`, or name a `dataset` (where a run's "
             "images have moved, `eval --root DIR`)"
         )
-    words = TRAINED if split in TRAINED else EVALUATED if split in EVALUATED else ()
-    for name in (split, *words):
+    synonyms = TRAINED if split in TRAINED else EVALUATED if split in EVALUATED else ()
+    for name in (split, *synonyms):
         if os.path.isdir(os.path.join(root, name)):
             return os.path.join(root, name) if name != "." else root
-    there = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    has = f"there are {quoted(there)}{nearest(split, there)}" if there else "it holds no folders"
+    subfolders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    listing = f"there are {quoted(subfolders)}{nearest(split, subfolders)}" if subfolders else "it holds no folders"
     if key == "train_split":
-        mend = (
+        advice = (
             "name one of them; where these are the classes, give `train_split: .`, with `val_split: none` and "
             "`holdout: 0.1`"
         )
     else:
-        mend = f"name one of them as `{key}`, or hold training images out: `val_split: none` with `holdout: 0.1`"
-    raise DataError(f"there is no folder {split!r} in {root!r} for `{key}`: {has}; {mend}", key)
+        advice = f"name one of them as `{key}`, or hold training images out: `val_split: none` with `holdout: 0.1`"
+    raise DataError(f"there is no folder {split!r} in {root!r} for `{key}`: {listing}; {advice}", key)
 
 
 def contents_of(split: Split) -> Contents:
+    """A digest of the images and classes of a split, as its source stores them."""
     images, names = split.images, split.names
     if isinstance(images, FolderImages):
         return of_files([(path, names[target]) for path, target in images.samples], images.root)
@@ -132,11 +134,11 @@ def contents_of(split: Split) -> Contents:
     if files:
         return of_files(files, split.root)
     targets = [] if split.targets is None else np.asarray(split.targets).tolist()
-    return of_images(images, [names[it] if 0 <= it < len(names) else str(it) for it in targets])
+    return of_images(images, [names[target] if 0 <= target < len(names) else str(target) for target in targets])
 
 
 def in_memory(images: Dataset[Any]) -> bool:
-    """Whether all images of a split are already decoded, so that each can be read."""
+    """Whether the images are decoded already, so that none can fail to be read."""
     return isinstance(images, DigitImages) or (
         isinstance(images, TorchvisionImages) and not hasattr(images.images, "loader")
     )

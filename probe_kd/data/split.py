@@ -14,10 +14,11 @@ from probe_kd.data.images import FolderImages
 
 @dataclass(frozen=True)
 class Split:
-    """One split: its images, the names of the classes by the index that the images have, and all labels if known.
+    """One split of a data set.
 
-    `sources` is what it reads, and `rows` are (part, first, end) of it, by which two splits of the same images are
-    found; `empty` are classes without images.
+    `names` are the class names in the order of the indices in `targets`, and `targets` all labels, or None if unknown.
+    `sources` is what the split reads, and `rows` are its ranges (part, start, stop) of a table; both reveal splits that
+    share images. `empty` are classes without images.
     """
 
     key: str
@@ -29,10 +30,10 @@ class Split:
     empty: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     rows: tuple[tuple[str, int, int], ...] = ()
-    linked: bool = False  # whether links are among its files
-    unfollowed: tuple[str, ...] = ()  # those of the notes that are of links to folders
-    left_out: tuple[str, ...] = ()  # samples of shards that are no image with a class
-    root: str = ""  # below which its files have the names by which they are known
+    linked: bool = False  # whether some of its files are links
+    unfollowed: tuple[str, ...] = ()  # the notes on links to folders
+    left_out: tuple[str, ...] = ()  # samples of shards that are not an image with a class
+    root: str = ""  # the folder that names of files are relative to
 
     @property
     def label(self) -> str:
@@ -42,25 +43,27 @@ class Split:
         return len(self.images)  # type: ignore[arg-type]
 
     def among(self, indices: Sequence[int]) -> Self:
+        """The split with only these images."""
         targets = None if self.targets is None else np.asarray(self.targets)[list(indices)]
         return replace(self, images=subset(self.images, indices), targets=targets)
 
 
 def subset(images: Dataset[Any], indices: Sequence[int]) -> Subset[Any]:
-    """Some of the images; of a subset, of what that is taken from."""
+    """Some of the images. A subset of a subset is taken from the whole data set."""
     if isinstance(images, Subset):
         return Subset(images.dataset, [images.indices[index] for index in indices])
     return Subset(images, list(indices))
 
 
 def image_name(images: Dataset[Any], index: int) -> str:
+    """The path of an image relative to its split's folder, or its number if it has no file."""
     if isinstance(images, FolderImages):
         return printable(os.path.relpath(images.samples[index][0], images.root))
     return f"image {index}"
 
 
 def quoted(names: Iterable[str], most: int = 5) -> str:
-    """The first of many names, as a list in a sentence."""
-    shown = list(names)
-    more = f" and {len(shown) - most} more" if len(shown) > most else ""
-    return ", ".join(repr(name) for name in shown[:most]) + more
+    """The first `most` names in quotes, and the number of the others, for a sentence."""
+    all_names = list(names)
+    more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
+    return ", ".join(repr(name) for name in all_names[:most]) + more

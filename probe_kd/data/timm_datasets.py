@@ -17,6 +17,7 @@ from probe_kd.errors import DataError
 
 
 def open_torchvision(options: DataOptions, key: str, split: str) -> Split:
+    """Open a split of a torchvision data set. Raises DataError if it cannot be read."""
     name = options.dataset.lower().partition("/")[2]
     if not options.root:
         raise DataError(f"dataset {options.dataset!r} needs `root`, the folder that it lies in or is downloaded to")
@@ -39,7 +40,7 @@ def open_torchvision(options: DataOptions, key: str, split: str) -> Split:
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
-    """The names of a torchvision dataset's classes by their index; none where it has none."""
+    """The class names of a torchvision data set in the order of their indices; empty if it has none."""
     order = getattr(dataset, "class_to_idx", None) or {}
     if sorted(order.values()) == list(range(len(order))):
         return tuple(map(str, sorted(order, key=order.__getitem__)))
@@ -48,7 +49,7 @@ def _class_names(dataset: Any) -> tuple[str, ...]:
 
 
 def files_of(dataset: Any) -> list[tuple[str, str]]:
-    """(path, class) of the images of a torchvision dataset, where it has files."""
+    """(path, class name) of the images of a torchvision data set; empty if it does not read files."""
     if hasattr(dataset, "all_categories"):
         labels = dataset.all_categories
         return [(os.path.join(dataset.root, labels[number], name), labels[number]) for number, name in dataset.index]
@@ -58,7 +59,7 @@ def files_of(dataset: Any) -> list[tuple[str, str]]:
 
 
 class TorchvisionImages(Dataset[Any]):
-    """A torchvision dataset with its images in one mode: MNIST's are grey, whatever the models take."""
+    """A torchvision data set with its images converted to one mode of PIL. MNIST's images are grey."""
 
     def __init__(self, images: Dataset[Any], mode: str) -> None:
         self.images, self.mode = images, mode
@@ -73,7 +74,7 @@ class TorchvisionImages(Dataset[Any]):
 
 @dataclass(frozen=True)
 class _Loader:
-    """How torchvision's datasets of files open one; it goes to worker processes."""
+    """The `loader` of torchvision's data sets of files. A class, because worker processes pickle it."""
 
     mode: str
 
@@ -82,25 +83,28 @@ class _Loader:
 
 
 def open_hub(options: DataOptions, key: str, split: str) -> Split:
+    """Open a split of a data set of the Hugging Face hub. Raises DataError if it has no labels or cannot be read."""
     images = HubImages(_create_dataset(options, split).reader, options.mode, f"{options.dataset} ({split})")
     rows = _rows_of(images.reader.dataset, split)
     return Split(key, split, images, images.names, frozenset({split}), images.targets, rows=rows)
 
 
 def _rows_of(dataset: Any, split: str) -> tuple[tuple[str, int, int], ...]:
-    """Which rows of which parts of a hub dataset a split such as `train[:90%]` is, where it says how many it has."""
+    """The ranges (part, start, stop) of a split such as `train[:90%]`; empty if the data set tells no sizes."""
     parts = getattr(getattr(dataset, "info", None), "splits", None)
     if not parts:
         return ()
     from datasets import ReadInstruction
 
     lengths = {name: part.num_examples for name, part in parts.items()}
-    found = ReadInstruction.from_spec(split).to_absolute(lengths)
-    return tuple((it.splitname, it.from_ or 0, lengths[it.splitname] if it.to is None else it.to) for it in found)
+    ranges = ReadInstruction.from_spec(split).to_absolute(lengths)
+    return tuple(
+        (rows.splitname, rows.from_ or 0, lengths[rows.splitname] if rows.to is None else rows.to) for rows in ranges
+    )
 
 
 class HubImages(Dataset[Any]):
-    """A dataset of Hugging Face's `datasets`, as timm's reader has opened it. Its labels are numbers, or names."""
+    """A data set of Hugging Face's `datasets`, opened by timm's reader. Its labels are numbers or names."""
 
     def __init__(self, reader: Any, mode: str, name: str) -> None:
         self.reader, self.mode, self.name = reader, mode, name
@@ -114,8 +118,10 @@ class HubImages(Dataset[Any]):
         if kinds == {str} and not self.names:
             self.names = tuple(sorted(set(labels)))
         elif not all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
-            found = ", ".join(sorted(kind.__name__ for kind in kinds))
-            raise DataError(f"the labels of {name} are no class numbers (column {reader.label_key!r} has: {found})")
+            type_names = ", ".join(sorted(kind.__name__ for kind in kinds))
+            raise DataError(
+                f"the labels of {name} are no class numbers (column {reader.label_key!r} has: {type_names})"
+            )
         index = {label: number for number, label in enumerate(self.names)}
         self.targets = np.array([index[label] if isinstance(label, str) else int(label) for label in labels], dtype=int)
 
@@ -123,7 +129,7 @@ class HubImages(Dataset[Any]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        # Not by the reader, which opens the file at once, be it a pipe.
+        # The reader would open any file, even a pipe, and wait for it.
         value = self.reader.dataset[index][self.reader.image_key] or {}
         if value.get("bytes"):
             image = decode(BytesIO(value["bytes"]), self.mode, f"image {index} of {self.name}")
@@ -134,7 +140,7 @@ class HubImages(Dataset[Any]):
         return image, int(self.targets[index])
 
     def content(self, index: int) -> bytes | None:
-        """The bytes of an image as they are stored, where the table holds them; what they decode to may change."""
+        """The encoded bytes of an image, which do not depend on the decoder; None if the table has only a path."""
         return (self.reader.dataset[index][self.reader.image_key] or {}).get("bytes")
 
 

@@ -13,7 +13,7 @@ from running import epoch_of
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Subset
 
-from probe_kd.data.loading import DataOptions, _mixed, loader, open_datasets, readable
+from probe_kd.data.loading import DataOptions, _combined_seed, loader, open_datasets, readable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError
 
@@ -81,7 +81,7 @@ def test_training_images_are_augmented_by_timms_transform_from_the_seed_of_their
     seen = []
     for images, target, indices in ours:
         for image, label, index in zip(images, target, indices.tolist(), strict=True):
-            seed = _mixed(seeds[index], index)
+            seed = _combined_seed(seeds[index], index)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def test_a_jitter_of_nothing_is_left_out_and_changes_nothing(folder: Path) -> No
     ours = loader(open_datasets(options).train, options, wanted, training=True)
     theirs = as_timm_makes_them(folder, (3, 16, 16), wanted, True, re_prob=0.0, auto_augment=None, color_jitter=0.0)
     for index, seed in list(iter(ours.sampler))[:4]:
-        mixed = _mixed(seed, index)
+        mixed = _combined_seed(seed, index)
         random.seed(mixed)
         torch.manual_seed(mixed)
         assert torch.equal(ours.take([(index, seed)])[0][0], theirs.dataset[index][0])
