@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from measure import Samples, Spread, command, options, section
+from measure import Samples, Spread, command, interleaved, options, section
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 COMMANDS = {
@@ -22,6 +22,17 @@ COMMANDS = {
     "probe-kd check quickstart.yaml": ["-m", "probe_kd.cli", "check", str(RECIPE)],
 }
 RUNS = 5
+EMPTY_APP = """\
+import typer
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+@app.command()
+def first(): pass
+@app.command()
+def second(): pass
+app()
+"""
+HELP = {"an empty typer app": ["-c", EMPTY_APP, "--help"], "`probe-kd --help`": COMMANDS["probe-kd --help"]}
+HELP_RUNS = 60  # a fifth of a second each, of which the difference is a tenth
 
 
 # A process of its own runs each command: the peak of a child begins with that of the process it was forked from, and
@@ -41,17 +52,42 @@ def measured(arguments: list[str]) -> tuple[float, int]:
     return float(seconds), int(peak)
 
 
+def help_beside_an_empty_app(rounds: int) -> str:
+    """What the commands, their options and the modules of this package add to typer's own start."""
+    arms = {
+        name: lambda line=line: subprocess.run([sys.executable, *line], check=True, stdout=subprocess.DEVNULL)
+        for name, line in HELP.items()
+    }
+    samples = interleaved(arms, rounds)
+    empty, probe_kd = HELP
+    fastest = {name: min(samples.seconds[name]) for name in HELP}
+    rows = [
+        [empty, f"{samples.milliseconds(empty):.0f}", f"{1000 * fastest[empty]:.0f}", "", ""],
+        [
+            probe_kd,
+            f"{samples.milliseconds(probe_kd):.0f}",
+            f"{1000 * fastest[probe_kd]:.0f}",
+            samples.ratio(probe_kd, empty),
+            f"{fastest[probe_kd] / fastest[empty]:.3f}",
+        ],
+    ]
+    header = ["", "ms, median", "ms, minimum", "ratio by round (quartiles)", "ratio of minima"]
+    return section("Help beside an empty typer app", command(), f"{rounds} rounds, arms in turn.", header, rows)
+
+
 def main() -> None:
-    wishes = options(__doc__).parse_args()
+    arguments = options(__doc__).parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once, not at every start
+    print(help_beside_an_empty_app(1 if arguments.quick else arguments.rounds or HELP_RUNS))
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     peaks: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for _ in range(1 if wishes.quick else wishes.rounds or RUNS):  # interleaved, so that a busy moment falls on all
-        for name, arguments in COMMANDS.items():
-            taken, peak = measured(arguments)
+    for _ in range(1 if arguments.quick else arguments.rounds or RUNS):  # in turn, so that a busy moment falls on all
+        for name, line in COMMANDS.items():
+            taken, peak = measured(line)
             seconds[name].append(taken)
             peaks[name].append(peak)
-    seen = Samples(seconds)
+    samples = Samples(seconds)
     timm = Spread.of(peaks["import timm"]).median
     rows = [
         [
@@ -59,7 +95,7 @@ def main() -> None:
             f"{Spread.of(seconds[name]).median:.2f}",
             ""
             if name == "import timm"
-            else f"{(seen.milliseconds(name) - seen.milliseconds('import timm')) / 1000:+.2f}",
+            else f"{(samples.milliseconds(name) - samples.milliseconds('import timm')) / 1000:+.2f}",
             f"{Spread.of(peaks[name]).median / 2**20:.0f}",
             "" if name == "import timm" else f"{(Spread.of(peaks[name]).median - timm) / 2**20:+.0f}",
         ]
