@@ -1,8 +1,7 @@
-"""Runs beside each other: what came of each model over seeds, what the recipes differ in, how alike the layers are.
+"""Compare runs: the results of each model over seeds, the differences of the recipes, the similarity of the layers.
 
-The folders of the runs are read and no model is built, so this takes as long for a hundred runs as for one. The
-exception is the similarity of layers, for which both models have to look at images: a run measures it at its end, and
-leaves the figures in `layers.json`.
+`compare` reads the folders of the runs and builds no model, so a hundred runs take little longer than one. Only the
+similarity of layers needs both models and images: a run measures it at its end and writes it to `layers.json`.
 """
 
 import csv
@@ -33,14 +32,14 @@ from probe_kd.training.state import MEASURES, Result, Row, current_role
 
 LAYERS = "layers.json"
 ROLES = ("baseline", "student", "teacher", "teacher baseline")  # the second last is the partner, where they share
-IMAGES, SECONDS = 512, 10.0  # that the similarity of layers is measured on, and may take
-MOST_LAYERS = 24  # of a model, above which its stage ends stand for its blocks
+IMAGES, SECONDS = 512, 10.0  # limits for measuring the similarity of layers
+MOST_LAYERS = 24  # of a model; with more blocks, its stage ends are used
 UNCOMPARED = {"role", "stage", "epoch", "images_per_second"}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over seeds. `deviation` is that of a sample (n - 1), and None of a single value."""
+    """A value over seeds. `deviation` is the sample standard deviation (n - 1), None for a single value."""
 
     mean: float
     low: float
@@ -51,11 +50,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What came of one model in the runs of one recipe.
+    """The results of one model in the runs of one recipe.
 
-    `accuracy`, `ema_accuracy` (of the moving average) and `agreement` with the teacher are shares of the test images in
-    0..1, `seconds` were spent in training. `unfinished` says how far it is, where no run has finished it: the figures
-    are then those of its last epoch so far, and its size is not known.
+    `accuracy`, `ema_accuracy` (of the moving average) and `agreement` with the teacher are fractions of the test images
+    in 0..1; `seconds` is the training time. If no run has finished the model, `unfinished` is its last epoch so far,
+    the values are those of that epoch, and its size is None.
     """
 
     role: str
@@ -80,7 +79,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """One class: test images in all runs, and what share of them the baseline and the student answer rightly."""
+    """One class: its test images in all runs, and the accuracy on them of the baseline (`alone`) and the student."""
 
     name: str
     images: int
@@ -94,10 +93,10 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """Linear CKA of layers of the student (rows) and of the teacher (columns), each in the order of its forward.
+    """Linear CKA between layers of the student (rows) and of the teacher (columns), each in forward order.
 
-    It is of one vector per image, the mean over positions, of so many test images; None where a layer gives the same
-    for every image. `pairs` are the (student, teacher) layers that the recipe pairs.
+    Computed from one vector per image, the mean over positions, of `images` test images; None if a layer has the same
+    output for every image. `pairs` are the (student, teacher) layers that the recipe pairs.
     """
 
     images: int
@@ -115,7 +114,7 @@ class LayerSimilarity:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe but for the seed. `gain` is the student's accuracy less that of the baseline, by run."""
+    """Runs with the same recipe except for the seed. `gain` is the student's accuracy minus the baseline's, per run."""
 
     name: str
     runs: tuple[str, ...]
@@ -131,7 +130,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """A key of the recipes, as in `stages.0.epochs`, with its value in every group; empty where it has none."""
+    """A key of the recipes, such as `stages.0.epochs`, with its value in every group; empty if not set."""
 
     key: str
     values: tuple[str, ...]
@@ -139,7 +138,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """What `compare` found: groups of runs, what their recipes differ in, and what to know about it."""
+    """The result of `compare`: groups of runs, the differences of their recipes, and notes."""
 
     groups: tuple[Group, ...]
     differences: tuple[Difference, ...]
@@ -148,7 +147,7 @@ class RunComparison:
 
 @dataclass
 class _Run:
-    """A folder as it was read. `rows` are the epochs, `results` the models that are done."""
+    """The contents of a run's folder. `rows` are the epochs, `results` those of the finished models."""
 
     folder: Path
     recipe: dict[str, Any]
@@ -165,7 +164,7 @@ class _Run:
 
     @property
     def setting(self) -> str:
-        """All of its recipe but the seed."""
+        """The recipe without its seed."""
         return json.dumps({key: value for key, value in self.recipe.items() if key != "seed"}, sort_keys=True)
 
     def last(self, role: str) -> Row | None:
@@ -176,9 +175,9 @@ class _Run:
 def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: Sequence[str] = ()) -> RunComparison:
     """Compare the runs in these folders, as written by `probe-kd train`.
 
-    Runs whose resolved recipes are equal except for `seed` are one group. `layers` measures the similarity of the
-    layers of student and teacher for runs that have not done so. Only this builds models; `allow_import` names the
-    packages of custom functions. An unfinished run is shown as far as it is.
+    Runs whose resolved recipes are equal except for `seed` form one group. With `layers`, measure the similarity of the
+    layers of student and teacher in runs that have not done so. Only this builds models; `allow_import` lists the
+    packages of custom functions. Of an unfinished run, the epochs so far are compared.
 
     Raises RunError for a folder that is not a run, or has damaged files or no measurements; RecipeError for a
     recipe that this version cannot read.
@@ -186,38 +185,38 @@ def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: S
     folders = list(dict.fromkeys(Path(os.path.normpath(run)) for run in runs))
     if not folders:
         raise RunError("no run to show; name the folder that `probe-kd train` wrote, as in runs/quickstart")
-    found = [_read(folder) for folder in folders]
-    notes = [note for run in found for note in run.notes]
+    all_runs = [_read(folder) for folder in folders]
+    notes = [note for run in all_runs for note in run.notes]
     groups: dict[str, list[_Run]] = {}
-    for run in found:
+    for run in all_runs:
         members = groups.setdefault(run.setting, [])
-        twin = next((other for other in members if other.seed == run.seed), None)
-        if twin is None:
+        same_seed = next((other for other in members if other.seed == run.seed), None)
+        if same_seed is None:
             members.append(run)
         else:  # counted twice, it would make the spread look smaller than it is
-            notes.append(f"{run.folder} is left out: its recipe and seed ({run.seed}) are those of {twin.folder}")
-    if not any(run.results or run.rows for run in found):
-        raise RunError(f"nothing is measured yet in {', '.join(str(run.folder) for run in found)}: no epoch is done")
-    for run in found if layers else ():
+            notes.append(f"{run.folder} is left out: its recipe and seed ({run.seed}) are those of {same_seed.folder}")
+    if not any(run.results or run.rows for run in all_runs):
+        raise RunError(f"nothing is measured yet in {', '.join(str(run.folder) for run in all_runs)}: no epoch is done")
+    for run in all_runs if layers else ():
         run.similarity = run.similarity or _measured_now(run, allow_import, notes)
     names = _names(list(groups.values()))
-    shown = tuple(_group(name, members) for name, members in zip(names, groups.values(), strict=True))
-    for group in shown:
+    compared = tuple(_group(name, members) for name, members in zip(names, groups.values(), strict=True))
+    for group in compared:
         means = {summary.role: summary.accuracy.mean for summary in group.summaries if not summary.unfinished}
         notes += [f"{group.name}: {doubt}" for doubt in doubts(means)]
     return RunComparison(
-        shown,
+        compared,
         tuple(_differences([members[0].recipe for members in groups.values()])),
         tuple(notes),
     )
 
 
 def measure_layers(planned: Plan, run: Path) -> LayerSimilarity:
-    """How alike the layers of the student and of the teacher of a finished run are, by at most IMAGES and SECONDS.
+    """Measure the similarity of the student's and the teacher's layers in a finished run, within IMAGES and SECONDS.
 
-    The layers are the blocks of each model, or its stage ends where it has many blocks, and those that are paired.
-    They are kept in the run's folder, for `compare`. Raises RunError for a run without a teacher, and whatever models
-    and images can raise.
+    The layers are the blocks of each model, or its stage ends if it has many blocks, and the paired layers. The result
+    is written to the run's folder, for `compare`. Raises RunError for a run without a teacher, and the errors of models
+    and images.
     """
     if planned.teacher is None:
         raise RunError(f"the run in {run} has no teacher")
@@ -225,36 +224,36 @@ def measure_layers(planned: Plan, run: Path) -> LayerSimilarity:
     teacher_layers = _layers(planned.teacher, [pair.teacher for pair in planned.pairs])
     student, teacher = vectors(planned, run, student_layers, teacher_layers, images=IMAGES, seconds=SECONDS)
     cells = cka_table(list(student.values()), list(teacher.values()))
-    found = LayerSimilarity(
+    similarity = LayerSimilarity(
         images=len(next(iter(student.values()), ())),
-        student=tuple(map(_shown, student)),
-        teacher=tuple(map(_shown, teacher)),
+        student=tuple(map(_layer_name, student)),
+        teacher=tuple(map(_layer_name, teacher)),
         cka=tuple(map(tuple, cells)),
-        pairs=tuple((_shown(pair.student), _shown(pair.teacher)) for pair in planned.pairs),
+        pairs=tuple((_layer_name(pair.student), _layer_name(pair.teacher)) for pair in planned.pairs),
     )
     aside = run / f"{LAYERS}.partial"
-    aside.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(asdict(similarity), indent=1) + "\n", encoding="utf-8")
     put(aside, run / LAYERS)
-    if Manifest.read(run) is not None:  # else a run of before would seem to have written this alone
+    if Manifest.read(run) is not None:  # a new manifest of this file alone would disown the files of an older run
         record(run, [LAYERS])
-    return found
+    return similarity
 
 
 def _layers(trace: Trace, paired: Collection[Tap]) -> list[Tap]:
-    """In the order of the forward, one tap of each tensor. A model without stages has those that are paired by hand."""
-    found = blocks(trace)
-    if not 1 < len(found) <= MOST_LAYERS:
+    """One tap for each tensor, in forward order. A model without stages has only the paired taps."""
+    specs = blocks(trace)
+    if not 1 < len(specs) <= MOST_LAYERS:
         try:
-            found = stages(trace)
+            specs = stages(trace)
         except MatchError:
-            found = []
+            specs = []
     chosen = {trace[tap].tensor: trace[tap] for tap in paired}
-    for spec in sorted(found, key=lambda spec: len(str(spec.tap))):  # `layer2` rather than its last block
+    for spec in sorted(specs, key=lambda spec: len(str(spec.tap))):  # `layer2` rather than its last block
         chosen.setdefault(spec.tensor, spec)
     return [spec.tap for spec in sorted(chosen.values(), key=lambda spec: spec.order)]
 
 
-def _shown(tap: Tap) -> str:
+def _layer_name(tap: Tap) -> str:
     return str(tap) or "output"
 
 
@@ -281,17 +280,17 @@ def _read(folder: Path) -> _Run:
     run.rows = read_metrics(folder / "metrics.csv")
     summary = folder / "summary.json"
     if summary.is_file():
-        found = _json(summary)
-        run.results = _results(found, summary)
-        classes = found.get("classes", [])
+        values = _json(summary)
+        run.results = _results(values, summary)
+        classes = values.get("classes", [])
         run.classes = [_printable(str(name)) for name in classes] if isinstance(classes, list) else []
         run.notes += [f"{folder} has no metrics.csv, so no curves"] * (not run.rows)
     else:
         journals = [path for path in (folder / CHECKPOINTS).glob("*/journal.json") if path.parent.name.isdigit()]
         newest = max(journals, default=None, key=lambda path: int(path.parent.name))
         if newest is not None:
-            found = _json(newest)
-            run.results = _results({"results": list(dict(found.get("results", {})).values())}, newest)
+            values = _json(newest)
+            run.results = _results({"results": list(dict(values.get("results", {})).values())}, newest)
         run.notes.append(_progress(run))
     if (folder / LAYERS).is_file():
         run.similarity = _similarity(folder / LAYERS)
@@ -299,7 +298,7 @@ def _read(folder: Path) -> _Run:
 
 
 def _progress(run: _Run) -> str:
-    """What a run that has not ended has done."""
+    """The state of a run that has not ended."""
     begun = {row["role"]: row for row in run.rows if row["role"] not in run.results}
     parts = [f"{role} is done" for role in run.results]
     parts += [f"{role} is at epoch {row['epoch']} of stage {row['stage']!r}" for role, row in begun.items()]
@@ -308,19 +307,19 @@ def _progress(run: _Run) -> str:
 
 
 def doubts(accuracies: Mapping[str, float]) -> list[str]:
-    """What in the accuracies of a run's models says that it cannot have taught what was hoped for."""
-    teacher, alone = (accuracies.get(role) for role in ("teacher", "baseline"))
-    if teacher is None or alone is None or teacher >= alone:
+    """Remarks on accuracies that show that distillation cannot have helped."""
+    teacher, baseline = (accuracies.get(role) for role in ("teacher", "baseline"))
+    if teacher is None or baseline is None or teacher >= baseline:
         return []
     return [
-        f"The teacher ({teacher:.2%}) is worse than the baseline ({alone:.2%}), so there is "
+        f"The teacher ({teacher:.2%}) is worse than the baseline ({baseline:.2%}), so there is "
         "little to learn from it: train it longer, or give it other weights, another learning rate or the right mean "
         "and std."
     ]
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The epochs in a metrics.csv; none where there is none. Raises RunError, with the line, for a damaged one."""
+    """The epochs in a metrics.csv; empty if there is no file. Raises RunError, with the line, for a damaged file."""
     rows: list[Row] = []
     if not path.exists():
         return rows
@@ -329,9 +328,9 @@ def read_metrics(path: Path) -> list[Row]:
         first, *others = reader.fieldnames or [""]
         # An earlier version called the first column `subject`, which may be a loss by now.
         reader.fieldnames = ["role" if first == "subject" else first, *others]
-        lacking = {"role", "stage", "epoch"} - set(reader.fieldnames)
-        if lacking:
-            raise ValueError(f"it has no column {sorted(lacking)[0]!r}")
+        missing = {"role", "stage", "epoch"} - set(reader.fieldnames)
+        if missing:
+            raise ValueError(f"it has no column {sorted(missing)[0]!r}")
         rows.extend(_epoch(line) for line in reader)
     except (OSError, ValueError, csv.Error) as refusal:  # UnicodeDecodeError is a ValueError
         why = refusal.strerror if isinstance(refusal, OSError) else f"line {len(rows) + 2}: {short(refusal)}"
@@ -361,21 +360,21 @@ def _epoch(line: Mapping[str | None, Any]) -> Row:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(whole_text(path))
-        if not isinstance(found, dict):
+        content = json.loads(whole_text(path))
+        if not isinstance(content, dict):
             raise ValueError("it holds no mapping")
     except (OSError, ValueError, RecursionError) as refusal:
         raise _damaged(path, refusal) from None
-    return found
+    return content
 
 
 def _damaged(path: Path, why: Exception) -> RunError:
     return RunError(f"{path} is damaged ({short(why)}); take it from a copy, or leave this run out")
 
 
-def _results(found: Mapping[str, Any], path: Path) -> dict[str, Result]:
+def _results(summary: Mapping[str, Any], path: Path) -> dict[str, Result]:
     try:
-        results = TypeAdapter(list[Result]).validate_python(found.get("results"))
+        results = TypeAdapter(list[Result]).validate_python(summary.get("results"))
     except ValidationError as refusal:
         first = refusal.errors()[0]
         place = ".".join(map(str, ("results", *first["loc"])))
@@ -389,21 +388,23 @@ def _results(found: Mapping[str, Any], path: Path) -> dict[str, Result]:
 
 def _similarity(path: Path) -> LayerSimilarity:
     try:
-        found: LayerSimilarity = TypeAdapter(LayerSimilarity).validate_python(_json(path))
+        similarity: LayerSimilarity = TypeAdapter(LayerSimilarity).validate_python(_json(path))
     except ValidationError as refusal:
         raise _damaged(path, ValueError(refusal.errors()[0]["msg"])) from None
-    if {len(found.student)} != {len(found.cka)} or {len(row) for row in found.cka} - {len(found.teacher)}:
+    if {len(similarity.student)} != {len(similarity.cka)} or {len(row) for row in similarity.cka} - {
+        len(similarity.teacher)
+    }:
         raise _damaged(path, ValueError("`cka` is not student layers by teacher layers"))
-    return found
+    return similarity
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal obeys instead of showing."""
+    """`text` with `?` for every character that a terminal would not show."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _names(groups: Sequence[Sequence[_Run]]) -> list[str]:
-    """What the folders of a group have in common, and whole folders where that tells no two groups apart."""
+    """What the folder names of each group have in common, or the whole folders if these names are not unique."""
     names = []
     for members in groups:
         shared = _beginning([run.folder.name or str(run.folder.absolute()) for run in members])
@@ -419,7 +420,7 @@ def _first_of(names: Sequence[str]) -> str:
 
 
 def _beginning(names: Sequence[str]) -> str:
-    """That all of them have, letter by letter."""
+    """The longest common prefix."""
     shared = next((place for place, letters in enumerate(zip(*names, strict=False)) if len(set(letters)) > 1), None)
     return min(names, key=len)[:shared]
 
@@ -443,17 +444,17 @@ def _group(name: str, members: Sequence[_Run]) -> Group:
     )
 
 
-def _pairs(found: Any) -> Iterator[tuple[str, str]]:
-    """As a run resolved them; a recipe that somebody put there instead may leave them to `auto`."""
-    for student_layer, teacher_layer in found.items() if isinstance(found, Mapping) else ():
+def _pairs(pairs: Any) -> Iterator[tuple[str, str]]:
+    """The resolved pairs of a run; an edited recipe may say `auto` instead."""
+    for student_layer, teacher_layer in pairs.items() if isinstance(pairs, Mapping) else ():
         if isinstance(teacher_layer, str):
             yield _printable(student_layer) or "output", _printable(teacher_layer) or "output"
 
 
 def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
-    """Of the runs that have finished the model; where none has, of the last epochs so far."""
-    done = [run.results[role] for run in members if role in run.results]
-    if not done:
+    """Over the runs that have finished the model; if none has, from the last epochs so far."""
+    finished = [run.results[role] for run in members if role in run.results]
+    if not finished:
         rows = [row for row in (run.last(role) for run in members) if row]
         where = f"epoch {min(row['epoch'] for row in rows)} of stage {rows[0]['stage']!r}"
         side = members[0].recipe.get("teacher" if role.startswith("teacher") else "student", {})
@@ -462,22 +463,22 @@ def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
         return ModelSummary(
             role, _printable(str(side.get("model"))), accuracy, agreement, None, None, None, None, where
         )
-    accuracy = _spread([result.accuracy for result in done])
+    accuracy = _spread([result.accuracy for result in finished])
     assert accuracy is not None
     return ModelSummary(
         role=role,
-        model=done[0].model,
+        model=finished[0].model,
         accuracy=accuracy,
-        agreement=_spread([result.agreement for result in done]),
-        ema_accuracy=_spread([result.ema_accuracy for result in done]),
-        parameters=done[0].parameters,
-        macs=done[0].macs,
-        seconds=_spread([result.seconds or None for result in done]),
+        agreement=_spread([result.agreement for result in finished]),
+        ema_accuracy=_spread([result.ema_accuracy for result in finished]),
+        parameters=finished[0].parameters,
+        macs=finished[0].macs,
+        seconds=_spread([result.seconds or None for result in finished]),
     )
 
 
-def _spread(found: Iterable[float | None]) -> Spread | None:
-    values = tuple(value for value in found if value is not None)
+def _spread(measured: Iterable[float | None]) -> Spread | None:
+    values = tuple(value for value in measured if value is not None)
     if not values:
         return None
     deviation = stdev(values) if len(values) > 1 else None
@@ -485,7 +486,7 @@ def _spread(found: Iterable[float | None]) -> Spread | None:
 
 
 def _curves(members: Sequence[_Run]) -> Iterator[Curve]:
-    """By the epochs of a model in all its stages, over the runs that have come so far."""
+    """By epoch of a model, counted over all its stages, over the runs that have reached it."""
     for role in ROLES:
         series = [[row for row in run.rows if row["role"] == role] for run in members]
         for measure in dict.fromkeys(key for rows in series for row in rows for key in row if key not in UNCOMPARED):
@@ -499,41 +500,45 @@ def _curves(members: Sequence[_Run]) -> Iterator[Curve]:
 
 
 def losses_of(group: Group) -> list[Curve]:
-    """The terms of the student's loss; their sum says nothing of its own."""
-    left = {*MEASURES, "loss"}
-    return [curve for curve in group.curves if curve.role == "student" and curve.measure not in left and curve.points]
+    """The terms of the student's loss, without their sum."""
+    excluded = {*MEASURES, "loss"}
+    return [
+        curve for curve in group.curves if curve.role == "student" and curve.measure not in excluded and curve.points
+    ]
 
 
 def _classes(members: Sequence[_Run]) -> Iterator[ClassChange]:
-    """The biggest changes first. Runs count together, class by class."""
-    told = [run for run in members if _tell_classes(run)]
-    if not told:
+    """The largest changes first, with the images of all runs added per class."""
+    counted = [run for run in members if _has_class_counts(run)]
+    if not counted:
         return
-    found = []
-    for index, name in enumerate(told[0].classes):
+    changes = []
+    for index, name in enumerate(counted[0].classes):
         counts = {
-            role: [sum(getattr(run.results[role], which)[index] for run in told) for which in ("images", "right")]
+            role: [
+                sum(getattr(run.results[role], counter)[index] for run in counted) for counter in ("images", "right")
+            ]
             for role in ("baseline", "student")
         }
         images = counts["student"][0]
         if images and counts["baseline"][0]:
-            alone, student = (right / total for total, right in counts.values())
-            found.append(ClassChange(name, images, alone, student))
-    yield from sorted(found, key=lambda item: -abs(item.change))
+            baseline, student = (right / total for total, right in counts.values())
+            changes.append(ClassChange(name, images, baseline, student))
+    yield from sorted(changes, key=lambda item: -abs(item.change))
 
 
-def _tell_classes(run: _Run) -> bool:
-    both = [run.results.get(role) for role in ("baseline", "student")]
+def _has_class_counts(run: _Run) -> bool:
+    results = [run.results.get(role) for role in ("baseline", "student")]
     count = len(run.classes)
-    return count > 0 and all(found and len(found.images) == len(found.right) == count for found in both)
+    return count > 0 and all(result and len(result.images) == len(result.right) == count for result in results)
 
 
-def _mean_similarity(found: Sequence[LayerSimilarity]) -> LayerSimilarity | None:
-    """Over seeds, cell by cell, of the runs that looked at the same layers."""
-    if not found:
+def _mean_similarity(similarities: Sequence[LayerSimilarity]) -> LayerSimilarity | None:
+    """The mean over seeds of every cell, for runs with the same layers."""
+    if not similarities:
         return None
-    first = found[0]
-    same = [other for other in found if (other.student, other.teacher) == (first.student, first.teacher)]
+    first = similarities[0]
+    same = [other for other in similarities if (other.student, other.teacher) == (first.student, first.teacher)]
     cells = [
         [_mean([other.cka[row][column] for other in same]) for column in range(len(first.teacher))]
         for row in range(len(first.student))
@@ -543,20 +548,20 @@ def _mean_similarity(found: Sequence[LayerSimilarity]) -> LayerSimilarity | None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if known else None
+    defined = [value for value in values if value is not None]
+    return fmean(defined) if defined else None
 
 
 def _differences(recipes: Sequence[Any], place: str = "") -> Iterator[Difference]:
-    """Key by key; what one of them lacks is one difference, however much there is in it."""
-    held = [
+    """Key by key; a key that one recipe lacks is one difference, whatever it contains."""
+    parts = [
         dict(enumerate(recipe)) if _has_parts(recipe) and isinstance(recipe, list) else recipe for recipe in recipes
     ]
-    if all(isinstance(recipe, Mapping) for recipe in held):
-        for key in dict.fromkeys(key for recipe in held for key in recipe):
+    if all(isinstance(recipe, Mapping) for recipe in parts):
+        for key in dict.fromkeys(key for recipe in parts for key in recipe):
             if place or key != "seed":
-                yield from _differences([recipe.get(key) for recipe in held], f"{place}.{key}" if place else str(key))
-    elif any(recipe != held[0] for recipe in held):
+                yield from _differences([recipe.get(key) for recipe in parts], f"{place}.{key}" if place else str(key))
+    elif any(recipe != parts[0] for recipe in parts):
         yield Difference(_printable(place), tuple(_printable(_brief(recipe)) for recipe in recipes))
 
 
@@ -565,7 +570,7 @@ def _has_parts(value: Any) -> bool:
 
 
 def _brief(value: Any) -> str:
-    """A value in a cell of a table; a stage and a loss by their names."""
+    """A value for a cell of a table; a stage or a loss by its name."""
     if isinstance(value, Mapping):
         return str(value.get("name") or value.get("loss") or value.get("model") or "given")
     return ", ".join(map(_brief, value)) if _has_parts(value) else "" if value is None else str(value)

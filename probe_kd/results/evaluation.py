@@ -1,7 +1,7 @@
-"""Evaluation of a run: how right and how sure each of its models is, and how near the student came to its teacher.
+"""Evaluate a run: accuracy and calibration of each model, and how closely the student matches its teacher.
 
-The loss of a distillation does not say whether the student improves (Stanton et al. 2021, arXiv 2106.05945); this does.
-Everything is summed up batch by batch, in float64, so memory does not grow with images times features.
+A low distillation loss does not imply a better student (Stanton et al. 2021, arXiv 2106.05945), so `evaluate` measures
+the models themselves. Sums are accumulated per batch in float64, so memory does not grow with images times features.
 """
 
 import json
@@ -50,11 +50,12 @@ _CONSTANT = 1e-12  # a variance below this share of the mean square is rounding:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model answers, over all images of a split.
+    """The metrics of one model over all images of a split.
 
-    `top1`, `top5` (None where there are no more than five classes) and `agreement` are shares in 0..1, `nll` and `kl`
-    nats per image, `calibration_error` is the expected one. `agreement` and `kl` are against the teacher, and None for
-    a teacher or without one. `weights` names the file in the run's folder, or what else the model was loaded from.
+    `top1`, `top5` (None for five classes or fewer) and `agreement` are fractions in 0..1, `nll` and `kl` are in nats
+    per image, and `calibration_error` is the expected calibration error. `agreement` and `kl` compare with the teacher;
+    both are None for a teacher, and in a run without one. `weights` is the file in the run's folder, or the other
+    source of the weights.
     """
 
     role: str
@@ -70,10 +71,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Similarity:
-    """How alike a layer of the student and one of the teacher are; `note` says why something is not known.
+    """How similar a layer of the student and one of the teacher are; `note` gives the reason for a missing value.
 
-    `cka` is linear CKA in 0..1, `cka_alone` that of the baseline, and `explained_variance` the share of the
-    teacher's side that the adapter of this loss explains, at most 1. Layers that no loss compares have no `stage`.
+    `cka` is the linear CKA of the student's layer in 0..1, and `cka_alone` that of the baseline's. `explained_variance`
+    is the fraction of the teacher's variance that the adapter of this loss explains, at most 1. Layers that no loss
+    compares have an empty `stage`.
     """
 
     stage: str
@@ -88,7 +90,7 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured: `scores` of every model, the student first, and what is known of each pair."""
+    """The result of `evaluate`: `scores` of every model, the student first, and the similarity of each pair."""
 
     run: str
     split: str
@@ -109,31 +111,31 @@ def evaluate(
     root: str | Path | None = None,
     allow_import: Sequence[str] = (),
 ) -> Evaluation:
-    """Measure every model of a finished run, in eval mode, on images that are not augmented.
+    """Measure every model of a finished run, in eval mode, on images without augmentation.
 
-    `run` is the folder that `probe-kd train` wrote. `weights` are evaluated instead of the student's own, `ema` takes
-    the moving averages of the students. `split` is `test`, `val` (where these are other images), `train`, or `held_out`
-    (`data.holdout`). `batch_size` is the recipe's, `device` what accelerate chooses, and the precision the recipe's, if
-    not given. `root` is where the data lie, if they have moved. `allow_import` names the packages whose functions the
-    run's recipe may name as models. The classes are numbered as the run's `data.json` says, whatever folders the data
-    now have.
+    `run` is a folder that `probe-kd train` wrote. `weights` replaces the student's weights; `ema` selects the moving
+    averages of the student and the baseline. `split` is `test`, `val` (if it differs from the test images), `train`, or
+    `held_out` (`data.holdout`). `batch_size` and the precision default to the recipe's, `device` to accelerate's
+    choice. `root` is the new place of data that have moved. `allow_import` lists the packages whose functions the
+    recipe may name as models. Classes are numbered as in the run's `data.json`, whatever folders the data now contain.
 
-    Of each model, in the student's classes: top-1 and (of more than five classes) top-5 accuracy as shares in 0..1, the
-    negative log-likelihood in nats per image, and the expected calibration error (Guo et al. 2017, arXiv 1706.04599;
-    15 bins, l1). Of each student against the teacher, the one that trained with it where they share: how often both
-    give one answer, and KL(teacher || student) at temperature 1, in nats per image. Each model sees the images as it
-    was measured in training: normalised for it, and at its size.
+    For each model, over the student's classes: top-1 and (for more than five classes) top-5 accuracy as fractions in
+    0..1, the negative log-likelihood in nats per image, and the expected calibration error (Guo et al. 2017,
+    arXiv 1706.04599; 15 bins, l1). For the student and the baseline, against the teacher (with `share`, the teacher
+    that trained with the student): the fraction of images with equal predictions, and KL(teacher || student) at
+    temperature 1, in nats per image. Each model gets the images as in the measurements of its training, with its own
+    normalisation and size.
 
-    Of each pair of layers: linear CKA (`linear_cka`) of one vector per image, the feature's mean over its positions
-    without class tokens; and where a loss compares the two after an adapter, what share of the variance of the
-    teacher's side the student's side explains (`explained_variance`), by the adapter as the end of its stage left it.
-    Both are of the student as it finally is, also for stages before the last. With `normalize: channel` the target is
-    standardised by the batch, as in training, so the share depends on its size.
+    For each pair of layers: the linear CKA (`linear_cka`) of one vector per image, the mean of the feature over its
+    positions without class tokens. If a loss compares the layers through an adapter, also the fraction of the variance
+    of the target that the adapted student feature explains (`explained_variance`), with the adapter as its stage left
+    it. Both use the final student, also for earlier stages. `normalize: channel` standardises the target per batch, as
+    in training, so the fraction then depends on the batch size.
 
-    Works in several processes (`accelerate launch`), each of which returns the whole. Raises RunError for a folder that
-    is no finished run, or a choice that it does not offer; RecipeError where its recipe no longer fits the data or the
-    models; WeightsError for weights that do not fit; DataError for labels that are no classes, and for held-out images
-    of other training images than those of the run. Other images of a split of their own are told in `notes`.
+    Works in several processes (`accelerate launch`); each returns the whole result. Raises RunError if the folder is
+    not a finished run, or for an option that the run does not support; RecipeError if the recipe no longer fits the
+    data or the models; WeightsError for weights that do not fit; DataError for labels that are not classes, and for
+    held-out images from other training images than the run's. Other differences of the images are reported in `notes`.
     """
     folder = Path(run)
     recipe, student = _recipe_of(folder), _weights_of_student(folder, weights, ema=ema)
@@ -145,23 +147,23 @@ def evaluate(
     images, notes = _images(planned, split), planned.datasets.other_than(record, split)
     with own_accelerator() as accelerator:
         place = _place(accelerator, device)
-        compared = list(_compared(planned, folder, place))
-        entries = [entry.to(place) for entry in _entries(planned, folder, student, compared, ema=ema)]
-        meter = _Meter(entries, compared, planned.datasets.num_classes, accelerator)
+        rows = list(_compared(planned, folder, place))
+        entries = [entry.to(place) for entry in _entries(planned, folder, student, rows, ema=ema)]
+        meter = _Meter(entries, rows, planned.datasets.num_classes, accelerator)
         precision = mixed_precision(planned.recipe, place.type) or accelerator.mixed_precision
         for views, target in _batches(planned, images, entries, accelerator, batch_size):
             with torch.no_grad():
                 features = {}
                 for entry in entries:
                     with _autocast(precision, place):
-                        features[entry.role] = entry.look(views[entry.images].to(place))
+                        features[entry.role] = entry.features(views[entry.images].to(place))
                 meter.update(features, target.to(place))
         held_out = split == "test" and planned.datasets.test is planned.datasets.held_out  # there is no other
         return replace(meter.result(str(folder), "held_out" if held_out else split), notes=notes)
 
 
 def cka_sums(student: Float[Tensor, "batch m"], teacher: Float[Tensor, "batch n"]) -> Sums:
-    """What of a batch `linear_cka` needs. Those of all batches are added."""
+    """The sums over one batch that `linear_cka` needs. Add them over all batches."""
     of_student, of_teacher = _exact(student), _exact(teacher)
     return {
         "images": of_student.new_tensor(len(of_student)),
@@ -182,7 +184,7 @@ def linear_cka(sums: Mapping[str, Tensor]) -> float:
     where one of the features is the same for every image.
     """
     of_student, of_teacher = sums["student"], sums["teacher"]
-    within_ours, within_theirs, between = (
+    within_student, within_teacher, between = (
         sums[name] - torch.outer(left, right) / sums["images"]
         for name, left, right in (
             ("within_student", of_student, of_student),
@@ -190,10 +192,10 @@ def linear_cka(sums: Mapping[str, Tensor]) -> float:
             ("between", of_student, of_teacher),
         )
     )
-    for centred, raw in ((within_ours, sums["within_student"]), (within_theirs, sums["within_teacher"])):
+    for centred, raw in ((within_student, sums["within_student"]), (within_teacher, sums["within_teacher"])):
         if not centred.trace() > _CONSTANT * raw.trace():
             return float("nan")
-    return float(between.norm() ** 2 / (within_ours.norm() * within_theirs.norm()))
+    return float(between.norm() ** 2 / (within_student.norm() * within_teacher.norm()))
 
 
 def cka_table(
@@ -201,8 +203,8 @@ def cka_table(
 ) -> list[list[float | None]]:
     """`linear_cka` of every student's feature (rows) with every teacher's (columns); None where it is not defined.
 
-    Of few images it is had from matrices of images by images, one a feature: `||X^T Y||^2` is the sum of the products
-    of `X X^T` and `Y Y^T`. So a table of 30 by 30 costs 60 such matrices, and not 900 of channels by channels.
+    Needs one matrix (images by images) per feature, because `||X^T Y||^2` is the sum of the elementwise product of
+    `X X^T` and `Y Y^T`. A table of 30 by 30 thus takes 60 matrices, instead of 900 of channels by channels.
     """
     grams = [[_gram(feature) for feature in side] for side in (of_student, of_teacher)]
     return [
@@ -221,86 +223,65 @@ def _gram(feature: Float[Tensor, "images channels"]) -> Float[Tensor, "images im
 def vectors(
     planned: Plan, run: Path, of_student: Sequence[Tap], of_teacher: Sequence[Tap], *, images: int, seconds: float
 ) -> tuple[dict[Tap, Float[Tensor, "images _"]], dict[Tap, Float[Tensor, "images _"]]]:
-    """One vector per test image of layers of a run's student, and of its teacher: what `evaluate` compares.
+    """One vector per test image for layers of a run's student and teacher, the same vectors that `evaluate` compares.
 
-    It looks at so many images, or at those that so many seconds suffice for; they are drawn at random, and the same for
-    every run on that data. Layers that are no feature of single images are left out. This process does it alone, on
-    torch's current accelerator. Raises RunError for a run without a teacher, or without its weights, and DataError
-    without images.
+    Uses at most `images` test images, and stops after `seconds`. The images are drawn at random, the same for every run
+    on that data. Layers that are not features of single images are left out. Runs in this process only, on torch's
+    current accelerator. Raises RunError for a run without a teacher or without its weights, and DataError without
+    images.
     """
-    options, known, given, wanted = (
-        planned.recipe.teacher,
-        planned.teacher,
-        planned.student_input,
-        planned.teacher_input,
-    )
-    if options is None or known is None or wanted is None:
+    options, teacher_trace = planned.recipe.teacher, planned.teacher
+    student_input, teacher_input = planned.student_input, planned.teacher_input
+    if options is None or teacher_trace is None or teacher_input is None:
         raise RunError(f"the run in {run} has no teacher")
     _check_files(run, planned.recipe)
     file = _weights_of_student(run, None, ema=False)
     trained = planned.recipe.share is not None or options.train is not None
-    teacher, name = _teacher(known, options, run, "teacher", trained=trained)
+    teacher, name = _teacher(teacher_trace, options, run, "teacher", trained=trained)
     place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    sides = [
-        _entry("student", planned.trained.model, _student(planned, file), file.name, (given, wanted), of_student).to(
-            place
-        ),
-        _entry("teacher", known.model, teacher, name, (wanted, wanted), of_teacher).to(place),
+    student, inputs = _student(planned, file), (student_input, teacher_input)
+    entries = [
+        _entry("student", planned.trained.model, student, file.name, inputs, of_student).to(place),
+        _entry("teacher", teacher_trace.model, teacher, name, (teacher_input, teacher_input), of_teacher).to(place),
     ]
     count = len(planned.datasets.test)  # type: ignore[arg-type]
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:images].tolist()
     if not chosen:
         raise DataError("there are no test images")
-    # Few at a time, so that the clock is looked at; and by no workers, which cost seconds to start.
-    data = planned.recipe.data.model_copy(update={"batch_size": min(planned.recipe.data.batch_size, 64), "workers": 0})
-    forms = list(dict.fromkeys(side.images for side in sides))
-    test = Subset(planned.datasets.test, chosen)
-    loaders = [readable(loader(test, data, form, training=False), "test") for form in forms]
-    found: list[dict[Tap, list[Tensor]]] = [{tap: [] for tap in side.pools} for side in sides]
-    end = time.monotonic() + seconds
-    for batches in zip(*loaders, strict=True):
-        seen = dict(zip(forms, (views for views, _ in batches), strict=True))
-        for side, kept in zip(sides, found, strict=True):
-            with _autocast(mixed_precision(planned.recipe, place.type) or "no", place):
-                features = side.look(seen[side.images].to(place))
-            for tap, pool in side.pools.items():
-                kept[tap].append(pool(features[tap]).float().cpu())
-        if time.monotonic() > end:
-            break
-    ours_, theirs_ = ({tap: torch.cat(parts) for tap, parts in kept.items()} for kept in found)
-    return ours_, theirs_
+    student_vectors, teacher_vectors = _vectors(planned, entries, chosen, place, seconds)
+    return student_vectors, teacher_vectors
 
 
 def variance_sums(predicted: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]) -> Sums:
-    """What of a batch `explained_variance` needs. Those of all batches are added."""
-    wanted = _exact(target)
-    missed = wanted - _exact(predicted)
+    """The sums over one batch that `explained_variance` needs. Add them over all batches."""
+    exact_target = _exact(target)
+    error = exact_target - _exact(predicted)
     return {
-        "images": wanted.new_tensor(len(wanted)),
-        "wanted": wanted.sum(0),
-        "wanted_squared": wanted.square().sum(),
-        "missed": missed.sum(0),
-        "missed_squared": missed.square().sum(),
+        "images": exact_target.new_tensor(len(exact_target)),
+        "target": exact_target.sum(0),
+        "target_squared": exact_target.square().sum(),
+        "error": error.sum(0),
+        "error_squared": error.square().sum(),
     }
 
 
 def explained_variance(sums: Mapping[str, Tensor]) -> float:
-    """`1 - SSE / SST` from the `variance_sums` of all images: 1 where the target is met, 0 where its mean would do.
+    """`1 - SSE / SST` from the `variance_sums` of all images: 1 for exact predictions, 0 if no better than the mean.
 
-    Both sums of squares are about their means over the images, per channel and position, and are added over these. So
-    a constant offset costs nothing, and less than 0 is worse than no prediction. NaN where the target is the same for
-    every image.
+    Both sums of squares are about their means over the images, per channel and position, and are added over these. A
+    constant offset therefore costs nothing; a negative value is worse than predicting the mean. NaN if the target is
+    the same for every image.
     """
-    total, left = (
-        sums[f"{name}_squared"] - sums[name].square().sum() / sums["images"] for name in ("wanted", "missed")
+    total, residual = (
+        sums[f"{name}_squared"] - sums[name].square().sum() / sums["images"] for name in ("target", "error")
     )
-    if not total > _CONSTANT * sums["wanted_squared"]:
+    if not total > _CONSTANT * sums["target_squared"]:
         return float("nan")
-    return float(1 - left.clamp(min=0) / total)
+    return float(1 - residual.clamp(min=0) / total)
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """In float64, which Apple's GPUs do not have."""
+    """In float64, on the CPU if the tensor is on an Apple GPU, which has no float64."""
     return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
@@ -317,10 +298,10 @@ def _recipe_of(folder: Path) -> Path:
 
 
 def _check_files(folder: Path, recipe: Recipe) -> None:
-    """Raises RunError where what the figures of a run depend on is not what the run was made of."""
+    """Raise RunError if a file that the figures depend on has changed since the run."""
     check_own(folder, (RECIPE, RECORD))
-    mend = "Figures would be of other models than the run's: put the former file back"
-    check_inputs(folder, inputs_of(recipe, trained=True), mend)
+    advice = "Figures would be of other models than the run's: put the former file back"
+    check_inputs(folder, inputs_of(recipe, trained=True), advice)
 
 
 def _weights_of_student(folder: Path, weights: str | Path | None, *, ema: bool) -> Path:
@@ -348,8 +329,8 @@ def _unfinished(folder: Path, name: str) -> RunError:
 
 def _place(accelerator: Accelerator, device: str | None) -> torch.device:
     if device is None:
-        chosen: torch.device = accelerator.device
-        return chosen
+        default: torch.device = accelerator.device
+        return default
     if accelerator.num_processes > 1:
         raise RunError(f"device {device!r}: of several processes each has its own; leave it out")
     try:
@@ -363,20 +344,20 @@ def _place(accelerator: Accelerator, device: str | None) -> torch.device:
 def _images(planned: Plan, split: Split) -> Dataset[Any]:
     if split not in get_args(Split):
         raise RunError(f"split {split!r}: expected one of {', '.join(map(repr, get_args(Split)))}")
-    found: Dataset[Any] | None = getattr(planned.datasets, split)
-    if found is None and split == "val":
+    images: Dataset[Any] | None = getattr(planned.datasets, split)
+    if images is None and split == "val":
         raise RunError(f"this run has no validation images beside its test images: {planned.datasets.measured_on}")
-    if found is None:
+    if images is None:
         raise RunError("this run held no training images out; `data: {holdout: 0.1}` in a recipe does")
-    return found
+    return images
 
 
 @dataclass(frozen=True)
 class _Evaluated:
     """One model that is measured.
 
-    `images` is how they are loaded for it, `output` the tap of its answer, `pools` what makes one vector of an image of
-    each feature that is compared, and `classes` are the answers that count, where not all do.
+    `images` is the form of the images that it loads, and `output` the tap of its logits. `pools` maps each compared
+    feature to the module that pools it to one vector per image. `classes` selects logits, if not all of them count.
     """
 
     role: str
@@ -394,7 +375,7 @@ class _Evaluated:
         self.view.to(place)
         return self
 
-    def look(self, images: Tensor) -> dict[Tap, Tensor]:
+    def features(self, images: Tensor) -> dict[Tap, Tensor]:
         return {tap: feature.float() for tap, feature in self.probe(self.view(images)).items()}
 
     def logits(self, features: Mapping[Tap, Tensor]) -> Float[Tensor, "batch classes"]:
@@ -402,14 +383,14 @@ class _Evaluated:
         return logits if self.classes is None else logits[:, list(self.classes)]
 
     @property
-    def learns(self) -> bool:
-        """Whether it is a student, to be held against the teacher."""
+    def is_student(self) -> bool:
+        """Whether it is compared with the teacher."""
         return not self.role.startswith("teacher")
 
 
 @dataclass
 class _Compared:
-    """One row of the table of pairs, with its sums. Where it has no adapter, `why` says the reason."""
+    """One row of the table of pairs, with its sums. `why` is the reason for a missing adapter."""
 
     pair: Pair
     stage: str = ""
@@ -424,14 +405,14 @@ class _Compared:
     def pairs(self) -> tuple[Pair, ...]:
         return self.comparison.pairs if self.comparison else (self.pair,)
 
-    def update(self, of_student: Mapping[Tap, Tensor], of_teacher: Mapping[Tap, Tensor], kept: int) -> None:
+    def update(self, of_student: Mapping[Tap, Tensor], of_teacher: Mapping[Tap, Tensor], count: int) -> None:
+        """Add the first `count` images of a batch."""
         if self.adapter is None or self.comparison is None:
             return
-        mine = self.comparison.features("student", of_student, matrices=self.of_matrices)
-        predicted, wanted = self.adapter(
-            mine, self.comparison.features("teacher", of_teacher, matrices=self.of_matrices)
-        )
-        self.sums = _add(self.sums, variance_sums(predicted[:kept], wanted[:kept]))
+        student_features = self.comparison.features("student", of_student, matrices=self.of_matrices)
+        teacher_features = self.comparison.features("teacher", of_teacher, matrices=self.of_matrices)
+        predicted, target = self.adapter(student_features, teacher_features)
+        self.sums = _add(self.sums, variance_sums(predicted[:count], target[:count]))
 
 
 def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Compared]:
@@ -459,49 +440,55 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
 
 
 def _entries(
-    planned: Plan, folder: Path, student: Path, compared: Sequence[_Compared], *, ema: bool
+    planned: Plan, folder: Path, student: Path, rows: Sequence[_Compared], *, ema: bool
 ) -> Iterator[_Evaluated]:
-    """The student first, then what there is of the baseline, the teacher, and the teacher baseline."""
-    pairs = [pair for item in compared for pair in (item.pair, *item.pairs)]
+    """The student, then the baseline, the teacher, and the teacher baseline, as far as the run has them."""
+    pairs = [pair for row in rows for pair in (row.pair, *row.pairs)]
     of_student, of_teacher = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
-    given, wanted = planned.student_input, planned.teacher_input
-    shown = student.name if student.parent == folder else str(student)
-    other = wanted or given
-    yield _entry("student", planned.trained.model, _student(planned, student), shown, (given, other), of_student)
-    alone, average = weights_file(folder, "baseline"), weights_file(folder, "baseline", "-ema")
-    alone = average if ema and average.is_file() else alone
-    if alone.is_file():
-        plain = replace(given, size=planned.student.input_size)  # a graft sees what its teacher sees
-        model = _loaded(_built(planned.student), alone)
+    student_input, teacher_input = planned.student_input, planned.teacher_input
+    name = student.name if student.parent == folder else str(student)
+    inputs = (student_input, teacher_input or student_input)
+    yield _entry("student", planned.trained.model, _student(planned, student), name, inputs, of_student)
+    baseline, average = weights_file(folder, "baseline"), weights_file(folder, "baseline", "-ema")
+    baseline = average if ema and average.is_file() else baseline
+    if baseline.is_file():
+        # A graft takes the teacher's size, and its baseline its own.
+        inputs = (replace(student_input, size=planned.student.input_size), inputs[1])
+        model = _loaded(_built(planned.student), baseline)
         taps = [] if planned.grown else of_student
-        yield _entry("baseline", planned.student.model, model, alone.name, (plain, other), taps)
-    options, known = planned.recipe.teacher, planned.teacher
-    if options is None or known is None or wanted is None:
+        yield _entry("baseline", planned.student.model, model, baseline.name, inputs, taps)
+    yield from _teacher_entries(planned, folder, of_teacher)
+
+
+def _teacher_entries(planned: Plan, folder: Path, taps: Sequence[Tap]) -> Iterator[_Evaluated]:
+    options, teacher, images = planned.recipe.teacher, planned.teacher, planned.teacher_input
+    if options is None or teacher is None or images is None:
         return
     trained = planned.recipe.share is not None or options.train is not None
-    model, shown = _teacher(known, options, folder, "teacher", trained=trained)
-    teacher = _entry("teacher", known.model, model, shown, (wanted, wanted), of_teacher)
-    yield replace(teacher, classes=planned.class_map)
+    model, name = _teacher(teacher, options, folder, "teacher", trained=trained)
+    entry = _entry("teacher", teacher.model, model, name, (images, images), taps)
+    yield replace(entry, classes=planned.class_map)
     if planned.recipe.share:
-        given_weights = options.pretrained or options.checkpoint is not None
-        model, shown = _teacher(known, options, folder, "teacher baseline", trained=not given_weights)
-        yield _entry("teacher baseline", known.model, model, shown, (wanted, wanted), [])
+        has_weights = options.pretrained or options.checkpoint is not None
+        model, name = _teacher(teacher, options, folder, "teacher baseline", trained=not has_weights)
+        yield _entry("teacher baseline", teacher.model, model, name, (images, images), [])
 
 
 def _entry(
-    role: str, name: str, model: nn.Module, weights: str, sees: tuple[InputSpec, InputSpec], taps: Sequence[Tap]
+    role: str, name: str, model: nn.Module, weights: str, inputs: tuple[InputSpec, InputSpec], taps: Sequence[Tap]
 ) -> _Evaluated:
-    own, other = sees
-    # Traced anew, in eval mode: a model may answer otherwise than in training, and overwrite other features.
-    seen = trace(model.eval(), own.size)
-    specs = {spec.tap: spec for spec in (seen.output, *(seen[tap] for tap in taps))}
-    pools = {tap: pooled(seen[tap]) for tap in dict.fromkeys(taps) if seen[tap].layout is not Layout.OTHER}
+    """`inputs` are those of this model and of the other one."""
+    own, other = inputs
+    # Traced again in eval mode, in which outputs and overwritten features may differ from training mode.
+    traced = trace(model.eval(), own.size)
+    specs = {spec.tap: spec for spec in (traced.output, *(traced[tap] for tap in taps))}
+    pools = {tap: pooled(traced[tap]) for tap in dict.fromkeys(taps) if traced[tap].layout is not Layout.OTHER}
     probe = Probe(model, specs.values())
-    return _Evaluated(role, name, weights, probe, ImageView(own, own), own.covering(other), seen.output.tap, pools)
+    return _Evaluated(role, name, weights, probe, ImageView(own, own), own.covering(other), traced.output.tap, pools)
 
 
-def _built(known: Trace, *, pretrained: bool = False) -> nn.Module:
-    return build_model(known.model, known.model_kwargs, pretrained=pretrained)
+def _built(traced: Trace, *, pretrained: bool = False) -> nn.Module:
+    return build_model(traced.model, traced.model_kwargs, pretrained=pretrained)
 
 
 def _loaded(model: nn.Module, path: str | Path) -> nn.Module:
@@ -510,21 +497,23 @@ def _loaded(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _student(planned: Plan, path: Path) -> nn.Module:
-    """As it was trained. What it shared with a teacher, but for a graft's layers, it has as its own by now."""
+    """The student as it was trained. The file holds shared weights too; a graft needs the teacher."""
     student, share = _built(planned.student), planned.recipe.share
     if share is not None and share.form == "graft" and planned.teacher is not None:
         student, _ = join(share, student, _built(planned.teacher), planned.student, planned.teacher)
     return _loaded(student, path)
 
 
-def _teacher(known: Trace, options: TeacherOptions, folder: Path, role: str, *, trained: bool) -> tuple[nn.Module, str]:
-    """With the weights that the run wrote, where it trains it, else those that it was given; and their name."""
+def _teacher(
+    traced: Trace, options: TeacherOptions, folder: Path, role: str, *, trained: bool
+) -> tuple[nn.Module, str]:
+    """The teacher with the weights that the run wrote, or else those of the recipe, and the name of these weights."""
     file = weights_file(folder, role)
     if file.is_file():
-        return _loaded(_built(known), file), file.name
+        return _loaded(_built(traced), file), file.name
     if trained:
         raise _unfinished(folder, file.name)
-    model = _built(known, pretrained=options.pretrained)
+    model = _built(traced, pretrained=options.pretrained)
     if options.checkpoint:
         load_weights(model, options.checkpoint)
     return model, options.checkpoint or "pretrained"
@@ -533,18 +522,41 @@ def _teacher(known: Trace, options: TeacherOptions, folder: Path, role: str, *, 
 def _batches(
     planned: Plan, images: Dataset[Any], entries: Sequence[_Evaluated], accelerator: Accelerator, size: int | None
 ) -> Iterator[tuple[dict[InputSpec, Tensor], Tensor]]:
-    """The same images in every form that a model wants them in, with their labels."""
+    """The same images in the form of every model, with their labels."""
     data = planned.recipe.data
     options = data.model_copy(update={"batch_size": size or data.batch_size})
-    forms = list(dict.fromkeys(entry.images for entry in entries))
-    prepared = (loader(images, options, form, training=False).prepare(accelerator) for form in forms)
+    specs = list(dict.fromkeys(entry.images for entry in entries))
+    prepared = (loader(images, options, spec, training=False).prepare(accelerator) for spec in specs)
     loaders = [readable(batches, "evaluation") for batches in prepared]
     for batches in zip(*loaders, strict=True):
-        yield dict(zip(forms, (seen for seen, _ in batches), strict=True)), batches[0][1]
+        yield dict(zip(specs, (view for view, _ in batches), strict=True)), batches[0][1]
+
+
+def _vectors(
+    planned: Plan, entries: Sequence[_Evaluated], chosen: Sequence[int], place: torch.device, seconds: float
+) -> list[dict[Tap, Float[Tensor, "images _"]]]:
+    """The pooled features of each model on these test images, or on the first of them that `seconds` suffice for."""
+    # Small batches, so that the time limit is checked often; no workers, which take seconds to start.
+    data = planned.recipe.data.model_copy(update={"batch_size": min(planned.recipe.data.batch_size, 64), "workers": 0})
+    specs = list(dict.fromkeys(entry.images for entry in entries))
+    test = Subset(planned.datasets.test, chosen)
+    loaders = [readable(loader(test, data, spec, training=False), "test") for spec in specs]
+    parts: list[dict[Tap, list[Tensor]]] = [{tap: [] for tap in entry.pools} for entry in entries]
+    end = time.monotonic() + seconds
+    for batches in zip(*loaders, strict=True):
+        views = dict(zip(specs, (view for view, _ in batches), strict=True))
+        for entry, entry_parts in zip(entries, parts, strict=True):
+            with _autocast(mixed_precision(planned.recipe, place.type) or "no", place):
+                features = entry.features(views[entry.images].to(place))
+            for tap, pool in entry.pools.items():
+                entry_parts[tap].append(pool(features[tap]).float().cpu())
+        if time.monotonic() > end:
+            break
+    return [{tap: torch.cat(tensors) for tap, tensors in entry_parts.items()} for entry_parts in parts]
 
 
 def _autocast(precision: str, place: torch.device) -> AbstractContextManager[Any]:
-    """As accelerate has it in training; in full where a CPU evaluates what a GPU trained in float16."""
+    """Autocast as accelerate uses it in training, but float32 for float16 on a CPU."""
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if kind is None or (kind is torch.float16 and place.type == "cpu"):
         return nullcontext()
@@ -555,33 +567,35 @@ class _Meter:
     """All sums over the images so far."""
 
     def __init__(
-        self, entries: Sequence[_Evaluated], compared: Sequence[_Compared], classes: int, accelerator: Accelerator
+        self, entries: Sequence[_Evaluated], rows: Sequence[_Compared], classes: int, accelerator: Accelerator
     ) -> None:
-        self.entries, self.compared, self.classes, self.accelerator = entries, compared, classes, accelerator
-        self.answers: dict[str, Sums] = {entry.role: {} for entry in entries}
-        # It would gather again what is gathered, so it is told not to.
+        self.entries, self.rows, self.classes, self.accelerator = entries, rows, classes, accelerator
+        self.sums: dict[str, Sums] = {entry.role: {} for entry in entries}
+        # Logits are gathered before they reach the metric, so it must not gather them again.
         options: dict[str, Any] = {"n_bins": BINS, "norm": "l1", "validate_args": False, "sync_on_compute": False}
-        self.calibration = {role: MulticlassCalibrationError(classes, **options) for role in self.answers}
+        self.calibration = {role: MulticlassCalibrationError(classes, **options) for role in self.sums}
         self.pools = {entry.role: entry.pools for entry in entries}
-        self.alike: dict[tuple[str, Pair], Sums] = {
-            (entry.role, item.pair): {}
-            for item in compared
+        self.cka_sums: dict[tuple[str, Pair], Sums] = {
+            (entry.role, row.pair): {}
+            for row in rows
             for entry in entries
-            if entry.learns and item.pair.student in entry.pools and item.pair.teacher in self.pools.get("teacher", {})
+            if entry.is_student
+            and row.pair.student in entry.pools
+            and row.pair.teacher in self.pools.get("teacher", {})
         }
 
     def update(self, features: Mapping[str, Mapping[Tap, Tensor]], target: Int[Tensor, " batch"]) -> None:
         logits = {entry.role: entry.logits(features[entry.role]) for entry in self.entries}
-        self._answer(*self.accelerator.gather_for_metrics((logits, target)))
-        kept = self._kept(target)
-        for item in self.compared:
-            item.update(features["student"], features["teacher"], kept)
-        for (role, pair), sums in self.alike.items():
+        self._add_logits(*self.accelerator.gather_for_metrics((logits, target)))
+        count = self._own_images(target)
+        for row in self.rows:
+            row.update(features["student"], features["teacher"], count)
+        for (role, pair), sums in self.cka_sums.items():
             of_student = self.pools[role][pair.student](features[role][pair.student])
             of_teacher = self.pools["teacher"][pair.teacher](features["teacher"][pair.teacher])
-            self.alike[role, pair] = _add(sums, cka_sums(of_student[:kept], of_teacher[:kept]))
+            self.cka_sums[role, pair] = _add(sums, cka_sums(of_student[:count], of_teacher[:count]))
 
-    def _answer(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
+    def _add_logits(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
         wrong = target[(target < 0) | (target >= self.classes)]
         if len(wrong):
             raise DataError(f"label {int(wrong[0])} of an image is none of the {self.classes} classes")
@@ -594,15 +608,13 @@ class _Meter:
                         "its weights are damaged, or the recipe's `precision` is too narrow for it"
                     )
                 )
-            of_teacher = _exact(logits["teacher"]) if entry.learns and "teacher" in logits else None
-            self.answers[role] = _add(
-                self.answers[role], _answer_sums(of_student, target.to(of_student.device), of_teacher)
-            )
+            of_teacher = _exact(logits["teacher"]) if entry.is_student and "teacher" in logits else None
+            self.sums[role] = _add(self.sums[role], _logit_sums(of_student, target.to(of_student.device), of_teacher))
             # As probabilities: logits that happen to lie in 0..1 would be taken for such.
             self.calibration[role].to(of_student.device).update(of_student.softmax(1), target.to(of_student.device))
 
-    def _kept(self, target: Tensor) -> int:
-        """How many images of this process count: the last batch is filled up with some that were there before."""
+    def _own_images(self, target: Tensor) -> int:
+        """How many images of this process count: the last batch is padded with repeated images."""
         if self.accelerator.num_processes == 1:
             return len(target)
         first, end = (len(target) * (self.accelerator.process_index + more) for more in (0, 1))
@@ -610,38 +622,38 @@ class _Meter:
         return int(((places >= first) & (places < end)).sum())
 
     def result(self, run: str, split: str) -> Evaluation:
-        images = {int(sums["images"]) for sums in self.answers.values() if sums}
+        images = {int(sums["images"]) for sums in self.sums.values() if sums}
         if not images:
             raise DataError(f"there are no images in the split {split!r}")
         scores = tuple(self._scores(entry) for entry in self.entries)
-        alike = {key: _defined(linear_cka(self.accelerator.reduce(sums, "sum"))) for key, sums in self.alike.items()}
-        rows = tuple(self._similarity(item, alike) for item in self.compared)
+        cka = {key: _defined(linear_cka(self.accelerator.reduce(sums, "sum"))) for key, sums in self.cka_sums.items()}
+        rows = tuple(self._similarity(row, cka) for row in self.rows)
         return Evaluation(run, split, images.pop(), scores, rows)
 
     def _scores(self, entry: _Evaluated) -> Scores:
-        sums = self.answers[entry.role]
+        sums = self.sums[entry.role]
         means = {name: float(total / sums["images"]) for name, total in sums.items() if name != "images"}
         error = float(self.calibration[entry.role].compute())
         return Scores(entry.role, entry.name, entry.weights, calibration_error=error, **means)
 
-    def _similarity(self, item: _Compared, alike: Mapping[tuple[str, Pair], float | None]) -> Similarity:
-        own, alone = (alike.get((role, item.pair)) for role in ("student", "baseline"))
-        explained = _defined(explained_variance(self.accelerator.reduce(item.sums, "sum"))) if item.sums else None
-        notes = [item.why] * bool(item.why)
-        if item.sums and explained is None:
+    def _similarity(self, row: _Compared, cka: Mapping[tuple[str, Pair], float | None]) -> Similarity:
+        of_student, of_baseline = (cka.get((role, row.pair)) for role in ("student", "baseline"))
+        explained = _defined(explained_variance(self.accelerator.reduce(row.sums, "sum"))) if row.sums else None
+        notes = [row.why] * bool(row.why)
+        if row.sums and explained is None:
             notes.append("the teacher's side is the same for every image")
-        elif item.sums and item.of_matrices:
-            notes.append(f"explains the matrix of {item.comparison}")
-        if own is None and ("student", item.pair) in alike:
+        elif row.sums and row.of_matrices:
+            notes.append(f"explains the matrix of {row.comparison}")
+        if of_student is None and ("student", row.pair) in cka:
             notes.append("one of both features is the same for every image")
-        elif own is None:
+        elif of_student is None:
             notes.append("one of both is no feature of single images")
-        student, teacher = (str(tap) or "output" for tap in (item.pair.student, item.pair.teacher))
-        return Similarity(item.stage, item.loss, student, teacher, own, alone, explained, "; ".join(notes))
+        student, teacher = (str(tap) or "output" for tap in (row.pair.student, row.pair.teacher))
+        return Similarity(row.stage, row.loss, student, teacher, of_student, of_baseline, explained, "; ".join(notes))
 
 
-def _answer_sums(of_student: Tensor, target: Tensor, of_teacher: Tensor | None) -> Sums:
-    """What of a batch of logits the scores need; `of_teacher` are the teacher's."""
+def _logit_sums(of_student: Tensor, target: Tensor, of_teacher: Tensor | None) -> Sums:
+    """The sums over a batch of logits that the scores need; `of_teacher` are the teacher's logits."""
     log = of_student.log_softmax(1)
     sums = {
         "images": of_student.new_tensor(len(of_student)),

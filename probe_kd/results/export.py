@@ -1,7 +1,7 @@
-"""Export: from the folder of a run to one that plain timm loads, and that has been loaded before it is handed over.
+"""Export a model of a run to a folder that plain timm loads.
 
-The folder is written beside its place, loaded back, compared with the model as it was trained, and only then named: a
-folder that is there gives the right answers.
+The folder is written under a temporary name, loaded back, compared with the trained model, and only then renamed. A
+folder in place therefore gives the logits of the trained model.
 """
 
 import json
@@ -36,20 +36,21 @@ from probe_kd.version import __version__
 
 ROLES = ("student", "baseline", "teacher", "teacher-baseline")
 WEIGHTS, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
-FILES = (CONFIG, WEIGHTS, CARD, ONNX, f"{ONNX}.data")  # the last where a model is larger than an ONNX file may be
-MARK = "- probe-kd\n"  # a tag of the card: of the folders with a README.md, ours
-# The largest differences that are rounding, as shares of the largest value. Loaded weights give the same bits; where
-# the order of sums has changed, ten thousand times float32's precision is still far below what a mistake makes.
+FILES = (CONFIG, WEIGHTS, CARD, ONNX, f"{ONNX}.data")  # the last if the model exceeds the size limit of an ONNX file
+MARK = "- probe-kd\n"  # a tag of the card, by which an export is recognised
+# The largest differences that count as rounding, relative to the largest value. Loaded weights give the same bits.
+# After a change in the order of sums, 10,000 times the precision of float32 is still far below the effect of an error.
 SAME, FUSED = 1e-5, 1e-3
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how near it is to the model as it was trained.
+    """The result of `export`: what was written, and how much it differs from the trained model.
 
-    `difference` is the largest between two logits on `images`, of the trained model and of the one that timm loads from
-    the folder (None where timm cannot load it), and `onnx_difference` that of onnxruntime (None without ONNX); they are
-    in the units of the logits, of which `largest_logit` is the largest. `notes` tell what a user has to know besides.
+    `difference` is the largest absolute difference of logits on `images` between the trained model and the one that
+    timm loads from the folder (None if timm cannot load it); `onnx_difference` is the same for onnxruntime (None
+    without ONNX). Both are in units of the logits, whose largest absolute value is `largest_logit`. `notes` are remarks
+    for the user.
     """
 
     folder: str
@@ -67,7 +68,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class _Trained:
-    """A role of a finished run: its model in eval mode, and what it was evaluated on."""
+    """A role of a finished run: its model in eval mode, and the input that it was evaluated with."""
 
     run: Path
     recipe: Recipe
@@ -83,7 +84,7 @@ class _Trained:
 
     @property
     def why_not_timm(self) -> str:
-        """Why no config of timm can stand for this model; empty where one can."""
+        """Why no config of timm can describe this model; empty if one can."""
         name = str(self.about["model"])
         if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
             return f"is built by your own {name}, which timm does not know"
@@ -92,19 +93,19 @@ class _Trained:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Images as the model was evaluated on, with the pictures they were made from, and the names of the classes."""
+    """Images preprocessed as in the evaluation, the pictures they come from, and the names of the classes."""
 
     images: Tensor
-    said: str
+    description: str
     pictures: Sequence[Image.Image] = ()
     classes: Sequence[str] = ()
 
 
 @dataclass
 class _Written:
-    """What has been put into the folder so far."""
+    """The contents of the folder so far."""
 
-    module: nn.Module  # what stands in ONNX
+    module: nn.Module  # written as ONNX
     kwargs: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     difference: float | None = None
@@ -124,20 +125,20 @@ def export(
     allow_import: Sequence[str] = (),
 ) -> Exported:
     """Write a model of a finished run to `folder`, from which `timm.create_model("local-dir:FOLDER", pretrained=True)`
-    builds it with its weights, and `timm.data` its preprocessing.
+    builds the model with its weights, and `timm.data` its preprocessing.
 
-    `role` is one of `ROLES`; `ema` takes the moving average of its weights; `reparameterize` merges branches and
-    batch norms that are only of use in training (timm's `reparameterize_model`); `onnx` adds `model.onnx`, float32,
-    from normalised images (batch, channels, height, width) to logits (batch, classes). A model of your own function
-    has no config of timm, and with `onnx` is written as that alone. `overwrite` replaces a former export
-    and nothing else. `root` is where the run's data lie, if they have moved: answers are compared on its test images,
-    and without `root` on random ones where these are not there. `allow_import` names the packages whose functions may
+    `role` is one of `ROLES`. `ema` exports the moving average of the weights. `reparameterize` merges branches and
+    batch norms that only training needs (timm's `reparameterize_model`). `onnx` adds `model.onnx`, in float32, from
+    normalised images (batch, channels, height, width) to logits (batch, classes). timm has no config for a model from
+    your own function; such a model is exported only as ONNX. `overwrite` replaces an earlier export and nothing else.
+    `root` is the new place of the run's data, if they have moved: the logits are compared on its test images, or on
+    random images if these cannot be read and `root` is not given. `allow_import` lists the packages whose functions may
     be called to build the model.
 
-    Raises RunError for a run that is not there, not finished or without these weights, a folder that is not free, a
-    model that cannot be exported in this form, and answers that are not those of the trained model, of which nothing is
-    left; WeightsError for weights that cannot be read or are of another model; DataError for a `root` whose images
-    cannot be read; RecipeError for an unreadable recipe.
+    Raises RunError if the run is missing, unfinished or without these weights, the folder is not free, or the model
+    cannot be exported in this form or has other logits after loading, in which case nothing is written; WeightsError
+    for weights that cannot be read or are of another model; DataError if the images of `root` cannot be read;
+    RecipeError for an unreadable recipe.
     """
     run, folder = Path(run), Path(folder)
     if onnx:
@@ -174,7 +175,7 @@ def export(
         model=str(trained.about["model"]),
         model_kwargs=written.kwargs,
         files=files,
-        images=sample.said,
+        images=sample.description,
         largest_logit=expected.abs().max().item(),
         difference=written.difference,
         onnx_difference=written.onnx_difference,
@@ -213,9 +214,9 @@ def _read(run: Path, role: str, ema: bool, root: str | Path | None, allow_import
 def _why_missing(run: Path, weights: Path, role: str, ema: bool) -> str:
     if any(run.glob("checkpoint*")):
         return f"{run} is not finished, and has no {weights.name} yet; go on with it: {command_to_go_on(run)}"
-    found = sorted(file.name for file in run.glob("*.safetensors") if file.stem.removesuffix("-ema") in ROLES)
-    has = f"it has {', '.join(found)}" if found else "it has no weights at all"
-    if ema and f"{role}.safetensors" in found:
+    existing = sorted(file.name for file in run.glob("*.safetensors") if file.stem.removesuffix("-ema") in ROLES)
+    has = f"it has {', '.join(existing)}" if existing else "it has no weights at all"
+    if ema and f"{role}.safetensors" in existing:
         return f"{run} kept no moving average of the {role} ({weights.name}): {has}; leave --ema out"
     untrained = "; a teacher that came with its weights was not trained here" * role.startswith("teacher")
     return f"{run} has no {weights.name}: {has}{untrained}"
@@ -226,15 +227,17 @@ def _check_header(weights: Path, about: Mapping[str, Any], options: ModelOptions
         raise WeightsError(f"{weights} is of a {role}, and the recipe of its run has none")
     if "model" not in about:
         raise WeightsError(f"{weights} does not tell which model it is of; it was not written by probe-kd")
-    wanted = options.model, options.model_kwargs
-    found = about["model"], about["model_kwargs"]
-    if "graft" not in about and found != wanted and found != _portable(options):
-        given, expected = (_call(name, kwargs) for name, kwargs in ((about["model"], about["model_kwargs"]), wanted))
-        raise WeightsError(f"{weights} is of another model: of {given}, and the run's recipe.yaml says {expected}")
+    in_recipe = options.model, options.model_kwargs
+    in_header = about["model"], about["model_kwargs"]
+    if "graft" not in about and in_header != in_recipe and in_header != _portable(options):
+        header_call, recipe_call = (_call(name, kwargs) for name, kwargs in (in_header, in_recipe))
+        raise WeightsError(
+            f"{weights} is of another model: of {header_call}, and the run's recipe.yaml says {recipe_call}"
+        )
 
 
 def _portable(options: ModelOptions) -> tuple[str, dict[str, Any]]:
-    """What a run writes for the model of a folder; where that has gone, what it is called by."""
+    """The name and arguments that a run writes for a `local-dir:` model; those of the recipe if the folder is gone."""
     try:
         return portable(options.model, options.model_kwargs)
     except TraceError:
@@ -246,9 +249,9 @@ def _call(name: str, kwargs: Mapping[str, Any]) -> str:
 
 
 def _evaluated_on(recipe: Recipe, role: str, module: nn.Module) -> InputSpec:
-    """As the plan of the recipe says it: the recipe's numbers, else those of timm's config for the model.
+    """The input as in the plan: the values of the recipe, or else those of timm's config for the model.
 
-    A run with a graft normalises the images for the teacher, also those that the baseline is compared on.
+    A run with a graft normalises the images for the teacher, also those of the baseline.
     """
     data, teacher = recipe.data, recipe.teacher
     grafted = recipe.share is not None and recipe.share.form == "graft"
@@ -265,7 +268,7 @@ def _evaluated_on(recipe: Recipe, role: str, module: nn.Module) -> InputSpec:
 
 
 def _sample(trained: _Trained, count: int = 16, *, needed: bool = False) -> _Sample:
-    """The first test images of the run; random ones where its data cannot be read any more, unless they are needed."""
+    """The first test images of the run, or random images if its data cannot be read and are not `needed`."""
     data = trained.recipe.data.model_copy(update={"download": False, "batch_size": count, "workers": 0})
     record = DataRecord.read(trained.run)
     try:
@@ -277,36 +280,36 @@ def _sample(trained: _Trained, count: int = 16, *, needed: bool = False) -> _Sam
             raise
         images = torch.randn(count, *trained.given.size, generator=torch.Generator().manual_seed(0))
         moved = "; where they have moved, --root DIR" if trained.recipe.data.root else ""
-        said = f"{count} random images, since the data of the run were not read ({short(refusal)}{moved})"
-        return _Sample(images, said, classes=record.classes if record else ())
+        description = f"{count} random images, since the data of the run were not read ({short(refusal)}{moved})"
+        return _Sample(images, description, classes=record.classes if record else ())
     pictures = [datasets.test[index][0] for index in range(len(images))] if hasattr(datasets.test, "__len__") else []
-    other = datasets.difference(record, "test")  # two forms of one model can be compared on any images
-    said = f"{len(images)} test images{f' (not those of the run: {other})' * bool(other)}"
-    return _Sample(images, said, pictures, datasets.classes)
+    difference = datasets.difference(record, "test")  # two forms of one model can be compared on any images
+    description = f"{len(images)} test images{f' (not those of the run: {difference})' * bool(difference)}"
+    return _Sample(images, description, pictures, datasets.classes)
 
 
 def _logits(module: nn.Module, images: Tensor) -> Tensor:
-    answer = module(images)
-    if not isinstance(answer, Tensor):
-        raise RunError(f"the model answers with a {type(answer).__name__}; only one tensor of logits can be exported")
-    return answer
+    logits = module(images)
+    if not isinstance(logits, Tensor):
+        raise RunError(f"the model answers with a {type(logits).__name__}; only one tensor of logits can be exported")
+    return logits
 
 
-def _apart(expected: Tensor, found: Tensor, allowed: float, who: str) -> float:
-    """The largest difference. Raises RunError where it is more than rounding."""
-    if found.shape != expected.shape:
-        raise RunError(f"{who} gives {tuple(found.shape)} where the run gave {tuple(expected.shape)}; nothing is left")
-    apart, largest = (found - expected).abs().max().item(), expected.abs().max().item()
-    if not apart <= allowed * largest:  # also where either is no number
+def _difference(expected: Tensor, logits: Tensor, allowed: float, who: str) -> float:
+    """The largest absolute difference. Raises RunError if it is more than rounding."""
+    if logits.shape != expected.shape:
+        raise RunError(f"{who} gives {tuple(logits.shape)} where the run gave {tuple(expected.shape)}; nothing is left")
+    difference, largest = (logits - expected).abs().max().item(), expected.abs().max().item()
+    if not difference <= allowed * largest:  # also where either is no number
         raise RunError(
             f"{who} does not answer as the model did when it was trained: logits up to {largest:.3g} differ by up to "
-            f"{apart:.3g}, and rounding explains {allowed * largest:.1g}; nothing was exported"
+            f"{difference:.3g}, and rounding explains {allowed * largest:.1g}; nothing was exported"
         )
-    return apart
+    return difference
 
 
 def _fuse(written: _Written, trained: _Trained) -> None:
-    """Reparameterise. Raises RunError where timm fails at it."""
+    """Reparameterise the model. Raises RunError if timm fails."""
     from timm.utils.model import reparameterize_model
 
     name = str(trained.about["model"])
@@ -327,11 +330,11 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 def _write_timm(
     written: _Written, trained: _Trained, sample: _Sample, expected: Tensor, aside: Path, *, onnx: bool
 ) -> None:
-    """Config and weights, reparameterised where timm can load that, and loaded back as a stranger would."""
+    """Write config and weights, reparameterised if timm can load that form, and load them with timm alone."""
     name, module, allowed = trained.about["model"], trained.module, SAME
     loaded: nn.Module | None = None
     if written.module is not module:
-        # Tried, not looked up: which models timm builds so, and whether it then reads their weights, is its affair.
+        # Tried instead of looked up: no list of the models that timm builds and loads in this form would stay true.
         kwargs = {**trained.kwargs, "inference_mode": True}
         try:
             loaded = _write_and_load(written.module, kwargs, trained, sample.classes, aside)
@@ -345,7 +348,7 @@ def _write_timm(
             written.notes.append("reparameterised, for inference; to train on, export it as it was trained")
     if loaded is None:
         loaded = _write_and_load(module, trained.kwargs, trained, sample.classes, aside)
-    written.difference = _apart(expected, _logits(loaded, sample.images), allowed, f"{name}, as timm loads it,")
+    written.difference = _difference(expected, _logits(loaded, sample.images), allowed, f"{name}, as timm loads it,")
     _check_preprocessing(loaded, sample, trained)
     written.notes += _larger_teacher(trained)
 
@@ -360,7 +363,7 @@ def _why_not_fused(name: str, refusal: Exception) -> str:
 def _write_and_load(
     module: nn.Module, kwargs: Mapping[str, Any], trained: _Trained, classes: Sequence[str], aside: Path
 ) -> nn.Module:
-    """The model that timm makes of what is written. Raises RunError where it does not."""
+    """Write config and weights, and return the model that timm loads from them. Raises RunError if it cannot."""
     import timm
 
     name = str(trained.about["model"])
@@ -368,7 +371,7 @@ def _write_and_load(
         _write_config(module, kwargs, trained, classes, aside / CONFIG)
         save_weights(module, aside / WEIGHTS, {"model": name, "model_kwargs": dict(kwargs), "probe_kd": __version__})
         loaded: nn.Module = timm.create_model(f"local-dir:{aside}", pretrained=True)
-    except Exception as refusal:  # timm's own, of many kinds
+    except Exception as refusal:  # timm raises many types
         raise RunError(f"timm does not load {name} from what it wrote: {short(refusal)}; nothing is left") from refusal
     return loaded.eval()
 
@@ -381,9 +384,9 @@ def _write_config(
 
     data, given = trained.recipe.data, trained.given
     own: Any = module.pretrained_cfg
-    # Of timm's own config only what is true of the architecture: licence, notes and tag are of other weights.
-    kept = ("architecture", "fixed_input_size", "first_conv", "classifier")
-    config = {key: own[key] for key in kept if key in own} | {
+    # Only the entries that describe the architecture: licence, notes and tag belong to other weights.
+    copied = ("architecture", "fixed_input_size", "first_conv", "classifier")
+    config = {key: own[key] for key in copied if key in own} | {
         "num_classes": module.num_classes,
         "input_size": given.size,
         "mean": given.mean,
@@ -391,7 +394,7 @@ def _write_config(
         "interpolation": "bicubic" if data.interpolation == "random" else data.interpolation,
         "crop_pct": data.crop_pct or DEFAULT_CROP_PCT,
         "crop_mode": "center",
-        "custom_load": False,  # or a model whose first weights were JAX's would take ours for such
+        "custom_load": False,  # else timm would read the weights as JAX's, where its own are
     }
     module.pretrained_cfg = config  # type: ignore[assignment]
     about = {"version": __version__, "role": trained.role, "weights": trained.weights.name}
@@ -402,7 +405,7 @@ def _write_config(
 
 
 def _architecture_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what the config says elsewhere, what is not the model's, and dropout, which is of one training."""
+    """The arguments of the architecture: without those that the config has elsewhere, timm's loader's, and dropout."""
     elsewhere = {
         "num_classes",
         "pretrained",
@@ -416,19 +419,19 @@ def _architecture_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_preprocessing(loaded: nn.Module, sample: _Sample, trained: _Trained) -> None:
-    """What timm makes of the pictures by the config alone is what the model was evaluated on."""
+    """Raise RunError if timm's transform, made from the config, gives other images than the evaluation."""
     from timm.data import create_transform, resolve_model_data_config
 
     if not sample.pictures:
         return
     transform = create_transform(**resolve_model_data_config(loaded))
     mode = "L" if trained.given.size[0] == 1 else "RGB"
-    seen = torch.stack([transform(picture.convert(mode)) for picture in sample.pictures])
-    _apart(sample.images, seen, SAME, "timm's transform, made from the config,")
+    images = torch.stack([transform(picture.convert(mode)) for picture in sample.pictures])
+    _difference(sample.images, images, SAME, "timm's transform, made from the config,")
 
 
 def _larger_teacher(trained: _Trained) -> list[str]:
-    """The loop makes one view of an image, as large as the larger model wants, and resizes it for the other."""
+    """A note for a larger teacher: training makes one view of its size, and resizes it for the student."""
     recipe = trained.recipe
     if recipe.teacher is None or recipe.teacher.input_size is None or trained.role.startswith("teacher"):
         return []
@@ -449,7 +452,7 @@ def _check_onnx() -> None:
 
 
 def _write_onnx(module: nn.Module, images: Tensor, expected: Tensor, path: Path) -> float:
-    """Write ONNX whose batch is free, and ask onnxruntime at two batch sizes. Returns the largest difference."""
+    """Write ONNX with a dynamic batch size, and run onnxruntime at two sizes. Returns the largest difference."""
     import onnxruntime
 
     try:
@@ -465,21 +468,21 @@ def _write_onnx(module: nn.Module, images: Tensor, expected: Tensor, path: Path)
         assert program is not None
         program.save(path)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        answers = [session.run(["logits"], {"images": some.numpy()})[0] for some in (images[:1], images)]
-    except Exception as refusal:  # the exporter's and the runtime's, of many kinds
+        outputs = [session.run(["logits"], {"images": batch.numpy()})[0] for batch in (images[:1], images)]
+    except Exception as refusal:  # exporter and runtime raise many types
         why = short(_root(refusal))
         raise RunError(f"torch cannot export this model to ONNX: {why}; leave --onnx out") from refusal
-    pairs = zip((expected[:1], expected), map(torch.from_numpy, answers), strict=True)
-    return max(_apart(wanted, found, FUSED, "onnxruntime") for wanted, found in pairs)
+    pairs = zip((expected[:1], expected), map(torch.from_numpy, outputs), strict=True)
+    return max(_difference(torch_logits, onnx_logits, FUSED, "onnxruntime") for torch_logits, onnx_logits in pairs)
 
 
 def _root(error: BaseException) -> BaseException:
-    """What it was raised from: the exporter's own text is advice for its developers."""
+    """The first cause; the exporter's own text is advice for its developers."""
     return error if error.__cause__ is None else _root(error.__cause__)
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:
-    """Nothing is replaced but a former export, and only when that was asked for."""
+    """Raise RunError unless the folder is empty, or an earlier export and `overwrite` is given."""
     if folder.is_file():
         raise RunError(f"{folder} is a file; give a folder to -o")
     if not folder.exists() or not any(folder.iterdir()):
@@ -495,7 +498,7 @@ def _check_place(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
-    """A folder that takes the place of `folder` at the end, or leaves no trace where something fails."""
+    """A temporary folder that replaces `folder` at the end, and is deleted on failure."""
     folder = folder.resolve()
     aside, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("partial", "old"))
     try:
@@ -516,7 +519,7 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 def _card(trained: _Trained, written: _Written, name: str) -> str:
     """The README.md of the folder, with the front matter that the Hugging Face hub reads."""
-    timms = not trained.why_not_timm
+    in_timm = not trained.why_not_timm
     recipe, teacher = trained.recipe, trained.recipe.teacher
     size = "x".join(map(str, trained.given.size))
     lines = [f"- Model: `{trained.about['model']}`, images {size}"]
@@ -529,9 +532,9 @@ def _card(trained: _Trained, written: _Written, name: str) -> str:
     lines += [f"- Measured: {measured_on}"] * bool(accuracies and measured_on)
     lines += [f"- Note: {note}" for note in written.notes]
     parts = [
-        _FRONT.format(library="timm" if timms else "onnx", mark=MARK, name=name),
+        _FRONT.format(library="timm" if in_timm else "onnx", mark=MARK, name=name),
         "\n".join(lines),
-        _WITH_TIMM.format(convert='"L"' if trained.given.size[0] == 1 else '"RGB"') if timms else "",
+        _WITH_TIMM.format(convert='"L"' if trained.given.size[0] == 1 else '"RGB"') if in_timm else "",
         _WITH_ONNX.format(given=trained.given) if written.onnx_difference is not None else "",
         f"## The recipe\n\n```yaml\n{dump(_without_paths(recipe))}```\n",
     ]
@@ -573,21 +576,21 @@ then normalised by the mean {given.mean} and the standard deviation {given.std},
 
 
 def _accuracies(trained: _Trained) -> tuple[list[str], str]:
-    """Of this model and of the others of its run, and what images they are of, as summary.json has it; else empty."""
+    """The accuracies of this and the run's other models, and the images used, from summary.json; else empty."""
     try:
         summary = json.loads(whole_text(trained.run / "summary.json"))
         by_role = {result["role"].replace(" ", "-"): result for result in summary["results"]}
-        own = "ema_accuracy" if trained.weights.stem.endswith("-ema") else "accuracy"
-        found = {trained.role: by_role.pop(trained.role).get(own)}
-        found |= {role: result["accuracy"] for role, result in by_role.items()}
-        shown = [f"{share:.2%} ({role.replace('-', ' ')})" for role, share in found.items() if share is not None]
-        return shown, str(summary.get("measured_on", ""))
+        key = "ema_accuracy" if trained.weights.stem.endswith("-ema") else "accuracy"
+        accuracies = {trained.role: by_role.pop(trained.role).get(key)}
+        accuracies |= {role: result["accuracy"] for role, result in by_role.items()}
+        lines = [f"{share:.2%} ({role.replace('-', ' ')})" for role, share in accuracies.items() if share is not None]
+        return lines, str(summary.get("measured_on", ""))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return [], ""
 
 
 def _without_paths(recipe: Recipe) -> Recipe:
-    """A card is made to be published, and where things lie on this machine is nobody's business."""
+    """The recipe without the paths of this machine, because a card may be published."""
     sides: dict[str, Any] = {
         key: side.model_copy(update={"checkpoint": Path(side.checkpoint).name})
         for key, side in (("student", recipe.student), ("teacher", recipe.teacher))

@@ -1,8 +1,8 @@
-"""A comparison of runs as people see it: tables for a terminal, and one HTML file that needs nothing else.
+"""Show a comparison of runs: tables for a terminal, and one self-contained HTML file.
 
-The file loads nothing and runs nothing, and its own policy forbids both. All that comes out of a run's folder reaches
-it through a template that escapes. The drawings are SVG in the colours of the page, so that they are dark where the
-page is; here are their coordinates only, in units of the drawing.
+The file loads and runs nothing, and its content security policy forbids both. Everything from a run's folder passes
+through a template that escapes it. The charts are SVG in the colours of the page, dark on a dark page; this file
+computes only their coordinates, in units of the chart.
 """
 
 import json
@@ -35,17 +35,15 @@ from probe_kd.results.comparison import (
 )
 from probe_kd.version import __version__
 
-MOST_CLASSES = 20  # that bars are drawn of
-HALF, DEEP = (
-    0.58,
-    0.825,
-)  # from which a cell of the heat map is closer to black than to white, on a dark page and a light
-WIDTH = 480.0  # of a drawing: on a narrow telephone it is as wide as this, so that its letters stay legible
+MOST_CLASSES = 20  # in the chart of changes by class
+# From these values on, a cell of the heat map is closer to black than to white, on a dark and on a light page.
+HALF, DEEP = 0.58, 0.825
+WIDTH = 480.0  # of a chart, also on a narrow phone, so that its text stays legible
 Place = tuple[float, float]
 
 
 def tables(comparison: RunComparison) -> Iterator[Table | Text | str]:
-    """What a terminal shows: a table for every group, then lines of text."""
+    """The output in a terminal: a table for every group, then lines of text."""
     for group in comparison.groups:
         about = f"{' <- '.join(models_of(group)) or 'nothing is measured yet'}; {seeds_of(group)}"
         yield Text.assemble((group.name, "bold"), f": {about}")
@@ -65,7 +63,7 @@ def tables(comparison: RunComparison) -> Iterator[Table | Text | str]:
 
 
 def _table(group: Group) -> Table:
-    """Its columns have the room that names and figures need at 80 columns; the models stand above it."""
+    """One row per model, in at most 80 columns; the names of the models are printed above the table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True, min_width=13)
     for column in ("accuracy", "agreement", "parameters", "MACs", "time"):
@@ -81,8 +79,9 @@ def _table(group: Group) -> Table:
 
 def models_of(group: Group) -> list[str]:
     """The student's name, and the teacher's."""
-    names = {row.role.removesuffix(" alone"): row.model for row in group.summaries}
-    return [names[side] for side in ("student", "teacher") if side in names]
+    names = {row.role: row.model for row in group.summaries}
+    sides = (("student", "baseline"), ("teacher", "teacher baseline"))  # a run may have come to its baseline only
+    return [next(names[role] for role in roles if role in names) for roles in sides if names.keys() & set(roles)]
 
 
 def seeds_of(group: Group) -> str:
@@ -93,7 +92,7 @@ def seeds_of(group: Group) -> str:
 
 
 def fewer_seeds(row: ModelSummary, group: Group) -> str:
-    """What to know of a model that not every run of its group has finished."""
+    """A note on a model that some runs of its group have not finished; empty if all have."""
     count, every = len(row.accuracy.values), len(group.seeds)
     if row.unfinished:
         return f"not finished, at {row.unfinished}"
@@ -101,7 +100,7 @@ def fewer_seeds(row: ModelSummary, group: Group) -> str:
 
 
 def _cost_of_sharing(group: Group) -> str:
-    """What training with a student did to a teacher, where it did."""
+    """How training with the student changed the teacher's accuracy; empty without a teacher baseline."""
     by_role = {row.role: row.accuracy.mean for row in group.summaries}
     if not {"teacher", "teacher baseline"} <= by_role.keys():
         return ""
@@ -113,12 +112,12 @@ def _cost_of_sharing(group: Group) -> str:
 
 
 def as_json(comparison: RunComparison) -> str:
-    """The whole comparison for other programs, without NaN, which JSON has not."""
+    """The whole comparison as JSON, with null for NaN, which JSON lacks."""
     return json.dumps(json.loads(json.dumps(asdict(comparison)), parse_constant=lambda _: None), indent=1)
 
 
 def write_page(comparison: RunComparison, path: Path) -> None:
-    """Write the comparison as one HTML file. Raises RunError where it cannot be written."""
+    """Write the comparison as one HTML file. Raises RunError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.partial")
@@ -151,7 +150,7 @@ def page(comparison: RunComparison) -> str:
 
 
 def _section(group: Group, number: int) -> dict[str, Any]:
-    """What the template shows of one group."""
+    """The values that the template shows for one group."""
     accuracy = [curve for curve in group.curves if curve.measure == "accuracy"]
     losses = losses_of(group)
     charts = [
@@ -176,7 +175,7 @@ def _section(group: Group, number: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Series:
-    """One line of a chart: its way, the band between least and greatest, and the places of its points."""
+    """One line of a chart: its path, the band from minimum to maximum, and the coordinates of its points."""
 
     name: str
     style: int
@@ -206,9 +205,9 @@ ROLE_STYLES = {"student": 0, "baseline": 1, "teacher": 2, "teacher baseline": 3}
 def _chart(
     id_: str, title: str, unit: str, curves: Sequence[Curve], factor: float, name: Callable[[Curve], str]
 ) -> _Chart | None:
-    """Curves by epoch. Losses are on a logarithmic scale, where all of them are above zero."""
+    """Curves by epoch. Losses have a logarithmic scale if all of them are positive."""
     curves = [curve for curve in curves if curve.points]
-    values = [factor * value for curve in curves for _, *three in curve.points for value in three]
+    values = [factor * value for curve in curves for _, *values_of_epoch in curve.points for value in values_of_epoch]
     if not values:
         return None
     frame, last = (48.0, 12.0, WIDTH - 12, 248.0), max(point[0] for curve in curves for point in curve.points)
@@ -218,14 +217,17 @@ def _chart(
     across = [(x(epoch), str(epoch)) for epoch in _epochs(last)]
     series = []
     for number, curve in enumerate(curves):
-        places = [(x(epoch), *(height(factor * value) for value in three)) for epoch, *three in curve.points]
-        edge = [(place[0], place[3]) for place in places] + [(place[0], place[2]) for place in reversed(places)]
+        places = [
+            (x(epoch), *(height(factor * value) for value in values_of_epoch))
+            for epoch, *values_of_epoch in curve.points
+        ]
+        outline = [(place[0], place[3]) for place in places] + [(place[0], place[2]) for place in reversed(places)]
         spread = any(point[2] != point[3] for point in curve.points)
         dots = tuple((place[0], place[1]) for place in places) if len(places) <= 30 else ()
         style = ROLE_STYLES[curve.role] if factor != 1 else number % 8
-        shown = f"{factor * curve.points[-1][1]:.4g}{unit}"
+        last_value = f"{factor * curve.points[-1][1]:.4g}{unit}"
         line = _way((place[0], place[1]) for place in places)
-        series.append(_Series(name(curve), style, line, _way(edge) if spread else "", dots, shown))
+        series.append(_Series(name(curve), style, line, _way(outline) if spread else "", dots, last_value))
     scale = "logarithmic" if logarithmic else "linear"
     return _Chart(id_, title, unit, scale, WIDTH, 290, frame, tuple(across), tuple(up), tuple(series))
 
@@ -247,16 +249,16 @@ def _epochs(last: int) -> list[int]:
 def _scale(
     low: float, high: float, bottom: float, top: float, logarithmic: bool
 ) -> tuple[list[tuple[float, str]], Callable[[float], float]]:
-    """Marks of a vertical axis, and the height of a value."""
+    """The ticks of an axis, and the function from a value to its coordinate."""
     if logarithmic:
         marks = [part * 10.0**power for power in range(-12, 13) for part in (1, 2, 5)]
         least = max((mark for mark in marks if mark <= low), default=low)
         most = min((mark for mark in marks if mark >= high), default=high)
         most = most if most > least else least * 10
-        kept = [mark for mark in marks if least <= mark <= most]
-        kept = kept if len(kept) <= 7 else [mark for mark in kept if f"{mark:e}".startswith("1.0")]
-        straight = _linear(math.log(least), math.log(most), bottom, top)
-        return [(straight(math.log(mark)), f"{mark:g}") for mark in kept], lambda value: straight(math.log(value))
+        ticks = [mark for mark in marks if least <= mark <= most]
+        ticks = ticks if len(ticks) <= 7 else [mark for mark in ticks if f"{mark:e}".startswith("1.0")]
+        coordinate = _linear(math.log(least), math.log(most), bottom, top)
+        return [(coordinate(math.log(mark)), f"{mark:g}") for mark in ticks], lambda value: coordinate(math.log(value))
     step = _step(low, high)
     least, most = math.floor(low / step) * step, math.ceil(high / step) * step
     most = most if most > least else least + step
@@ -266,7 +268,7 @@ def _scale(
 
 
 def _step(low: float, high: float) -> float:
-    """1, 2 or 5 times a power of ten, of which about five make the distance."""
+    """1, 2 or 5 times a power of ten, about a fifth of the range."""
     rough = max(high - low, abs(high) * 1e-6) / 5 if high > low else (abs(high) or 1.0) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     return next(part * power for part in (1, 2, 5, 10) if part * power >= rough * 0.999)
@@ -301,7 +303,7 @@ def _overview(comparison: RunComparison) -> dict[str, Any]:
 
 
 def _arcs(group: Group, similarity: LayerSimilarity | None, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Two columns of layers, the first at the top, and an arc for every pair; as thick as both are alike, if known."""
+    """Two columns of layers, the first at the top, and an arc for every pair, with a width by its CKA if measured."""
     sides = (
         [similarity.student, similarity.teacher]
         if similarity
@@ -319,17 +321,17 @@ def _arcs(group: Group, similarity: LayerSimilarity | None, pairs: Sequence[tupl
     arcs = []
     for pair in (pair for pair in pairs if pair[0] in sides[0] and pair[1] in sides[1]):
         start, end = places[0][pair[0]], places[1][pair[1]]
-        alike = similarity.of(pair) if similarity else None
+        cka = similarity.of(pair) if similarity else None
         way = f"M166 {start:.1f} C240 {start:.1f} 240 {end:.1f} 314 {end:.1f}"
-        text = "" if alike is None else f"{alike:.2f}"
-        thick = 1.5 if alike is None else 1.5 + 10 * alike
+        text = "" if cka is None else f"{cka:.2f}"
+        thick = 1.5 if cka is None else 1.5 + 10 * cka
         arcs.append({"way": way, "thick": f"{thick:.1f}", "text": text, "at": (240, (start + end) / 2), "pair": pair})
     models = [_cut(name, 27) for name in models_of(group)]
     return {"columns": columns, "arcs": arcs, "models": models, "height": 52 + height, "width": WIDTH}
 
 
 def _heat(similarity: LayerSimilarity) -> dict[str, Any]:
-    """Student layers down, teacher layers across."""
+    """The heat map of CKA: student layers as rows, teacher layers as columns."""
     names = [_cut(name, 19) for name in similarity.student]
     left, top, wide, high = 20.0 + 6.8 * max(map(len, names), default=0), 96.0, 40.0, 26.0
     pairs = set(similarity.pairs)
@@ -347,7 +349,7 @@ def _heat(similarity: LayerSimilarity) -> dict[str, Any]:
     ]
     width = max(left + wide * len(similarity.teacher) + 40, 260)
     return {
-        "cells": sorted(cells, key=lambda cell: bool(cell["paired"])),  # whose frames lie above the others
+        "cells": sorted(cells, key=lambda cell: bool(cell["paired"])),  # so that their frames are drawn last
         "rows": [(top + high * (row + 0.5), name) for row, name in enumerate(names)],
         "columns": [(left + wide * (column + 0.5), _cut(name, 19)) for column, name in enumerate(similarity.teacher)],
         "size": (wide, high),
@@ -359,7 +361,7 @@ def _heat(similarity: LayerSimilarity) -> dict[str, Any]:
 
 
 def _bars(classes: Sequence[ClassChange]) -> dict[str, Any]:
-    """Right of the middle where the student is better than alone."""
+    """Bars of the change per class, to the right of the middle if the student is better than the baseline."""
     most = max(abs(item.change) for item in classes) or 1.0
     middle, reach = 304.0, 100.0
     bars = []
@@ -381,13 +383,13 @@ def _bars(classes: Sequence[ClassChange]) -> dict[str, Any]:
 
 
 def _signed(share: float) -> str:
-    """In points of a percent, with a minus as wide as the plus."""
+    """In percentage points, with a minus sign as wide as the plus."""
     return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _cut(text: str, most: int) -> str:
-    """The ends of a name tell it from others better than its middle."""
+    """Shorten a name in its middle, because names differ mostly at their ends."""
     if len(text) <= most:
         return text
-    kept = most - 1
-    return f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
+    length = most - 1
+    return f"{text[: length // 2]}…{text[-(length - length // 2) :]}"

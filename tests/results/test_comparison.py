@@ -30,7 +30,7 @@ from probe_kd.recipe.reading import load
 from probe_kd.results.comparison import IMAGES, LAYERS, RunComparison, compare, doubts, read_metrics
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
-from probe_kd.results.html import page, tables, write_page
+from probe_kd.results.html import models_of, page, tables, write_page
 from probe_kd.training.folder import open_run
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
@@ -459,6 +459,7 @@ def test_a_run_that_has_not_ended_is_shown_as_far_as_it_is(tmp_path: Path) -> No
     assert (teacher.role, teacher.unfinished) == ("teacher", "")
     assert "not finished" in shown(comparison)
     assert "student" in read(page(comparison)).text
+    assert models_of(comparison.groups[0]) == [alone.model, teacher.model]  # of its baseline, the student has the name
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "metrics.csv").unlink()
     with pytest.raises(RunError, match=r"nothing is measured yet in .*no epoch is done"):
