@@ -40,7 +40,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MODEL_HELP = "A timm name, `hf-hub:...`, `local-dir:...`, or `package.module:function` for your own nn.Module."
+MODEL_HELP = (
+    "A timm name, `hf-hub:...`, `local-dir:...`, `transformers:...`, `open_clip:...`, or `package.module:function` for "
+    "your own nn.Module."
+)
 Kwargs = Annotated[
     list[str] | None,
     typer.Option(

@@ -14,7 +14,7 @@ from rich.table import Table
 from probe_kd.console import amount, duration, size, table_of
 from probe_kd.engine import patterns
 from probe_kd.engine.matching import blocks, stages
-from probe_kd.engine.models import packages
+from probe_kd.engine.models import built_by_timm, packages
 from probe_kd.engine.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.methods.adapters import Target, adapt
@@ -360,7 +360,7 @@ def print_student(plan: Plan, folder: Path, console: Console) -> None:
     student = plan.student
     arguments = "".join(f", {key}={value!r}" for key, value in student.model_kwargs.items())
     weights = folder / "student.safetensors"
-    is_timm = plan.grown is None and ":" not in student.model.removeprefix("hf-hub:").removeprefix("local-dir:")
+    is_timm = plan.grown is None and built_by_timm(student.model)
     line = f"  timm.create_model({student.model!r}, checkpoint_path={str(weights)!r}{arguments})"
     line = line if is_timm else f"  probe_kd.load_student({str(weights)!r}{_allow_import_argument(plan)})"
     first = f"Results in {folder}. " + ("The student is plain timm:" if is_timm else "The student:")

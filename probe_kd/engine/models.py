@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from probe_kd.engine.arguments import check_arguments, check_truths
+from probe_kd.engine.foreign import build_foreign, check_foreign, foreign_files, library_of
 from probe_kd.errors import TraceError, nearest, short
-from probe_kd.files.atomic import read_text, reason
+from probe_kd.files.atomic import irregular, read_text, reason
 
 MAX_CALLS = 100_000  # of torch while a model of timm is built; its largest takes 11 thousand
 
@@ -28,7 +30,7 @@ def build_on_meta(name: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
 
 
 def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """Build the named model by `timm.create_model`, or by the function that `package.module:function` names.
+    """Build the named model by timm, by another library, or by the function that `package.module:function` names.
 
     Raises TraceError for an unknown name, with the nearest ones, and for arguments that the model refuses or that do
     not belong to its architecture: arguments of timm's loader could download anything into any folder.
@@ -36,7 +38,10 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
     import timm  # 3.5 s: only where a model is built
 
     check_kwargs(name, model_kwargs)
-    if module_of(name):
+    if library_of(name):
+        factory: Callable[..., Any] = partial(build_foreign, name, pretrained=pretrained)
+        arguments: dict[str, Any] = {"model_kwargs": model_kwargs}
+    elif module_of(name):
         factory, arguments = _import_factory(name), dict(model_kwargs)
     else:
         factory, arguments = timm.create_model, {"model_name": name, "pretrained": pretrained, **model_kwargs}
@@ -69,7 +74,9 @@ def check_kwargs(name: str, model_kwargs: Mapping[str, Any]) -> None:
     """Check that the named model accepts these arguments. Raises TraceError for the first that it does not."""
     import timm
 
-    if module_of(name):
+    if library_of(name):
+        check_foreign(name, model_kwargs)
+    elif module_of(name):
         with suppress(ValueError, TypeError):  # a function without a readable signature
             check_truths(name, signature(_import_factory(name)).parameters, model_kwargs)
     else:
@@ -155,11 +162,11 @@ def _local_config(folder: Path) -> dict[str, Any]:
     """Read and check the config.json of a folder that timm or an export wrote. Raises TraceError if it is not valid."""
     try:
         config = json.loads(read_text(folder / "config.json"))
-        irregular = [file.name for file in folder.iterdir() if not (file.is_file() or file.is_dir())]
+        others = irregular(folder)
     except (OSError, ValueError, RecursionError) as refusal:
         raise TraceError(f"cannot build local-dir:{folder}: its config.json: {reason(refusal)}") from None
-    if irregular:  # nobody waits for a FIFO
-        raise TraceError(f"cannot build local-dir:{folder}: {irregular[0]!r} in it is no regular file")
+    if others:  # nobody waits for a FIFO
+        raise TraceError(f"cannot build local-dir:{folder}: {others[0]!r} in it is no regular file")
     inner = config.get("pretrained_cfg", config) if isinstance(config, dict) else None
     if not isinstance(inner, dict):
         raise TraceError(f"cannot build local-dir:{folder}: its config.json is no mapping with a `pretrained_cfg`")
@@ -174,7 +181,12 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
 
 def files_of(name: str, *, pretrained: bool) -> list[Path]:
-    """Return the files that timm reads from the folder of a `local-dir:` name. Empty for other names."""
+    """Return the files that are read from the folder of a `local-dir:`, `transformers:` or `open_clip:` name.
+
+    Empty for other names.
+    """
+    if library_of(name):
+        return foreign_files(name, pretrained=pretrained)
     if not name.startswith("local-dir:"):
         return []
     folder = Path(name.partition(":")[2])
@@ -185,7 +197,12 @@ def files_of(name: str, *, pretrained: bool) -> list[Path]:
 
 def module_of(name: str) -> str:
     """Return the module that a model's name imports: `package.module` of `package.module:function`, otherwise empty."""
-    return "" if name.startswith(_TIMM) or ":" not in name else name.partition(":")[0]
+    return "" if built_by_timm(name) or library_of(name) else name.partition(":")[0]
+
+
+def built_by_timm(name: str) -> bool:
+    """Return whether timm builds the model of this name."""
+    return name.startswith(_TIMM) or ":" not in name
 
 
 def packages(names: Iterable[str]) -> list[str]:

@@ -39,10 +39,11 @@ def trace(
 ) -> Trace:
     """Run a model once on the meta device and describe every tensor that enters or leaves a module.
 
-    `model` is a timm name, `hf-hub:...`, `local-dir:...`, `package.module:function`, or an `nn.Module`, which is
-    not changed. `input_size` is (channels, height, width), (height, width) or one side; the default is the model's
-    own. A named model with a fixed size is rebuilt for the requested size if it has an `img_size` argument. A
-    module that cannot run on the meta device runs once on a batch of zeros, in eval mode.
+    `model` is a timm name, `hf-hub:...`, `local-dir:...`, `transformers:...`, `open_clip:...`,
+    `package.module:function`, or an `nn.Module`, which is not changed. `input_size` is (channels, height, width),
+    (height, width) or one side; the default is the model's own. A named model with a fixed size is rebuilt for the
+    requested size if it has an `img_size` argument. A module that cannot run on the meta device runs once on a batch of
+    zeros, in eval mode.
 
     Raises TraceError if the model cannot be built, or does not accept the size.
     """

@@ -79,7 +79,7 @@ def load_weights(model: nn.Module, path: str | Path, classifier: Classifier = "s
     Raises WeightsError with the first differences. timm would instead build a teacher with another number of classes
     and a random classifier.
     """
-    weights, expected = read_weights(path), model.state_dict()
+    weights, expected = _of_tower(model, read_weights(path)), model.state_dict()
     new_names = [] if classifier == "same" else _new_classifier_names(model, weights, always=classifier == "new")
     differences = [
         f"{name!r} is {_shape(weights, name)} in the checkpoint and {_shape(expected, name)} in the model"
@@ -94,6 +94,13 @@ def load_weights(model: nn.Module, path: str | Path, classifier: Classifier = "s
     if not any(parameter.is_meta for parameter in model.parameters()):
         model.load_state_dict({**weights, **{name: expected[name] for name in new_names}})
     return new_names
+
+
+def _of_tower(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of an image tower, if the checkpoint is of a whole model with a text tower."""
+    prefix = (getattr(model, "pretrained_cfg", None) or {}).get("weights_prefix", "")
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if prefix and name.startswith(prefix)}
+    return own or weights
 
 
 def classifiers(model: nn.Module) -> list[str]:

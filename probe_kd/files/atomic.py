@@ -71,6 +71,11 @@ def check_regular(path: Path) -> None:
         raise OSError(EINVAL, "it is no regular file", str(path))
 
 
+def irregular(folder: Path) -> list[str]:
+    """What in a folder is neither a file nor a folder, a FIFO say, by name. Raises OSError."""
+    return sorted(file.name for file in folder.iterdir() if not (file.is_file() or file.is_dir()))
+
+
 def digest_of(path: Path) -> str:
     """Return the SHA-256 of the contents of a file. Raises OSError if it cannot be read."""
     check_regular(path)

@@ -41,9 +41,9 @@ DESCRIPTIONS = {
     "trackers": "Experiment trackers of accelerate, such as `tensorboard` or `wandb`.",
     "seed": "Seeds the initial weights, the order of the images and the augmentation.",
     # models
-    "model": "A timm name, `hf-hub:...`, `local-dir:...`, or `package.module:function` for your own model, which "
-    "needs `--allow-import package`.",
-    "pretrained": "Load timm's weights. For your own function: it loads its weights itself.",
+    "model": "A timm name, `hf-hub:...`, `local-dir:...`, `transformers:...`, `open_clip:...`, or "
+    "`package.module:function` for your own model, which needs `--allow-import package`.",
+    "pretrained": "Load the weights that belong to the name. For your own function: it loads its weights itself.",
     "grad_checkpointing": "timm's gradient checkpointing: less memory, more time. Layers inside a checkpointed "
     "container cannot be read.",
     "checkpoint": "A file with the weights: safetensors, or tensors saved by `torch.save`.",

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from probe_kd.data.datasets import open_datasets
 from probe_kd.data.loading import loader
 from probe_kd.data.record import RECORD, DataRecord
-from probe_kd.engine.models import build_on_meta, files_of, packages, portable
+from probe_kd.engine.foreign import library_of
+from probe_kd.engine.models import build_on_meta, built_by_timm, files_of, packages, portable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.engine.weights import read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError, TraceError, WeightsError, nearest, short
@@ -86,9 +87,8 @@ class _Trained:
     def why_not_timm(self) -> str:
         """Why no config of timm can describe this model; empty if one can."""
         name = str(self.about["model"])
-        if ":" in name and not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-            return f"is built by your own {name}, which timm does not know"
-        return ""
+        owner = "" if library_of(name) else "your own "
+        return "" if built_by_timm(name) else f"is built by {owner}{name}, which timm does not know"
 
 
 @dataclass(frozen=True)

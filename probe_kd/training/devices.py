@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from accelerate import Accelerator
 
-from probe_kd.engine.models import breaks_channels_last, build_on_meta, module_of
+from probe_kd.engine.models import breaks_channels_last, build_on_meta, built_by_timm
 from probe_kd.recipe.keys import Recipe
 
 
@@ -72,7 +72,7 @@ def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
     if channels_last is None:
         models = [options.model for options in (recipe.student, recipe.teacher) if options is not None]
         faster = device.type == "cpu" or (device.type == "cuda" and _in_half(recipe, "cuda"))
-        channels_last = faster and not any(map(module_of, models))
+        channels_last = faster and all(map(built_by_timm, models))
         channels_last = channels_last and not (device.type == "cpu" and unsafe_layer(recipe))
     return torch.channels_last if channels_last else torch.contiguous_format
 
@@ -81,7 +81,7 @@ def unsafe_layer(recipe: Recipe) -> str:
     """The first layer, as `student.NAME`, that must not use channels last on a CPU; empty if there is none."""
     for side in ("student", "teacher"):
         options = getattr(recipe, side)
-        if options is not None and not module_of(options.model):
+        if options is not None and built_by_timm(options.model):
             name = _unsafe_layer_of(options.model, json.dumps(options.model_kwargs, sort_keys=True, default=list))
             if name:
                 return f"{side}.{name}"

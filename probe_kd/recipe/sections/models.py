@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from probe_kd.data.record import DataRecord
+from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, check_import, check_kwargs, checkpoint_gradients
 from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.tracing import trace
@@ -55,8 +56,9 @@ def _trace(
     training: bool,
 ) -> tuple[Trace | None, list[Mistake]]:
     kwargs = dict(model.model_kwargs)
-    if classes is not None and not (side == "teacher" and model.pretrained and not getattr(model, "train", None)):
-        kwargs.setdefault("num_classes", classes)  # an untrained `pretrained` teacher keeps its head
+    frozen = side == "teacher" and not getattr(model, "train", None)
+    if classes is not None and not (frozen and (model.pretrained or library_of(model.model))):
+        kwargs.setdefault("num_classes", classes)  # a frozen teacher that comes with a head keeps it
     if size[0] != 3:
         kwargs.setdefault("in_chans", size[0])
     mistakes = check_name(side, model, allow_import) or _wrong_kwargs(side, model)
@@ -312,6 +314,15 @@ def input_of_teacher(recipe: Recipe, teacher: Trace) -> InputSpec:
 def _input_spec(
     trace_: Trace, size: tuple[int, int, int], mean: tuple[float, ...] | None, std: tuple[float, ...] | None
 ) -> InputSpec:
-    """The input of a model: mean and std of the recipe, else of timm's config for the model."""
-    own = InputSpec.of(build_on_meta(trace_.model, trace_.model_kwargs), size)
+    """The input of a model: mean and std of the recipe, else of the model's config.
+
+    Raises TraceError if a model of another library has no such config.
+    """
+    model = build_on_meta(trace_.model, trace_.model_kwargs)
+    if library_of(trace_.model) and not (mean and std) and not InputSpec(size).filled(model).complete:
+        raise TraceError(
+            f"{trace_.model} has no preprocessor_config.json, which says how images are normalised; give `mean` and "
+            "`std`, with [0.0] and [1.0] for images in [0, 1]"
+        )
+    own = InputSpec.of(model, size)
     return InputSpec(size, mean or own.mean, std or own.std)
