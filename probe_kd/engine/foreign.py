@@ -27,13 +27,13 @@ _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def library_of(name: str) -> str:
-    """The library that builds the model of this name, `transformers` or `open_clip`; else empty."""
+    """Return the library that builds the model of this name, `transformers` or `open_clip`, otherwise empty."""
     library, colon, _ = name.partition(":")
     return library if colon and library in LIBRARIES else ""
 
 
 def check_foreign(name: str, model_kwargs: Mapping[str, Any]) -> None:
-    """Whether a library has the named model, and it takes these arguments. Raises TraceError."""
+    """Check that a library has the named model and that the model accepts these arguments. Raises TraceError."""
     library, _, place = name.partition(":")
     if find_spec(library) is None:
         raise TraceError(f"{name} needs {LIBRARIES[library]}: pip install 'probe-kd[foreign]'")
@@ -48,7 +48,7 @@ def check_foreign(name: str, model_kwargs: Mapping[str, Any]) -> None:
 
 
 def build_foreign(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool) -> nn.Module:
-    """The named model, with its preprocessing as timm's `pretrained_cfg`. It raises what its library does."""
+    """Build the named model, with its preprocessing as timm's `pretrained_cfg`. Errors are those of its library."""
     library, _, place = name.partition(":")
     build = build_transformers if library == "transformers" else build_open_clip
     with _quiet():
@@ -56,7 +56,7 @@ def build_foreign(name: str, model_kwargs: Mapping[str, Any], *, pretrained: boo
 
 
 def foreign_files(name: str, *, pretrained: bool) -> list[Path]:
-    """The files in the folder of a foreign model which are read; of a model on the hub there are none."""
+    """Return the files that are read from the folder of a model. Empty for a model on the hub."""
     folder = Path(name.partition(":")[2])
     if not folder.is_dir():
         return []
@@ -91,7 +91,7 @@ def _check_arguments(name: str, known: Iterable[str], given: Mapping[str, Any]) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without bars, and without what is logged of weights that are not of the vision model."""
+    """Hide progress bars, and the warnings about weights that do not belong to the vision model."""
     loggers = [logging.getLogger(library) for library in LIBRARIES]
     levels = [logger.level for logger in loggers]
     bars = _show_bars(False)
@@ -107,7 +107,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _show_bars(shown: bool) -> bool:
-    """Set whether transformers shows bars. Returns what it was."""
+    """Show or hide the progress bars of transformers. Returns whether they were shown before."""
     if find_spec("transformers") is None:
         return True
     from transformers.utils import logging as bars

@@ -15,7 +15,7 @@ _ARCHITECTURE, _WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors
 
 
 class _Tower(NamedTuple):
-    """An image tower of open_clip: what builds it, how images are normalised, and where its weights are."""
+    """An image tower of open_clip: its arguments, its preprocessing, and the place of its weights."""
 
     embed_dim: int
     vision: dict[str, Any]
@@ -100,7 +100,7 @@ def build_open_clip(place: str, arguments: dict[str, Any], pretrained: bool) -> 
 
 
 def _default_normalisation() -> dict[str, Any]:
-    """open_clip's own, where a config says none."""
+    """Return the mean and std that open_clip uses if a config has none."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     return {"mean": tuple(OPENAI_DATASET_MEAN), "std": tuple(OPENAI_DATASET_STD)}
@@ -118,7 +118,7 @@ def _load_tower(model: nn.Module, place: str, tower: _Tower) -> None:
 
 
 def _weights_of(place: str, tower: _Tower) -> Path:
-    """The file of safetensors. Raises TraceError where there is none."""
+    """Return the safetensors file of the weights. Raises TraceError if there is none."""
     import open_clip
     from huggingface_hub import hf_hub_download
 

@@ -11,7 +11,7 @@ from probe_kd.errors import TraceError
 
 
 class _Kind(NamedTuple):
-    """Which of a config's models is meant: its class of transformers, and whether it classifies."""
+    """The model that a config stands for: its factory in transformers, and whether it is a classifier."""
 
     config: Any
     factory: Any
@@ -19,7 +19,7 @@ class _Kind(NamedTuple):
 
 
 def _kind_of(place: str, classes: int | None) -> _Kind:
-    """A number of classes asks for a classifier, 0 for a backbone; else it is what the config is of."""
+    """Read a config. `classes` asks for a classifier, or with 0 for a backbone; None is what the config describes."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
     config = AutoConfig.from_pretrained(place, trust_remote_code=False)
@@ -31,7 +31,7 @@ def _kind_of(place: str, classes: int | None) -> _Kind:
 
 
 def arguments_of_transformers(place: str) -> set[str]:
-    """The fields of the model's own config, which are of its architecture, and timm's words for two of them."""
+    """Return the arguments of a model: the fields of its own config, and timm's names for two of them."""
     from transformers import PreTrainedConfig
 
     config = _kind_of(place, None).config
@@ -61,7 +61,7 @@ def _from_config(kind: _Kind, pooled: Mapping[str, Any]) -> nn.Module:
 
 
 def _load(place: str, kind: _Kind, pooled: Mapping[str, Any]) -> nn.Module:
-    """The model with its weights; of another number of classes, with a new classifier. Raises TraceError."""
+    """Load the weights. A classifier of another number of classes is new. Raises TraceError for missing weights."""
     loaded = kind.factory.from_pretrained(
         place,
         config=kind.config,
@@ -92,7 +92,7 @@ def _heads(model: nn.Module) -> list[str]:
 
 
 def _preprocessing(place: str, model: nn.Module, kind: _Kind) -> dict[str, Any]:
-    """Size, mean and std by the processor's config, as timm's config has them; the size by the model's without one."""
+    """Return size, mean and std from the processor's config, in the form of timm's `pretrained_cfg`."""
     channels = int(getattr(kind.config, "num_channels", 3))
     processor = _processor(place)
     sides = _sides(processor) or _pair(getattr(kind.config, "image_size", None)) or (224, 224)
@@ -115,7 +115,7 @@ def _sides(processor: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _pair(size: Any) -> tuple[int, int] | None:
-    """(height, width) of a size as configs have it: a number, a list, or a mapping."""
+    """Return (height, width) of a size in a config: a number, a list, or a mapping."""
     if isinstance(size, Mapping):
         size = size.get("shortest_edge") or [size.get("height"), size.get("width")]
     sides = [size, size] if isinstance(size, int) else size
@@ -125,7 +125,10 @@ def _pair(size: Any) -> tuple[int, int] | None:
 
 
 def _normalisation(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Mean and std of images in [0, 1]. A processor multiplies bytes by a factor, may take 1 off, and normalises."""
+    """Return mean and std for images in [0, 1].
+
+    A processor multiplies bytes by a factor, may subtract 1, and then normalises.
+    """
     if not processor:
         return {}
     scale = 255 * (processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0)
