@@ -1,4 +1,4 @@
-"""The progress of a run in a terminal."""
+"""The progress of a run: a bar in a terminal, lines in a log."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from probe_kd.console import PlainConsole
+from probe_kd.console import PlainConsole, duration
 from probe_kd.training.state import MEASURES, Row
+
+LOG_EVERY = 30.0  # seconds between two lines of a log
 
 
 @contextmanager
@@ -23,7 +25,7 @@ def unread() -> Iterator[None]:
 
 
 class Progress:
-    """Shows the progress of a run: a bar per stage in a terminal, a line every few seconds elsewhere."""
+    """Shows the progress of a run: a bar per stage in a terminal, elsewhere a line at least every half minute."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self.console = console
@@ -33,13 +35,18 @@ class Progress:
         self.shown = 0.0  # when something was last shown
         self.title, self.epochs, self.images, self.started = "", 0, 0, 0.0
         self.steps = self.before = self.done = 0  # batches of an epoch, in former epochs, and in this one
+        self.steps_before = 0
         self.text = ""
         self.accuracy = ""
 
-    def begin(self, title: str, epochs: int, steps: int, done: int) -> None:
-        """Begin a stage of `epochs` epochs with `steps` steps each, of which `done` epochs are done already."""
+    def begin(self, title: str, epochs: int, steps: int, done: int, first: int = 0) -> None:
+        """Begin a stage of `epochs` epochs with `steps` steps each.
+
+        `done` epochs are done already, and `first` steps of the epoch after them.
+        """
         self.title, self.epochs, self.images = title, epochs, 0
-        self.steps, self.before, self.done = steps, done * steps, 0
+        self.steps, self.before, self.done = steps, done * steps, first
+        self.steps_before = done * steps + first  # those of a run that was resumed took no time here
         self.started = self.shown = time.monotonic()
         self.text = self.accuracy = ""
         if self.console.is_terminal and not self.quiet:
@@ -63,13 +70,9 @@ class Progress:
         """
         self.images += (done - self.done) * images
         self.done = done
-        if self.bar is None:
-            return False
-        self.bar.update(self.task, completed=self.before + done)
-        is_due = time.monotonic() - self.shown > 0.5
-        if is_due:
-            self.shown = time.monotonic()
-        return is_due
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.before + done)
+        return not self.quiet and time.monotonic() - self.shown > (LOG_EVERY if self.bar is None else 0.5)
 
     def say(self, text: str) -> None:
         """Print a message to stderr, even if the run is quiet."""
@@ -84,21 +87,39 @@ class Progress:
 
     def losses(self, terms: Mapping[str, float]) -> None:
         """Show the mean losses of the current epoch."""
-        self.text = " ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        self.text = _text(terms)
+        self.shown = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, losses=self._status())
+        elif not self.quiet:
+            self._print(f"step {self.done}/{self.steps} of epoch {self._epochs_done() + 1}/{self.epochs}")
 
     def epoch(self, row: Row) -> None:
         """Show the results of an epoch."""
         self.before, self.done = self.before + self.steps, 0
         self.accuracy = f"[green]accuracy {row['accuracy']:.1%}[/]" if "accuracy" in row else self.accuracy
-        self.losses({name: value for name, value in row.items() if name not in MEASURES})
+        self.text = _text({name: value for name, value in row.items() if name not in MEASURES})
         if self.bar is not None:
             self.bar.update(self.task, epoch=row["epoch"], losses=self._status())
         elif not self.quiet and (row["epoch"] == self.epochs or time.monotonic() - self.shown > 5):
             self.shown = time.monotonic()
-            with unread():
-                self.console.print(f"{self.title}  {row['epoch']}/{self.epochs}  {self._status()}", highlight=False)
+            self._print(f"{row['epoch']}/{self.epochs}")
+
+    def _print(self, position: str) -> None:
+        """Print one line of a log: the stage, how far it is, the losses, and the time that is left of it."""
+        left = self._seconds_left()
+        remaining = f"  {duration(left)} left" if left else ""
+        with unread():
+            self.console.print(f"{self.title}  {position}  {self._status()}{remaining}", highlight=False)
+
+    def _epochs_done(self) -> int:
+        return self.before // self.steps
+
+    def _seconds_left(self) -> float:
+        """Return the time that the rest of the stage will take at the pace so far, 0.0 if nothing is left or known."""
+        steps_done = self.before + self.done - self.steps_before
+        steps_left = self.epochs * self.steps - self.before - self.done
+        return (time.monotonic() - self.started) * steps_left / steps_done if steps_done else 0.0
 
     def _status(self) -> str:
         rate = self.images / max(time.monotonic() - self.started, 1e-9)
@@ -108,3 +129,7 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def _text(terms: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.4g}" for name, value in terms.items())

@@ -195,7 +195,9 @@ class Run:
         with self._prepared(trained, phase) as loop, ExitStack() as cleanup:
             self.saver.restore(loop) if self.saver.checkpoint else self.saver.save(loop)
             cleanup.callback(self.progress.end)
-            self.progress.begin(f"{trained.role}: {phase.name}", phase.epochs, loop.steps, self.state.epoch)
+            self.progress.begin(
+                f"{trained.role}: {phase.name}", phase.epochs, loop.steps, self.state.epoch, self.state.step
+            )
             for epoch in range(self.state.epoch, phase.epochs):
                 losses = self._train_epoch(loop, epoch)
                 if phase.keep == "best":
