@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from probe_kd.data.images import FolderImages
+from probe_kd.data.images import WITHOUT_LABELS, FolderImages
 from probe_kd.data.split import Split, image_name, quoted
 from probe_kd.errors import DataError, nearest
 
@@ -60,14 +60,13 @@ def check_train(train: Split, names: Sequence[str], num_classes: int, *, may_lac
     """Raise DataError if the training images cannot train a classifier of these classes."""
     if train.empty and not may_lack:
         raise DataError(f"{train.label} has no images of {quoted(train.empty)}; put some in, or take the folder away")
-    if len(train) < 2:
-        raise DataError(f"{train.label} has {len(train)} image; nothing can be learned from fewer than 2", train.key)
+    check_count(train)
     present = None if train.targets is None else set(np.asarray(train.targets).tolist())
     if num_classes == 1 or (present is not None and len(present) == 1):
         only = f" ({names[0]!r})" if len(names) == 1 else ""
         raise DataError(
             f"{train.label} has images of one class only{only}, and every model is right about these; a class is a "
-            "folder of images, and at least 2 are needed",
+            f"folder of images, and at least 2 are needed; or {WITHOUT_LABELS}",
             train.key,
         )
     missing = [] if present is None else [name for index, name in enumerate(names) if index not in present]
@@ -76,6 +75,12 @@ def check_train(train: Split, names: Sequence[str], num_classes: int, *, may_lac
             f"{train.label} has no images of {quoted(missing)}; where that is meant, say so: "
             f"`num_classes: {num_classes}`"
         )
+
+
+def check_count(train: Split) -> None:
+    """Raise DataError for training images that are fewer than two."""
+    if len(train) < 2:
+        raise DataError(f"{train.label} has {len(train)} image; nothing can be learned from fewer than 2", train.key)
 
 
 def check_labels(split: Split, num_classes: int) -> None:

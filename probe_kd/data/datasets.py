@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset
 
-from probe_kd.data.classes import check_labels, check_train, notes_on_missing, renumbered
+from probe_kd.data.classes import check_count, check_labels, check_train, notes_on_missing, renumbered
 from probe_kd.data.names import OF_TWO_PARTS, check_name, train_or_test
-from probe_kd.data.options import DataOptions
+from probe_kd.data.options import DataOptions, Labels
 from probe_kd.data.overlap import overlap, with_note_of_copies
 from probe_kd.data.record import DataRecord
 from probe_kd.data.shards import Shards
-from probe_kd.data.sources import contents_of, in_memory, open_split
+from probe_kd.data.sources import contents_of, in_memory, open_split, with_default_splits
 from probe_kd.data.split import Split, image_name, quoted
 from probe_kd.errors import DataError
 
@@ -24,6 +24,7 @@ from probe_kd.errors import DataError
 class Datasets:
     """The images of a recipe, as PIL images with a class index, and the number of classes.
 
+    Without labels (`labels: none`), every image has index 0, and there are no classes.
     `test` gives the final figures, and `val` the curves, if these come from other images. `held_out` are the training
     images that no model trains on. `classes` are the class names in order, if the data set has names. `measured_on`
     says in words which images the figures come from, and `notes` what else a user should know. `skipped` names the
@@ -33,6 +34,7 @@ class Datasets:
     train: Dataset[Any]
     test: Dataset[Any]
     num_classes: int
+    labels: Labels = "class"
     held_out: Dataset[Any] | None = None
     val: Dataset[Any] | None = None
     classes: tuple[str, ...] = ()
@@ -91,9 +93,12 @@ def open_datasets(options: DataOptions, record: DataRecord | None = None) -> Dat
 
     The class indices are those of the training split, or those of `record`, which an earlier run stored.
     """
+    check_name(options.dataset)
+    options, notes = with_default_splits(options)
     splits = _open_all(options)
     try:
-        return _checked(options, splits, record)
+        datasets = _checked(options, splits, record)
+        return replace(datasets, notes=(*notes, *datasets.notes))
     except DataError as refusal:  # what is missing may be behind a link that was not followed
         links = [note for split in splits for note in split.unfollowed]
         if not links:
@@ -104,21 +109,22 @@ def open_datasets(options: DataOptions, record: DataRecord | None = None) -> Dat
 def _checked(options: DataOptions, splits: list[Split], record: DataRecord | None) -> Datasets:
     train, whole = splits[0], tuple(splits)
     names = record.classes if record is not None and record.classes else train.names
-    splits = [
-        renumbered(split, names, whose="the run" if names is not train.names else train.label) for split in splits
-    ]
+    if options.labels == "class":
+        splits = [
+            renumbered(split, names, whose="the run" if names is not train.names else train.label) for split in splits
+        ]
     skipped: dict[str, tuple[str, ...]] = {}
     if options.on_error == "skip":
         for number, split in enumerate(splits):
             splits[number], left_out = _without_unreadable(split, record.skipped if record is not None else None)
             skipped |= {split.key: left_out} if left_out else {}
     num_classes = options.num_classes or len(names)
-    if not num_classes:
+    if not num_classes and options.labels == "class":
         raise DataError(
             f"dataset {options.dataset!r} does not tell how many classes it has; set `num_classes`", "num_classes"
         )
     notes = [note for split in splits for note in split.notes]
-    classless = {split.key for split in splits if split.left_out}
+    classless = {split.key for split in splits if split.left_out and split.labelled}
     notes += [
         f"{len(images)} images of {key} cannot be read{' or have no class' * (key in classless)} and are left out: "
         f"{quoted(images)}"
@@ -128,13 +134,19 @@ def _checked(options: DataOptions, splits: list[Split], record: DataRecord | Non
         check_labels(split, num_classes)
         notes += notes_on_missing(split, names, num_classes)
     may_lack = options.num_classes is not None or record is not None
-    check_train(splits[0], names, num_classes, may_lack=may_lack)
+    _check_train(splits[0], names, num_classes, may_lack=may_lack)
     divided = _divided(options, splits, num_classes, names, notes)
-    return replace(divided, classes=names, skipped=skipped, whole=whole)
+    return replace(divided, classes=names, skipped=skipped, whole=whole, labels=options.labels)
+
+
+def _check_train(train: Split, names: Sequence[str], num_classes: int, *, may_lack: bool) -> None:
+    if train.labelled:
+        check_train(train, names, num_classes, may_lack=may_lack)
+    else:
+        check_count(train)
 
 
 def _open_all(options: DataOptions) -> list[Split]:
-    check_name(options.dataset)
     split_names = options.splits
     if len(split_names) == 1 and not options.holdout:
         raise DataError(
@@ -211,7 +223,7 @@ def _divided(
         held_out_indices, train_indices = _division(options, train)
         held_out = train.among(held_out_indices) if held_out_indices else None
         train = train.among(train_indices)
-        check_train(train, names, num_classes, may_lack=True)
+        _check_train(train, names, num_classes, may_lack=True)
         all_notes += [
             note.replace(train.label, "what is trained on") for note in notes_on_missing(train, names, num_classes)
         ]

@@ -8,7 +8,7 @@ compression have one size; two such images that change places and are none of th
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from stat import S_ISREG
@@ -27,12 +27,13 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True)
 class Contents:
-    """The contents of a split: for each part (a class or a shard) its number of images and a digest of names and sizes.
+    """The contents of a split: for each part its number of images and a digest of names and sizes.
 
-    `files` are the sizes of all images by name, if there are few, and `looked_into` digests of the contents of a few.
+    A part is a class, a folder of images without classes, or a shard. `files` are the sizes of all images by name, if
+    there are few, and `looked_into` digests of the contents of a few.
     """
 
-    kind: Literal["class", "shard"]
+    kind: Literal["class", "folder", "shard"]
     parts: dict[str, tuple[int, str]]
     files: dict[str, int] = field(default_factory=dict)
     looked_into: dict[str, str] = field(default_factory=dict)
@@ -69,9 +70,10 @@ def _part_changes(before: Contents, current: Contents) -> Iterable[str]:
         elif name not in before.parts:
             yield f"{kind} {name!r} is new ({count} images)"
         elif earlier_count != count:
-            yield f"{kind} {name!r} has {count} images and had {earlier_count}"
+            subject = f"{kind} {name!r} has" if name else "it has"
+            yield f"{subject} {count} images and had {earlier_count}"
         elif digest != earlier_digest:
-            yield f"{kind} {name!r} has other images, as many as before"
+            yield f"{kind} {name!r} has other images, as many as before" if name else "it has other images"
         else:
             continue
         return
@@ -82,13 +84,19 @@ def _one_of(names: Sequence[str]) -> str:
 
 
 def _plural(kind: str) -> str:
-    return {"class": "classes", "shard": "shards"}[kind]
+    return {"class": "classes", "folder": "folders", "shard": "shards"}[kind]
+
+
+def of_unlabelled_files(paths: Sequence[str], root: str) -> Contents:
+    """Contents of image files without classes: their parts are the outermost folders in `root`."""
+    names = _names_in(root, paths)
+    folders = [printable(name.partition(os.sep)[0]) if os.sep in name else "." for name in names]
+    return replace(of_files([*zip(paths, folders, strict=True)], root), kind="folder")
 
 
 def of_files(files: Sequence[tuple[str, str]], root: str) -> Contents:
     """Contents of image files below `root`: `files` are (path, class name), in an order that depends on names alone."""
-    start = root.rstrip(os.sep) + os.sep
-    names = [path[len(start) :] if path.startswith(start) else os.path.relpath(path, root) for path, _ in files]
+    names = _names_in(root, [path for path, _ in files])
     digests: dict[str, Any] = {}
     counts: dict[str, int] = {}
     sizes = _sizes([path for path, _ in files])
@@ -104,6 +112,11 @@ def of_files(files: Sequence[tuple[str, str]], root: str) -> Contents:
         {printable(name): size for name, size in zip(names, sizes, strict=True)} if len(files) <= NAMED else {},
         looked_into,
     )
+
+
+def _names_in(root: str, paths: Sequence[str]) -> list[str]:
+    start = root.rstrip(os.sep) + os.sep
+    return [path[len(start) :] if path.startswith(start) else os.path.relpath(path, root) for path in paths]
 
 
 def of_shards(shards: Shards, root: str, targets: Any | None) -> Contents:

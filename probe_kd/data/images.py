@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from probe_kd.errors import DataError
 
+WITHOUT_LABELS = "train without labels: `data: {labels: none}`"
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 # What Pillow may take a file for, whatever it is called: EPS, which runs Ghostscript, and documents are no images.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
@@ -200,6 +201,15 @@ def scan_folder(root: str | Path, *, outermost: bool = False) -> FolderScan:
     return FolderScan({name: files[name] for name in ordered}, sorted(empty), notes, walk.linked, unfollowed)
 
 
+def scan_unlabelled(root: str | Path) -> FolderScan:
+    """Find all images of a folder and of the folders in it, in timm's order by path, as of one class without a name."""
+    walk = _walk(str(root))
+    files = sorted((path for paths in walk.images.values() for path in paths), key=_natural)
+    unfollowed = _links(walk)
+    notes = [*unfollowed, *_notes(walk, str(root))]
+    return FolderScan({"": files} if files else {}, (), notes, walk.linked, unfollowed)
+
+
 def _class_names(folders: Mapping[str, str]) -> dict[str, str]:
     """The class of each folder: its name as Unicode composes it, since a copy by another system may not."""
     written: dict[str, str] = {}
@@ -294,9 +304,12 @@ def _why_no_class(walk: _Walk, top: str) -> str:
     if not any(images for folder, images in walk.images.items() if folder != top):
         return (
             f"the {count} images in {top} are in no class folders, and an image has the class of its folder; make one "
-            "folder for each class in it (training without labels is not there yet)"
+            f"folder for each class in it, or {WITHOUT_LABELS}"
         )
-    return f"{count} images lie beside the class folders in {top} and have no class ({first}, ...); move them into one"
+    return (
+        f"{count} images lie beside the class folders in {top} and have no class ({first}, ...); move them into one, "
+        f"or {WITHOUT_LABELS}"
+    )
 
 
 def _check_innermost(walk: _Walk, inside: Mapping[str, Sequence[str]], label: Mapping[str, str]) -> None:

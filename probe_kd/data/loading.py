@@ -22,11 +22,19 @@ from probe_kd.data.shards import Shards
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError
 
-__all__ = ["DataOptions", "Datasets", "Views", "loader", "mixer", "open_datasets", "readable"]
+__all__ = ["DataOptions", "Datasets", "Views", "loader", "mixer", "open_datasets", "placeholder", "readable"]
+
+
+def placeholder(datasets: Datasets, count: int) -> Tensor | None:
+    """A target in the form of these data for `count` images of no meaning; None without labels."""
+    return None if datasets.labels == "none" else torch.zeros(count, dtype=torch.long)
 
 
 def mixer(options: DataOptions, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """timm's Mixup and CutMix: a batch (images, class indices) to (images, distributions); None without."""
+    """timm's Mixup and CutMix: a batch (images, class indices) to (images, distributions); None without.
+
+    Without labels only the images are mixed.
+    """
     from timm.data import Mixup
 
     if not options.mixes:
@@ -38,7 +46,7 @@ def mixer(options: DataOptions, num_classes: int) -> Callable[[Tensor, Tensor], 
         switch_prob=options.mixup_switch_prob,
         mode=options.mixup_mode,
         label_smoothing=0.0,  # the loss has its own
-        num_classes=num_classes,
+        num_classes=num_classes or 1,
     )
 
     def mixed(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

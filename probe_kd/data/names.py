@@ -42,6 +42,12 @@ def check_name(name: str, root: str | None = None) -> None:
         )
 
 
+def is_folder(options: DataOptions) -> bool:
+    """Whether the images are files in the folder `root`."""
+    kind, _, name = options.dataset.lower().partition("/")
+    return not kind or (kind == "torch" and name in FOLDERS)
+
+
 def train_or_test(options: DataOptions, key: str, split: str) -> str:
     """Which part of a data set of two parts a split names: `train` or `validation`."""
     for part, words in (("train", TRAINED), ("validation", _TEST_WORDS)):

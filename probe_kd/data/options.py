@@ -23,6 +23,7 @@ def _one_or_three_channels(input_size: tuple[int, int, int]) -> tuple[int, int, 
     return input_size
 
 
+Labels = Literal["class", "none"]
 _Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 InputSize = Annotated[tuple[Annotated[int, Field(ge=1)], _Side, _Side], AfterValidator(_one_or_three_channels)]
 
@@ -39,6 +40,9 @@ class DataOptions(BaseModel):
     `hfds/...`, a folder of folders (empty name), a folder of tar shards (`wds/NAME`); not streams (`tfds/`, `hfids/`).
     `val_split` is measured after every epoch, and may be `none`; `test_split` is measured once, when training is over.
     Where only one of the two is given it serves both; without both, the images of `holdout` do.
+    `labels` are `class` (each image has one) or `none`: a folder of images, flat or nested, or any data set, whose
+    labels are then not read. Without a folder `train_split`, such a folder is read whole, and without a folder
+    `val_split` a tenth of it is held out.
     `on_error: skip` leaves out images that cannot be read, which else end the run with their names.
     `input_size` is (channels, height, width). `mean` and `std` are the student's, where they differ from timm's config.
     `holdout` is the share of the training images that is kept from training, for choosing by (`keep: best`), and
@@ -55,6 +59,7 @@ class DataOptions(BaseModel):
     train_split: str = "train"
     val_split: Annotated[str | None, BeforeValidator(_null_as_none_word)] = "validation"
     test_split: str | None = None
+    labels: Annotated[Labels, BeforeValidator(_null_as_none_word)] = "class"
     on_error: Literal["raise", "skip"] = "raise"
     download: bool = False
     num_classes: int | None = Field(default=None, ge=1)
@@ -101,6 +106,15 @@ class DataOptions(BaseModel):
         """The names of the splits to read, by the key that names each."""
         split_names = {"train_split": self.train_split, "val_split": self.val_split, "test_split": self.test_split}
         return {key: split for key, split in split_names.items() if split is not None and split.lower() != "none"}
+
+    @model_validator(mode="after")
+    def _has_no_classes_without_labels(self) -> Self:
+        if self.labels == "none" and self.num_classes is not None:
+            raise ValueError(
+                "`labels: none` has no classes, so that `num_classes` of the data means nothing; leave it out (how "
+                "many numbers the student gives is `student: {model_kwargs: {num_classes: ...}}`)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _mixes_in_pairs(self) -> Self:

@@ -67,13 +67,17 @@ def _copies(compared: Sequence[tuple[str, int]], names: Sequence[str], train: Sp
     for path, target in train.images.samples:
         name = path.rpartition(os.sep)[2]
         if name in compared_names:
-            train_paths.setdefault((train.names[target], name), []).append(path)
+            label = train.names[target] if train.labelled else ""
+            train_paths.setdefault((label, name), []).append(path)
     inode_of = _inodes_of_hard_links(path for path, _ in compared)
     linked = set(_inodes_of_hard_links(path for path, _ in train.images.samples).values()) if inode_of else set()
     return [
         path
         for path, target in compared
-        if any(_same_bytes(path, other) for other in train_paths.get((names[target], os.path.basename(path)), ())[:20])
+        if any(
+            _same_bytes(path, other)
+            for other in train_paths.get((names[target] if names else "", os.path.basename(path)), ())[:20]
+        )
         or inode_of.get(path) in linked
     ]
 

@@ -43,7 +43,8 @@ class Shards(Dataset[Any]):
 
     `lengths` are how many images the files hold, where that is known, and so are `num_classes`. Raises DataError where
     a file is not there, and when one is read that holds another number of images or other classes, or is damaged; and
-    for a sample that is no image with a class, unless `skip` leaves such ones out: `left_out` are their names.
+    for a sample that is no image with a class, unless `skip` leaves such ones out: `left_out` are their names. Images
+    that are not `labelled` have no class, and all get index 0.
     """
 
     def __init__(
@@ -54,13 +55,15 @@ class Shards(Dataset[Any]):
         mode: str = "RGB",
         num_classes: int | None = None,
         skip: bool = False,
+        labelled: bool = True,
     ) -> None:
+        self.labelled = labelled
         missing = [repr(str(file)) for file in files if not file.is_file()]
         if missing:
             more = f" and {len(missing) - 3} more" * (len(missing) > 3)
             raise DataError(f"of {len(files)} shards these are not there: {', '.join(missing[:3])}{more}")
         # What is left out is known only when a file is read, and images have their numbers before.
-        read = [] if lengths and not skip else [_places(file, skip=skip) for file in files]
+        read = [] if lengths and not skip else [_places(file, skip=skip, labelled=labelled) for file in files]
         counted = [places for places, _ in read]
         self.files, self.mode, self.num_classes = list(files), mode, num_classes
         self.lengths = [len(places) for places in counted] or list(lengths)
@@ -86,7 +89,7 @@ class Shards(Dataset[Any]):
             raise IndexError(index)
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         if not self._read[shard]:
-            self._store(shard, _places(self.files[shard])[0])
+            self._store(shard, _places(self.files[shard], labelled=self.labelled)[0])
         offset, size, target = self._index[index].tolist()
         name = f"image {index - int(self.starts[shard])} (from 0) of shard {self.files[shard]}"
         try:
@@ -101,7 +104,7 @@ class Shards(Dataset[Any]):
         """Read all labels, to find a wrong one before training. Above `most` images, only the first shard is read."""
         for shard in range(len(self.files)):
             if not self._read[shard] and (shard == 0 or len(self) <= most):
-                self._store(shard, _places(self.files[shard])[0])
+                self._store(shard, _places(self.files[shard], labelled=self.labelled)[0])
 
     @property
     def targets(self) -> Any:
@@ -123,13 +126,20 @@ class Shards(Dataset[Any]):
     def _miscounted(self, shard: int, count: int, length: int) -> DataError:
         """The error for a complete file with another number of images. Reading finds incomplete files earlier."""
         return DataError(
-            f"shard {self.files[shard]} is whole and holds {count} images with a class, and `shard_lengths` of its "
+            f"shard {self.files[shard]} is whole and holds {count} images{' with a class' * self.labelled}, and "
+            "`shard_lengths` of its "
             f"_info.json says {length}; write the right number there, or fetch the shard that it is of"
         )
 
 
 def open_shards(
-    root: str | None, split: str, *, mode: str = "RGB", num_classes: int | None = None, skip: bool = False
+    root: str | None,
+    split: str,
+    *,
+    mode: str = "RGB",
+    num_classes: int | None = None,
+    skip: bool = False,
+    labelled: bool = True,
 ) -> Shards:
     """The shards of a split in a local folder, as timm names them.
 
@@ -147,7 +157,7 @@ def open_shards(
         )
     splits = _info(folder).splits
     if split in splits:
-        if splits[split].alt_label:
+        if splits[split].alt_label and labelled:
             raise DataError(f"split {split!r} has its labels in JSON (`alt_label`); only `.cls` files are read")
         names = splits[split].filenames
     elif ".tar" in split:
@@ -161,9 +171,11 @@ def open_shards(
     lengths = _lengths(splits)
     has_counts = all(name in lengths for name in names)
     files, counts = [folder / name for name in names], [lengths[name] for name in names] if has_counts else []
-    shards = Shards(files, counts, mode=mode, num_classes=num_classes, skip=skip)
+    shards = Shards(files, counts, mode=mode, num_classes=num_classes, skip=skip, labelled=labelled)
     if not len(shards):
-        raise DataError(f"there are no images with a class in the split {split!r} of the shards in {folder}")
+        raise DataError(
+            f"there are no images{' with a class' * labelled} in the split {split!r} of the shards in {folder}"
+        )
     return shards
 
 
@@ -200,17 +212,17 @@ def _expand(names: str) -> list[str]:
     return list(expand_urls(names))
 
 
-def _places(file: Path, *, skip: bool = False) -> tuple[list[tuple[int, int, int]], list[str]]:
+def _places(file: Path, *, skip: bool = False, labelled: bool = True) -> tuple[list[tuple[int, int, int]], list[str]]:
     """(offset, bytes, class) of every image, and the names of samples that `skip` has left out.
 
     Raises DataError for what is no tar or not a whole one, and, unless they are left out, for an image without a class
-    or a class without an image. What is nothing of the two is passed over.
+    or a class without an image. What is nothing of the two is passed over. Without labels, classes are not looked for.
     """
     places, problems = [], {}
     try:
         with tarfile.open(file, "r:") as tar:  # what is compressed has no places
             for name, members in _samples(tar, file):
-                sample = _sample(tar, members)
+                sample = _sample(tar, members if labelled else [*_without_classes(members)], labelled=labelled)
                 if isinstance(sample, tuple):
                     places.append(sample)
                 elif sample:
@@ -243,7 +255,11 @@ def _samples(tar: tarfile.TarFile, file: Path) -> Iterator[tuple[str, "_Parts"]]
 _Parts = Sequence[tuple[str, tarfile.TarInfo]]
 
 
-def _sample(tar: tarfile.TarFile, parts: _Parts) -> tuple[int, int, int] | str:
+def _without_classes(parts: _Parts) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    return (part for part in parts if part[0] != "cls")
+
+
+def _sample(tar: tarfile.TarFile, parts: _Parts, *, labelled: bool) -> tuple[int, int, int] | str:
     """(offset, bytes, class) of an image; else what is wrong with it, empty where it is nothing of an image."""
     files = dict(parts)
     if len(files) < len(parts):
@@ -254,6 +270,8 @@ def _sample(tar: tarfile.TarFile, parts: _Parts) -> tuple[int, int, int] | str:
         others = [f".{suffix}" for suffix in files if f".{suffix}" in EXTENSIONS]
         why = f": {others[0]} is not read, only {', '.join(KINDS)} are" if others else ""
         return f"has no image{why}" if others or "cls" in files else ""
+    if not labelled:
+        return image.offset_data, image.size, 0
     if "cls" not in files:
         return "has an image and no class (.cls)"
     label = tar.extractfile(files["cls"])

@@ -9,26 +9,29 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from probe_kd.data.digests import Contents, of_files, of_images, of_shards, printable
-from probe_kd.data.images import EXTENSIONS, FolderImages, scan_folder
-from probe_kd.data.names import EVALUATED, FOLDERS, TRAINED, train_or_test
+from probe_kd.data.digests import Contents, of_files, of_images, of_shards, of_unlabelled_files, printable
+from probe_kd.data.images import EXTENSIONS, WITHOUT_LABELS, FolderImages, scan_folder, scan_unlabelled
+from probe_kd.data.names import EVALUATED, FOLDERS, TRAINED, is_folder, train_or_test
 from probe_kd.data.options import DataOptions
 from probe_kd.data.shards import Shards, open_shards
 from probe_kd.data.split import Split, quoted
 from probe_kd.data.timm_datasets import TorchvisionImages, files_of, open_hub, open_torchvision
 from probe_kd.errors import DataError, nearest
 
+DEFAULT_TRAIN, DEFAULT_VAL = (DataOptions.model_fields[key].default for key in ("train_split", "val_split"))
+DEFAULT_HOLDOUT = 0.1  # of a folder without labels and without images to measure on
+
 
 def open_split(options: DataOptions, key: str, split: str) -> Split:
     """Open the split that `key` of the options names. Raises DataError if it is missing or cannot be read."""
-    kind, _, name = options.dataset.lower().partition("/")
+    kind = options.dataset.lower().partition("/")[0]
     if kind == "sklearn":
         return _open_digits(options, key, split)
     if kind == "wds":
         return _open_shards(options, key, split)
     if kind == "hfds":
         return open_hub(options, key, split)
-    if not options.dataset or name in FOLDERS:
+    if is_folder(options):
         return _open_folder(options, key, split)
     return open_torchvision(options, key, split)
 
@@ -38,6 +41,9 @@ def _open_digits(options: DataOptions, key: str, split: str) -> Split:
         raise DataError(f"num_classes {options.num_classes}: sklearn/digits has 10 classes", "num_classes")
     part = train_or_test(options, key, split)
     pixels, targets = _load_digits(part)
+    if options.labels == "none":
+        images = DigitImages(pixels, np.zeros_like(targets), options.mode)
+        return Split(key, split, images, (), frozenset({part}), labelled=False)
     names = tuple(map(str, range(10)))
     return Split(key, split, DigitImages(pixels, targets, options.mode), names, frozenset({part}), targets)
 
@@ -69,34 +75,80 @@ class DigitImages(Dataset[Any]):
 
 
 def _open_shards(options: DataOptions, key: str, split: str) -> Split:
-    skip = options.on_error == "skip"
-    images = open_shards(options.root, split, mode=options.mode, num_classes=options.num_classes, skip=skip)
+    skip, labelled = options.on_error == "skip", options.labels != "none"
+    images = open_shards(
+        options.root, split, mode=options.mode, num_classes=options.num_classes, skip=skip, labelled=labelled
+    )
     images.read_labels()
     sources = frozenset(os.path.realpath(file) for file in images.files)
     left_out = tuple(map(printable, images.left_out))
-    return Split(key, split, images, (), sources, images.targets, root=str(options.root), left_out=left_out)
+    return Split(
+        key=key,
+        name=split,
+        images=images,
+        names=(),
+        sources=sources,
+        targets=images.targets if labelled else None,
+        left_out=left_out,
+        root=str(options.root),
+        labelled=labelled,
+    )
 
 
 def _open_folder(options: DataOptions, key: str, split: str) -> Split:
     folder = _split_folder(options, key, split)
-    outermost = options.dataset.lower().partition("/")[2] in FOLDERS
-    scan = scan_folder(folder, outermost=outermost)
+    outermost, labelled = options.dataset.lower().partition("/")[2] in FOLDERS, options.labels != "none"
+    scan = scan_folder(folder, outermost=outermost) if labelled else scan_unlabelled(folder)
     names = tuple(scan.files)
     if not names:
         raise DataError(f"there are no images in {folder}; read are files that end in {' '.join(EXTENSIONS)}", key)
-    samples = scan.samples({name: index for index, name in enumerate(names)}, by_path=not outermost)
+    samples = scan.samples({name: index for index, name in enumerate(names)}, by_path=labelled and not outermost)
     return Split(
         key=key,
         name=split,
         images=FolderImages(samples, options.mode, folder),
-        names=names,
+        names=names if labelled else (),
         sources=frozenset({os.path.realpath(folder)}),
-        targets=np.array([target for _, target in samples]),
+        targets=np.array([target for _, target in samples]) if labelled else None,
         empty=tuple(scan.empty),
         notes=tuple(scan.notes),
         linked=scan.linked,
         unfollowed=tuple(scan.unfollowed),
+        labelled=labelled,
     )
+
+
+def with_default_splits(options: DataOptions) -> tuple[DataOptions, list[str]]:
+    """The splits that are read of a folder without labels, where it has none of the folders that are the default.
+
+    Without a folder for training the whole folder is taken, and without one for validation a tenth is held out. The
+    sentences say so.
+    """
+    root = options.root
+    if options.labels != "none" or not is_folder(options) or not (root and Path(root).is_dir()):
+        return options, []
+    changes, notes = dict[str, Any](), []
+    if options.train_split == DEFAULT_TRAIN and not _existing_folder(root, DEFAULT_TRAIN):
+        changes["train_split"] = "."
+        notes.append(f"there is no folder {DEFAULT_TRAIN!r} in {root}: all images in it are training images")
+    if options.val_split == DEFAULT_VAL and not _existing_folder(root, DEFAULT_VAL):
+        changes["val_split"] = "none"
+        if not options.holdout and "test_split" not in options.splits:
+            changes["holdout"] = DEFAULT_HOLDOUT
+            notes.append(
+                f"there is no folder {DEFAULT_VAL!r} in {root}, and no `holdout`: {DEFAULT_HOLDOUT:.0%} of the "
+                "training images are held out to measure on"
+            )
+    return options.model_copy(update=changes), notes
+
+
+def _existing_folder(root: str, split: str) -> str:
+    """The folder of a split in `root`, by the split's name or one that timm treats as the same; empty if none is."""
+    synonyms = TRAINED if split in TRAINED else EVALUATED if split in EVALUATED else ()
+    for name in (split, *synonyms):
+        if os.path.isdir(os.path.join(root, name)):
+            return os.path.join(root, name) if name != "." else root
+    return ""
 
 
 def _split_folder(options: DataOptions, key: str, split: str) -> str:
@@ -107,10 +159,8 @@ def _split_folder(options: DataOptions, key: str, split: str) -> str:
             f"there is no folder {root!r} to read images from; set `root`, or name a `dataset` (where a run's "
             "images have moved, `eval --root DIR`)"
         )
-    synonyms = TRAINED if split in TRAINED else EVALUATED if split in EVALUATED else ()
-    for name in (split, *synonyms):
-        if os.path.isdir(os.path.join(root, name)):
-            return os.path.join(root, name) if name != "." else root
+    if folder := _existing_folder(root, split):
+        return folder
     subfolders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     listing = f"there are {quoted(subfolders)}{nearest(split, subfolders)}" if subfolders else "it holds no folders"
     if key == "train_split":
@@ -118,6 +168,8 @@ def _split_folder(options: DataOptions, key: str, split: str) -> str:
             "name one of them; where these are the classes, give `train_split: .`, with `val_split: none` and "
             "`holdout: 0.1`"
         )
+        if any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(root)):
+            advice += f"; there are images in {root!r} itself: {WITHOUT_LABELS}"
     else:
         advice = f"name one of them as `{key}`, or hold training images out: `val_split: none` with `holdout: 0.1`"
     raise DataError(f"there is no folder {split!r} in {root!r} for `{key}`: {listing}; {advice}", key)
@@ -127,12 +179,14 @@ def contents_of(split: Split) -> Contents:
     """A digest of the images and classes of a split, as its source stores them."""
     images, names = split.images, split.names
     if isinstance(images, FolderImages):
+        if not split.labelled:
+            return of_unlabelled_files([path for path, _ in images.samples], images.root)
         return of_files([(path, names[target]) for path, target in images.samples], images.root)
     if isinstance(images, Shards):
         return of_shards(images, split.root, split.targets)
     files = files_of(images.images) if isinstance(images, TorchvisionImages) else []
     if files:
-        return of_files(files, split.root)
+        return of_files(files, split.root) if split.labelled else of_unlabelled_files([*dict(files)], split.root)
     targets = [] if split.targets is None else np.asarray(split.targets).tolist()
     return of_images(images, [names[target] if 0 <= target < len(names) else str(target) for target in targets])
 

@@ -34,6 +34,7 @@ class Split:
     unfollowed: tuple[str, ...] = ()  # the notes on links to folders
     left_out: tuple[str, ...] = ()  # samples of shards that are not an image with a class
     root: str = ""  # the folder that names of files are relative to
+    labelled: bool = True  # without labels there are no `names` and no `targets`
 
     @property
     def label(self) -> str:

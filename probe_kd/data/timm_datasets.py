@@ -27,15 +27,17 @@ def open_torchvision(options: DataOptions, key: str, split: str) -> Split:
         inner.loader = _Loader(options.mode)
     if hasattr(inner, "all_categories"):  # INaturalist's, which come as the disk lists them
         inner.index.sort()
-    targets = getattr(inner, "targets", None)
+    labelled = options.labels != "none"
+    targets = getattr(inner, "targets", None) if labelled else None
     return Split(
         key=key,
         name=split,
-        images=TorchvisionImages(inner, options.mode),
-        names=_class_names(inner),
+        images=TorchvisionImages(inner, options.mode, labelled=labelled),
+        names=_class_names(inner) if labelled else (),
         sources=frozenset({part}),
         targets=None if targets is None else np.asarray(targets),
         root=options.root,
+        labelled=labelled,
     )
 
 
@@ -61,15 +63,15 @@ def files_of(dataset: Any) -> list[tuple[str, str]]:
 class TorchvisionImages(Dataset[Any]):
     """A torchvision data set with its images converted to one mode of PIL. MNIST's images are grey."""
 
-    def __init__(self, images: Dataset[Any], mode: str) -> None:
-        self.images, self.mode = images, mode
+    def __init__(self, images: Dataset[Any], mode: str, *, labelled: bool = True) -> None:
+        self.images, self.mode, self.labelled = images, mode, labelled
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, target = self.images[index]
-        return image.convert(self.mode), target
+        return image.convert(self.mode), target if self.labelled else 0
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,12 @@ class _Loader:
 
 def open_hub(options: DataOptions, key: str, split: str) -> Split:
     """Open a split of a data set of the Hugging Face hub. Raises DataError if it has no labels or cannot be read."""
-    images = HubImages(_create_dataset(options, split).reader, options.mode, f"{options.dataset} ({split})")
+    reader, name = _create_dataset(options, split).reader, f"{options.dataset} ({split})"
+    labelled = options.labels != "none"
+    images = HubImages(reader, options.mode, name, labelled=labelled)
     rows = _rows_of(images.reader.dataset, split)
-    return Split(key, split, images, images.names, frozenset({split}), images.targets, rows=rows)
+    targets = images.targets if labelled else None
+    return Split(key, split, images, images.names, frozenset({split}), targets, rows=rows, labelled=labelled)
 
 
 def _rows_of(dataset: Any, split: str) -> tuple[tuple[str, int, int], ...]:
@@ -106,11 +111,16 @@ def _rows_of(dataset: Any, split: str) -> tuple[tuple[str, int, int], ...]:
 class HubImages(Dataset[Any]):
     """A data set of Hugging Face's `datasets`, opened by timm's reader. Its labels are numbers or names."""
 
-    def __init__(self, reader: Any, mode: str, name: str) -> None:
-        self.reader, self.mode, self.name = reader, mode, name
+    def __init__(self, reader: Any, mode: str, name: str, *, labelled: bool = True) -> None:
+        self.reader, self.mode, self.name, self.names = reader, mode, name, tuple[str, ...]()
+        self.targets = self._read_labels() if labelled else np.zeros(len(reader.dataset), dtype=int)
+
+    def _read_labels(self) -> Any:
+        reader, name = self.reader, self.name
         if reader.label_key not in reader.dataset.column_names:
             raise DataError(
-                f"{name} has no column {reader.label_key!r} of labels; it has {quoted(reader.dataset.column_names)}"
+                f"{name} has no column {reader.label_key!r} of labels; it has {quoted(reader.dataset.column_names)}; "
+                "`labels: none` needs none"
             )
         labels = list(reader.dataset[reader.label_key])
         kinds = {type(label) for label in labels}
@@ -123,7 +133,7 @@ class HubImages(Dataset[Any]):
                 f"the labels of {name} are no class numbers (column {reader.label_key!r} has: {type_names})"
             )
         index = {label: number for number, label in enumerate(self.names)}
-        self.targets = np.array([index[label] if isinstance(label, str) else int(label) for label in labels], dtype=int)
+        return np.array([index[label] if isinstance(label, str) else int(label) for label in labels], dtype=int)
 
     def __len__(self) -> int:
         return len(self.targets)

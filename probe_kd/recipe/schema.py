@@ -128,6 +128,8 @@ DESCRIPTIONS = {
     "val_split": "Split, or folder in `root`, that is evaluated after every epoch. `none` for none.",
     "test_split": "Split, or folder in `root`, for the final results. It is evaluated once. Not set: `val_split` "
     "is used.",
+    "labels": "What is read beside the images: one class each (`class`), or nothing (`none`), for losses that compare "
+    "with the teacher. Labels of a labelled data set are then ignored.",
     "on_error": "What to do with an image that cannot be read: stop with its name (`raise`), or leave it out and "
     "count it (`skip`).",
     "download": "Download the dataset if it is not there.",

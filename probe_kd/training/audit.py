@@ -118,7 +118,7 @@ def _cost(
     phase: Phase,
     distiller: Distiller,
     images: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     reached_names: set[str],
     steps: int,
     remarks: list[str],

@@ -65,7 +65,7 @@ class Loop:
             )
         self.updates = -(-self.steps // phase.grad_accum_steps)  # of an epoch
         self.schedule = make_scheduler(self.optimizer, phase, self.updates)
-        self.mix = mixer(recipe.data, num_classes)
+        self.mix, self.unlabelled = mixer(recipe.data, num_classes), recipe.data.labels == "none"
         self.sums: dict[str, Tensor] = {}
         self.recalled = self.computed = 0  # images whose targets were read from the cache, or computed for it
         self.finished: int | None = None  # batches done; None while an update is incomplete
@@ -81,6 +81,8 @@ class Loop:
         for step, (images, target, indices) in enumerate(readable(self.batches.skip(first)), first):
             if self.mix is not None:
                 images, target = self.mix(images, target)
+            if self.unlabelled:
+                target = None
             if self._step(epoch, step, images, target, self._targets(images, indices)):
                 yield step + 1
 
@@ -128,7 +130,9 @@ class Loop:
                     "without its noticing. Delete that folder"
                 )
 
-    def _step(self, epoch: int, step: int, images: Tensor, target: Tensor, cached_targets: list[Tensor] | None) -> bool:
+    def _step(
+        self, epoch: int, step: int, images: Tensor, target: Tensor | None, cached_targets: list[Tensor] | None
+    ) -> bool:
         """Run the forward and backward of one batch. Return whether the weights were updated."""
         self.finished = None
         accumulated = self.phase.grad_accum_steps

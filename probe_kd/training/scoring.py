@@ -125,6 +125,7 @@ class Scorer:
         """
         dataset, accelerator = self.plan.datasets.to_choose_by, self.accelerator
         assert dataset is not None
+        dataset_has_no_labels = self.plan.datasets.labels == "none"
         held_out_batches = loader(dataset, self.plan.recipe.data, self.models.images_for(trained), training=False)
         losses: list[Tensor] = []
         distiller = loop.distiller.eval()
@@ -132,7 +133,7 @@ class Scorer:
         for images, target in readable(held_out_batches.prepare(accelerator), "held-out"):
             if len(target) > 1 or not losses:  # one image has no variance, which some losses divide by
                 with accelerator.autocast():
-                    loss = distiller(images, target)["loss"]
+                    loss = distiller(images, None if dataset_has_no_labels else target)["loss"]
                 losses.append(accelerator.gather_for_metrics(loss.repeat(len(target))).cpu())
         return torch.cat(losses).double().mean().item()
 

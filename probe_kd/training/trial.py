@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from probe_kd.data.loading import loader, readable
+from probe_kd.data.loading import loader, placeholder, readable
 from probe_kd.errors import ProbeKDError, RunError, for_all, short
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import gradient_norms
@@ -54,7 +54,7 @@ def one_step() -> Iterator[None]:
         raise RunError(f"a step on the first batch of images fails: {short(refusal)}") from refusal
 
 
-def reach_of(models: Models, trained: TrainedModel, images: Tensor, target: Tensor) -> list[tuple[str, Norms]]:
+def reach_of(models: Models, trained: TrainedModel, images: Tensor, target: Tensor | None) -> list[tuple[str, Norms]]:
     """The gradient norms of the losses of each stage on these images."""
     reach = []
     for phase in trained.phases:
@@ -76,8 +76,10 @@ def student_of(models: Models) -> TrainedModel:
     raise AssertionError("every recipe has a student")
 
 
-def first_batch(models: Models, trained: TrainedModel, *, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the images and class indices of the first batch, in the form of the loop, with at most `most` images.
+def first_batch(models: Models, trained: TrainedModel, *, most: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the images and labels of the first batch, in the form of the loop, with at most `most` images.
+
+    The labels are None if the data have none.
 
     Raises DataError if an image cannot be read.
     """
@@ -87,16 +89,19 @@ def first_batch(models: Models, trained: TrainedModel, *, most: int | None = Non
     batches = loader(models.plan.datasets.train, options, models.images_for(trained), training=True)
     placed = batches.on(device, memory_format=memory_format(models.plan.recipe, device))
     images, target, _ = next(readable(placed))
-    return images, target
+    return images, None if models.plan.datasets.labels == "none" else target
 
 
 def untrained(
-    models: Models, trained: TrainedModel, reach: Sequence[tuple[str, Norms]], images: Tensor, target: Tensor
+    models: Models, trained: TrainedModel, reach: Sequence[tuple[str, Norms]], images: Tensor, target: Tensor | None
 ) -> list[str]:
     """Remark on parameters that the student's output depends on, but that no loss of any stage trains.
 
-    This is not an error: after hints alone, one may train the layers above them in another run.
+    This is not an error: after hints alone, one may train the layers above them in another run. Without labels, that is
+    what is done.
     """
+    if target is None:
+        return []
     distiller = Distiller(trained.model, None, [Objective("cross_entropy")], student_input=trained.input)
     distiller.to(models.accelerator.device)
     used = set(gradient_norms(distiller.train(), images, target)["cross_entropy"])
@@ -135,5 +140,6 @@ def reached(models: Models, trained: TrainedModel, distiller: Distiller) -> set[
     """The names of the parameters that any loss reaches, measured on images of noise."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, *models.images_for(trained).size, generator=generator).to(models.accelerator.device)
-    target = torch.zeros(2, dtype=torch.long, device=models.accelerator.device)
+    target = placeholder(models.plan.datasets, 2)
+    target = None if target is None else target.to(models.accelerator.device)
     return {name for norms in gradient_norms(distiller.train(), images, target).values() for name in norms}

@@ -66,7 +66,13 @@ def check_sides(recipe: Recipe, index: int, objectives: Sequence[Objective]) -> 
     mistakes: list[Mistake] = []
     for objective in objectives:
         name = objective.name
-        if objective.needs_teacher and recipe.teacher is None:
+        if recipe.data.labels == "none" and objective.resolved.reads == "labels":
+            message = (
+                f"loss `{name}` ({recipe.stages[index].losses[name].loss}) reads labels, and `data: {{labels: none}}` "
+                "has none; take a loss that compares with the teacher (`hint`, `soft_targets`), or data with labels"
+            )
+            mistakes.append(((*place, name), message))
+        elif objective.needs_teacher and recipe.teacher is None:
             message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"
             mistakes.append(((*place, name), message))
         elif objective.of == "teacher" and recipe.share is None:
@@ -137,6 +143,9 @@ def check_baseline(recipe: Recipe) -> list[Mistake]:
     losses = [loss.loss for stage in recipe.stages for loss in stage.losses.values()]
     if not recipe.baseline or any(loss in LOSSES and LOSSES[loss].reads == "labels" for loss in losses):
         return []
+    if recipe.data.labels == "none":
+        message = "the baseline learns from labels alone, and `data: {labels: none}` has none; leave `baseline` out"
+        return [(("baseline",), message)]
     message = "the baseline has no loss to train on: no stage has one that reads labels (`cross_entropy`)"
     return [(("baseline",), message)]
 

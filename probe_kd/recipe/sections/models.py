@@ -57,7 +57,7 @@ def _trace(
 ) -> tuple[Trace | None, list[Mistake]]:
     kwargs = dict(model.model_kwargs)
     frozen = side == "teacher" and not getattr(model, "train", None)
-    if classes is not None and not (frozen and (model.pretrained or library_of(model.model))):
+    if classes and not (frozen and (model.pretrained or library_of(model.model))):
         kwargs.setdefault("num_classes", classes)  # a frozen teacher that comes with a head keeps it
     if size[0] != 3:
         kwargs.setdefault("in_chans", size[0])
@@ -111,7 +111,7 @@ def _check_output(trace_: Trace, side: Side) -> None:
 
 def check_student(recipe: Recipe, models: Models) -> list[Mistake]:
     student, classes = models.student, models.classes
-    if student is None or classes is None or student.output.channels == classes:
+    if student is None or not classes or student.output.channels == classes:
         return []
     message = (
         f"the student's classifier has {student.output.channels} classes and the data {classes}; leave "
@@ -133,7 +133,12 @@ def check_teacher(recipe: Recipe, models: Models) -> list[Mistake]:
     if not (teacher.pretrained or teacher.checkpoint or teacher.train or recipe.share):
         message = "the teacher has random weights; give `pretrained: true`, a `checkpoint`, or `train: {epochs: ...}`"
         mistakes.append((("teacher", "model"), message))
-    if trace_ and classes is not None and trace_.output.channels != classes and teacher.class_map is None:
+    if recipe.data.labels == "none" and teacher.train:
+        message = (
+            "a teacher is trained on labels, and `data: {labels: none}` has none; give its weights as `checkpoint`"
+        )
+        mistakes.append((("teacher", "train"), message))
+    if trace_ and classes and trace_.output.channels != classes and teacher.class_map is None:
         message = (
             f"the teacher's classifier has {trace_.output.channels} classes and the data {classes}; give a "
             "`class_map` with its index of each of the data's classes, or `train: {epochs: ...}`, which gives "
