@@ -23,7 +23,9 @@ from probe_kd.recipe.reading import parse
 def pictures(folder: Path, count: int, kind: str = "png") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        Image.new("RGB", (9, 8), (number * 9, sum(folder.name.encode()) % 256, len(folder.name))).save(folder / f"{number}.{kind}")
+        Image.new("RGB", (9, 8), (number * 9, sum(folder.name.encode()) % 256, len(folder.name))).save(
+            folder / f"{number}.{kind}"
+        )
 
 
 def opened(root: Path | None = None, **more: Any) -> Datasets:
