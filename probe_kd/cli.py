@@ -302,6 +302,7 @@ def check(
         cache_lines,
         costs_table,
         data_lines,
+        frozen_lines,
         idle_rows,
         idle_table,
         losses_table,
@@ -323,6 +324,7 @@ def check(
             *_pair_lines(planned),
             *cache_lines(planned),
             *teacher_lines(planned),
+            *frozen_lines(planned),
         ]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in data_lines(planned):
@@ -356,6 +358,7 @@ def _checked(planned: "Plan", idle: "list[Idle]", audited: "Audit | None") -> di
     return {
         "data": {"measured_on": planned.datasets.measured_on, "notes": list(planned.datasets.notes)},
         "weights": list(planned.new_classifiers),
+        "frozen": [list(frozen.layers) for frozen in planned.frozen],
         "pairs": [{"student": str(pair.student), "teacher": str(pair.teacher)} for pair in planned.pairs],
         "compared": compared,
         "remarks": [*planned.remarks, *(audited.remarks if audited else ())],
@@ -407,7 +410,7 @@ def train(
     folder = out or Path("runs") / _name_of_run(recipe)
     source = load(recipe, seed=seed, sets=sets or (), tolerant=True)
     console = _console()
-    from probe_kd.tables import data_lines, plan_table, print_student, teacher_lines
+    from probe_kd.tables import data_lines, frozen_lines, plan_table, print_student, teacher_lines
     from probe_kd.training.progress import Progress
 
     quiet = quiet or not _is_first_process()
@@ -421,7 +424,7 @@ def train(
             if planned.comparisons:
                 console.print(plan_table(planned))
             _print_notes(planned.remarks, console)
-            for line in teacher_lines(planned):
+            for line in (*teacher_lines(planned), *frozen_lines(planned)):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             for line in data_lines(planned):
                 console.print(line, highlight=False, markup=False)

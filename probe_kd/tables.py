@@ -203,6 +203,16 @@ def teacher_lines(plan: Plan) -> list[str]:
     ]
 
 
+def frozen_lines(plan: Plan) -> list[str]:
+    """List the layers of the student that stages freeze, and how many parameters they train."""
+    return [
+        f"stage {stage.name}: frozen are {', '.join(frozen.layers)}; {amount(frozen.trains)} of {amount(frozen.of)} "
+        "parameters of the student train"
+        for stage, frozen in zip(plan.recipe.stages, plan.frozen, strict=True)
+        if frozen.layers
+    ]
+
+
 def data_lines(plan: Plan) -> list[str]:
     """List the images that a run measures on, and the notes on its data."""
     return [f"data: {text}" for text in (plan.datasets.measured_on, *plan.datasets.notes)]

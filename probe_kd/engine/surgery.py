@@ -211,7 +211,8 @@ def buffers_aside(module: nn.Module) -> Iterator[None]:
 
 
 def in_pattern(name: str, pattern: str) -> bool:
-    """Whether a parameter's name matches a glob, or lies in the module of that name."""
+    """Whether a parameter's name matches a glob, which may begin with `glob:`, or lies in the module of that name."""
+    pattern = pattern.removeprefix("glob:")
     return glob(pattern)(name) or name.startswith(f"{pattern}.")
 
 
@@ -225,9 +226,26 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         matches = [name for name in names if in_pattern(name, pattern)]
         if not matches:
-            raise TapError(f"no parameter of {type(model).__name__} matches {pattern!r}{nearest(pattern, names)}")
+            near = nearest(pattern, [*names, *(name for name, _ in model.named_modules())])
+            raise TapError(f"no parameter of {type(model).__name__} matches {pattern!r}{near}")
         matching += matches
     frozen = [name for name in dict.fromkeys(matching) if model.get_parameter(name).requires_grad]
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     return frozen
+
+
+def norms_in(model: nn.Module, patterns: Collection[str]) -> list[nn.Module]:
+    """Return the norms with running statistics in the layers that `freeze` takes by these patterns.
+
+    A norm is one of them if its name matches, or all of its parameters do.
+    """
+    norms = []
+    for name, module in model.named_modules():
+        if getattr(module, "running_mean", None) is None:
+            continue
+        parameters = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
+        is_named = any(in_pattern(name, pattern) for pattern in patterns)
+        if is_named or (parameters and all(any(in_pattern(key, it) for it in patterns) for key in parameters)):
+            norms.append(module)
+    return norms

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -120,6 +120,27 @@ def classifiers(model: nn.Module) -> list[str]:
     if not names:
         raise WeightsError(f"{type(model).__name__} does not say which of its layers is the classifier")
     return names
+
+
+def backbone(model: nn.Module) -> list[str]:
+    """Return the names of the layers and parameters that are not part of a classifier, the largest of each.
+
+    Raises WeightsError if the model does not say which of its layers is the classifier.
+    """
+    heads = classifiers(model)
+
+    def below(module: nn.Module, path: str) -> Iterator[str]:
+        yield from (f"{path}{key}" for key, _ in module.named_parameters(recurse=False))
+        for key, child in module.named_children():
+            name = f"{path}{key}"
+            if name in heads:
+                continue
+            if any(head.startswith(f"{name}.") for head in heads):
+                yield from below(child, f"{name}.")
+            elif child.state_dict():
+                yield name
+
+    return list(below(model, ""))
 
 
 def _new_classifier_names(model: nn.Module, weights: Mapping[str, Tensor], *, always: bool) -> list[str]:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Tap, Trace
+from probe_kd.engine.surgery import freeze as freeze_layers
+from probe_kd.engine.surgery import norms_in
 from probe_kd.engine.tracing import refuse_lazy, trace
 from probe_kd.errors import LossError, demand
 from probe_kd.methods.adapters import ImageView, Target
@@ -56,6 +58,9 @@ class Distiller(nn.Module):
     - `trunk`: as `output`, and no loss of the student changes what is shared;
     - `off`: both models.
 
+    `freeze` names layers of the student, by name or glob, that do not train until `close()`: their parameters get no
+    gradient, and their batch norms keep their statistics.
+
     `sharing` says what the two models share, as returned by `share_convolutions`, `share_trunk` and `graft`. A weight
     or an option that is a `Schedule` changes when `set_epoch` is called. The hooks stay on until `close()`.
 
@@ -77,6 +82,7 @@ class Distiller(nn.Module):
         class_map: Sequence[int] | None = None,
         block: Block | None = None,
         sharing: Sharing | None = None,
+        freeze: Sequence[str] = (),
     ) -> None:
         super().__init__()
         for side, model in (("student", student), ("teacher", nn.Identity() if teacher is None else teacher)):
@@ -109,6 +115,8 @@ class Distiller(nn.Module):
             self.adapters = make_adapters(self.objectives, student_trace, teacher_trace, class_map)
             self._targets = targets_of(self.objectives, self.adapters, teacher_trace)
         self._terms = Terms(self.objectives, self.adapters, block_gradient=not self._teacher.passes_gradient)
+        self._frozen = [student.get_parameter(name) for name in freeze_layers(student, freeze)]
+        self._frozen_norms = norms_in(student, freeze)
         self.train(self.training)
         # Last, when nothing can be refused any more: a constructor that raises leaves no hook behind.
         self._student_probe.attach()
@@ -206,9 +214,14 @@ class Distiller(nn.Module):
         return [targets[name] for name in self.targets]
 
     def train(self, mode: bool = True) -> Self:
-        """Set the student's mode. A frozen teacher stays in eval mode, or its running statistics would drift."""
+        """Set the mode of the student.
+
+        A frozen teacher and the batch norms in frozen layers stay in eval mode, or their statistics would drift.
+        """
         super().train(mode)
         self._teacher.keep_in_eval()
+        for norm in self._frozen_norms:
+            norm.eval()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -229,6 +242,8 @@ class Distiller(nn.Module):
     def close(self) -> None:
         """Remove the hooks from both models."""
         self._student_probe.close()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
         self._teacher.close()
 
     @property

@@ -176,9 +176,10 @@ class LossOptions(BaseModel):
 class StageOptions(_Section):
     """One phase of training: losses, epochs, optimizer, scheduler.
 
-    A stage trains only the parameters that its losses reach. With `keep: best`, it ends with the weights of the epoch
-    whose weighted sum of losses was lowest on held-out training images (`data.holdout`). The gradients of
-    `grad_accum_steps` batches are accumulated for one update of the weights.
+    A stage trains only the parameters that its losses reach, and none of the student's layers in `freeze`: names,
+    globs, or `backbone` for all but the classifier. Batch norms in frozen layers keep their statistics. With `keep:
+    best`, it ends with the weights of the epoch whose weighted sum of losses was lowest on held-out training images
+    (`data.holdout`). The gradients of `grad_accum_steps` batches are accumulated for one update of the weights.
     """
 
     name: Name = "train"
@@ -189,6 +190,13 @@ class StageOptions(_Section):
     clip_grad: float | None = Field(default=None, gt=0)
     grad_accum_steps: int = Field(default=1, ge=1)
     keep: Literal["last", "best"] = "last"
+    freeze: (
+        Annotated[
+            Annotated[list[str], Field(min_length=1), Tag("list")] | Annotated[str, Tag("word")],
+            Discriminator(_list_or_word),
+        ]
+        | None
+    ) = None
 
 
 FINE_TUNING_LR = 1e-4  # a tenth of the default for training from scratch

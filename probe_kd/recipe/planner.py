@@ -16,6 +16,7 @@ from probe_kd.methods.sharing import Sharing
 from probe_kd.recipe.keys import PairOptions, Recipe
 from probe_kd.recipe.reading import Source
 from probe_kd.recipe.sections.execution import check_execution
+from probe_kd.recipe.sections.freezing import Frozen, find_frozen
 from probe_kd.recipe.sections.images import check_transforms, open_data
 from probe_kd.recipe.sections.losses import Planned, check_baseline, check_sides, find_adapters, make_objectives
 from probe_kd.recipe.sections.mistakes import Mistake
@@ -54,6 +55,7 @@ class Plan:
     grown: Trace | None = None  # the student as it is trained, if it is a graft
     expansions: tuple[Expansion, ...] = ()
     new_classifiers: tuple[str, ...] = ()  # one sentence for each model with weights
+    frozen: tuple[Frozen, ...] = ()  # of each stage
 
     @property
     def trained(self) -> Trace:
@@ -121,6 +123,7 @@ class _Sections(NamedTuple):
     paired: Paired
     objectives: list[list[Objective]]
     comparisons: list[Planned]
+    frozen: list[Frozen]
 
 
 def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord | None = None) -> Plan:
@@ -155,6 +158,7 @@ def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord
         grown=sections.grown,
         expansions=tuple(expansions(recipe, sections.paired)),
         new_classifiers=tuple(sections.new_classifiers),
+        frozen=tuple(sections.frozen),
     )
 
 
@@ -178,7 +182,11 @@ def _check_sections(
     (grown, sharing), more = try_sharing(recipe, models)
     mistakes += more
     paired, objectives, comparisons, more = _plan_losses(recipe, models, grown, class_map)
-    sections = _Sections(datasets, models, new_classifiers, class_map, grown, sharing, paired, objectives, comparisons)
+    mistakes += more
+    frozen, more = find_frozen(recipe, models.student, objectives)
+    sections = _Sections(
+        datasets, models, new_classifiers, class_map, grown, sharing, paired, objectives, comparisons, frozen
+    )
     return sections, mistakes + more
 
 

@@ -70,6 +70,8 @@ DESCRIPTIONS = {
     "scheduler": "The learning-rate schedule, made by timm's `create_scheduler_v2` and stepped every update.",
     "clip_grad": "Maximum norm of the gradient of an update. Not set: no clipping.",
     "grad_accum_steps": "Number of batches whose gradients are accumulated for one update.",
+    "freeze": "Layers of the student that this stage does not train: a list of names or globs, or `backbone` for all "
+    "but the classifier. Batch norms in them keep their statistics.",
     "keep": "Which weights a stage ends with: those of the `last` epoch, or of the epoch with the `best` (lowest) "
     "weighted loss on the images of `data.holdout`.",
     "label_smoothing": "Share of the label that is spread evenly over all classes (Szegedy et al. 2016).",

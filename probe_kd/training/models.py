@@ -85,6 +85,7 @@ class Models:
             class_map=self.plan.class_map,
             block=share.block if share and trained.partner else None,
             sharing=trained.sharing,
+            freeze=phase.freeze,
         )
         return distiller.to(self.accelerator.device)
 
@@ -120,7 +121,8 @@ class Models:
     def _stages(self, alone: str = "") -> tuple[Phase, ...]:
         """The phases of the recipe's stages; for a model alone, only the objectives on labels."""
         phases, age = [], 0
-        for stage, objectives in zip(self.plan.recipe.stages, self.plan.objectives, strict=True):
+        stages = zip(self.plan.recipe.stages, self.plan.objectives, self.plan.frozen, strict=True)
+        for stage, objectives, frozen in stages:
             own_objectives = _labels_only(objectives, alone) if alone else objectives
             phase = Phase(
                 name=stage.name,
@@ -131,6 +133,7 @@ class Models:
                 clip_grad=stage.clip_grad,
                 grad_accum_steps=stage.grad_accum_steps,
                 keep=stage.keep,
+                freeze=frozen.layers,
                 age=age,
             )
             phases += [phase] * bool(own_objectives)

@@ -18,4 +18,5 @@ class Phase:
     clip_grad: float | None = None
     grad_accum_steps: int = 1
     keep: str = "last"
+    freeze: tuple[str, ...] = ()
     age: int = 0

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from probe_kd.data.loading import loader, placeholder, readable
+from probe_kd.engine.surgery import in_pattern
 from probe_kd.errors import ProbeKDError, RunError, for_all, short
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import gradient_norms
@@ -98,7 +99,7 @@ def untrained(
     """Remark on parameters that the student's output depends on, but that no loss of any stage trains.
 
     This is not an error: after hints alone, one may train the layers above them in another run. Without labels, that is
-    what is done.
+    what is done. Frozen layers with weights of their own are as they should be.
     """
     if target is None:
         return []
@@ -106,6 +107,9 @@ def untrained(
     distiller.to(models.accelerator.device)
     used = set(gradient_norms(distiller.train(), images, target)["cross_entropy"])
     distiller.close()
+    options = models.plan.recipe.student
+    frozen = [layer for phase in trained.phases for layer in phase.freeze if options.pretrained or options.checkpoint]
+    used -= {name for name in used if any(in_pattern(name.removeprefix("student."), layer) for layer in frozen)}
     unreached = sorted(used - {name for _, norms in reach for loss in norms.values() for name in loss})
     names = ", ".join(unreached[:6]) + (f" and {len(unreached) - 6} more" if len(unreached) > 6 else "")
     remark = (
