@@ -410,3 +410,8 @@ class Recipe(_Section):
     checkpoint_hist: int = Field(default=2, ge=1)
     trackers: list[str] = []
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @property
+    def loss_names(self) -> set[str]:
+        """The names of the losses of all stages."""
+        return {name for stage in self.stages for name in stage.losses}

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -23,15 +23,17 @@ from probe_kd.engine.spec import Tap, Trace
 from probe_kd.errors import MatchError, RunError, nearest, short
 from probe_kd.files.atomic import put, whole_text
 from probe_kd.files.run_folder import RECIPE, Manifest, check_own, record, runs_beside, why_no_run
+from probe_kd.measures import MEASURES, headline_of, not_losses
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import load
 from probe_kd.recipe.writing import command_to_go_on
 from probe_kd.results.evaluation import cka_table, vectors
 from probe_kd.training.checkpoints import FOLDER as CHECKPOINTS
-from probe_kd.training.state import MEASURES, Result, Row, current_role
+from probe_kd.training.state import Result, Row, current_role
 
 LAYERS = "layers.json"
-ROLES = ("baseline", "student", "teacher", "teacher baseline")  # the second last is the partner, where they share
+# With `share`, the teacher is the one that trained with the student.
+ROLES = ("untrained student", "baseline", "student", "teacher", "teacher baseline")
 IMAGES, SECONDS = 512, 10.0  # limits for measuring the similarity of layers
 MOST_LAYERS = 24  # of a model; with more blocks, its stage ends are used
 UNCOMPARED = {"role", "stage", "epoch", "images_per_second"}
@@ -53,19 +55,45 @@ class ModelSummary:
     """The results of one model in the runs of one recipe.
 
     `accuracy`, `ema_accuracy` (of the moving average) and `agreement` with the teacher are fractions of the test images
-    in 0..1; `seconds` is the training time. If no run has finished the model, `unfinished` is its last epoch so far,
-    the values are those of that epoch, and its size is None.
+    in 0..1, and None where they mean nothing; `measures` and `ema_measures` are the others by name. `seconds` is the
+    training time. If no run has finished the model, `unfinished` is its last epoch so far, the values are those of that
+    epoch, and its size is None.
     """
 
     role: str
     model: str
-    accuracy: Spread
+    accuracy: Spread | None
     agreement: Spread | None
     ema_accuracy: Spread | None
     parameters: int | None
     macs: int | None
     seconds: Spread | None
     unfinished: str = ""
+    measures: Mapping[str, Spread] = field(default_factory=dict)
+    ema_measures: Mapping[str, Spread] = field(default_factory=dict)
+
+    def of(self, measure: str) -> Spread | None:
+        """The values of a measure; None if it was not taken."""
+        own = {"accuracy": self.accuracy, "agreement": self.agreement}
+        return own[measure] if measure in own else self.measures.get(measure)
+
+    def ema_of(self, measure: str) -> Spread | None:
+        return self.ema_accuracy if measure == "accuracy" else self.ema_measures.get(measure)
+
+    @property
+    def seeds(self) -> int:
+        """In how many runs the model was measured."""
+        return _most([self.accuracy, self.agreement, *self.measures.values()])
+
+    @property
+    def seeds_of_average(self) -> int:
+        """In how many runs the moving average was measured."""
+        return _most([self.ema_accuracy, *self.ema_measures.values()])
+
+
+def _most(spreads: Iterable[Spread | None]) -> int:
+    """The largest number of values."""
+    return max((len(spread.values) for spread in spreads if spread), default=0)
 
 
 @dataclass(frozen=True)
@@ -114,7 +142,12 @@ class LayerSimilarity:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs with the same recipe except for the seed. `gain` is the student's accuracy minus the baseline's, per run."""
+    """Runs with the same recipe except for the seed.
+
+    `headline` is the measure that the runs are about, empty if they take none. `gain` is the student's headline minus
+    that of the model named in `gain_over`, per run: the baseline, or the student as it was before training. `losses`
+    are the names of the losses.
+    """
 
     name: str
     runs: tuple[str, ...]
@@ -126,6 +159,9 @@ class Group:
     similarity: LayerSimilarity | None = None
     pairs: tuple[tuple[str, str], ...] = ()
     recipe: str = ""
+    headline: str = "accuracy"
+    gain_over: str = "baseline"
+    losses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,6 +193,8 @@ class _Run:
     classes: list[str] = field(default_factory=list)
     similarity: LayerSimilarity | None = None
     notes: list[str] = field(default_factory=list)
+    losses: tuple[str, ...] = ()
+    headline: str | None = None  # of an unfinished run, what its epochs measure
 
     @property
     def seed(self) -> int:
@@ -169,7 +207,17 @@ class _Run:
 
     def last(self, role: str) -> Row | None:
         """The last epoch that was measured."""
-        return next((row for row in reversed(self.rows) if row["role"] == role and "accuracy" in row), None)
+        return next((row for row in reversed(self.rows) if row["role"] == role and self._measured(row)), None)
+
+    def _measured(self, row: Row) -> list[str]:
+        other_columns = not_losses(self.losses)
+        return [name for name in MEASURES if name in row and name in other_columns]
+
+    @property
+    def measures(self) -> set[str]:
+        """The measures that any model or epoch has."""
+        of_results = (name for result in self.results.values() for name in MEASURES if result.value(name) is not None)
+        return {*of_results, *(name for row in self.rows for name in self._measured(row))}
 
 
 def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: Sequence[str] = ()) -> RunComparison:
@@ -202,7 +250,8 @@ def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: S
     names = _names(list(groups.values()))
     compared = tuple(_group(name, members) for name, members in zip(names, groups.values(), strict=True))
     for group in compared:
-        means = {summary.role: summary.accuracy.mean for summary in group.summaries if not summary.unfinished}
+        finished = {summary.role: summary.accuracy for summary in group.summaries if not summary.unfinished}
+        means = {role: accuracy.mean for role, accuracy in finished.items() if accuracy is not None}
         notes += [f"{group.name}: {doubt}" for doubt in doubts(means)]
     return RunComparison(
         compared,
@@ -277,6 +326,7 @@ def _read(folder: Path) -> _Run:
     optional = [name for name in ("metrics.csv", LAYERS) if (folder / name).is_file()]
     check_own(folder, (RECIPE, "summary.json", *optional))
     run = _Run(folder, source.recipe.model_dump(mode="json", exclude_none=True), whole_text(recipe))
+    run.losses = tuple(sorted(source.recipe.loss_names))
     run.rows = read_metrics(folder / "metrics.csv")
     summary = folder / "summary.json"
     if summary.is_file():
@@ -284,6 +334,7 @@ def _read(folder: Path) -> _Run:
         run.results = _results(values, summary)
         classes = values.get("classes", [])
         run.classes = [_printable(str(name)) for name in classes] if isinstance(classes, list) else []
+        run.headline = _headline(values, summary)
         run.notes += [f"{folder} has no metrics.csv, so no curves"] * (not run.rows)
     else:
         journals = [path for path in (folder / CHECKPOINTS).glob("*/journal.json") if path.parent.name.isdigit()]
@@ -380,10 +431,19 @@ def _results(summary: Mapping[str, Any], path: Path) -> dict[str, Result]:
         place = ".".join(map(str, ("results", *first["loc"])))
         raise _damaged(path, ValueError(f"{place}: {first['msg']}")) from None
     for result in results:
-        if not all(math.isfinite(value or 0.0) for value in (result.accuracy, result.agreement, result.seconds)):
+        figures = (result.accuracy, result.agreement, result.seconds, *result.measures.values())
+        if not all(math.isfinite(value or 0.0) for value in figures):
             raise _damaged(path, ValueError(f"a figure of {result.role!r} is no number"))
         result.role, result.model = _printable(current_role(result.role)), _printable(result.model)
     return {result.role: result for result in results}
+
+
+def _headline(summary: Mapping[str, Any], path: Path) -> str:
+    """What a finished run is about; a run of an earlier version was about its accuracy."""
+    headline = summary.get("headline", "accuracy")
+    if headline is not None and headline not in MEASURES:
+        raise _damaged(path, ValueError(f"there is no measure {str(headline)[:40]!r}"))
+    return str(headline or "")
 
 
 def _similarity(path: Path) -> LayerSimilarity:
@@ -428,20 +488,33 @@ def _beginning(names: Sequence[str]) -> str:
 def _group(name: str, members: Sequence[_Run]) -> Group:
     roles = [role for role in ROLES if any(role in run.results or run.last(role) for run in members)]
     summaries = [_summary_of(role, members) for role in roles]
-    both = [run.results for run in members if {"student", "baseline"} <= run.results.keys()]
-    gains = [results["student"].accuracy - results["baseline"].accuracy for results in both]
+    headline = members[0].headline
+    if headline is None:
+        headline = headline_of({name for run in members for name in run.measures})
+    gain_over = "baseline" if "baseline" in roles else "untrained student"
     return Group(
         name=name,
         runs=tuple(_printable(str(run.folder)) for run in members),
         seeds=tuple(run.seed for run in members),
         summaries=tuple(summaries),
-        gain=_spread(gains),
+        gain=_spread(_gains(members, headline, gain_over)),
         curves=tuple(_curves(members)),
         classes=tuple(_classes(members)),
         similarity=_mean_similarity([run.similarity for run in members if run.similarity]),
         pairs=tuple(_pairs(members[0].recipe.get("pairs"))),
         recipe=members[0].text,
+        headline=headline,
+        gain_over=gain_over,
+        losses=members[0].losses,
     )
+
+
+def _gains(members: Sequence[_Run], headline: str, over: str) -> Iterator[float]:
+    for run in members:
+        if {"student", over} <= run.results.keys():
+            student, other = (run.results[role].value(headline) for role in ("student", over))
+            if student is not None and other is not None:
+                yield student - other
 
 
 def _pairs(pairs: Any) -> Iterator[tuple[str, str]]:
@@ -458,13 +531,10 @@ def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
         rows = [row for row in (run.last(role) for run in members) if row]
         where = f"epoch {min(row['epoch'] for row in rows)} of stage {rows[0]['stage']!r}"
         side = members[0].recipe.get("teacher" if role.startswith("teacher") else "student", {})
-        accuracy, agreement = (_spread([row[key] for row in rows if key in row]) for key in ("accuracy", "agreement"))
-        assert accuracy is not None
-        return ModelSummary(
-            role, _printable(str(side.get("model"))), accuracy, agreement, None, None, None, None, where
-        )
+        name, spreads = _printable(str(side.get("model"))), _spreads(lambda row, key: row.get(key), rows)
+        accuracy, agreement = spreads.pop("accuracy", None), spreads.pop("agreement", None)
+        return ModelSummary(role, name, accuracy, agreement, None, None, None, None, where, spreads)
     accuracy = _spread([result.accuracy for result in finished])
-    assert accuracy is not None
     return ModelSummary(
         role=role,
         model=finished[0].model,
@@ -474,7 +544,15 @@ def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
         parameters=finished[0].parameters,
         macs=finished[0].macs,
         seconds=_spread([result.seconds or None for result in finished]),
+        measures=_spreads(lambda result, name: result.measures.get(name), finished),
+        ema_measures=_spreads(lambda result, name: result.ema_measures.get(name), finished),
     )
+
+
+def _spreads(value: Callable[[Any, str], float | None], items: Sequence[Any]) -> dict[str, Spread]:
+    """Every measure that any of the items has."""
+    spreads = {name: _spread([value(item, name) for item in items]) for name in MEASURES}
+    return {name: spread for name, spread in spreads.items() if spread is not None}
 
 
 def _spread(measured: Iterable[float | None]) -> Spread | None:
@@ -501,7 +579,7 @@ def _curves(members: Sequence[_Run]) -> Iterator[Curve]:
 
 def losses_of(group: Group) -> list[Curve]:
     """The terms of the student's loss, without their sum."""
-    excluded = {*MEASURES, "loss"}
+    excluded = {*not_losses(group.losses), "loss"}
     return [
         curve for curve in group.curves if curve.role == "student" and curve.measure not in excluded and curve.points
     ]
@@ -576,18 +654,26 @@ def _brief(value: Any) -> str:
     return ", ".join(map(_brief, value)) if _has_parts(value) else "" if value is None else str(value)
 
 
-def percent(spread: Spread | None) -> str:
-    """A share over seeds: `95.09 ± 1.25%`, the two of two seeds as `93.89–95.00%`, one as `95.00%`."""
+def over_seeds(spread: Spread | None, measure: str = "accuracy") -> str:
+    """A measure over seeds: `95.09 ± 1.25%`, the two of two seeds as `93.89–95.00%`, one as `95.00%`."""
     if spread is None:
         return ""
+    unit, number = _number(measure)
     if spread.deviation is None:
-        return f"{100 * spread.mean:.2f}%"
+        return f"{number(spread.mean)}{unit}"
     if len(spread.values) == 2:
-        return f"{100 * spread.low:.2f}–{100 * spread.high:.2f}%"
-    return f"{100 * spread.mean:.2f} ± {100 * spread.deviation:.2f}%"
+        return f"{number(spread.low)}–{number(spread.high)}{unit}"
+    return f"{number(spread.mean)} ± {number(spread.deviation)}{unit}"
 
 
-def points(spread: Spread) -> str:
-    """A difference of two shares, in points of a percent and with its sign."""
-    text = f"{100 * spread.mean:+.2f} points"
-    return text if spread.deviation is None else f"{text} ({100 * spread.low:+.2f} to {100 * spread.high:+.2f})"
+def _number(measure: str) -> tuple[str, Callable[[float], str]]:
+    unit, factor = MEASURES[measure].unit, MEASURES[measure].factor
+    return unit, lambda value: f"{factor * value:.{2 if unit else 4}f}"
+
+
+def points(spread: Spread, measure: str = "accuracy") -> str:
+    """A difference of two values of a measure, with its sign; of shares in points of a percent."""
+    factor, digits = MEASURES[measure].factor, 2 if MEASURES[measure].unit else 4
+    mean, low, high = (f"{factor * value:+.{digits}f}" for value in (spread.mean, spread.low, spread.high))
+    text = f"{mean} points" if MEASURES[measure].unit else mean
+    return text if spread.deviation is None else f"{text} ({low} to {high})"

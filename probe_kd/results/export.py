@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from probe_kd.data.datasets import open_datasets
@@ -28,11 +29,12 @@ from probe_kd.engine.weights import read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError, TraceError, WeightsError, nearest, short
 from probe_kd.files.atomic import whole_bytes, whole_text
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
+from probe_kd.measures import MEASURES
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.keys import ModelOptions, Recipe
 from probe_kd.recipe.reading import load
 from probe_kd.recipe.writing import command_to_go_on, dump
-from probe_kd.training.state import weights_file
+from probe_kd.training.state import Result, current_role, weights_file
 from probe_kd.version import __version__
 
 ROLES = ("student", "baseline", "teacher", "teacher-baseline")
@@ -527,9 +529,9 @@ def _card(trained: _Trained, written: _Written, name: str) -> str:
     if teacher is not None and trained.role == "student":
         lines.append(f"- Distilled from `{teacher.model}`")
     lines.append(f"- Data: `{recipe.data.dataset or 'a folder of images'}`")
-    accuracies, measured_on = _accuracies(trained)
-    lines += [f"- Accuracy: {text}" for text in accuracies]
-    lines += [f"- Measured: {measured_on}"] * bool(accuracies and measured_on)
+    heading, figures, measured_on = _figures(trained)
+    lines += [f"- {heading}: {text}" for text in figures]
+    lines += [f"- Measured: {measured_on}"] * bool(figures and measured_on)
     lines += [f"- Note: {note}" for note in written.notes]
     parts = [
         _FRONT.format(library="timm" if in_timm else "onnx", mark=MARK, name=name),
@@ -575,18 +577,26 @@ then normalised by the mean {given.mean} and the standard deviation {given.std},
 """
 
 
-def _accuracies(trained: _Trained) -> tuple[list[str], str]:
-    """The accuracies of this and the run's other models, and the images used, from summary.json; else empty."""
+def _figures(trained: _Trained) -> tuple[str, list[str], str]:
+    """The headline, its values for this and the run's other models, and the images used; else empty.
+
+    Read from summary.json.
+    """
     try:
         summary = json.loads(whole_text(trained.run / "summary.json"))
-        by_role = {result["role"].replace(" ", "-"): result for result in summary["results"]}
-        key = "ema_accuracy" if trained.weights.stem.endswith("-ema") else "accuracy"
-        accuracies = {trained.role: by_role.pop(trained.role).get(key)}
-        accuracies |= {role: result["accuracy"] for role, result in by_role.items()}
-        lines = [f"{share:.2%} ({role.replace('-', ' ')})" for role, share in accuracies.items() if share is not None]
-        return lines, str(summary.get("measured_on", ""))
+        headline = MEASURES[summary.get("headline", "accuracy")]
+        results = TypeAdapter(list[Result]).validate_python(summary["results"])
+        by_role = {current_role(result.role).replace(" ", "-"): result for result in results}
+        own = by_role.pop(trained.role)
+        is_average = trained.weights.stem.endswith("-ema")
+        values = {trained.role: own.ema_value(headline.name) if is_average else own.value(headline.name)}
+        values |= {role: result.value(headline.name) for role, result in by_role.items()}
+        lines = [
+            f"{headline.text(value)} ({role.replace('-', ' ')})" for role, value in values.items() if value is not None
+        ]
+        return headline.heading, lines, str(summary.get("measured_on", ""))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return [], ""
+        return "", [], ""
 
 
 def _without_paths(recipe: Recipe) -> Recipe:

@@ -22,6 +22,7 @@ from probe_kd.console import amount
 from probe_kd.errors import RunError, visible
 from probe_kd.files.atomic import put
 from probe_kd.files.run_folder import GENERATOR
+from probe_kd.measures import MEASURES, OF_LABELLED_SET, OF_PAIRS, not_losses
 from probe_kd.results.comparison import (
     ClassChange,
     Curve,
@@ -29,8 +30,9 @@ from probe_kd.results.comparison import (
     LayerSimilarity,
     ModelSummary,
     RunComparison,
+    Spread,
     losses_of,
-    percent,
+    over_seeds,
     points,
 )
 from probe_kd.version import __version__
@@ -51,7 +53,7 @@ def tables(comparison: RunComparison) -> Iterator[Table | Text | str]:
             yield _table(group)
         yield from (f"  {row.role}: {fewer_seeds(row, group)}" for row in group.summaries if fewer_seeds(row, group))
         if group.gain:
-            yield f"  the student over the baseline: {points(group.gain)}"
+            yield f"  the student over the {group.gain_over}: {points(group.gain, group.headline)}"
         yield from (f"  {line}" for line in [_cost_of_sharing(group)] if line)
     if comparison.differences:
         yield f"The recipes of {' | '.join(group.name for group in comparison.groups)} differ in:"
@@ -66,15 +68,36 @@ def _table(group: Group) -> Table:
     """One row per model, in at most 80 columns; the names of the models are printed above the table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True, min_width=13)
-    for column in ("accuracy", "agreement", "parameters", "MACs", "time"):
+    measures = columns_of(group)
+    for column in (*(MEASURES[name].title for name in measures), "parameters", "MACs", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in group.summaries:
         size = [amount(value) if value is not None else "" for value in (row.parameters, row.macs)]
         seconds = f"{row.seconds.mean:,.0f} s" if row.seconds else row.unfinished and "so far"
-        table.add_row(escape(row.role), percent(row.accuracy), percent(row.agreement), *size, seconds)
-        if row.ema_accuracy:
-            table.add_row("  its average", percent(row.ema_accuracy))
+        table.add_row(escape(row.role), *(cell(row.of(name), name) for name in measures), *size, seconds)
+        if any(row.ema_of(name) for name in measures):
+            table.add_row("  its average", *(over_seeds(row.ema_of(name), name) for name in measures))
     return table
+
+
+def columns_of(group: Group) -> list[str]:
+    """The measures of the table of results, the headline first; with classes, the accuracy and the agreement.
+
+    What only the student has, the explained variance of the pairs, is in the table if there is nothing else.
+    """
+    measured = {name for row in group.summaries for name in MEASURES if row.of(name)}
+    if group.headline not in OF_PAIRS:
+        measured -= set(OF_PAIRS)
+    classified = {"agreement"} if "accuracy" in measured else set()
+    return sorted(measured | classified, key=lambda name: (name != group.headline, list(MEASURES).index(name)))
+
+
+def cell(spread: Spread | None, measure: str) -> str:
+    """A measure over seeds for a cell of the table: `-` where it means nothing.
+
+    A model that has no teacher agrees with nobody, and its cell is empty.
+    """
+    return over_seeds(spread, measure) or ("" if measure == "agreement" else "-")
 
 
 def models_of(group: Group) -> list[str]:
@@ -93,7 +116,7 @@ def seeds_of(group: Group) -> str:
 
 def fewer_seeds(row: ModelSummary, group: Group) -> str:
     """A note on a model that some runs of its group have not finished; empty if all have."""
-    count, every = len(row.accuracy.values), len(group.seeds)
+    count, every = row.seeds, len(group.seeds)
     if row.unfinished:
         return f"not finished, at {row.unfinished}"
     return f"of {count} of {every} seeds" + ", least–greatest" * (count == 2) if count < every else ""
@@ -101,7 +124,7 @@ def fewer_seeds(row: ModelSummary, group: Group) -> str:
 
 def _cost_of_sharing(group: Group) -> str:
     """How training with the student changed the teacher's accuracy; empty without a teacher baseline."""
-    by_role = {row.role: row.accuracy.mean for row in group.summaries}
+    by_role = {row.role: row.accuracy.mean for row in group.summaries if row.accuracy}
     if not {"teacher", "teacher baseline"} <= by_role.keys():
         return ""
     change = 100 * (by_role["teacher"] - by_role["teacher baseline"])
@@ -137,13 +160,16 @@ def page(comparison: RunComparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"amount": amount, "percent": percent, "points": points, "signed": _signed}
+    environment.filters |= {"amount": amount, "over_seeds": over_seeds, "points": points, "signed": _signed}
+    environment.filters |= {"cell": cell}
     sections = [_section(group, number) for number, group in enumerate(comparison.groups)]
     return environment.get_template("report.html").render(
         comparison=comparison,
         sections=sections,
         title=", ".join(group.name for group in comparison.groups[:3]) + " ..." * (len(comparison.groups) > 3),
         overview=_overview(comparison) if len(comparison.groups) > 1 else None,
+        columns=_columns_of_all(comparison),
+        measures=MEASURES,
         generator=f"{GENERATOR}{__version__}",
         most_classes=MOST_CLASSES,
     )
@@ -151,11 +177,10 @@ def page(comparison: RunComparison) -> str:
 
 def _section(group: Group, number: int) -> dict[str, Any]:
     """The values that the template shows for one group."""
-    accuracy = [curve for curve in group.curves if curve.measure == "accuracy"]
     losses = losses_of(group)
     charts = [
-        _chart(f"accuracy-{number}", "Accuracy on the test images", "%", accuracy, 100.0, lambda curve: curve.role),
-        _chart(f"losses-{number}", "Losses of the student, not weighted", "", losses, 1.0, lambda curve: curve.measure),
+        *(_chart_of_measure(group, name, number) for name in _charted(group)),
+        _chart(f"losses-{number}", "Losses of the student, not weighted", "", losses, lambda curve: curve.measure),
     ]
     similarity = group.similarity
     pairs = similarity.pairs if similarity else group.pairs
@@ -169,8 +194,38 @@ def _section(group: Group, number: int) -> dict[str, Any]:
         "arcs": _arcs(group, similarity, pairs) if pairs and len(models_of(group)) > 1 else None,
         "heat": _heat(similarity) if similarity else None,
         "bars": _bars(group.classes[:MOST_CLASSES]) if group.classes else None,
+        "headline": MEASURES.get(group.headline),
         "by_role": {row.role: row for row in group.summaries},
     }
+
+
+def _charted(group: Group) -> list[str]:
+    """The headline, and without classes all other measures that are taken by epoch."""
+    if group.headline in ("accuracy", ""):
+        return [group.headline] * bool(group.headline)
+    other_columns = not_losses(group.losses)
+    curves = {curve.measure for curve in group.curves if curve.points and curve.measure in other_columns}
+    return [group.headline, *(name for name in MEASURES if name in curves and name != group.headline)]
+
+
+def _chart_of_measure(group: Group, name: str, number: int) -> "_Chart | None":
+    measure = MEASURES[name]
+    curves = [curve for curve in group.curves if curve.measure == name]
+    return _chart(
+        f"{name}-{number}", title_of(name), measure.unit, curves, lambda curve: curve.role, factor=measure.factor
+    )
+
+
+def title_of(measure: str) -> str:
+    """`Accuracy on the test images`; k-NN and linear probes are on images of their own."""
+    title = MEASURES[measure].heading
+    return title if measure in OF_LABELLED_SET else f"{title} on the test images"
+
+
+def _columns_of_all(comparison: RunComparison) -> list[str]:
+    """The measures of the table of results of all groups."""
+    columns = [name for group in comparison.groups for name in columns_of(group)]
+    return sorted(dict.fromkeys(columns), key=list(MEASURES).index)
 
 
 @dataclass(frozen=True)
@@ -199,19 +254,26 @@ class _Chart:
     series: tuple[_Series, ...]
 
 
-ROLE_STYLES = {"student": 0, "baseline": 1, "teacher": 2, "teacher baseline": 3}
+ROLE_STYLES = {"student": 0, "baseline": 1, "teacher": 2, "teacher baseline": 3, "untrained student": 4}
 
 
 def _chart(
-    id_: str, title: str, unit: str, curves: Sequence[Curve], factor: float, name: Callable[[Curve], str]
+    id_: str,
+    title: str,
+    unit: str,
+    curves: Sequence[Curve],
+    name: Callable[[Curve], str],
+    *,
+    factor: float | None = None,
 ) -> _Chart | None:
-    """Curves by epoch. Losses have a logarithmic scale if all of them are positive."""
+    """Curves by epoch. Measures have a `factor`; losses have none, and a logarithmic scale if all are positive."""
+    is_loss, factor = factor is None, 1.0 if factor is None else factor
     curves = [curve for curve in curves if curve.points]
     values = [factor * value for curve in curves for _, *values_of_epoch in curve.points for value in values_of_epoch]
     if not values:
         return None
     frame, last = (48.0, 12.0, WIDTH - 12, 248.0), max(point[0] for curve in curves for point in curve.points)
-    logarithmic = unit == "" and min(values) > 0
+    logarithmic = is_loss and min(values) > 0
     up, height = _scale(min(values), max(values), frame[3], frame[1], logarithmic)
     x = _linear(1, max(last, 2), frame[0] + 8, frame[2] - 8)
     across = [(x(epoch), str(epoch)) for epoch in _epochs(last)]
@@ -224,7 +286,7 @@ def _chart(
         outline = [(place[0], place[3]) for place in places] + [(place[0], place[2]) for place in reversed(places)]
         spread = any(point[2] != point[3] for point in curve.points)
         dots = tuple((place[0], place[1]) for place in places) if len(places) <= 30 else ()
-        style = ROLE_STYLES[curve.role] if factor != 1 else number % 8
+        style = number % 8 if is_loss else ROLE_STYLES.get(curve.role, number % 8)
         last_value = f"{factor * curve.points[-1][1]:.4g}{unit}"
         line = _way((place[0], place[1]) for place in places)
         series.append(_Series(name(curve), style, line, _way(outline) if spread else "", dots, last_value))
@@ -274,32 +336,40 @@ def _step(low: float, high: float) -> float:
     return next(part * power for part in (1, 2, 5, 10) if part * power >= rough * 0.999)
 
 
-def _overview(comparison: RunComparison) -> dict[str, Any]:
-    """The accuracy of every model in every group on one scale, each seed as a dot."""
-    rows = [(group, summary) for group in comparison.groups for summary in group.summaries]
-    values = [100 * value for _, summary in rows for value in summary.accuracy.values]
+def _overview(comparison: RunComparison) -> dict[str, Any] | None:
+    """The headline of the first group for every model of every group on one scale, each seed as a dot."""
+    name = comparison.groups[0].headline or "accuracy"
+    factor = MEASURES[name].factor
+    measured = [
+        (group, [(summary.role, spread) for summary in group.summaries if (spread := summary.of(name))])
+        for group in comparison.groups
+    ]
+    values = [factor * value for _, rows in measured for _, spread in rows for value in spread.values]
+    if not values:
+        return None
     frame = (128.0, WIDTH - 24)
     marks, x = _scale(min(values), max(values), frame[0], frame[1], False)
     y, drawn = 8.0, []
-    for group in comparison.groups:
+    for group, rows in measured:
         y += 20
         heading, lines = (y, _cut(group.name, 56)), []
-        for summary in group.summaries:
+        for role, spread in rows:
             y += 21
-            spread = summary.accuracy
             lines.append(
                 {
                     "y": y,
-                    "role": summary.role,
-                    "style": ROLE_STYLES[summary.role],
-                    "mean": x(100 * spread.mean),
-                    "ends": (x(100 * spread.low), x(100 * spread.high)),
-                    "dots": [x(100 * value) for value in spread.values],
+                    "role": role,
+                    "style": ROLE_STYLES.get(role, 5),
+                    "mean": x(factor * spread.mean),
+                    "ends": (x(factor * spread.low), x(factor * spread.high)),
+                    "dots": [x(factor * value) for value in spread.values],
                 }
             )
         y += 12
         drawn.append({"heading": heading, "lines": lines})
-    return {"groups": drawn, "marks": marks, "frame": frame, "bottom": y, "height": y + 40, "width": WIDTH}
+    sizes = {"frame": frame, "bottom": y, "height": y + 40, "width": WIDTH}
+    texts = {"title": title_of(name), "name": MEASURES[name].heading, "unit": MEASURES[name].unit}
+    return {"groups": drawn, "marks": marks, **sizes, **texts}
 
 
 def _arcs(group: Group, similarity: LayerSimilarity | None, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The progress of a run: a bar in a terminal, lines in a log."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from rich.console import Console
@@ -9,7 +9,8 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from probe_kd.console import PlainConsole, duration
-from probe_kd.training.state import MEASURES, Row
+from probe_kd.measures import MEASURES, not_losses
+from probe_kd.training.state import Row
 
 LOG_EVERY = 30.0  # seconds between two lines of a log
 
@@ -37,18 +38,22 @@ class Progress:
         self.steps = self.before = self.done = 0  # batches of an epoch, in former epochs, and in this one
         self.steps_before = 0
         self.text = ""
-        self.accuracy = ""
+        self.measures = ""
+        self.other_columns: Collection[str] = not_losses(())
 
-    def begin(self, title: str, epochs: int, steps: int, done: int, first: int = 0) -> None:
+    def begin(
+        self, title: str, epochs: int, steps: int, done: int, first: int = 0, *, losses: Collection[str] = ()
+    ) -> None:
         """Begin a stage of `epochs` epochs with `steps` steps each.
 
-        `done` epochs are done already, and `first` steps of the epoch after them.
+        `done` epochs are done already, and `first` steps of the epoch after them. `losses` are the names of its losses.
         """
         self.title, self.epochs, self.images = title, epochs, 0
+        self.other_columns = not_losses(losses)
         self.steps, self.before, self.done = steps, done * steps, first
         self.steps_before = done * steps + first  # those of a run that was resumed took no time here
         self.started = self.shown = time.monotonic()
-        self.text = self.accuracy = ""
+        self.text = self.measures = ""
         if self.console.is_terminal and not self.quiet:
             columns = (
                 TextColumn("[bold]{task.description}"),
@@ -97,8 +102,10 @@ class Progress:
     def epoch(self, row: Row) -> None:
         """Show the results of an epoch."""
         self.before, self.done = self.before + self.steps, 0
-        self.accuracy = f"[green]accuracy {row['accuracy']:.1%}[/]" if "accuracy" in row else self.accuracy
-        self.text = _text({name: value for name, value in row.items() if name not in MEASURES})
+        shown = [name for name in MEASURES if name in self.other_columns and name in row and name != "agreement"]
+        texts = [f"{MEASURES[name].title} {MEASURES[name].brief(row[name])}" for name in shown]
+        self.measures = f"[green]{'  '.join(texts)}[/]" if texts else self.measures
+        self.text = _text({name: value for name, value in row.items() if name not in self.other_columns})
         if self.bar is not None:
             self.bar.update(self.task, epoch=row["epoch"], losses=self._status())
         elif not self.quiet and (row["epoch"] == self.epochs or time.monotonic() - self.shown > 5):
@@ -123,7 +130,7 @@ class Progress:
 
     def _status(self) -> str:
         rate = self.images / max(time.monotonic() - self.started, 1e-9)
-        return "  ".join(part for part in (self.text, self.accuracy, f"{rate:,.0f} images/s") if part)
+        return "  ".join(part for part in (self.text, self.measures, f"{rate:,.0f} images/s") if part)
 
     def end(self) -> None:
         if self.bar is not None:

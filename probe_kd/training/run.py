@@ -38,7 +38,7 @@ from probe_kd.training.processes import accelerating, is_peer_lost, listening, w
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import TABLES, write_report
 from probe_kd.training.saving import Saver
-from probe_kd.training.scoring import Scorer
+from probe_kd.training.scoring import Score, Scorer
 from probe_kd.training.state import Result, Row, TrainState
 from probe_kd.training.teacher_cache import open_cache, tell_of_damage
 from probe_kd.training.trial import check_student, reached, too_large
@@ -95,11 +95,12 @@ def train(
             check_student(plan, accelerator, progress)
         models = Models(plan, accelerator)
         saver = Saver(plan, accelerator, state, progress, folder, checkpoint, claimed)
-        Run(models, Scorer(models), saver, progress, signals).train_models()
+        scorer = Scorer(models)
+        Run(models, scorer, saver, progress, signals).train_models()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with saver.writing():
-                write_report(list(state.results.values()), state.rows, plan, folder)
+                write_report(list(state.results.values()), state.rows, plan, folder, scorer.headline)
                 record(folder, TABLES)  # while the run went on, every checkpoint wrote some of them anew
                 checkpoints.remove(folder)
         accelerator.end_training()
@@ -195,9 +196,8 @@ class Run:
         with self._prepared(trained, phase) as loop, ExitStack() as cleanup:
             self.saver.restore(loop) if self.saver.checkpoint else self.saver.save(loop)
             cleanup.callback(self.progress.end)
-            self.progress.begin(
-                f"{trained.role}: {phase.name}", phase.epochs, loop.steps, self.state.epoch, self.state.step
-            )
+            title, names = f"{trained.role}: {phase.name}", [objective.name for objective in phase.objectives]
+            self.progress.begin(title, phase.epochs, loop.steps, self.state.epoch, self.state.step, losses=names)
             for epoch in range(self.state.epoch, phase.epochs):
                 losses = self._train_epoch(loop, epoch)
                 if phase.keep == "best":
@@ -310,9 +310,9 @@ class Run:
             row: Row = {"role": shown.role, "stage": loop.phase.name, "epoch": state.epoch}
             if is_due:
                 self.scorer.latest[shown.role] = next(scores)
-                row["accuracy"], row["agreement"], _ = self.scorer.latest[shown.role]
+                row |= self.scorer.latest[shown.role].row
             if is_due and shown is trained and average is not None:
-                row["ema_accuracy"] = next(scores)[0]
+                row |= {f"ema_{name}": value for name, value in next(scores).row.items() if name == "accuracy"}
             state.rows.append(row | (losses if shown is trained else {}))
         self.saver.save(loop)
         logged = {f"{trained.role}/{name}": value for name, value in state.rows[-1].items() if isinstance(value, float)}
@@ -327,10 +327,10 @@ class Run:
             self._finish(replace(trained.partner, phases=trained.phases))
         # After the last epoch its weights were measured already, where that was in this process and on these images.
         score = self.scorer.latest.pop(trained.role, None) if self.plan.datasets.val is None else None
-        accuracy, agreement, classes = score or self.scorer.measure([trained], self.scorer.final)[0]
+        score = score or self.scorer.measure([trained], self.scorer.final)[0]
         averaged = replace(trained, model=average) if average is not None else None
         # Before any weights are written, since outputs that are no numbers end the run.
-        ema_accuracy = self.scorer.measure([averaged], self.scorer.final)[0][0] if averaged else None
+        ema_score = self.scorer.measure([averaged], self.scorer.final)[0] if averaged else Score()
         trace_ = trained.trace
         self.state.results[trained.role] = Result(
             role=trained.role,
@@ -338,13 +338,15 @@ class Run:
             model_kwargs=dict(trace_.model_kwargs),
             parameters=trace_.parameters,
             macs=trace_.macs,
-            accuracy=accuracy,
-            agreement=agreement,
+            accuracy=score.accuracy,
+            agreement=score.agreement,
             seconds=round(self.state.seconds, 2),
             weights=self.saver.write_weights(trained) if trained.phases else "",
-            ema_accuracy=ema_accuracy,
+            ema_accuracy=ema_score.accuracy,
             ema_weights=self.saver.write_weights(averaged, "-ema") if averaged else "",
-            **classes,
+            measures=dict(score.measures),
+            ema_measures=dict(ema_score.measures),
+            **score.classes,
         )
 
 

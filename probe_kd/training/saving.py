@@ -19,6 +19,7 @@ from probe_kd.engine.models import portable
 from probe_kd.engine.weights import check_state, load_weights, own_tensors, save_weights
 from probe_kd.errors import RunError, for_all, short
 from probe_kd.files.run_folder import Claim, check_inputs, recording
+from probe_kd.measures import not_losses
 from probe_kd.recipe.planner import Plan
 from probe_kd.recipe.writing import inputs_of
 from probe_kd.training import checkpoints
@@ -99,7 +100,7 @@ class Saver:
             save_weights(loop.average.module, partial / AVERAGE, {})
         checkpoints.commit(partial, self.plan.recipe.checkpoint_hist)
         write_metrics(self.state.rows, self.folder / "metrics.csv")
-        write_timm_summary(self.state.rows, self.folder / "summary.csv")
+        write_timm_summary(self.state.rows, self.folder / "summary.csv", not_losses(self.plan.recipe.loss_names))
 
     def restore(self, loop: Loop) -> None:
         assert self.checkpoint is not None

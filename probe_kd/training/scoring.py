@@ -1,7 +1,8 @@
 """What a run measures: accuracy, agreement with the teacher, correct answers by class, the loss on held-out images."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from probe_kd.data.batches import Batches
 from probe_kd.data.loading import loader, readable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
+from probe_kd.measures import headline_of
 from probe_kd.methods.adapters import ImageView
 from probe_kd.training.devices import memory_format
 from probe_kd.training.loop import Loop
@@ -18,12 +20,25 @@ from probe_kd.training.models import TEACHER_BASELINE, Models, TrainedModel
 MeasuredSplit = Literal["val", "test"]  # the images of the curves and of the final figures; often the same
 
 
-class Score(NamedTuple):
-    """The score of one model on one split. `classes` counts for every class its `images` and those that are `right`."""
+@dataclass(frozen=True)
+class Score:
+    """The score of one model on one split.
 
-    accuracy: float
-    agreement: float | None
-    classes: dict[str, list[int]]
+    `accuracy` and `agreement` are None where they mean nothing, and `measures` are the others by their names in
+    `MEASURES`. `classes` counts for every class its `images` and those that are `right`.
+    """
+
+    accuracy: float | None = None
+    agreement: float | None = None
+    classes: Mapping[str, list[int]] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def row(self) -> dict[str, float | None]:
+        """The columns of metrics.csv. Those of the accuracy and the agreement are there where there are classes."""
+        classified = {"accuracy": self.accuracy, "agreement": self.agreement} if self.accuracy is not None else {}
+        agreement = {"agreement": self.agreement} if self.agreement is not None else {}
+        return {**classified, **agreement, **self.measures}
 
 
 class Scorer:
@@ -46,6 +61,8 @@ class Scorer:
 
         Images are read once for all models with the same input.
         """
+        if not self.plan.datasets.num_classes:
+            return [Score() for _ in models]
         predicting = list(models)
         teacher = self.models.teacher if split not in self.teacher_predictions else None
         if teacher is not None and any(model is not teacher and model.role != "teacher" for model in models):
@@ -54,6 +71,11 @@ class Scorer:
         if teacher in predicting:
             self.teacher_predictions[split] = predicted[predicting.index(teacher)][0]
         return [self._score(model, *prediction, split) for model, prediction in zip(models, predicted, strict=False)]
+
+    @property
+    def headline(self) -> str:
+        """The measure that the run is about; empty if it takes none."""
+        return headline_of(("accuracy",) if self.plan.datasets.num_classes else ())
 
     def _score(self, trained: TrainedModel, answers: Tensor, targets: Tensor, split: MeasuredSplit) -> Score:
         accuracy = (answers == targets).double().mean().item()

@@ -7,11 +7,9 @@ from typing import Any
 
 from probe_kd.errors import RunError
 from probe_kd.files.atomic import whole_text
-from probe_kd.recipe.keys import RESERVED
 
 JOURNAL = "journal.json"  # in every checkpoint
-Row = dict[str, Any]  # one epoch: MEASURES, and every loss by its name
-MEASURES = RESERVED[:-1]
+Row = dict[str, Any]  # one epoch: measures, and every loss by its name
 FORMER_ROLES = {"student alone": "baseline", "teacher alone": "teacher baseline"}  # as earlier versions called them
 
 
@@ -36,10 +34,11 @@ def weights_file(folder: Path, role: str, end: str = "") -> Path:
 class Result:
     """The result of one model of a run.
 
-    `accuracy` and `agreement` (with the teacher's predictions) are shares of the test images, in 0..1. `seconds` is the
-    time of training. `weights` is the file in the run's folder, empty if the model was not trained. `ema_accuracy` and
-    `ema_weights` are those of the moving average. `images` counts the test images of every class, and `right` those
-    that are classified correctly.
+    `accuracy` and `agreement` (with the teacher's predictions) are shares of the test images, in 0..1, and None where
+    they mean nothing. `measures` are the other measures by their names in `MEASURES`. `seconds` is the time of
+    training. `weights` is the file in the run's folder, empty if the model was not trained. `ema_accuracy`,
+    `ema_measures` and `ema_weights` are those of the moving average. `images` counts the test images of every class,
+    and `right` those that are classified correctly.
     """
 
     role: str
@@ -47,7 +46,7 @@ class Result:
     model_kwargs: dict[str, Any]
     parameters: int
     macs: int
-    accuracy: float
+    accuracy: float | None
     agreement: float | None
     seconds: float
     weights: str
@@ -55,6 +54,16 @@ class Result:
     ema_weights: str = ""
     images: list[int] = field(default_factory=list)
     right: list[int] = field(default_factory=list)
+    measures: dict[str, float] = field(default_factory=dict)
+    ema_measures: dict[str, float] = field(default_factory=dict)
+
+    def value(self, measure: str) -> float | None:
+        """The value of a measure; None if it was not taken."""
+        return {"accuracy": self.accuracy, "agreement": self.agreement, **self.measures}.get(measure)
+
+    def ema_value(self, measure: str) -> float | None:
+        """The value of a measure for the moving average of the weights."""
+        return self.ema_accuracy if measure == "accuracy" else self.ema_measures.get(measure)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from probe_kd.data.record import DataRecord
 from probe_kd.errors import RunError
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import load
-from probe_kd.results.comparison import IMAGES, LAYERS, RunComparison, compare, doubts, read_metrics
+from probe_kd.results.comparison import IMAGES, LAYERS, RunComparison, compare, doubts, losses_of, read_metrics
 from probe_kd.results.evaluation import evaluate
 from probe_kd.results.export import export
 from probe_kd.results.html import models_of, page, tables, write_page
@@ -429,11 +429,81 @@ def test_a_run_of_before_is_read_by_its_former_names(trained: tuple[Path, str], 
         text = text.replace("baseline.safetensors", "student-alone.safetensors").replace("baseline", "student alone")
         assert "student alone" in text
         (former / name).write_text(text)
+    summary = json.loads((former / "summary.json").read_text())
+    del summary["headline"]  # every run was about its accuracy
+    for result in summary["results"]:
+        del result["measures"], result["ema_measures"]
+    (former / "summary.json").write_text(json.dumps(summary))
     now, then = (compare([folder]).groups[0] for folder in (trained[0], former))
     assert (then.summaries, then.curves, then.gain) == (now.summaries, now.curves, now.gain)
     scores = [(score.role, score.top1, score.nll) for score in evaluate(trained[0]).scores]
     assert [(score.role, score.top1, score.nll) for score in evaluate(former).scores] == scores
     assert export(former, tmp_path / "out", role="baseline").difference == 0.0
+
+
+def without_classes(folder: Path, values: dict[str, dict[str, float]], headline: str | None) -> None:
+    """Give the run the measures of one without classes, by role, and by epoch where the student has them."""
+    summary, rows = json.loads((folder / "summary.json").read_text()), record(folder)
+    results = {result["role"]: result for result in summary["results"]}
+    results["untrained student"] = results.pop("baseline") | {"role": "untrained student", "weights": ""}
+    for role, result in results.items():
+        result |= {"accuracy": None, "agreement": None, "images": [], "right": [], "measures": values.get(role, {})}
+    summary |= {"headline": headline, "classes": [], "results": list(results.values())}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    rows = [row for row in rows if row["role"] == "student"]
+    for row in rows:
+        del row["accuracy"], row["agreement"]
+        row |= {name: str(value) for name, value in values["student"].items()}
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("headline", ["knn", "explained_variance"])
+def test_a_run_without_classes_never_speaks_of_accuracy(seeds: Callable[[int], list[Path]], headline: str) -> None:
+    folders, rng = seeds(3), np.random.default_rng(0)
+    values = [
+        {"student": {"explained_variance": rng.uniform(), "cosine": rng.uniform()}, "teacher": {}} for _ in folders
+    ]
+    for folder, of_run in zip(folders, values, strict=True):
+        if headline == "knn":
+            for role in ("student", "teacher", "untrained student"):
+                of_run.setdefault(role, {})["knn"] = rng.uniform()
+        without_classes(folder, of_run, headline)
+    comparison = compare(folders)
+    (group,) = comparison.groups
+    by_role = {row.role: row for row in group.summaries}
+    found = np.array([of_run["student"][headline] for of_run in values])
+    spread = by_role["student"].of(headline)
+    assert spread is not None
+    assert (spread.mean, spread.deviation) == pytest.approx((found.mean(), found.std(ddof=1)))
+    assert group.headline == headline
+    told, text = shown(comparison), page(comparison)
+    assert "ccuracy" not in told + text
+    assert "agreement" not in told + text
+    assert by_role["teacher"].accuracy is None
+    if headline == "knn":
+        before = np.array([of_run["untrained student"]["knn"] for of_run in values])
+        assert f"the student over the untrained student: {100 * (found - before).mean():+.2f} points" in told
+        assert f"{100 * found.mean():.2f} ± {100 * found.std(ddof=1):.2f}%" in told
+    else:
+        assert f"{found.mean():.4f} ± {found.std(ddof=1):.4f}" in told
+        assert re.search(r"^ teacher +- +- ", told, re.MULTILINE)
+    curves = {curve.measure for curve in group.curves if curve.role == "student" and curve.points}
+    assert {"explained_variance", "cosine", headline} <= curves
+    assert "cosine" not in [curve.measure for curve in losses_of(group)]
+
+
+def test_a_loss_may_be_called_like_a_measure_that_its_run_does_not_take(seeds: Callable[[int], list[Path]]) -> None:
+    (folder,) = seeds(1)
+    for name in ("recipe.yaml", "metrics.csv"):
+        text = (folder / name).read_text()
+        assert "soft" in text
+        (folder / name).write_text(re.sub(r"\bsoft\b", "cosine", text))
+    (group,) = compare([folder]).groups
+    assert [curve.measure for curve in losses_of(group)].count("cosine") == 1
+    assert "cosine" not in shown(compare([folder]))
 
 
 def test_a_loss_may_be_called_as_the_column_of_roles_once_was(tmp_path: Path) -> None:
