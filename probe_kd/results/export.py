@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from probe_kd.data.datasets import open_datasets
@@ -34,7 +33,7 @@ from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.keys import ModelOptions, Recipe
 from probe_kd.recipe.reading import load
 from probe_kd.recipe.writing import command_to_go_on, dump
-from probe_kd.training.state import Result, current_role, weights_file
+from probe_kd.training.state import weights_file
 from probe_kd.version import __version__
 
 ROLES = ("student", "baseline", "teacher", "teacher-baseline")
@@ -585,18 +584,23 @@ def _figures(trained: _Trained) -> tuple[str, list[str], str]:
     try:
         summary = json.loads(whole_text(trained.run / "summary.json"))
         headline = MEASURES[summary.get("headline", "accuracy")]
-        results = TypeAdapter(list[Result]).validate_python(summary["results"])
-        by_role = {current_role(result.role).replace(" ", "-"): result for result in results}
-        own = by_role.pop(trained.role)
-        is_average = trained.weights.stem.endswith("-ema")
-        values = {trained.role: own.ema_value(headline.name) if is_average else own.value(headline.name)}
-        values |= {role: result.value(headline.name) for role, result in by_role.items()}
+        by_role = {result["role"].replace(" ", "-"): result for result in summary["results"]}
+        start = "ema_" if trained.weights.stem.endswith("-ema") else ""
+        values = {trained.role: _value(by_role.pop(trained.role), headline.name, start)}
+        values |= {role: _value(result, headline.name) for role, result in by_role.items()}
         lines = [
             f"{headline.text(value)} ({role.replace('-', ' ')})" for role, value in values.items() if value is not None
         ]
         return headline.heading, lines, str(summary.get("measured_on", ""))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "", [], ""
+
+
+def _value(result: Mapping[str, Any], measure: str, start: str = "") -> float | None:
+    """A measure of a result in summary.json; `start` is `ema_` for that of the moving average."""
+    own: float | None = result.get(f"{start}{measure}")
+    others: Mapping[str, float] = result.get(f"{start}measures", {})
+    return others.get(measure, own)
 
 
 def _without_paths(recipe: Recipe) -> Recipe:

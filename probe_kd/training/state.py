@@ -61,10 +61,6 @@ class Result:
         """The value of a measure; None if it was not taken."""
         return {"accuracy": self.accuracy, "agreement": self.agreement, **self.measures}.get(measure)
 
-    def ema_value(self, measure: str) -> float | None:
-        """The value of a measure for the moving average of the weights."""
-        return self.ema_accuracy if measure == "accuracy" else self.ema_measures.get(measure)
-
 
 @dataclass
 class TrainState:
