@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from probe_kd.engine.spec import FeatureSpec, Layout
-from probe_kd.methods.normalisation import Normalize, Standardize
+from probe_kd.methods.normalisation import FittedNorm, Normalize, Standardize
 from probe_kd.methods.projectors import (
     ACTIVATIONS,
     Ends,
@@ -23,18 +23,28 @@ Tokens = Literal["drop", "cls", "pool"]
 
 
 class FeaturePlan:
-    """The steps for one model's feature, and their descriptions."""
+    """The steps for one model's feature, and their descriptions.
+
+    `fitted_steps` follow `steps`. They begin with a normalisation by fitted statistics, so a cache holds what comes
+    before them.
+    """
 
     def __init__(self, spec: FeatureSpec, tokens: Tokens) -> None:
         self.spec = spec
         self.tokens = tokens
         self.steps: list[nn.Module] = []
+        self.fitted_steps: list[nn.Module] = []
         self.words = [spec.describe()]
-        self.shape = tuple(spec.shape[1:])  # of one image
+        self.shape = tuple(spec.shape[1:])  # of one image, after `steps`
 
     def add(self, step: nn.Module, words: str) -> None:
-        self.steps.append(step)
+        (self.fitted_steps or self.steps).append(step)
         self.words.append(words)
+
+    @property
+    def words_of_steps(self) -> str:
+        """The description without the fitted steps."""
+        return " -> ".join(self.words[: len(self.words) - len(self.fitted_steps)])
 
     def to_map(self, target_grid: tuple[int, int] | None) -> None:
         source_grid = self.spec.grid
@@ -63,15 +73,19 @@ class FeaturePlan:
 
     def project_fixed(self, width: int, target: int) -> None:
         self.add(FixedProjection(width, target), f"fixed {width}->{target}")
-        self.shape = (target, *self.shape[1:])
+        if not self.fitted_steps:
+            self.shape = (target, *self.shape[1:])
 
     def activate(self, name: str) -> None:
         if name:
             self.add(ACTIVATIONS[name](), name)
 
     def normalize(self, kind: Normalize) -> None:
-        if kind != "none":
+        if kind in ("layer", "channel"):
             self.add(Standardize(kind), f"{kind} norm")
+        elif kind == "fitted" or kind == "phi_s":
+            self.fitted_steps.append(FittedNorm(kind, self.spec.channels, str(self.spec.tap)))
+            self.words.append({"fitted": "fitted norm", "phi_s": "PHI-S norm"}[kind])
 
     def __str__(self) -> str:
         return " -> ".join(self.words)
@@ -89,6 +103,7 @@ class MatrixPlan:
         self.steps: list[nn.Module] = [Ends(*to_map), FlowMatrix()]
         self.positions = prod(min(sides) for sides in zip(*(spec.grid or () for spec in ends), strict=True))
         self.shape = ends[0].channels, ends[-1].channels
+        self.fitted_steps: list[nn.Module] = []
         self.words = [" . ".join(dict.fromkeys(spec.describe() for spec in ends)), self._matrix()]
 
     def project(self, widths: Sequence[int], targets: Sequence[int], *, fixed: bool) -> None:
@@ -105,6 +120,10 @@ class MatrixPlan:
         else:
             self.steps.append(MatrixProjection(factors))
             self.words.append(words)
+
+    @property
+    def words_of_steps(self) -> str:
+        return str(self)
 
     def _matrix(self) -> str:
         return f"matrix {self.shape[0]}x{self.shape[1]}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from probe_kd.engine.spec import FeatureSpec, Layout
 from probe_kd.errors import AdapterError
 from probe_kd.methods.adapter_plans import FeaturePlan, MatrixPlan, Tokens
-from probe_kd.methods.normalisation import Normalize, Standardize
+from probe_kd.methods.normalisation import Normalize, Standardize, fitted_norms
 from probe_kd.methods.projectors import Activation, Projector, semi_orthogonal
 from probe_kd.methods.steps import Classes, ClassToken, Mean, Resize, ToMap
 from probe_kd.methods.views import ImageView
@@ -63,20 +63,32 @@ class Adapter(nn.Module):
     """`adapter(student, teacher)` converts both features to one form: maps, vectors, or matrices of their channels.
 
     Only `student_steps` has parameters. `str(adapter)` describes the steps. `target` is what a cache stores: the
-    output of `teacher_steps`, if it is smaller than their input.
+    output of `teacher_steps`, if it is smaller than their input. `fitted_steps` follow them on the teacher's side: they
+    depend on statistics of the training images, which a cache must not.
     """
 
     def __init__(
-        self, student_steps: nn.Module, teacher_steps: nn.Module, plan: str, target: Target | None = None
+        self,
+        student_steps: nn.Module,
+        teacher_steps: nn.Module,
+        plan: str,
+        target: Target | None = None,
+        fitted_steps: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.student_steps = student_steps
         self.teacher_steps = teacher_steps
+        self.fitted_steps = fitted_steps or nn.Sequential()
         self.plan = plan
         self.target = target
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        return self.student_steps(student), self.teacher_steps(teacher)
+        return self.student_steps(student), self.fitted_steps(self.teacher_steps(teacher))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the target's statistics are set, or it has none."""
+        return all(norm.is_fitted for norm in fitted_norms(self))
 
     @property
     def parameter_count(self) -> int:
@@ -108,7 +120,9 @@ def adapt(
       class tokens (the mean over positions if a model has none). `pool` compares the means over positions.
     - `normalize`: how the target is standardised. `layer` standardises each position over its channels, `channel` each
       channel over batch and positions, `none` nothing. Without it, a few outlier channels of an un-normalised residual
-      stream (ConvNeXt) dominate a squared error.
+      stream (ConvNeXt) dominate a squared error. `fitted` and `phi_s` take statistics of the training images, which
+      `Distiller.fit_targets` sets once (`FittedNorm`): each channel's mean and deviation, or a rotation in which all
+      channels have one variance.
     - `projector`: `linear` is the 1x1 convolution. `valid` is the regressor of FitNets (Romero et al. 2015, sec. 2.2):
       a convolution without padding, whose kernel size takes the student's grid to the teacher's.
     - `activation`: the last step of the projector. `tap` is the nonlinearity of the teacher's tap, as in FitNets.
@@ -253,9 +267,11 @@ def check_class_map(class_map: Sequence[int], student: int, teacher: int) -> Non
 
 
 def _adapter(student_plan: FeaturePlan, teacher_plan: FeaturePlan) -> Adapter:
-    teacher_text = "" if len(teacher_plan.steps) == 0 else f" | teacher {teacher_plan}"
+    has_steps = bool(teacher_plan.steps or teacher_plan.fitted_steps)
+    teacher_text = "" if not has_steps else f" | teacher {teacher_plan}"
     steps = nn.Sequential(*student_plan.steps), nn.Sequential(*teacher_plan.steps)
-    return Adapter(*steps, f"{student_plan}{teacher_text}", _target([teacher_plan.spec], teacher_plan))
+    fitted_steps = nn.Sequential(*teacher_plan.fitted_steps)
+    return Adapter(*steps, f"{student_plan}{teacher_text}", _target([teacher_plan.spec], teacher_plan), fitted_steps)
 
 
 def _target(teacher: Sequence[FeatureSpec], plan: FeaturePlan | MatrixPlan) -> Target | None:
@@ -268,7 +284,7 @@ def _target(teacher: Sequence[FeatureSpec], plan: FeaturePlan | MatrixPlan) -> T
         return None
     if prod(plan.shape) >= sum(prod(spec.shape[1:]) for spec in {spec.tap: spec for spec in teacher}.values()):
         return None
-    return Target(f"{' . '.join(str(spec.tap) for spec in teacher)}: {plan}", plan.shape)
+    return Target(f"{' . '.join(str(spec.tap) for spec in teacher)}: {plan.words_of_steps}", plan.shape)
 
 
 def _check_choices(**choices: tuple[str, object]) -> None:

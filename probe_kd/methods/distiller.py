@@ -1,6 +1,6 @@
 """One training step as one module: the student, its adapters and the objectives, and the teacher beside them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -13,6 +13,7 @@ from probe_kd.engine.surgery import norms_in
 from probe_kd.engine.tracing import refuse_lazy, trace
 from probe_kd.errors import LossError, demand
 from probe_kd.methods.adapters import ImageView, Target
+from probe_kd.methods.fitting import fit_statistics, refuse_moving_target
 from probe_kd.methods.inputs import (
     AsTraced,
     check_finite_images,
@@ -25,9 +26,10 @@ from probe_kd.methods.inputs import (
     trace_teacher,
     view_of_teacher,
 )
+from probe_kd.methods.normalisation import fitted_norms
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.sharing import Sharing
-from probe_kd.methods.targets import compared, make_adapters, module_key, targets_of, teacher_side
+from probe_kd.methods.targets import compared, make_adapters, module_key, targets_of, unfitted_side
 from probe_kd.methods.teachers import Block, FrozenTeacher, JointTeacher, NoTeacher, Teacher
 from probe_kd.methods.terms import Terms
 
@@ -113,6 +115,8 @@ class Distiller(nn.Module):
             self.teacher_view = view_of_teacher(student_input, teacher_input, one_image=one_image)
             self._teacher = self._make_teacher(teacher, teacher_trace)
             self.adapters = make_adapters(self.objectives, student_trace, teacher_trace, class_map)
+            if block:
+                refuse_moving_target(self.adapters)
             self._targets = targets_of(self.objectives, self.adapters, teacher_trace)
         self._terms = Terms(self.objectives, self.adapters, block_gradient=not self._teacher.passes_gradient)
         self._frozen = [student.get_parameter(name) for name in freeze_layers(student, freeze)]
@@ -210,8 +214,32 @@ class Distiller(nn.Module):
         targets = {str(tap): feature for tap, feature in teacher.compared.items()}
         for objective, comparison, adapter in compared(self.objectives, self.adapters):
             if adapter.target is not None:
-                targets[adapter.target.name] = teacher_side(objective, comparison, adapter, teacher.compared, targets)
+                targets[adapter.target.name] = unfitted_side(objective, comparison, adapter, teacher.compared, targets)
         return [targets[name] for name in self.targets]
+
+    @torch.no_grad()
+    def fit_targets(
+        self,
+        batches: Iterable[Tensor | Sequence[Any]],
+        *,
+        add_up: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Fit the statistics of `normalize: fitted` and `phi_s` on the teacher's features of these images.
+
+        `batches` are images as a step takes them, or sequences that begin with them. Call this once before the first
+        step. The statistics are buffers of `adapters`, so `state_dict` holds them. It does nothing, and reads no batch,
+        if no objective has statistics. `add_up` adds a tensor over all processes, if each has its own images.
+
+        Raises AdapterError without images, and for a target that does not vary over them.
+        """
+        if fitted_norms(self.adapters):
+            fit_statistics(self.objectives, self.adapters, map(self._teacher_features, batches), add_up)
+
+    def _teacher_features(self, batch: Tensor | Sequence[Any]) -> Mapping[Tap, Tensor]:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        check_images(images, self._channels)
+        self._check_numbers(images)
+        return self._teacher.features(images).compared
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the student.

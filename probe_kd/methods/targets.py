@@ -57,7 +57,19 @@ def teacher_side(
     features: Mapping[Tap, Tensor],
     cached: Mapping[str, Tensor],
 ) -> Tensor:
-    """The teacher's side of a comparison: the cached target if there is one, otherwise computed from the features."""
+    """The teacher's side of a comparison: from the cached target if there is one, otherwise from the features."""
+    target: Tensor = adapter.fitted_steps(unfitted_side(objective, comparison, adapter, features, cached))
+    return target
+
+
+def unfitted_side(
+    objective: Objective,
+    comparison: Comparison,
+    adapter: Adapter,
+    features: Mapping[Tap, Tensor],
+    cached: Mapping[str, Tensor],
+) -> Tensor:
+    """The teacher's side of a comparison before fitted statistics, on which what a cache stores does not depend."""
     if adapter.target is not None and adapter.target.name in cached:
         return cached[adapter.target.name]
     teacher_features = comparison.features("teacher", features, matrices=objective.resolved.reads_matrices)

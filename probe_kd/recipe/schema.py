@@ -100,8 +100,9 @@ DESCRIPTIONS = {
     "none. `fixed`: a fixed random projection of the teacher.",
     "tokens": "What of a sequence of tokens is compared: the grid without class tokens (`drop`), the class tokens "
     "(`cls`), or the mean (`pool`).",
-    "normalize": "Standardise the teacher's feature: each position over its channels (`layer`), or each channel "
-    "over the batch (`channel`).",
+    "normalize": "Standardise the teacher's feature: each position over its channels (`layer`), each channel over the "
+    "batch (`channel`), or by statistics of the training images that are fitted once, before the stage: each channel "
+    "(`fitted`), or all together by a rotation (`phi_s`).",
     "projector": "A 1x1 convolution (`linear`), or the regressor of FitNets, a convolution without padding (`valid`).",
     "activation": "Activation after the projector. `tap` is the activation of the teacher's layer.",
     "of": "In joint training: which model a loss on labels trains.",

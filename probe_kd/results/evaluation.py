@@ -432,7 +432,7 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
             why, matrices = "", objective.resolved.reads_matrices
             if objective.resolved.reads == "maps":
                 why = "each side keeps its own channels"
-            elif adapter.parameter_count and not file.is_file():
+            elif (adapter.parameter_count or not adapter.is_fitted) and not file.is_file():
                 why = f"the run has no {file.name}"
             row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, matrices, adapter, why)
             yield replace(row, adapter=None) if why else row

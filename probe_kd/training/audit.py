@@ -17,6 +17,7 @@ from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import gradient_norms, training_only
 from probe_kd.recipe.planner import Plan
+from probe_kd.training.fitting import fit_for_trial
 from probe_kd.training.models import Models
 from probe_kd.training.optimizers import make_optimizer
 from probe_kd.training.phase import Phase
@@ -102,6 +103,7 @@ def _audit(plan: Plan, models: Models) -> Audit:
     steps = len(loader(plan.datasets.train, plan.recipe.data, models.images_for(trained), training=True))
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
+        fit_for_trial(distiller, images)
         norms = gradient_norms(distiller.train(), images, target)
         reach.append((phase.name, norms))
         reaches += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
@@ -155,7 +157,7 @@ def _cost(
     adapters = {
         f"Distiller.adapters.{name}"
         for name, _ in distiller.adapters.named_modules()
-        if name.endswith((".student_steps", ".teacher_steps"))
+        if name.endswith((".student_steps", ".teacher_steps", ".fitted_steps"))
     }
     macs = sum(sum(count.values()) for name, count in counter.get_flop_counts().items() if name in adapters) // 2
     return StepCost(

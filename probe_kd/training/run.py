@@ -30,6 +30,7 @@ from probe_kd.recipe.planner import Plan
 from probe_kd.recipe.writing import dump
 from probe_kd.training import checkpoints
 from probe_kd.training.devices import describe_device
+from probe_kd.training.fitting import fit_targets
 from probe_kd.training.folder import open_run
 from probe_kd.training.loop import Loop
 from probe_kd.training.models import BASELINE, Models, TrainedModel
@@ -211,6 +212,8 @@ class Run:
     def _prepared(self, trained: TrainedModel, phase: Phase) -> Iterator[Loop]:
         """Prepare the loop of a phase, and release everything that it holds at the end."""
         distiller = self.models.distiller(trained, phase)
+        if self.saver.checkpoint is None:  # otherwise the checkpoint has them
+            fit_targets(self.models, trained, distiller, self.progress)
         self.saver.best, self.saver.best_average = {}, {}
         with ExitStack() as cleanup:
             cleanup.callback(self.accelerator.free_memory)

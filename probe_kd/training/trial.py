@@ -14,9 +14,11 @@ from probe_kd.engine.surgery import in_pattern
 from probe_kd.errors import ProbeKDError, RunError, for_all, short
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import gradient_norms
+from probe_kd.methods.normalisation import without_statistics
 from probe_kd.methods.objectives import Objective
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.devices import memory_format
+from probe_kd.training.fitting import fit_for_trial
 from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.progress import Progress
 
@@ -60,6 +62,7 @@ def reach_of(models: Models, trained: TrainedModel, images: Tensor, target: Tens
     reach = []
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
+        fit_for_trial(distiller, images)
         reach.append((phase.name, gradient_norms(distiller.train(), images, target)))
         distiller.close()
     return reach
@@ -146,4 +149,6 @@ def reached(models: Models, trained: TrainedModel, distiller: Distiller) -> set[
     images = torch.randn(2, *models.images_for(trained).size, generator=generator).to(models.accelerator.device)
     target = placeholder(models.plan.datasets, 2)
     target = None if target is None else target.to(models.accelerator.device)
-    return {name for norms in gradient_norms(distiller.train(), images, target).values() for name in norms}
+    with without_statistics(distiller.adapters):
+        norms_of_losses = gradient_norms(distiller.train(), images, target)
+    return {name for norms in norms_of_losses.values() for name in norms}

@@ -32,7 +32,7 @@ FORM = [
     ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: {level: stages}", 12, "'stage' or 'block'"),
     ("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: {level: block, num: 3}", 12, "did you mean 'num_pairs'"),
     ("train: {epochs: 1}", "train: {epochs: 1, lr: 3}", 6, "unknown key `lr`"),
-    ("normalize: layer", "normalize: batch", 20, "'none', 'layer' or 'channel', got 'batch'"),
+    ("normalize: layer", "normalize: batch", 20, "'channel', 'fitted' or 'phi_s', got 'batch'"),
     ("input_size: [3, 16, 16]", "input_size: 16", 9, "data.input_size"),
     ("stages:", "stage:", 16, "unknown key `stage`; did you mean 'stages'"),
     ("hflip: 0.0", "hflip: [", 13, "not YAML"),

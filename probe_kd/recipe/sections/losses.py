@@ -8,6 +8,7 @@ import torch
 
 from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, value_at
 from probe_kd.errors import LossError
+from probe_kd.methods.fitting import refuse_moving_target
 from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, schedule
@@ -172,5 +173,7 @@ def find_adapters(
                 # The meta device needs no memory, however wide the layers are. Only the adapter's text is needed.
                 with noting(mistakes, *place), torch.device("meta"):
                     adapter = objective.adapter(comparison, student, teacher, class_map)
+                    if recipe.share:
+                        refuse_moving_target(adapter)
                     planned.append(Planned(recipe.stages[index].name, objective, comparison, str(adapter)))
     return planned, mistakes
