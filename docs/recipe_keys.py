@@ -62,6 +62,7 @@ LOSS_OPTIONS = {
     "cross_entropy.label_smoothing": "Share of the label that is spread evenly over all classes.",
     "soft_targets.temperature": "Temperature T of both softmaxes; the loss is multiplied by T^2.",
     "soft_targets.standardize": "Take z-scores of each image's logits first.",
+    "hard_labels.label_smoothing": "Share of the teacher's class that is spread evenly over all classes.",
     "logits.center": "Subtract each image's mean logit first.",
     "logits.standardize": "Take z-scores of each image's logits first.",
     "logits.reduction": REDUCTION,

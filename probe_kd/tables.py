@@ -267,6 +267,8 @@ def cache_lines(plan: Plan) -> list[str]:
     if options is None or options.cache is None or teacher is None:
         return []
     views: dict[Target, set[int]] = {}
+    losses = [objective for objectives in plan.objectives for objective in objectives]
+    outputs = {str(objective.outputs.teacher) for objective in losses if objective.resolved.reads == "outputs"}
     age = 0
     for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
         stage_views = {epoch % (plan.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
@@ -276,7 +278,7 @@ def cache_lines(plan: Plan) -> list[str]:
         age += stage.epochs
     images, total, lines = len(plan.datasets.train), 0.0, []  # type: ignore[arg-type]
     for target, target_views in views.items():
-        numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and not target.name else prod(target.shape)
+        numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and target.name in outputs else prod(target.shape)
         size = 4.0 * numbers * images * len(target_views)
         total += size
         times = f"{images} images x {len(target_views)} views x {numbers} numbers"

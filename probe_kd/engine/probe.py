@@ -377,6 +377,17 @@ def _describe(value: Any) -> str:
     return f"a value of type {type(value).__name__}"
 
 
+def reader(model: nn.Module, tap: Tap) -> Callable[[Tensor], Tensor]:
+    """Return a function from images to the tensor at one tap. The model's own output needs no hooks.
+
+    Raises TapError for a module that does not exist; the function, for a tap that yields no tensor.
+    """
+    if not _at_root(tap) or tap.port == "input":
+        probe = Probe(model, tap)
+        return lambda images: probe(images)[tap]
+    return lambda images: pick(tap, model(images), tap.items)
+
+
 def pick_argument(tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """Return an argument of a module call: the first one, or the one that the tap's first item selects."""
     if not tap.items:

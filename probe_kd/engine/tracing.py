@@ -7,7 +7,7 @@ tensors holds the channels; every other tensor gets its layout from the leaves t
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from math import sqrt
 from typing import Any
 
@@ -187,6 +187,9 @@ class _Log:
         elif isinstance(value, tuple | list):
             for position, item in enumerate(value):
                 self.record(module, port, call, item, (*items, position))
+        elif is_dataclass(value) and not isinstance(value, type):
+            for name in value.__dataclass_fields__:
+                self.record(module, port, call, getattr(value, name), (*items, name))
 
     def close(self, name: str) -> tuple[int, int]:
         """Return (call, flops at its start) of the module that ends. Those still open inside it stopped early."""

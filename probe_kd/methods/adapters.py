@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from probe_kd.engine.spec import FeatureSpec, Layout
+from probe_kd.engine.spec import FeatureSpec, Layout, Tap
 from probe_kd.errors import AdapterError
 from probe_kd.methods.adapter_plans import FeaturePlan, MatrixPlan, Tokens
 from probe_kd.methods.normalisation import Normalize, Standardize, fitted_norms
@@ -215,14 +215,15 @@ def adapt_matrices(
 def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequence[int] | None = None) -> Adapter:
     """Return the adapter that selects the student's classes from the teacher's logits.
 
-    `class_map[i]` is the teacher's index of the student's class i. Raises AdapterError if an output is not one row of
-    classes per image (a map, tokens), if the numbers of classes differ without a class map, and for a class map that
-    does not fit.
+    `class_map[i]` is the teacher's index of the student's class i. It does not apply to two named taps of equal width
+    that are no classes, such as embeddings. Raises AdapterError if an output is not one row of classes per image (a
+    map, tokens), if the numbers of classes differ without a class map, and for a class map that does not fit.
     """
     for side, spec in (("student", student), ("teacher", teacher)):
         check_logits(spec, side)
     student_plan, teacher_plan = FeaturePlan(student, "pool"), FeaturePlan(teacher, "pool")
-    if class_map is not None:
+    named = student.tap != Tap("") or teacher.tap != Tap("")
+    if class_map is not None and not (named and len(class_map) != student.channels == teacher.channels):
         check_class_map(class_map, student.channels, teacher.channels)
         teacher_plan.add(Classes(class_map), f"{len(class_map)} classes")
     elif student.channels != teacher.channels:
@@ -230,7 +231,9 @@ def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequenc
             f"the student has {student.channels} classes and the teacher {teacher.channels}; give a `class_map` with "
             "the teacher's index of each of the student's classes"
         )
-    return _adapter(student_plan, teacher_plan)
+    teacher_text = f" | teacher {teacher_plan}" if teacher_plan.steps else ""
+    steps = nn.Sequential(*student_plan.steps), nn.Sequential(*teacher_plan.steps)
+    return Adapter(*steps, f"{student_plan}{teacher_text}")  # the cache has its own rule for which logits it stores
 
 
 def check_logits(spec: FeatureSpec, side: str) -> None:

@@ -1,6 +1,7 @@
 """One training step as one module: the student, its adapters and the objectives, and the teacher beside them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -28,6 +29,7 @@ from probe_kd.methods.inputs import (
 )
 from probe_kd.methods.normalisation import fitted_norms
 from probe_kd.methods.objectives import Comparison, Objective
+from probe_kd.methods.outputs import tensor_at
 from probe_kd.methods.sharing import Sharing
 from probe_kd.methods.targets import compared, make_adapters, module_key, targets_of, unfitted_side
 from probe_kd.methods.teachers import Block, FrozenTeacher, JointTeacher, NoTeacher, Teacher
@@ -39,7 +41,8 @@ class Distiller(nn.Module):
     its name}`.
 
     This is the contract of `timm.task.TrainingTask`. `loss` is the weighted sum, and the objectives are unweighted.
-    `output` is the student's logits, or None if no objective needs them and the student stopped earlier. With
+    `output` is the student's output, or None if no objective reads it and the student may stop earlier. If the
+    argument `output` names another tap (`head`, `[logits]`), that is always read and returned. With
     `cached_targets`, the result of `teacher_targets` for the same images, the teacher does not run.
 
     The module owns the student and the adapters: these are what an optimizer, DDP, `state_dict` and `train()` see.
@@ -85,6 +88,7 @@ class Distiller(nn.Module):
         block: Block | None = None,
         sharing: Sharing | None = None,
         freeze: Sequence[str] = (),
+        output: str | Tap = "",
     ) -> None:
         super().__init__()
         for side, model in (("student", student), ("teacher", nn.Identity() if teacher is None else teacher)):
@@ -102,8 +106,12 @@ class Distiller(nn.Module):
         student_input, teacher_input = resolve_inputs(student, teacher, student_input, teacher_input)
         self.student_view = ImageView(student_input, student_input) if resizes else AsTraced(student_input.size)
         self._channels = student_input.size[0]
-        taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[0])
-        self._student_probe = Probe(student, [student_trace[tap] for tap in taps])
+        self.output = Tap.parse(output)
+        named = [self.output] * (self.output != Tap(""))
+        taps = dict.fromkeys([*(tap for objective in self.objectives for tap in objective.taps[0]), *named])
+        self._student_probe = Probe(
+            student, [replace(tensor_at(student_trace, tap, "student"), tap=tap) for tap in taps]
+        )
         self._run_student: Callable[[Tensor], dict[Tap, Tensor]] = self._student_probe
         self._teacher: Teacher = NoTeacher()
         self.adapters = nn.ModuleDict()
@@ -129,7 +137,8 @@ class Distiller(nn.Module):
     def _make_teacher(self, teacher: nn.Module, teacher_trace: Trace) -> FrozenTeacher | JointTeacher:
         replayed = self.sharing.replayed if self.sharing else {}
         taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[1])
-        probe = Probe(teacher, [teacher_trace[tap] for tap in dict.fromkeys([*taps, *replayed.values()])])
+        taps = dict.fromkeys([*taps, *replayed.values()])
+        probe = Probe(teacher, [replace(tensor_at(teacher_trace, tap, "teacher"), tap=tap) for tap in taps])
         if self.block is None:
             return FrozenTeacher(probe, self.teacher_view)
         return JointTeacher(probe, self.teacher_view, self.student, self.block, replayed)
@@ -158,7 +167,7 @@ class Distiller(nn.Module):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.block != "trunk":
             check_gradients(student, self.student)
         terms = self._terms(student, teacher, target)
-        return {"loss": self._terms.weighted_sum(terms), "output": student.get(Tap("")), **terms}
+        return {"loss": self._terms.weighted_sum(terms), "output": student.get(self.output), **terms}
 
     def _check_numbers(self, images: Tensor) -> None:
         """Check dtypes in every step, and values in every step on the CPU, but only in the first on a GPU."""

@@ -24,8 +24,8 @@ from probe_kd.methods.adapters import (
     adapt_outputs,
 )
 from probe_kd.methods.losses.table import LOSSES, Loss
+from probe_kd.methods.outputs import output_spec
 
-_OUTPUT = Pair(Tap(""), Tap(""))
 # The adapter options that apply to a loss, by what it reads. The others would have no effect there.
 _ADAPTABLE = {
     "features": {"policy", "tokens", "normalize", "projector", "activation"},
@@ -35,7 +35,7 @@ _ADAPTABLE = {
 
 
 _ADAPTER = ("policy", "tokens", "normalize", "projector", "activation")
-_BESIDE = ("weight", *_ADAPTER, "of", "between")
+_BESIDE = ("weight", *_ADAPTER, "of", "between", "student", "teacher")
 _SHAPES: dict[str, tuple[int, ...]] = {  # of one image, to try a loss on
     "labels": (3,),
     "outputs": (3,),
@@ -81,7 +81,11 @@ class Objective:
     student layers, their outputs are the two ends instead. In joint training, `of="teacher"` makes a loss on labels
     train the teacher.
 
-    Raises LossError for an unknown loss or option, or missing pairs.
+    `student` and `teacher` are the taps that a loss of outputs or labels reads: by default the output of the model, and
+    otherwise any tap that yields one vector per image. `[logits]` is an item of an output that is a tuple, a dict or a
+    dataclass, `head_dist` one of two heads (DeiT, Touvron et al. 2021, arXiv 2012.12877).
+
+    Raises LossError for an unknown loss or option, or missing pairs, and TapError for text that is not a tap.
     """
 
     loss: str | Loss
@@ -96,6 +100,9 @@ class Objective:
     activation: Activation = field(default="none", kw_only=True)
     of: Literal["student", "teacher"] = field(default="student", kw_only=True)
     between: Sequence[Sequence[str | Tap]] = field(default=(), kw_only=True)
+    student: str | Tap = field(default="", kw_only=True)
+    teacher: str | Tap = field(default="", kw_only=True)
+    outputs: Pair = field(init=False, repr=False, compare=False)
     resolved: Loss = field(init=False, repr=False, compare=False)
     comparisons: tuple[Comparison, ...] = field(init=False, repr=False, compare=False)
 
@@ -108,6 +115,9 @@ class Objective:
         object.__setattr__(self, "name", self.name or loss_name)
         object.__setattr__(self, "pairs", tuple(_as_pairs(self.pairs)))
         object.__setattr__(self, "between", tuple(tuple(map(Tap.parse, ends)) for ends in self.between))
+        object.__setattr__(self, "outputs", Pair(Tap.parse(self.student), Tap.parse(self.teacher)))
+        object.__setattr__(self, "student", self.outputs.student)
+        object.__setattr__(self, "teacher", self.outputs.teacher)
         self._check(loss_name)
         object.__setattr__(self, "comparisons", tuple(self._comparisons()))
 
@@ -128,6 +138,7 @@ class Objective:
             )
         if self.of == "teacher" and loss.reads != "labels":
             raise LossError(f"{loss_name!r} compares both models, so it is not `of` one of them; leave `of` out")
+        self._check_outputs(loss_name)
         if self.between and loss.reads != "flows":
             raise LossError(
                 f"{loss_name!r} compares no two layers of one model, so `between` means nothing; leave it out"
@@ -144,6 +155,20 @@ class Objective:
                 raise LossError(
                     f"`{key}` means nothing for {loss_name!r}, which compares {loss.reads}; leave it out{alternative}"
                 )
+
+    def _check_outputs(self, loss_name: str) -> None:
+        """Raise LossError for a tap of an output that the loss does not read."""
+        loss = self.resolved
+        read = () if loss.reads_layers else (self.of,) if loss.reads == "labels" else ("student", "teacher")
+        for side in ("student", "teacher"):
+            tap = getattr(self.outputs, side)
+            if tap == Tap("") or side in read:
+                continue
+            if loss.reads_layers:
+                raise LossError(
+                    f"{loss_name!r} compares pairs of layers, and no `{side}` output; name {tap} in `pairs`"
+                )
+            raise LossError(f"{loss_name!r} reads labels and one output, of the {self.of}; `{side}` means nothing here")
 
     def check_batch(self, size: int) -> None:
         """Raise LossError if the loss compares the images of a batch, and a batch of `size` is too small for it."""
@@ -179,7 +204,7 @@ class Objective:
     def _comparisons(self) -> Iterator[Comparison]:
         reads = self.resolved.reads
         if reads == "outputs":
-            yield Comparison((_OUTPUT,), 1.0, str(_OUTPUT))
+            yield Comparison((self.outputs,), 1.0, str(self.outputs))
         elif self.between:
             yield from (self._between(*ends) for ends in self.between)
         elif reads == "flows":
@@ -213,9 +238,9 @@ class Objective:
     def taps(self) -> tuple[tuple[Tap, ...], tuple[Tap, ...]]:
         """The taps of the student and the taps of the teacher that this objective reads."""
         pairs = list(chain.from_iterable(comparison.pairs for comparison in self.comparisons))
-        labels = (Tap(""),) * (self.resolved.reads == "labels")
-        students = [pair.student for pair in pairs] + list(labels) * (self.of == "student")
-        teachers = [pair.teacher for pair in pairs] + list(labels) * (self.of == "teacher")
+        of_labels = {self.of} if self.resolved.reads == "labels" else set()
+        students = [pair.student for pair in pairs] + [self.outputs.student] * ("student" in of_labels)
+        teachers = [pair.teacher for pair in pairs] + [self.outputs.teacher] * ("teacher" in of_labels)
         return tuple(dict.fromkeys(students)), tuple(dict.fromkeys(teachers))
 
     def adapter(
@@ -223,15 +248,17 @@ class Objective:
     ) -> Adapter:
         """Make the adapter of one comparison.
 
-        Raises AdapterError for features that cannot be compared, and TapError for a layer that does not exist.
+        Raises AdapterError for features that cannot be compared, TapError for a layer that does not exist, and
+        TraceError for an output of several tensors.
         """
+        if self.resolved.reads == "outputs":
+            student_output = output_spec(student, self.outputs.student, "student")
+            return adapt_outputs(student_output, output_spec(teacher, self.outputs.teacher, "teacher"), class_map)
         student_specs = [student[pair.student] for pair in comparison.pairs]
         teacher_specs = [teacher[pair.teacher] for pair in comparison.pairs]
         # A pair's own options come first; with two pairs, those of the second, the end of the flow.
         choices: dict[str, Any] = {key: comparison.pairs[-1].adapter.get(key, getattr(self, key)) for key in _ADAPTER}
         match self.resolved.reads:
-            case "outputs":
-                return adapt_outputs(student_specs[0], teacher_specs[0], class_map)
             case "maps":
                 return adapt_maps(student_specs[0], teacher_specs[0])
             case "grams" | "flows":

@@ -54,7 +54,9 @@ class Terms:
         objective = self.objectives[index]
         if objective.resolved.reads != "labels":
             return self._comparisons(index, student, teacher)
-        return self._labels(index, (student if objective.of == "student" else teacher.own)[Tap("")], target)
+        if objective.of == "student":
+            return self._labels(index, student[objective.outputs.student], target)
+        return self._labels(index, teacher.own[objective.outputs.teacher], target)
 
     def _labels(self, index: int, output: Tensor, target: Tensor | None) -> Tensor:
         objective = self.objectives[index]

@@ -21,7 +21,7 @@ from pydantic import (
 
 from probe_kd.data.options import DataOptions, InputSize
 from probe_kd.engine.spec import Schedule, Tap
-from probe_kd.errors import LossError
+from probe_kd.errors import LossError, TapError
 from probe_kd.methods.adapters import Activation, Normalize, Policy, Projector, Tokens
 from probe_kd.methods.sharing import Pattern
 from probe_kd.methods.teachers import Block
@@ -49,6 +49,18 @@ def _name(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_name)]
+
+
+def _tap(text: str) -> str:
+    """Check that the text is a tap."""
+    try:
+        Tap.parse(text)
+    except TapError as refusal:
+        raise ValueError(str(refusal)) from None
+    return text
+
+
+TapText = Annotated[str, AfterValidator(_tap)]
 
 
 # The branch of a union that a value belongs to, so that pydantic reports one error and not one for each branch.
@@ -141,6 +153,8 @@ def schedule(value: Any) -> Any:
 class LossOptions(BaseModel):
     """One loss: its name in `LOSSES`, its weight, how features are adapted, and the arguments of the loss function.
 
+    `student` and `teacher` are the taps that a loss of outputs or labels reads, by default the `output` of the model.
+
     `weight` and any number among the arguments may be a schedule: `{start: 4, end: 1, epochs: 400}`.
     """
 
@@ -156,6 +170,8 @@ class LossOptions(BaseModel):
     activation: Activation = "none"
     of: Literal["student", "teacher"] = "student"
     between: list[tuple[str, str]] = []
+    student: TapText | None = None
+    teacher: TapText | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -220,7 +236,9 @@ class ModelOptions(_Section):
     `package.module:function` needs `--allow-import package` on the command line. `grad_checkpointing` is timm's: it
     takes less memory and more time in training, and layers inside of a checkpointed container cannot be read.
     `new_classifier` replaces the classifier of the weights by a new one. A teacher with `train` gets a new classifier
-    anyway if its weights have other classes.
+    anyway if its weights have other classes. `output` is the tap that yields the model's output, one vector per image:
+    losses of outputs and labels read it unless they name another, and accuracy is measured on it. `[logits]` is an item
+    of a tuple, dict or dataclass, `head_dist` the output of a module.
     """
 
     model: str
@@ -229,6 +247,7 @@ class ModelOptions(_Section):
     checkpoint: str | None = None
     new_classifier: bool = False
     model_kwargs: dict[str, Any] = {}
+    output: TapText = ""
 
 
 class TeacherOptions(ModelOptions):

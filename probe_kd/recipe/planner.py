@@ -22,15 +22,16 @@ from probe_kd.recipe.sections.losses import Planned, check_baseline, check_sides
 from probe_kd.recipe.sections.mistakes import Mistake
 from probe_kd.recipe.sections.models import (
     Models,
+    Side,
     check_inputs,
     check_name,
-    check_student,
     check_teacher,
     check_weights,
     input_of_teacher,
     read_class_map,
     trace_models,
 )
+from probe_kd.recipe.sections.outputs import check_outputs, sides_that_classify
 from probe_kd.recipe.sections.pairs import Expansion, Paired, check_use, expansions, find_pairs
 from probe_kd.recipe.sections.sharing import check_trunk_inputs, input_of_trained, try_sharing
 from probe_kd.recipe.sections.stages import check_stages, check_warmup
@@ -56,11 +57,21 @@ class Plan:
     expansions: tuple[Expansion, ...] = ()
     new_classifiers: tuple[str, ...] = ()  # one sentence for each model with weights
     frozen: tuple[Frozen, ...] = ()  # of each stage
+    classifying: frozenset[Side] = frozenset()
+
+    def classifies(self, side: Side) -> bool:
+        """Whether the accuracy of this side means something: what no loss reads is not measured."""
+        return side in self.classifying
 
     @property
     def trained(self) -> Trace:
         """The student as it is trained."""
         return self.grown or self.student
+
+    @property
+    def body(self) -> str:
+        """The prefix of the student's layers in the student as it is trained, if that is a graft."""
+        return "body." if self.grown else ""
 
     @property
     def remarks(self) -> list[str]:
@@ -124,6 +135,7 @@ class _Sections(NamedTuple):
     objectives: list[list[Objective]]
     comparisons: list[Planned]
     frozen: list[Frozen]
+    classifying: frozenset[Side]
 
 
 def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord | None = None) -> Plan:
@@ -159,6 +171,7 @@ def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord
         expansions=tuple(expansions(recipe, sections.paired)),
         new_classifiers=tuple(sections.new_classifiers),
         frozen=tuple(sections.frozen),
+        classifying=sections.classifying,
     )
 
 
@@ -173,7 +186,7 @@ def _check_sections(
 ) -> tuple[_Sections, list[Mistake]]:
     datasets, mistakes = open_data(recipe.data, record)
     models, more = trace_models(recipe, datasets.num_classes if datasets else None, allow_import)
-    mistakes += more + check_student(recipe, models) + check_teacher(recipe, models)
+    mistakes += more + check_teacher(recipe)
     new_classifiers, more = _check_weights(recipe, models, record)
     mistakes += more + check_baseline(recipe) + check_execution(recipe, models) + check_stages(recipe, models.student)
     mistakes += check_warmup(recipe, datasets) + check_transforms(recipe.data) + check_inputs(recipe, models)
@@ -184,9 +197,9 @@ def _check_sections(
     paired, objectives, comparisons, more = _plan_losses(recipe, models, grown, class_map)
     mistakes += more
     frozen, more = find_frozen(recipe, models.student, objectives)
-    sections = _Sections(
-        datasets, models, new_classifiers, class_map, grown, sharing, paired, objectives, comparisons, frozen
-    )
+    classifying = sides_that_classify(recipe, models, grown, objectives, class_map)
+    plans = class_map, grown, sharing, paired, objectives, comparisons, frozen, classifying
+    sections = _Sections(datasets, models, new_classifiers, *plans)
     return sections, mistakes + more
 
 
@@ -212,7 +225,7 @@ def _hides_others(place: KeyPath) -> bool:
     """Whether models, data, pairs or losses change without the value at this place."""
     section, key, *rest = (*place, "", "")
     if section == "stages":
-        return "losses" in rest and (len(place) < 5 or place[4] in ("loss", "of", "between"))
+        return "losses" in rest and (len(place) < 5 or place[4] in ("loss", "of", "between", "student", "teacher"))
     if section == "data":
         return key in _DATA_ITSELF
     return section in ("student", "pairs", "share") or (section == "teacher" and key != "train")
@@ -253,9 +266,11 @@ def _plan_losses(
         objectives.append(of_stage)
         mistakes += more + check_sides(recipe, index, of_stage)
     mistakes += check_use(recipe, paired, objectives)
-    # Outputs are compared only where the number of classes is known.
+    of_outputs = check_outputs(recipe, models, grown, objectives)
+    mistakes += of_outputs
+    # Outputs are compared only where they can be read, and the number of classes is known.
     of_layers = [[objective for objective in stage if objective.resolved.reads != "outputs"] for stage in objectives]
-    compared = of_layers if models.classes is None else objectives
+    compared = of_layers if of_outputs or models.classes is None else objectives
     traces = grown or models.student, models.teacher
     comparisons, more = find_adapters(recipe, compared, traces, paired, class_map)
     return paired, objectives, comparisons, mistakes + more

@@ -48,6 +48,8 @@ DESCRIPTIONS = {
     "container cannot be read.",
     "checkpoint": "A file with the weights: safetensors, or tensors saved by `torch.save`.",
     "model_kwargs": "Arguments of timm's `create_model`, or of your own function.",
+    "output": "The tap with the model's output, one vector per image: losses of outputs and labels read it, and "
+    "accuracy is measured on it. `[logits]` is an item of a tuple, dict or dataclass. Empty: what the model returns.",
     "Teacher.train": "Train the teacher on the labels first. A teacher with weights is fine-tuned, at a default "
     "learning rate of 1e-4.",
     "new_classifier": "Replace the classifier of the weights by a new one. A teacher with `train` gets a new "
@@ -107,6 +109,9 @@ DESCRIPTIONS = {
     "activation": "Activation after the projector. `tap` is the activation of the teacher's layer.",
     "of": "In joint training: which model a loss on labels trains.",
     "between": "For `fsp`: pairs of student layers (from `pairs`) that form the two ends of each FSP matrix.",
+    "Loss.student": "For losses of outputs and labels: the student's tap that is read, such as `head_dist`. Not set: "
+    "the student's `output`.",
+    "Loss.teacher": "For losses of outputs: the teacher's tap that is read. Not set: the teacher's `output`.",
     "start": "Value at the start of the stage.",
     "end": "Value at the end of the schedule.",
     "shape": "Curve from `start` to `end`.",

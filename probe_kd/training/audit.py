@@ -112,7 +112,7 @@ def _audit(plan: Plan, models: Models) -> Audit:
             costs.append(_cost(models, phase, distiller, images, target, reached_names, steps, remarks))
         distiller.close()
     wrong = (*_no_numbers(costs), *complaints(reach))
-    return Audit(tuple(reaches), tuple(costs), wrong, (*untrained(models, trained, reach, images, target), *remarks))
+    return Audit(tuple(reaches), tuple(costs), wrong, (*untrained(models, trained, reach, images), *remarks))
 
 
 def _cost(

@@ -8,13 +8,14 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from probe_kd.engine.models import build_model, checkpoint_gradients
-from probe_kd.engine.spec import InputSpec, Trace
+from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.weights import load_weights, renew_classifier
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
 from probe_kd.recipe.keys import ModelOptions, classifier_of
 from probe_kd.recipe.planner import Plan
+from probe_kd.recipe.sections.models import in_body
 from probe_kd.recipe.sections.sharing import join
 from probe_kd.training.devices import memory_format
 from probe_kd.training.phase import Phase
@@ -31,6 +32,7 @@ class TrainedModel:
     trace: Trace
     input: InputSpec
     phases: tuple[Phase, ...]
+    output: Tap  # on which it is measured
     partner: "TrainedModel | None" = None
     sharing: Sharing | None = None
 
@@ -60,14 +62,16 @@ class Models:
         if recipe.baseline:
             model = self._build(recipe.student, plan.student, recipe.seed)
             phases = self._stages(alone="student")
-            yield TrainedModel(BASELINE, model, plan.student, self._input_alone(), phases)
+            output = Tap.parse(recipe.student.output)
+            yield TrainedModel(BASELINE, model, plan.student, self._input_alone(), phases, output)
         model, partner, sharing = self._build(recipe.student, plan.student, recipe.seed), None, None
         if recipe.share and plan.teacher:
             self.teacher = partner = self._teacher("teacher")
             set_seed(recipe.seed)  # of a graft's adapter
             model, sharing = join(recipe.share, model, partner.model, plan.student, plan.teacher)
             self._to_device(model)
-        yield TrainedModel("student", model, plan.trained, plan.student_input, self._stages(), partner, sharing)
+        phases, output = self._stages(), in_body(Tap.parse(recipe.student.output), plan.body)
+        yield TrainedModel("student", model, plan.trained, plan.student_input, phases, output, partner, sharing)
 
     def distiller(self, trained: TrainedModel, phase: Phase) -> Distiller:
         needed = trained.partner or any(objective.needs_teacher for objective in phase.objectives)
@@ -105,14 +109,16 @@ class Models:
         phases: tuple[Phase, ...] = ()
         if options.train is not None:
             train_options = options.train
-            labels = Objective("cross_entropy", "task", options={"label_smoothing": train_options.label_smoothing})
+            smoothing = {"label_smoothing": train_options.label_smoothing}
+            labels = Objective("cross_entropy", "task", options=smoothing, student=options.output)
             phases = (
                 Phase("train", train_options.epochs, (labels,), train_options.optimizer, train_options.scheduler),
             )
         elif role == TEACHER_BASELINE and not (options.pretrained or options.checkpoint):
             phases = self._stages(alone="teacher")
         seed = plan.recipe.seed if options.same_init else teacher_seed(plan.recipe.seed)
-        return TrainedModel(role, self._build(options, plan.teacher, seed), plan.teacher, plan.teacher_input, phases)
+        model, output = self._build(options, plan.teacher, seed), Tap.parse(options.output)
+        return TrainedModel(role, model, plan.teacher, plan.teacher_input, phases, output)
 
     def _input_alone(self) -> InputSpec:
         """The input of the baseline: the size in the recipe, even if a graft has the size of the teacher."""
@@ -123,7 +129,7 @@ class Models:
         phases, age = [], 0
         stages = zip(self.plan.recipe.stages, self.plan.objectives, self.plan.frozen, strict=True)
         for stage, objectives, frozen in stages:
-            own_objectives = _labels_only(objectives, alone) if alone else objectives
+            own_objectives = _labels_only(objectives, alone, self.plan.body) if alone else objectives
             phase = Phase(
                 name=stage.name,
                 epochs=stage.epochs,
@@ -166,11 +172,20 @@ def teacher_seed(seed: int) -> int:
     return (seed + 2**31) % 2**32
 
 
-def _labels_only(objectives: Sequence[Objective], side: str) -> tuple[Objective, ...]:
-    """The objectives on labels of one model. A single one gets weight 1: less would only lower the learning rate."""
+def _labels_only(objectives: Sequence[Objective], side: str, body: str) -> tuple[Objective, ...]:
+    """The objectives on labels of one model. A single one gets weight 1: less would only lower the learning rate.
+
+    `body` is the prefix of the student's layers in a graft, which the student alone does not have.
+    """
     labels = [
-        replace(objective, of="student")
+        replace(objective, of="student", student=_own_output(objective, body), teacher="")
         for objective in objectives
         if objective.resolved.reads == "labels" and objective.of == side
     ]
     return (replace(labels[0], weight=1.0),) if len(labels) == 1 else tuple(labels)
+
+
+def _own_output(objective: Objective, body: str) -> Tap:
+    """The tap of the labelled output in the plain model."""
+    tap = objective.outputs.student if objective.of == "student" else objective.outputs.teacher
+    return replace(tap, module=tap.module.removeprefix(body)) if objective.of == "student" else tap

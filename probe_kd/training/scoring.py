@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from probe_kd.data.batches import Batches
 from probe_kd.data.loading import loader, readable
+from probe_kd.engine.probe import reader
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
 from probe_kd.measures import headline_of
@@ -59,12 +60,18 @@ class Scorer:
     def measure(self, models: Sequence[TrainedModel], split: MeasuredSplit = "val") -> list[Score]:
         """Measure each model on the images of a split. The teacher's score has no agreement.
 
-        Images are read once for all models with the same input.
+        Images are read once for all models with the same input, and not at all for models that do not classify.
         """
-        if not self.plan.datasets.num_classes:
-            return [Score() for _ in models]
+        scores = iter(self._measure([model for model in models if self._classifies(model)], split))
+        return [next(scores) if self._classifies(model) else Score() for model in models]
+
+    def _classifies(self, trained: TrainedModel) -> bool:
+        return self.plan.classifies("teacher" if trained.is_teacher else "student")
+
+    def _measure(self, models: Sequence[TrainedModel], split: MeasuredSplit) -> list[Score]:
         predicting = list(models)
         teacher = self.models.teacher if split not in self.teacher_predictions else None
+        teacher = teacher if teacher is not None and self._classifies(teacher) else None
         if teacher is not None and any(model is not teacher and model.role != "teacher" for model in models):
             predicting += [teacher] * (teacher not in predicting)
         predicted = self._predict(predicting, split)
@@ -112,13 +119,14 @@ class Scorer:
             prepared = batches.prepare(accelerator, memory_format(self.plan.recipe, accelerator.device))
             self.test_batches[image_input, split] = prepared
         views = [ImageView(model.input, model.input).to(accelerator.device) for model in models]
+        outputs_of = [reader(model.model, model.output) for model in models]
         for model in models:
             model.model.eval()
         rows: list[tuple[Tensor, ...]] = []
         missing_counts = torch.zeros(len(models), dtype=torch.long, device=accelerator.device)  # read once, at the end
         for pixels, target in readable(self.test_batches[image_input, split], "test"):
             with accelerator.autocast():
-                outputs = [model.model(view(pixels)) for model, view in zip(models, views, strict=True)]
+                outputs = [output_of(view(pixels)) for output_of, view in zip(outputs_of, views, strict=True)]
             answers_and_missing = [self._answers(model, output) for model, output in zip(models, outputs, strict=True)]
             rows.append(accelerator.gather_for_metrics((*(answers for answers, _ in answers_and_missing), target)))
             missing_counts += torch.stack([missing for _, missing in answers_and_missing])
@@ -127,9 +135,8 @@ class Scorer:
             _check_finite(model, count)
         return predicted, targets
 
-    def _answers(self, trained: TrainedModel, output: Any) -> tuple[Tensor, Tensor]:
+    def _answers(self, trained: TrainedModel, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The class of every image, and the number of images without one: their largest output is not finite."""
-        logits = _logits(output)
         if self.plan.class_map is not None and trained.role == "teacher":
             logits = logits[:, list(self.plan.class_map)]
         return logits.argmax(1), logits.amax(1).isfinite().logical_not().sum()  # a class may be ruled out by -inf
@@ -176,10 +183,3 @@ def _per_class(targets: Tensor, classes: int) -> list[int]:
     """Count the images of each class. Labels out of range, which `eval` refuses, are left out."""
     counts: list[int] = torch.bincount(targets[(targets >= 0) & (targets < classes)], minlength=classes).tolist()
     return counts
-
-
-def _logits(output: Any) -> Tensor:
-    """The model's output, or its first tensor if it returns several."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-    return output

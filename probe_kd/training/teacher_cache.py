@@ -31,8 +31,9 @@ def open_cache(models: Models, trained: TrainedModel, distiller: Distiller, prog
     # The shapes and precisions of the targets are measured, and not guessed.
     with torch.no_grad(), accelerator.autocast():
         features = distiller.teacher_targets(torch.zeros(2, *image_input.size, device=accelerator.device))
+    outputs = {str(item.outputs.teacher) for item in distiller.objectives if item.resolved.reads == "outputs"}
     taps = [
-        Stored(name, tuple(feature.shape[1:]), feature.dtype, None if name else options.cache_top_k)
+        Stored(name, tuple(feature.shape[1:]), feature.dtype, options.cache_top_k if name in outputs else None)
         for name, feature in zip(distiller.targets, features, strict=True)
     ]
     opened: list[Any] = [None]

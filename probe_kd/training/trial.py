@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import gradient_norms
 from probe_kd.methods.normalisation import without_statistics
 from probe_kd.methods.objectives import Objective
+from probe_kd.methods.outputs import output_spec
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.devices import memory_format
 from probe_kd.training.fitting import fit_for_trial
@@ -36,7 +37,7 @@ def check_student(plan: Plan, accelerator: Accelerator, progress: Progress) -> N
         trained = student_of(models)
         images, target = first_batch(models, trained, most=MOST_TRIED)
         reach = reach_of(models, trained, images, target)
-        wrong_and_remarks = complaints(reach), untrained(models, trained, reach, images, target)
+        wrong_and_remarks = complaints(reach), untrained(models, trained, reach, images)
     accelerator.free_memory()
     wrong, remarks = broadcast_object_list([wrong_and_remarks])[0]  # so that all processes end, or none
     if wrong:
@@ -96,18 +97,19 @@ def first_batch(models: Models, trained: TrainedModel, *, most: int | None = Non
     return images, None if models.plan.datasets.labels == "none" else target
 
 
-def untrained(
-    models: Models, trained: TrainedModel, reach: Sequence[tuple[str, Norms]], images: Tensor, target: Tensor | None
-) -> list[str]:
+def untrained(models: Models, trained: TrainedModel, reach: Sequence[tuple[str, Norms]], images: Tensor) -> list[str]:
     """Remark on parameters that the student's output depends on, but that no loss of any stage trains.
 
-    This is not an error: after hints alone, one may train the layers above them in another run. Without labels, that is
-    what is done. Frozen layers with weights of their own are as they should be.
+    This is not an error: after hints alone, one may train the layers above them in another run. The output of a
+    student that does not yield the data's classes is not read by anyone. Frozen layers with weights of their own are as
+    they should be.
     """
-    if target is None:
+    if not _yields_classes(models, trained):
         return []
-    distiller = Distiller(trained.model, None, [Objective("cross_entropy")], student_input=trained.input)
+    classes = Objective("cross_entropy", student=trained.output)
+    distiller = Distiller(trained.model, None, [classes], student_input=trained.input)
     distiller.to(models.accelerator.device)
+    target = torch.zeros(len(images), dtype=torch.long, device=images.device)
     used = set(gradient_norms(distiller.train(), images, target)["cross_entropy"])
     distiller.close()
     options = models.plan.recipe.student
@@ -119,6 +121,12 @@ def untrained(
         f"no loss of any stage trains {names}, so its accuracy means nothing; add one that reads the student's answer"
     )
     return [f"{remark}, `cross_entropy` say"] * bool(unreached)
+
+
+def _yields_classes(models: Models, trained: TrainedModel) -> bool:
+    with suppress(ProbeKDError):
+        return output_spec(trained.trace, trained.output, "student").channels == models.plan.datasets.num_classes
+    return False
 
 
 def complaints(reach: Sequence[tuple[str, Norms]]) -> list[str]:

@@ -361,9 +361,9 @@ def test_an_option_that_a_loss_does_not_have_gets_the_nearest_that_it_has() -> N
         Loss(lambda student, teacher: student, "outputs").check_options("mine", {"a": 1})
 
 
-OUTPUTS = ("soft_targets", "logits", "dist")
+OUTPUTS = ("soft_targets", "hard_labels", "logits", "dist")
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("soft_targets", "logits", "dist", "hint", "fsp", "gram", "attention")},
+    **{name: (name, {}) for name in (*OUTPUTS, "hint", "fsp", "gram", "attention")},
     "soft_targets of z-scores": ("soft_targets", {"standardize": True}),
     "logits of z-scores": ("logits", {"standardize": True}),
     "centred logits": ("logits", {"center": True}),
@@ -402,6 +402,8 @@ def reference(form: str, s: Array, t: Array, temperature: float) -> float:
             return float(np.mean([divergence(a, b) for a, b in zip(s, t, strict=True)]))
         case "soft_targets of z-scores":
             return float(np.mean([divergence(z_score(a), z_score(b)) for a, b in zip(s, t, strict=True)]))
+        case "hard_labels":
+            return float(np.mean([-np.log(softmax(a)[b.argmax()]) for a, b in zip(s, t, strict=True)]))
         case "logits of z-scores":
             return float(np.mean([(z_score(a) - z_score(b)) ** 2 for a, b in zip(s, t, strict=True)]))
         case "centred logits":

@@ -27,6 +27,7 @@ _HOME = {
     "flow_matrix": "matrices",
     "fsp": "matrices",
     "gram": "matrices",
+    "hard_labels": "outputs",
     "hint": "features",
     "logits": "outputs",
     "soft_targets": "outputs",

@@ -47,6 +47,26 @@ def soft_targets(
 
 
 @loss_function
+def hard_labels(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    /,
+    *,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Compute the cross entropy -log softmax(z)_y of the student's logits z, where y is the teacher's largest logit.
+
+    Hard-label distillation, Touvron et al. 2021 (DeiT, arXiv 2012.12877), sec. 4, eq. 3, in which it has the weight
+    1/2, beside the cross entropy with the labels. `label_smoothing` mixes in the uniform distribution, 0.1 in the
+    paper's experiments.
+    """
+    check_outputs("hard_labels", student, teacher)
+    if not 0 <= label_smoothing <= 1:
+        raise LossError(f"hard_labels: label_smoothing {label_smoothing}; expected a share between 0 and 1")
+    return F.cross_entropy(student, teacher.argmax(1), label_smoothing=label_smoothing)
+
+
+@loss_function
 def logits(
     student: Float[Tensor, "batch classes"],
     teacher: Float[Tensor, "batch classes"],

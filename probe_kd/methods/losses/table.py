@@ -14,7 +14,7 @@ from probe_kd.methods.losses.features import hint
 from probe_kd.methods.losses.labels import cross_entropy
 from probe_kd.methods.losses.maps import attention
 from probe_kd.methods.losses.matrices import fsp, gram
-from probe_kd.methods.losses.outputs import dist, logits, soft_targets
+from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
 
 Reads = Literal["labels", "outputs", "features", "maps", "grams", "flows"]
 
@@ -93,6 +93,7 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
     {
         "cross_entropy": Loss(cross_entropy, "labels"),
         "soft_targets": Loss(soft_targets, "outputs"),
+        "hard_labels": Loss(hard_labels, "outputs"),
         "logits": Loss(logits, "outputs"),
         "dist": Loss(dist, "outputs"),
         "hint": Loss(hint, "features"),

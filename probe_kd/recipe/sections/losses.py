@@ -13,6 +13,7 @@ from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, schedule
 from probe_kd.recipe.sections.mistakes import Mistake, noting
+from probe_kd.recipe.sections.models import in_body
 from probe_kd.recipe.sections.pairs import Paired
 from probe_kd.recipe.yaml_tree import KeyPath
 
@@ -56,7 +57,7 @@ def _make_objective(
         mistakes.append((place, f"a loss cannot be called `{name}`: the metrics have a column of that name"))
     objective: Objective | None = None
     with noting(mistakes, *place, *_key_to_blame(options)):
-        objective = _objective(name, options, pairs, body)
+        objective = _objective(recipe, name, options, pairs, body)
         objective.check_batch(recipe.data.batch_size)
     return [objective] if objective else [], mistakes
 
@@ -98,7 +99,8 @@ def _check_both_train(index: int, stage: StageOptions, objectives: Sequence[Obje
     return []
 
 
-def _objective(name: str, options: LossOptions, pairs: Sequence[Pair], body: str) -> Objective:
+def _objective(recipe: Recipe, name: str, options: LossOptions, pairs: Sequence[Pair], body: str) -> Objective:
+    student_tap, teacher_tap = _taps(recipe, options)
     return Objective(
         options.loss,
         name,
@@ -112,7 +114,22 @@ def _objective(name: str, options: LossOptions, pairs: Sequence[Pair], body: str
         activation=options.activation,
         of=options.of,
         between=[[body + end for end in ends] for ends in options.between],
+        student=in_body(student_tap, body),
+        teacher=teacher_tap,
     )
+
+
+def _taps(recipe: Recipe, options: LossOptions) -> tuple[Tap, Tap]:
+    """The taps that a loss reads: those that it names, else the outputs of the models that it reads."""
+    reads = LOSSES[options.loss].reads if options.loss in LOSSES else ""
+    by_default = {"outputs": ("student", "teacher"), "labels": (options.of,)}.get(reads, ())
+    texts = {"student": options.student, "teacher": options.teacher}
+    models = {"student": recipe.student, "teacher": recipe.teacher}
+    for side in by_default:
+        model = models[side]
+        if texts[side] is None and model is not None:
+            texts[side] = model.output
+    return Tap.parse(texts["student"] or ""), Tap.parse(texts["teacher"] or "")
 
 
 def _key_to_blame(options: LossOptions) -> list[str]:

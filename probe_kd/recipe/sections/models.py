@@ -15,10 +15,10 @@ from probe_kd.engine.models import build_on_meta, check_import, check_kwargs, ch
 from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.engine.weights import classifiers, load_weights, read_weights
-from probe_kd.errors import TraceError, WeightsError, nearest
+from probe_kd.errors import AdapterError, TapError, TraceError, WeightsError, nearest
 from probe_kd.files.atomic import read_text, reason
-from probe_kd.methods.adapters import check_class_map, check_logits
-from probe_kd.methods.losses.table import LOSSES
+from probe_kd.methods.adapters import check_class_map
+from probe_kd.methods.outputs import output_spec
 from probe_kd.recipe.keys import ModelOptions, Recipe, TeacherOptions, classifier_of
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 
@@ -68,7 +68,6 @@ def _trace(
         traced = trace(model.model, size, training=training, model_kwargs=kwargs)
         if model.grad_checkpointing:
             traced = _trace_checkpointing(traced)
-        _check_output(traced, side)
         return traced, []
     return None, mistakes
 
@@ -98,35 +97,11 @@ def _trace_checkpointing(plain: Trace) -> Trace:
     return replace(checkpointed, model=plain.model, model_kwargs=plain.model_kwargs)
 
 
-def _check_output(trace_: Trace, side: Side) -> None:
-    """Check that the output is one tensor with a row of logits per image. Raises TraceError or AdapterError."""
-    outputs = [spec.tap for spec in trace_.specs if spec.tap.is_output]
-    if outputs != [Tap("")]:
-        problem = f"gives several tensors ({', '.join(map(str, outputs))})" if outputs else "gives no tensor"
-        raise TraceError(
-            f"the {side} {trace_.model} {problem}; a loss reads one: wrap it in a module that returns the logits"
-        )
-    check_logits(trace_.output, side)
-
-
-def check_student(recipe: Recipe, models: Models) -> list[Mistake]:
-    student, classes = models.student, models.classes
-    if student is None or not classes or student.output.channels == classes:
-        return []
-    message = (
-        f"the student's classifier has {student.output.channels} classes and the data {classes}; leave "
-        "`num_classes` out"
-    )
-    if recipe.student.checkpoint or recipe.student.pretrained:
-        message += ", and give `new_classifier: true` where its weights have others"
-    return [(("student", "model_kwargs"), message)]
-
-
-def check_teacher(recipe: Recipe, models: Models) -> list[Mistake]:
-    teacher, trace_, classes = recipe.teacher, models.teacher, models.classes
+def check_teacher(recipe: Recipe) -> list[Mistake]:
+    teacher = recipe.teacher
     if teacher is None:
         return []
-    mistakes = _check_cache(recipe, teacher, trace_)
+    mistakes = _check_cache(recipe, teacher)
     if recipe.share and teacher.train:
         message = "with `share` the stages train the teacher too, alone and with the student; leave `train` out"
         mistakes.append((("teacher", "train"), message))
@@ -138,35 +113,19 @@ def check_teacher(recipe: Recipe, models: Models) -> list[Mistake]:
             "a teacher is trained on labels, and `data: {labels: none}` has none; give its weights as `checkpoint`"
         )
         mistakes.append((("teacher", "train"), message))
-    if trace_ and classes and trace_.output.channels != classes and teacher.class_map is None:
-        message = (
-            f"the teacher's classifier has {trace_.output.channels} classes and the data {classes}; give a "
-            "`class_map` with its index of each of the data's classes, or `train: {epochs: ...}`, which gives "
-            "it a new classifier and trains it on these data"
-        )
-        mistakes.append((("teacher", "model"), message))
     return mistakes
 
 
-def _check_cache(recipe: Recipe, teacher: TeacherOptions, trace_: Trace | None) -> list[Mistake]:
+def _check_cache(recipe: Recipe, teacher: TeacherOptions) -> list[Mistake]:
     reasons = []
     if teacher.cache and (why := _unwritable(Path(teacher.cache))):
         reasons.append(("cache", why))
-    if trace_ and teacher.cache_top_k and teacher.cache_top_k > trace_.output.channels:
-        reasons.append(("cache_top_k", f"the teacher has {trace_.output.channels} logits, got {teacher.cache_top_k}"))
     if teacher.cache and recipe.share:
         reasons.append(("cache", "the teacher trains too, so what it gave before is not what it gives now"))
     if teacher.cache and recipe.data.mixes:
         reasons.append(("cache", "mixup and cutmix make a new image of every two, which no cache has seen"))
     if teacher.cache_top_k and not teacher.cache:
         reasons.append(("cache_top_k", "it says what a cache keeps; give the folder as `cache` too"))
-    if teacher.cache_top_k:
-        losses = [item for stage in recipe.stages for item in stage.losses.items()]
-        reasons += [
-            ("cache_top_k", f"loss `{name}` ({loss.loss}) needs all logits; only soft_targets does not")
-            for name, loss in losses
-            if loss.loss in LOSSES and LOSSES[loss.loss].reads == "outputs" and loss.loss != "soft_targets"
-        ]
     return [(("teacher", key), f"`{key}`: {why}") for key, why in reasons]
 
 
@@ -278,10 +237,19 @@ def read_class_map(recipe: Recipe, models: Models) -> tuple[tuple[int, ...] | No
     mistakes: list[Mistake] = []
     with noting(mistakes, *place):
         indices = _read_class_map(options.class_map) if isinstance(options.class_map, str) else options.class_map
-        if models.student is not None and models.teacher is not None and models.classes is not None:
-            check_class_map(indices, models.student.output.channels, models.teacher.output.channels)
+        if models.teacher is not None and models.classes is not None:
+            _check_class_map(indices, models.teacher, Tap.parse(options.output), models.classes)
         return tuple(indices), []
     return None, mistakes
+
+
+def _check_class_map(indices: Sequence[int], teacher: Trace, output: Tap, classes: int) -> None:
+    """Check a class map against the teacher's output; where that yields no vector, what reads it is refused."""
+    try:
+        spec = output_spec(teacher, output, "teacher")
+    except (AdapterError, TapError, TraceError):
+        return
+    check_class_map(indices, classes, spec.channels)
 
 
 def _read_class_map(path: str) -> list[int]:
@@ -292,6 +260,11 @@ def _read_class_map(path: str) -> list[int]:
     if not isinstance(indices, list) or not all(type(index) is int for index in indices):
         raise WeightsError(f"the class map {path!r} is not a JSON list of whole numbers")
     return indices
+
+
+def in_body(tap: Tap, body: str) -> Tap:
+    """The tap of a student in the graft that is trained; `body` is the prefix of its layers, empty without a graft."""
+    return replace(tap, module=body + tap.module) if tap.module else tap
 
 
 def check_inputs(recipe: Recipe, models: Models) -> list[Mistake]:

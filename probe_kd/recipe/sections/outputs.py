@@ -1,0 +1,240 @@
+"""The outputs that losses read: vectors, of the right number of classes; and which models classify.
+
+What no loss reads is not checked. So a teacher without a classifier may teach by its features, and a backbone may learn
+from them.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import get_args
+
+from probe_kd.engine.models import build_on_meta
+from probe_kd.engine.spec import FeatureSpec, Tap, Trace
+from probe_kd.engine.tracing import trace
+from probe_kd.errors import ProbeKDError
+from probe_kd.methods.objectives import Objective
+from probe_kd.methods.outputs import output_spec
+from probe_kd.recipe.keys import ModelOptions, Recipe
+from probe_kd.recipe.sections.mistakes import Mistake, noting
+from probe_kd.recipe.sections.models import Models, Side, in_body
+from probe_kd.recipe.yaml_tree import KeyPath
+
+Stages = Sequence[Sequence[Objective]]
+_SHORTENED = ("soft_targets", "hard_labels")  # losses that need only the teacher's largest logits
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An output that a loss reads: at which tap of which side, and the key of the recipe that says so.
+
+    `compared` is the tap of the other side that it is compared with; None if the loss reads labels.
+    """
+
+    side: Side
+    tap: Tap
+    loss: str
+    place: KeyPath
+    compared: Tap | None = None
+
+
+def check_outputs(recipe: Recipe, models: Models, grown: Trace | None, stages: Stages) -> list[Mistake]:
+    """Check that every output that is read is one vector per image, of the data's classes if these are read.
+
+    Also that every output which the recipe names exists, and that the losses can do with what `cache_top_k` keeps.
+    """
+    traces = {"student": grown or models.student, "teacher": models.teacher}
+    mistakes: list[Mistake] = []
+    for read in _outputs_read(recipe, stages):
+        trace_ = traces[read.side]
+        if trace_ is not None:
+            with noting(mistakes, *read.place):
+                spec = output_spec(trace_, read.tap, read.side)
+                other = traces["teacher" if read.side == "student" else "student"]
+                mistakes += _check_classes(recipe, models, read, spec, _spec(other, read.compared))
+    mistakes += _check_named(recipe, models) + _check_top_k(recipe, models.teacher, stages)
+    return list(dict.fromkeys(mistakes))
+
+
+def _outputs_read(recipe: Recipe, stages: Stages) -> Iterator[_Read]:
+    for index, objectives in enumerate(stages):
+        for objective in objectives:
+            name, reads = objective.name, objective.resolved.reads
+            for side in get_args(Side):
+                tap: Tap = getattr(objective.outputs, side)
+                place = _place(recipe, index, name, side)
+                if reads == "outputs":
+                    other = "teacher" if side == "student" else "student"
+                    yield _Read(side, tap, name, place, getattr(objective.outputs, other))
+                elif reads == "labels" and side == objective.of:
+                    yield _Read(side, tap, name, place)
+    if recipe.teacher is not None and recipe.teacher.train is not None:
+        place = ("teacher", "output" if recipe.teacher.output else "model")
+        yield _Read("teacher", Tap.parse(recipe.teacher.output), "", place)
+
+
+def _place(recipe: Recipe, index: int, name: str, side: Side) -> KeyPath:
+    """The key that names the tap which a loss reads; the model, if none does."""
+    loss, model = recipe.stages[index].losses[name], getattr(recipe, side)
+    if getattr(loss, side) is not None:
+        return ("stages", index, "losses", name, side)
+    return (side, "output") if model is not None and model.output else (side, "model")
+
+
+def _spec(trace_: Trace | None, tap: Tap | None) -> FeatureSpec | None:
+    """The spec of a tap that yields a vector; None for any other."""
+    with suppress(ProbeKDError):
+        return output_spec(trace_, tap, "") if trace_ is not None and tap is not None else None
+    return None
+
+
+def _check_classes(
+    recipe: Recipe, models: Models, read: _Read, spec: FeatureSpec, compared: FeatureSpec | None
+) -> list[Mistake]:
+    """Check the width of an output that is read beside labels, or compared with an output of the data's classes."""
+    classes, teacher = models.classes, recipe.teacher
+    mapped = teacher is not None and teacher.class_map is not None
+    of_classes = read.compared is None or (compared is not None and compared.channels == classes and not mapped)
+    if not classes or spec.channels == classes or not of_classes:
+        return []
+    if read.place[-1] != "model":
+        message = (
+            f"the {read.side}'s tap '{read.tap}' yields {spec.channels} numbers, and {_reader(read)} reads {classes} "
+            "classes there; name a tap of the classifier"
+        )
+        return [(read.place, message)]
+    if read.side == "teacher":
+        return [(read.place, _other_classes_of_teacher(models, read, spec.channels))]
+    return [(("student", "model_kwargs"), _other_classes_of_student(recipe, models, read, spec.channels))]
+
+
+def _reader(read: _Read) -> str:
+    return f"loss `{read.loss}`" if read.loss else "`train`"
+
+
+def _other_classes_of_student(recipe: Recipe, models: Models, read: _Read, width: int) -> str:
+    if not _has_classifier(models.student):
+        return (
+            f"the student has no classifier, and {_reader(read)} reads {models.classes} classes where it yields "
+            f"{width} numbers; leave `num_classes` out"
+        )
+    message = f"the student's classifier has {width} classes and the data {models.classes}; leave `num_classes` out"
+    if recipe.student.checkpoint or recipe.student.pretrained:
+        message += ", and give `new_classifier: true` where its weights have others"
+    return message
+
+
+def _other_classes_of_teacher(models: Models, read: _Read, width: int) -> str:
+    if not _has_classifier(models.teacher):
+        return (
+            f"the teacher has no classifier, and {_reader(read)} reads {models.classes} classes where it yields "
+            f"{width} numbers; "
+            + (
+                "leave the loss out, and let it teach by its features (`hint`)"
+                if read.loss
+                else "leave `num_classes` out, or leave `train` out and let it teach by its features (`hint`)"
+            )
+        )
+    return (
+        f"the teacher's classifier has {width} classes and the data {models.classes}; give a `class_map` with its "
+        "index of each of the data's classes, or `train: {epochs: ...}`, which gives it a new classifier and trains "
+        "it on these data"
+    )
+
+
+def _has_classifier(trace_: Trace | None) -> bool:
+    """Whether a model ends in a classifier, as far as it says so: timm's have `num_classes`, 0 for a backbone."""
+    if trace_ is None:
+        return False
+    classes = trace_.model_kwargs.get("num_classes")
+    if classes is None:
+        classes = getattr(build_on_meta(trace_.model, trace_.model_kwargs), "num_classes", None)
+    return classes != 0
+
+
+def _check_named(recipe: Recipe, models: Models) -> list[Mistake]:
+    """Check that the `output` of a model, if it names a tap, yields a vector in training and in evaluation."""
+    mistakes: list[Mistake] = []
+    for side in get_args(Side):
+        options, trace_ = getattr(recipe, side), getattr(models, side)
+        if options is not None and options.output and trace_ is not None:
+            with noting(mistakes, side, "output"):
+                output_spec(trace_, Tap.parse(options.output), side)
+                _measured_output(options, trace_, side)
+    return mistakes
+
+
+def _check_top_k(recipe: Recipe, teacher: Trace | None, stages: Stages) -> list[Mistake]:
+    options = recipe.teacher
+    if options is None or options.cache_top_k is None:
+        return []
+    objectives = [objective for stage in stages for objective in stage]
+    shortened = {
+        objective.outputs.teacher: None for objective in objectives if objective.resolved.reads == "outputs"
+    } or {Tap.parse(options.output): None}
+    reasons = [
+        f"loss `{objective.name}` ({objective.loss}) needs all logits; only {' and '.join(_SHORTENED)} do not"
+        for objective in objectives
+        if {*objective.taps[1]} & {*shortened} and objective.needs_teacher and objective.loss not in _SHORTENED
+    ]
+    reasons += [
+        f"the teacher has {spec.channels} logits, got {options.cache_top_k}"
+        for spec in (_spec(teacher, tap) for tap in shortened)
+        if spec is not None and options.cache_top_k > spec.channels
+    ]
+    return [(("teacher", "cache_top_k"), f"`cache_top_k`: {reason}") for reason in reasons]
+
+
+def _measured_output(options: ModelOptions, trace_: Trace, side: Side) -> FeatureSpec:
+    """The output on which a model is measured, as it is in eval mode. Raises the errors of `output_spec`.
+
+    A model whose output is plain in training is traced once more only if it is not timm's.
+    """
+    tap = Tap.parse(options.output)
+    plain = tap == Tap("") and ":" not in trace_.model and any(spec.tap == tap for spec in trace_.specs)
+    seen = trace_
+    if trace_.training and not plain:
+        seen = trace(trace_.model, trace_.input_size, model_kwargs=dict(trace_.model_kwargs))
+    return output_spec(seen, tap, side)
+
+
+def sides_that_classify(
+    recipe: Recipe, models: Models, grown: Trace | None, stages: Stages, class_map: Sequence[int] | None
+) -> frozenset[Side]:
+    """The sides whose accuracy means something.
+
+    Labels are classes, and the output of the model is a vector of these. The student classifies if a loss reads its
+    labels, or compares its classes; the teacher if it is trained on the labels, or has weights with a classifier.
+    """
+    classes, teacher = models.classes, recipe.teacher
+    if recipe.data.labels != "class" or not classes:
+        return frozenset()
+    sides = set[Side]()
+    if models.student is not None and _width(recipe.student, models.student, "student") == classes:
+        trained, output = grown or models.student, in_body(Tap.parse(recipe.student.output), "body." if grown else "")
+        if any(_reads_classes(objective, trained, output, classes) for stage in stages for objective in stage):
+            sides.add("student")
+    if teacher is not None and models.teacher is not None:
+        width = _width(teacher, models.teacher, "teacher") if class_map is None else len(class_map)
+        trains = teacher.train is not None or recipe.share is not None
+        if width == classes and (trains or _has_classifier(models.teacher)):
+            sides.add("teacher")
+    return frozenset(sides)
+
+
+def _width(options: ModelOptions, trace_: Trace, side: Side) -> int | None:
+    """The number of outputs on which a model is measured; None if they are no vector."""
+    with suppress(ProbeKDError):
+        return _measured_output(options, trace_, side).channels
+    return None
+
+
+def _reads_classes(objective: Objective, student: Trace, output: Tap, classes: int) -> bool:
+    """Whether a loss reads the student's classes: beside labels, beside the teacher's, or as the layer of a pair."""
+    if objective.resolved.reads == "labels":
+        return objective.of == "student"
+    specs = [spec for spec in (_spec(student, tap) for tap in objective.taps[0]) if spec is not None]
+    if objective.resolved.reads == "outputs":
+        return any(spec.channels == classes for spec in specs)
+    measured = _spec(student, output)
+    return measured is not None and any(spec.tensor == measured.tensor for spec in specs)
