@@ -18,7 +18,7 @@ from probe_kd.methods.losses.features import hint
 from probe_kd.methods.losses.labels import cross_entropy
 from probe_kd.methods.losses.maps import attention
 from probe_kd.methods.losses.matrices import flow_matrix, fsp, gram
-from probe_kd.methods.losses.outputs import dist, logits, soft_targets
+from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
 
 Array = NDArray[np.float64]
 
@@ -205,7 +205,7 @@ CASES: dict[str, Callable[[int], Tensor]] = {
 
 
 def test_every_loss_is_tested_here() -> None:
-    assert {*CASES, "cross_entropy"} == set(LOSSES)
+    assert {*CASES, "cross_entropy", "hard_labels"} == set(LOSSES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -403,7 +403,7 @@ def reference(form: str, s: Array, t: Array, temperature: float) -> float:
         case "soft_targets of z-scores":
             return float(np.mean([divergence(z_score(a), z_score(b)) for a, b in zip(s, t, strict=True)]))
         case "hard_labels":
-            return float(np.mean([-np.log(softmax(a)[b.argmax()]) for a, b in zip(s, t, strict=True)]))
+            return float(np.mean([np.logaddexp.reduce(a) - a[b.argmax()] for a, b in zip(s, t, strict=True)]))
         case "logits of z-scores":
             return float(np.mean([(z_score(a) - z_score(b)) ** 2 for a, b in zip(s, t, strict=True)]))
         case "centred logits":
@@ -568,3 +568,10 @@ def test_a_loss_of_what_is_no_tensor_of_real_numbers_is_refused() -> None:
         soft_targets(torch.zeros(2, 3), torch.zeros(2, 3).byte())
     with pytest.raises(LossError, match="on cpu and the target on meta"):
         hint(torch.zeros(2, 3), torch.zeros(2, 3, device="meta"))
+
+
+def test_a_teacher_whose_class_is_no_number_is_refused_by_hard_labels() -> None:
+    v = draw(3, 4).float()
+    v[1, 2] = torch.nan
+    with pytest.raises(LossError, match=r"the teacher's side \(3, 4\) holds nan"):
+        hard_labels(draw(3, 4).float(), v)

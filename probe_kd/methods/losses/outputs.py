@@ -63,7 +63,8 @@ def hard_labels(
     check_outputs("hard_labels", student, teacher)
     if not 0 <= label_smoothing <= 1:
         raise LossError(f"hard_labels: label_smoothing {label_smoothing}; expected a share between 0 and 1")
-    return F.cross_entropy(student, teacher.argmax(1), label_smoothing=label_smoothing)
+    largest = teacher.amax(1)  # of NaN there is an argmax, so the loss is made NaN too
+    return F.cross_entropy(student, teacher.argmax(1), label_smoothing=label_smoothing) + 0 * largest.detach().sum()
 
 
 @loss_function
