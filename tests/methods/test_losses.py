@@ -403,7 +403,9 @@ def reference(form: str, s: Array, t: Array, temperature: float) -> float:
         case "soft_targets of z-scores":
             return float(np.mean([divergence(z_score(a), z_score(b)) for a, b in zip(s, t, strict=True)]))
         case "hard_labels":
-            return float(np.mean([np.logaddexp.reduce(a) - a[b.argmax()] for a, b in zip(s, t, strict=True)]))
+            return float(
+                np.mean([a.max() - a[b.argmax()] - np.log(softmax(a).max()) for a, b in zip(s, t, strict=True)])
+            )
         case "logits of z-scores":
             return float(np.mean([(z_score(a) - z_score(b)) ** 2 for a, b in zip(s, t, strict=True)]))
         case "centred logits":
