@@ -82,7 +82,7 @@ class Scorer:
     @property
     def headline(self) -> str:
         """The measure that the run is about; empty if it takes none."""
-        return headline_of(("accuracy",) if self.plan.datasets.num_classes else ())
+        return headline_of(("accuracy",) if self.plan.classifies("student") else ())
 
     def _score(self, trained: TrainedModel, answers: Tensor, targets: Tensor, split: MeasuredSplit) -> Score:
         accuracy = (answers == targets).double().mean().item()
