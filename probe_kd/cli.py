@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from probe_kd.engine.spec import Trace
     from probe_kd.files.run_folder import Claim
     from probe_kd.recipe.planner import Plan
+    from probe_kd.recipe.reading import Source
     from probe_kd.tables import Idle
     from probe_kd.training.audit import Audit
     from probe_kd.training.progress import Progress
@@ -402,22 +403,41 @@ def train(
     ] = False,
 ) -> None:
     """Run a recipe: train and evaluate the models, and write the student as safetensors that timm can load."""
-    from probe_kd.recipe.planner import plan
     from probe_kd.recipe.reading import load
 
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite deletes it; give one of the two")
     folder = out or Path("runs") / _name_of_run(recipe)
     source = load(recipe, seed=seed, sets=sets or (), tolerant=True)
-    console = _console()
+    again = _resume_command(recipe, out, seed, sets, allow_import)
+    _train(source, folder, again, resume=resume, overwrite=overwrite, allowed=_allowed(allow_import), quiet=quiet)
+
+
+def _train(
+    source: "Source",
+    folder: Path,
+    again: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    allowed: list[str],
+    quiet: bool,
+    timed: bool = False,
+) -> None:
+    """Plan a recipe, run it, and show its results. `again` is the command that goes on with a run that is stopped.
+
+    If `timed`, show before the training what a step costs, and how long all of them will take.
+    """
+    from probe_kd.recipe.planner import plan
     from probe_kd.tables import data_lines, frozen_lines, plan_table, print_student, teacher_lines
     from probe_kd.training.progress import Progress
 
+    console = _console()
     quiet = quiet or not _is_first_process()
     progress = Progress(console, quiet=quiet)
     with _claimed(folder, progress, resume=resume, overwrite=overwrite) as claimed:
         with console.status("tracing the models"):
-            planned = plan(source, allow_import=_allowed(allow_import))
+            planned = plan(source, allow_import=allowed)
         from probe_kd.training.run import train as run
 
         if not quiet:
@@ -428,6 +448,8 @@ def train(
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             for line in data_lines(planned):
                 console.print(line, highlight=False, markup=False)
+            if timed:
+                _print_costs(planned, console)
         elif _is_first_process():  # notes explain the results, so --quiet keeps them
             for remark in (*planned.remarks, *planned.datasets.notes):
                 progress.say(f"note: {remark}")
@@ -435,16 +457,182 @@ def train(
             run(planned, folder, progress, resume=resume, overwrite=overwrite, claimed=claimed)
         except (KeyboardInterrupt, Stopped) as stop:
             if _is_first_process():
-                _print_error(
-                    f"{str(stop) or 'stopped'}; go on with: {_resume_command(recipe, out, seed, sets, allow_import)}",
-                    "",
-                )
+                _print_error(f"{str(stop) or 'stopped'}; go on with: {again}", "")
             sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
         if _is_first_process():
             _report(planned, folder, console)
             if claimed is not None:
                 claimed.check()  # do not name a folder of results that is gone
             print_student(planned, folder, console)
+
+
+def _print_costs(planned: "Plan", console: "Console") -> None:
+    from probe_kd.tables import costs_table
+    from probe_kd.training.audit import audit
+
+    with console.status("trying one step"):
+        audited = audit(planned)
+    console.print(costs_table(audited.costs))
+
+
+@app.command()
+def distill(
+    student: Student,
+    teacher: Annotated[list[str], typer.Option(help="A teacher, named as the student is; repeat it for several.")],
+    images: Annotated[
+        str,
+        typer.Option(help="A folder of images, flat or nested; or the name of a data set, such as `torch/cifar100`."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    labels: Annotated[
+        bool, typer.Option("--labels", help="The images lie in class folders; also learn the classes.")
+    ] = False,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The file with a teacher's weights, for each --teacher in turn; `pretrained` for those of its name, "
+            "which is the default."
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Default: as many as make 10,000 updates, at most 100.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Default: 128, or less where an epoch would have fewer than 8 batches.")
+    ] = None,
+    knn: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder with labelled images in class folders, on which the features are measured by k-NN."
+        ),
+    ] = None,
+    input_size: InputSize = None,
+    teacher_input_size: TeacherInputSize = None,
+    student_kwargs: SideKwargs = None,
+    teacher_kwargs: SideKwargs = None,
+    num_pairs: NumPairs = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The random seed.")] = 0,
+    sets: Sets = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint of the run in --out.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of a former run.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print only the results, and on stderr what changes their meaning.")
+    ] = False,
+) -> None:
+    """Distil the features of a teacher into a student, on images that need no labels, and export the student.
+
+    Writes OUT/recipe.yaml, which `probe-kd train` runs too; shows the plan and the time that it will take; trains in
+    OUT/run; and writes OUT/student, which timm loads by `timm.create_model("local-dir:OUT/student", pretrained=True)`.
+    """
+    from probe_kd.engine.models import packages
+    from probe_kd.recipe.reading import load
+    from probe_kd.results.export import export as write
+
+    if resume and overwrite:
+        raise RunError("--resume goes on with a run and --overwrite deletes it; give one of the two")
+    recipe, allowed = out / "recipe.yaml", packages([student, *teacher])
+    if not resume:
+        _check_folder_is_new(out, overwrite)
+        _write_distillation(
+            recipe,
+            student=student,
+            teachers=_with_checkpoints(teacher, checkpoint),
+            images=images,
+            labels=labels,
+            epochs=epochs,
+            batch_size=batch_size,
+            knn=knn,
+            sizes=(input_size, teacher_input_size),
+            kwargs=(student_kwargs, teacher_kwargs),
+            num_pairs=num_pairs,
+            seed=seed,
+        )
+    if not (resume and (out / "run" / "summary.json").is_file()):  # a finished run is only exported
+        source = load(recipe, sets=sets or (), tolerant=True)
+        again = f"{_command_line()} --resume"
+        options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "timed": not resume}
+        _train(source, out / "run", again, allowed=_allowed(allowed), **options)
+    if _is_first_process():
+        exported = write(out / "run", out / "student", allow_import=allowed, overwrite=resume or overwrite)
+        _print(f"{exported.folder}: {', '.join(exported.files)}")
+        _print("\n".join(f"note: {note}" for note in exported.notes))
+        _print(f"  timm.create_model({f'local-dir:{exported.folder}'!r}, pretrained=True)")
+
+
+def _check_folder_is_new(folder: Path, overwrite: bool) -> None:
+    """Raise RunError if there is more in a folder than the recipe of an attempt that could not run."""
+    if overwrite or not folder.exists():
+        return
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} - {"recipe.yaml"}:
+        raise RunError(f"{folder} is not a new or empty folder; --resume goes on with a run, --overwrite replaces it")
+
+
+def _command_line() -> str:
+    """Return the command that this process was started by, without --resume and --overwrite."""
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    return shlex.join(["probe-kd", *words])
+
+
+def _with_checkpoints(teachers: list[str], checkpoints: list[str] | None) -> list[tuple[str, str | None]]:
+    """Return each teacher with its file of weights, None for those of its name. Raises RunError."""
+    files = checkpoints or ["pretrained"] * len(teachers)
+    if len(files) != len(teachers):
+        raise RunError(
+            f"{len(files)} --checkpoint for {len(teachers)} --teacher; give one for each, in the same order, and "
+            "`pretrained` for a teacher with the weights of its name"
+        )
+    return [(name, None if file == "pretrained" else file) for name, file in zip(teachers, files, strict=True)]
+
+
+def _write_distillation(
+    recipe: Path,
+    *,
+    student: str,
+    teachers: list[tuple[str, str | None]],
+    images: str,
+    labels: bool,
+    epochs: int | None,
+    batch_size: int | None,
+    knn: str | None,
+    sizes: tuple[str | None, str | None],
+    kwargs: tuple[list[str] | None, list[str] | None],
+    num_pairs: int | None,
+    seed: int,
+) -> None:
+    from probe_kd.engine.matching import match as match_layers
+    from probe_kd.engine.models import built_by_timm
+    from probe_kd.recipe.distillation import (
+        TeacherChoice,
+        count_images,
+        default_batch_size,
+        default_epochs,
+        write_distillation,
+    )
+
+    student_kwargs = kwargs[0] or []
+    if not labels and built_by_timm(student) and not any(text.startswith("num_classes=") for text in student_kwargs):
+        student_kwargs = [*student_kwargs, "num_classes=0"]
+    choices = []
+    for name, file in teachers:
+        student_trace, teacher_trace = _trace_both(student, name, *sizes, student_kwargs, kwargs[1])
+        pairs = match_layers(student_trace, teacher_trace, num_pairs=num_pairs)
+        choices.append(TeacherChoice(teacher_trace, pairs, file))
+    count = count_images(images, student_trace, labels=labels)
+    batch_size = batch_size or default_batch_size(count)
+    write_distillation(
+        student_trace,
+        choices,
+        images,
+        recipe,
+        epochs=epochs or default_epochs(count, batch_size),
+        batch_size=batch_size,
+        labels=labels,
+        knn=knn,
+        seed=seed,
+        command=_command_line(),
+    )
 
 
 @contextmanager

@@ -20,13 +20,15 @@ SMALL = 96  # pixels; larger images are treated as photographs
 class Method:
     """The stages of a method in a recipe, and what else the recipe needs.
 
-    `pairs` says which pairs the method reads: `all`, the `middle` one, those of `several` positions, or none (empty).
+    `pairs` says which pairs the method reads: `all`, the `middle` one, the `last` one, those of `several` positions, or
+    none (empty). A method without `labels` needs a teacher that has weights, and trains no baseline.
     """
 
     about: str
     stages: str
     pairs: str = ""
     shares: bool = False
+    labels: bool = True
 
 
 _TASK = "task: {loss: cross_entropy, weight: 1.0}"
@@ -42,6 +44,8 @@ def _stage(name: str, epochs: int, *losses: str) -> str:
         [f"  - name: {name}", f"    epochs: {epochs}", *keys, "    losses:", *terms, _OPTIMIZER, _SCHEDULER]
     )
 
+
+FEATURES = "features: {loss: hint, normalize: fitted}"  # the mean and deviation of every channel are measured first
 
 METHODS = {
     "soft_targets": Method(
@@ -119,6 +123,12 @@ METHODS = {
         ),
         shares=True,
     ),
+    "features": Method(
+        "Features of the last stage, without labels: what a foundation model or a backbone teaches",
+        _stage("distil", 10, FEATURES),
+        pairs="last",
+        labels=False,
+    ),
 }
 
 
@@ -147,17 +157,24 @@ def write_recipe(
     """
     chosen_method = chosen(method)
     allowed = "".join(f" --allow-import {package}" for package in packages([student.model, teacher.model]))
+    labelled = chosen_method.labels
     parts = [
         f"# probe-kd train {path}{allowed}",
         f"# {chosen_method.about}.",
         "student:",
-        _model_lines(student),
+        model_lines(student),
         "teacher:",
-        _model_lines(teacher) + _teacher_size(student, teacher),
-        *([] if chosen_method.shares else [_WEIGHTS]),
-        *_data_lines(data, root, student.input_size, holdout="keep: best" in chosen_method.stages),
+        model_lines(teacher) + _teacher_size(student, teacher),
+        *_weights_lines(chosen_method),
+        *data_lines(
+            data,
+            root,
+            student.input_size,
+            holdout="keep: best" in chosen_method.stages,
+            labels=labelled,
+        ),
         *_layer_lines(chosen_method, student, teacher, pairs),
-        "baseline: true                  # also train the student without the teacher, to compare",
+        *(["baseline: true                  # also train the student without the teacher, to compare"] * labelled),
         "stages:",
         chosen_method.stages,
         "seed: 0",
@@ -171,6 +188,12 @@ def write_recipe(
         raise RecipeError(str(path), [Problem(f"cannot write the recipe: {reason(refusal)}")]) from None
 
 
+def _weights_lines(method: Method) -> list[str]:
+    if not method.labels:
+        return ["  pretrained: true              # the weights of its name; or `checkpoint: teacher.safetensors`"]
+    return [] if method.shares else [_WEIGHTS]
+
+
 _WEIGHTS = """\
   # pretrained: true            # timm's weights; with `train`, fine-tuned with a new classifier
   # checkpoint: teacher.safetensors
@@ -179,9 +202,9 @@ _WEIGHTS = """\
     optimizer: {opt: adamw, weight_decay: 0.05}   # lr: 1.0e-3, or 1.0e-4 for one that has weights"""
 
 
-def _model_lines(trace_: Trace) -> str:
+def model_lines(trace_: Trace) -> str:
     kwargs = json.dumps(dict(trace_.model_kwargs))  # JSON is YAML
-    return f"  model: {_word(trace_.model)}" + (f"\n  model_kwargs: {kwargs}" if trace_.model_kwargs else "")
+    return f"  model: {word(trace_.model)}" + (f"\n  model_kwargs: {kwargs}" if trace_.model_kwargs else "")
 
 
 def _teacher_size(student: Trace, teacher: Trace) -> str:
@@ -194,17 +217,29 @@ def _has_train(folder: Path) -> bool:
     return any((folder / name).is_dir() for name in TRAINED)
 
 
-def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, holdout: bool) -> list[str]:
+def data_lines(
+    data: str,
+    root: str | None,
+    size: tuple[int, int, int],
+    *,
+    holdout: bool = False,
+    labels: bool = True,
+    batch_size: int = 64,
+) -> list[str]:
     """The `data:` section, with settings for small images, and for digits, which must not be mirrored.
+
+    Without `labels`, a folder is read whole, or its folders `train` and `validation` if it has them.
 
     Raises DataError for images that do not exist, as far as can be told without downloading any.
     """
     folder = Path(data).is_dir()
     lines = ["data:"]
-    if folder:
+    if folder and not labels:
+        lines += [f"  root: {word(data)}", "  labels: none"]
+    elif folder:
         unmeasured = not any((Path(data) / name).is_dir() for name in EVALUATED)
         holdout |= unmeasured
-        lines += [f"  root: {_word(data)}           # a folder of folders, one for each class in every split"]
+        lines += [f"  root: {word(data)}           # a folder of folders, one for each class in every split"]
         lines += ["  train_split: .                # its folders are the classes"] * (not _has_train(Path(data)))
         lines += ["  val_split: none               # there is no `validation` in it"] * unmeasured
     elif "/" not in data or data.startswith((".", "/", "~")):
@@ -215,12 +250,13 @@ def _data_lines(data: str, root: str | None, size: tuple[int, int, int], *, hold
         )
     else:
         check_name(data)
-        lines += [f"  dataset: {_word(data)}"]
+        lines += [f"  dataset: {word(data)}"]
         if data.startswith("torch/"):
-            lines += [f"  root: {_word(root or 'data')}", "  download: true                # by torchvision, once"]
+            lines += [f"  root: {word(root or 'data')}", "  download: true                # by torchvision, once"]
         elif root:
-            lines += [f"  root: {_word(root)}"]
-    lines += [f"  input_size: {list(size)}", "  batch_size: 64"]
+            lines += [f"  root: {word(root)}"]
+        lines += ["  labels: none                  # those of the data set are not read"] * (not labels)
+    lines += [f"  input_size: {list(size)}", f"  batch_size: {batch_size}"]
     name = data.rpartition("/")[2]
     is_known = name in ("digits", "mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100")
     if is_known or max(size[1:]) <= SMALL:
@@ -245,12 +281,16 @@ def _layer_lines(method: Method, student: Trace, teacher: Trace, pairs: Sequence
     used = list(pairs)
     if method.pairs == "middle":
         used = [pairs[(len(pairs) - 1) // 2]]
+    if method.pairs == "last":
+        used = list(pairs[-1:])
     if method.pairs == "several":  # attention needs several positions
         used = [pair for pair in pairs if (1, 1) not in (student[pair.student].grid, teacher[pair.teacher].grid)]
-    lines = [f"  {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {pair.reason}" for pair in used]
-    why_unused = "one position, and nothing to attend to" if method.pairs == "several" else "not in the middle"
+    lines = [f"  {quoted(pair.student)}: {quoted(pair.teacher)}  # {pair.reason}" for pair in used]
+    why_unused = {"several": "one position, and nothing to attend to", "last": "not the last"}.get(
+        method.pairs, "not in the middle"
+    )
     lines += [
-        f"  # {_quoted(pair.student)}: {_quoted(pair.teacher)}  # {why_unused}" for pair in pairs if pair not in used
+        f"  # {quoted(pair.student)}: {quoted(pair.teacher)}  # {why_unused}" for pair in pairs if pair not in used
     ]
     return ["pairs:                          # student layer: teacher layer", *lines]
 
@@ -267,17 +307,17 @@ def _share_lines(student: Trace, teacher: Trace, pairs: Sequence[Pair]) -> list[
         ]
     else:
         pair = pairs[0]
-        at = f"{{{_quoted(pair.student)}: {_quoted(pair.teacher)}}}"
+        at = f"{{{quoted(pair.student)}: {quoted(pair.teacher)}}}"
         form = ["  form: graft                   # the student's layers up to here are replaced by the teacher's"]
         form += [f"  at: {at}"]
     return ["share:", *form, "  block: output                 # the gradient block; or `params`, `trunk`, `off`"]
 
 
-def _quoted(tap: Tap) -> str:
-    return _word(str(tap))
+def quoted(tap: Tap) -> str:
+    return word(str(tap))
 
 
-def _word(text: str) -> str:
+def word(text: str) -> str:
     """A YAML scalar that reads as this text."""
     plain = re.fullmatch(r"[A-Za-z][\w./:-]*[\w/]", text) and text.lower() not in ("true", "false", "null")
     return text if plain else json.dumps(text)
