@@ -21,13 +21,14 @@ FEWEST_BATCHES = 2  # an epoch for each worker: fewer are read before the last w
 
 
 class Pixels(NamedTuple):
-    """One image from the data set of a loader: uint8 pixels, the class, and what training adds.
+    """One image from the data set of a loader: uint8 pixels, the label, and what training adds.
 
-    `erased` marks the pixels that random erasing takes, and `position` is the index of the image in the dataset.
+    The label is a class index or a multi-hot vector. `erased` marks the pixels that random erasing takes, and
+    `position` is the index of the image in the dataset.
     """
 
     pixels: UInt8[np.ndarray, "height width channels"]
-    target: int
+    target: int | Float[np.ndarray, " classes"]
     position: int | None = None
     erased: Bool[Tensor, "1 height width"] | None = None
 
@@ -36,7 +37,7 @@ class RawBatch(NamedTuple):
     """A batch of `Pixels` as it leaves a worker. In memory the channels are last, as a decoder writes them."""
 
     pixels: UInt8[Tensor, "batch channels height width"]
-    target: Int[Tensor, " batch"]
+    target: Int[Tensor, " batch"] | Float[Tensor, "batch classes"]
     position: Int[Tensor, " batch"] | None = None
     erased: Bool[Tensor, "batch 1 height width"] | None = None
 
@@ -44,7 +45,7 @@ class RawBatch(NamedTuple):
 def collate(images: Sequence[Pixels]) -> RawBatch:
     """The images as one batch."""
     pixels = torch.from_numpy(np.stack([image.pixels for image in images])).permute(0, 3, 1, 2)
-    target = torch.tensor([image.target for image in images])
+    target = torch.from_numpy(np.stack([np.asarray(image.target) for image in images]))
     positions = [image.position for image in images if image.position is not None]
     erased = [image.erased for image in images if image.erased is not None]
     return RawBatch(

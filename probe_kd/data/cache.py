@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from probe_kd.data.label_sets import MultiHotImages
 from probe_kd.errors import DataError, RunError
 from probe_kd.files.atomic import to_disk
 from probe_kd.files.run_folder import lock_file, unlock_file
@@ -248,6 +249,8 @@ def fingerprint(images: Dataset[Any]) -> str:
     """
     if isinstance(images, Subset):
         return _digest([fingerprint(images.dataset).encode(), repr(list(images.indices)).encode()])
+    if isinstance(images, MultiHotImages):  # no teacher sees the labels
+        return fingerprint(images.images)
     count = len(images)  # type: ignore[arg-type]
     parts = [str(count).encode()]
     inner = getattr(images, "images", images)

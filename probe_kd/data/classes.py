@@ -17,7 +17,7 @@ def renumbered(split: Split, names: Sequence[str], whose: str) -> Split:
     if not names or tuple(split.names) == tuple(names):
         return split
     numbers = {name: number for number, name in enumerate(names)}
-    used = range(len(split.names)) if split.targets is None else sorted(set(split.targets.tolist()))
+    used = range(len(split.names)) if split.present is None else sorted(split.present)
     unknown = [
         split.names[index] for index in used if 0 <= index < len(split.names) and split.names[index] not in numbers
     ]
@@ -32,6 +32,8 @@ def renumbered(split: Split, names: Sequence[str], whose: str) -> Split:
     table = [numbers.get(name, -1) for name in split.names]
     if table == list(range(len(table))):
         return replace(split, names=tuple(names))
+    if split.sets is not None:
+        return replace(split, names=tuple(names), sets=split.sets.renumbered(table))
     targets = None if split.targets is None else np.asarray(table)[split.targets]
     return replace(split, images=_renumbered_images(split.images, table), names=tuple(names), targets=targets)
 
@@ -61,8 +63,8 @@ def check_train(train: Split, names: Sequence[str], num_classes: int, *, may_lac
     if train.empty and not may_lack:
         raise DataError(f"{train.label} has no images of {quoted(train.empty)}; put some in, or take the folder away")
     check_count(train)
-    present = None if train.targets is None else set(np.asarray(train.targets).tolist())
-    if num_classes == 1 or (present is not None and len(present) == 1):
+    present = train.present
+    if train.sets is None and (num_classes == 1 or (present is not None and len(present) == 1)):
         only = f" ({names[0]!r})" if len(names) == 1 else ""
         raise DataError(
             f"{train.label} has images of one class only{only}, and every model is right about these; a class is a "
@@ -87,24 +89,25 @@ def check_labels(split: Split, num_classes: int) -> None:
     """Raise DataError if the split is empty or has a label outside of 0 to `num_classes - 1`."""
     if not len(split):
         raise DataError(f"{split.label} has no images", split.key)
-    if split.targets is None:
+    labels = split.targets if split.sets is None else split.sets.indices
+    if labels is None:
         return
-    wrong = np.flatnonzero((split.targets < 0) | (split.targets >= num_classes))
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         first = int(wrong[0])
-        name = image_name(split.images, first)
+        name = image_name(split.images, first if split.sets is None else split.sets.image_of(first))
         raise DataError(
             f"{split.label}: {len(wrong)} labels are none of the {num_classes} classes (0 to {num_classes - 1}); the "
-            f"first is {int(split.targets[first])}, of {name}; set `num_classes`, or mend it",
+            f"first is {int(labels[first])}, of {name}; set `num_classes`, or mend it",
             "num_classes",
         )
 
 
 def notes_on_missing(split: Split, names: Sequence[str], num_classes: int) -> list[str]:
     """A note on the classes without images in this split; empty if there are none."""
-    if split.targets is None:
+    present = split.present
+    if present is None:
         return []
-    present = set(np.asarray(split.targets).tolist())
     missing = [
         names[index] if index < len(names) else str(index) for index in range(num_classes) if index not in present
     ]

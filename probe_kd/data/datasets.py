@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from probe_kd.data.classes import check_count, check_labels, check_train, notes_on_missing, renumbered
+from probe_kd.data.label_sets import MultiHotImages
 from probe_kd.data.names import OF_TWO_PARTS, check_name, train_or_test
 from probe_kd.data.options import DataOptions, Labels
 from probe_kd.data.overlap import overlap, with_note_of_copies
@@ -24,7 +25,8 @@ from probe_kd.errors import DataError
 class Datasets:
     """The images of a recipe, as PIL images with a class index, and the number of classes.
 
-    Without labels (`labels: none`), every image has index 0, and there are no classes.
+    With several labels an image (`labels: multilabel`), the label is a multi-hot vector of floats. Without labels
+    (`labels: none`), every image has index 0, and there are no classes.
     `test` gives the final figures, and `val` the curves, if these come from other images. `held_out` are the training
     images that no model trains on. `classes` are the class names in order, if the data set has names. `measured_on`
     says in words which images the figures come from, and `notes` what else a user should know. `skipped` names the
@@ -109,7 +111,7 @@ def open_datasets(options: DataOptions, record: DataRecord | None = None) -> Dat
 def _checked(options: DataOptions, splits: list[Split], record: DataRecord | None) -> Datasets:
     train, whole = splits[0], tuple(splits)
     names = record.classes if record is not None and record.classes else train.names
-    if options.labels == "class":
+    if options.labels != "none":
         splits = [
             renumbered(split, names, whose="the run" if names is not train.names else train.label) for split in splits
         ]
@@ -119,7 +121,7 @@ def _checked(options: DataOptions, splits: list[Split], record: DataRecord | Non
             splits[number], left_out = _without_unreadable(split, record.skipped if record is not None else None)
             skipped |= {split.key: left_out} if left_out else {}
     num_classes = options.num_classes or len(names)
-    if not num_classes and options.labels == "class":
+    if not num_classes and options.labels != "none":
         raise DataError(
             f"dataset {options.dataset!r} does not tell how many classes it has; set `num_classes`", "num_classes"
         )
@@ -231,6 +233,8 @@ def _divided(
             missing = notes_on_missing(held_out, names, num_classes)
             all_notes += [note.replace(f"{held_out.label} has", "the held-out images have") for note in missing]
         all_notes = list(dict.fromkeys(all_notes))
+    train, *others = (_with_vectors(split, num_classes) for split in (train, *others))
+    held_out = held_out and _with_vectors(held_out, num_classes)
     measured_splits = [*([] if "val_split" in options.splits or held_out is None else [held_out]), *others]
     final, curves = measured_splits[-1], measured_splits[0]
     return Datasets(
@@ -248,6 +252,13 @@ def _divided(
         notes=tuple(all_notes),
         read_from={"test": final.key, "val": curves.key},
     )
+
+
+def _with_vectors(split: Split, num_classes: int) -> Split:
+    """The split with multi-hot vectors as labels, if its images have several."""
+    if split.sets is None:
+        return split
+    return replace(split, images=MultiHotImages(split.images, split.sets, num_classes))
 
 
 def _measured_on(curves: str, final: str) -> str:

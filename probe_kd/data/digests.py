@@ -94,6 +94,29 @@ def of_unlabelled_files(paths: Sequence[str], root: str) -> Contents:
     return replace(of_files([*zip(paths, folders, strict=True)], root), kind="folder")
 
 
+def of_sets_of_files(paths: Sequence[str], labels: Sequence[Sequence[str]], root: str) -> Contents:
+    """Contents of image files with any number of labels: their parts are the classes, and `""` of images without."""
+    keys = [os.fsencode(f"{name}\0{size}\0") for name, size in zip(_names_in(root, paths), _sizes(paths), strict=True)]
+    contents = of_unlabelled_files(paths, root)
+    return replace(contents, kind="class", parts=_parts_of_sets(keys, labels))
+
+
+def of_sets_of_images(images: Dataset[Any], labels: Sequence[Sequence[str]]) -> Contents:
+    """Contents of images without files that have any number of labels."""
+    keys = [f"{index}\0".encode() for index in range(len(labels))]
+    return replace(of_images(images, []), parts=_parts_of_sets(keys, labels))
+
+
+def _parts_of_sets(keys: Sequence[bytes], labels: Sequence[Sequence[str]]) -> dict[str, tuple[int, str]]:
+    digests: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    for key, of_image in zip(keys, labels, strict=True):
+        for label in of_image or [""]:
+            counts[label] = counts.get(label, 0) + 1
+            digests.setdefault(label, blake2b(digest_size=8)).update(key)
+    return {label: (counts[label], digests[label].hexdigest()) for label in sorted(digests)}
+
+
 def of_files(files: Sequence[tuple[str, str]], root: str) -> Contents:
     """Contents of image files below `root`: `files` are (path, class name), in an order that depends on names alone."""
     names = _names_in(root, [path for path, _ in files])

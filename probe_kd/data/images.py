@@ -153,7 +153,7 @@ class FolderScan:
     def samples(self, class_to_idx: Mapping[str, int], *, by_path: bool) -> list[tuple[str, int]]:
         """All files with their class index; in timm's order by path, or class after class as torchvision has it."""
         samples = [(path, class_to_idx[name]) for name, paths in self.files.items() for path in paths]
-        return sorted(samples, key=lambda sample: _natural(sample[0])) if by_path else samples
+        return sorted(samples, key=lambda sample: natural_order(sample[0])) if by_path else samples
 
 
 @dataclass
@@ -187,7 +187,7 @@ def scan_folder(root: str | Path, *, outermost: bool = False) -> FolderScan:
     for folder in sorted(inside):
         if walk.images[folder]:
             files.setdefault(label[folder], []).extend(sorted(walk.images[folder]))
-    ordered = sorted(files) if outermost else sorted(files, key=_natural)
+    ordered = sorted(files) if outermost else sorted(files, key=natural_order)
     bare = [folder for folder in inside if not walk.images[folder] and (outermost or not walk.folders[folder])]
     empty = dict.fromkeys(label[folder] for folder in bare if label[folder] not in files)
     unfollowed = _links(walk)
@@ -204,7 +204,7 @@ def scan_folder(root: str | Path, *, outermost: bool = False) -> FolderScan:
 def scan_unlabelled(root: str | Path) -> FolderScan:
     """Find all images of a folder and of the folders in it, in timm's order by path, as of one class without a name."""
     walk = _walk(str(root))
-    files = sorted((path for paths in walk.images.values() for path in paths), key=_natural)
+    files = sorted((path for paths in walk.images.values() for path in paths), key=natural_order)
     unfollowed = _links(walk)
     notes = [*unfollowed, *_notes(walk, str(root))]
     return FolderScan({"": files} if files else {}, (), notes, walk.linked, unfollowed)
@@ -227,7 +227,7 @@ def _class_names(folders: Mapping[str, str]) -> dict[str, str]:
     return {folder: unicodedata.normalize("NFC", name) for folder, name in folders.items()}
 
 
-def _natural(text: str) -> tuple[list[str | int], str]:
+def natural_order(text: str) -> tuple[list[str | int], str]:
     """timm's order, in which 2 comes before 10; names that it holds for equal (01 and 1) have an order too."""
     parts = re.split(r"(\d+)", text.lower())
     return [int(part) if part.isdecimal() else part for part in parts], text

@@ -27,13 +27,15 @@ __all__ = ["DataOptions", "Datasets", "Views", "loader", "mixer", "open_datasets
 
 def placeholder(datasets: Datasets, count: int) -> Tensor | None:
     """A target in the form of these data for `count` images of no meaning; None without labels."""
+    if datasets.labels == "multilabel":
+        return torch.zeros(count, datasets.num_classes)
     return None if datasets.labels == "none" else torch.zeros(count, dtype=torch.long)
 
 
 def mixer(options: DataOptions, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     """timm's Mixup and CutMix: a batch (images, class indices) to (images, distributions); None without.
 
-    Without labels only the images are mixed.
+    Multi-hot labels are mixed as they are, and without labels only the images are.
     """
     from timm.data import Mixup
 
@@ -47,6 +49,7 @@ def mixer(options: DataOptions, num_classes: int) -> Callable[[Tensor, Tensor], 
         mode=options.mixup_mode,
         label_smoothing=0.0,  # the loss has its own
         num_classes=num_classes or 1,
+        multi_label=options.labels == "multilabel",
     )
 
     def mixed(images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,7 +279,7 @@ class _Transformed(Dataset[Any]):
     def _drawn(self, index: int) -> Pixels:
         image, target = self.images[index]
         drawn = self.draw(image.convert(self.mode) if image.mode != self.mode else image)
-        return Pixels(np.atleast_3d(np.asarray(drawn)), int(target))
+        return Pixels(np.atleast_3d(np.asarray(drawn)), target if isinstance(target, np.ndarray) else int(target))
 
     def _view_of(self, index: int, view: int) -> Pixels:
         seed = _combined_seed(view, index)

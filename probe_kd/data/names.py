@@ -7,7 +7,8 @@ IN_MEMORY = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist"
 OF_TWO_PARTS = ("sklearn/digits", *(f"torch/{name}" for name in IN_MEMORY))
 FOLDERS = ("image_folder", "folder")
 _TORCHVISION = (*IN_MEMORY, "inaturalist", "inat", "places365", "imagenet", *FOLDERS)
-_KINDS = ("sklearn", "torch", "hfds", "wds")
+_KINDS = ("sklearn", "torch", "hfds", "wds", "csv")
+CSV = ".csv"
 NAMES = ("sklearn/digits", *(f"torch/{name}" for name in _TORCHVISION))  # that are known without a look at the hub
 TRAINED = ("train", "training")
 EVALUATED = ("val", "valid", "validation", "eval", "evaluation")  # of folders, in the order that timm looks for them
@@ -37,7 +38,7 @@ def check_name(name: str, root: str | None = None) -> None:
         near = nearest(name, NAMES)
         raise DataError(
             f"there is no dataset {name!r}{near or ';'} a folder of folders is given as `root`, without `dataset`, and "
-            "other names begin with `torch/`, `hfds/` or `wds/`, or are `sklearn/digits`",
+            "other names begin with `torch/`, `hfds/`, `wds/` or `csv/`, or are `sklearn/digits`",
             "dataset",
         )
 
@@ -45,7 +46,14 @@ def check_name(name: str, root: str | None = None) -> None:
 def is_folder(options: DataOptions) -> bool:
     """Whether the images are files in the folder `root`."""
     kind, _, name = options.dataset.lower().partition("/")
-    return not kind or (kind == "torch" and name in FOLDERS)
+    return not is_csv(options) and (not kind or (kind == "torch" and name in FOLDERS))
+
+
+def is_csv(options: DataOptions) -> bool:
+    """Whether the images are listed in CSV files."""
+    if options.dataset:
+        return options.dataset.lower().startswith("csv/")
+    return any(name.lower().endswith(CSV) for name in (options.root or "", options.train_split))
 
 
 def train_or_test(options: DataOptions, key: str, split: str) -> str:

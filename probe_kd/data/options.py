@@ -23,7 +23,7 @@ def _one_or_three_channels(input_size: tuple[int, int, int]) -> tuple[int, int, 
     return input_size
 
 
-Labels = Literal["class", "none"]
+Labels = Literal["class", "multilabel", "none"]
 _Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 InputSize = Annotated[tuple[Annotated[int, Field(ge=1)], _Side, _Side], AfterValidator(_one_or_three_channels)]
 
@@ -37,12 +37,13 @@ class DataOptions(BaseModel):
     """The `data:` section of a recipe. Names and meanings are those of timm's `create_dataset` and `create_transform`.
 
     `dataset` is `sklearn/digits`, or what timm's `create_dataset` reads: `torch/cifar100`, `torch/fashion_mnist`,
-    `hfds/...`, a folder of folders (empty name), a folder of tar shards (`wds/NAME`); not streams (`tfds/`, `hfids/`).
+    `hfds/...`, a folder of folders (empty name), a folder of tar shards (`wds/NAME`), a CSV file `csv/FILE` of
+    `path,label[,label...]`; not streams (`tfds/`, `hfids/`).
     `val_split` is measured after every epoch, and may be `none`; `test_split` is measured once, when training is over.
     Where only one of the two is given it serves both; without both, the images of `holdout` do.
-    `labels` are `class` (each image has one) or `none`: a folder of images, flat or nested, or any data set, whose
-    labels are then not read. Without a folder `train_split`, such a folder is read whole, and without a folder
-    `val_split` a tenth of it is held out.
+    `labels` are `class` (each image has one), `multilabel` (any number, from `csv/` or `hfds/`) or `none`: a folder of
+    images, flat or nested, or any data set, whose labels are then not read. Without a folder `train_split`, such a
+    folder is read whole, and without a folder `val_split` a tenth of it is held out.
     `on_error: skip` leaves out images that cannot be read, which else end the run with their names.
     `input_size` is (channels, height, width). `mean` and `std` are the student's, where they differ from timm's config.
     `holdout` is the share of the training images that is kept from training, for choosing by (`keep: best`), and

@@ -9,9 +9,20 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from probe_kd.data.digests import Contents, of_files, of_images, of_shards, of_unlabelled_files, printable
+from probe_kd.data.csv_files import csv_file, open_csv
+from probe_kd.data.digests import (
+    Contents,
+    of_files,
+    of_images,
+    of_sets_of_files,
+    of_sets_of_images,
+    of_shards,
+    of_unlabelled_files,
+    printable,
+)
 from probe_kd.data.images import EXTENSIONS, WITHOUT_LABELS, FolderImages, scan_folder, scan_unlabelled
-from probe_kd.data.names import EVALUATED, FOLDERS, TRAINED, is_folder, train_or_test
+from probe_kd.data.label_sets import LabelSets
+from probe_kd.data.names import EVALUATED, FOLDERS, TRAINED, is_csv, is_folder, train_or_test
 from probe_kd.data.options import DataOptions
 from probe_kd.data.shards import Shards, open_shards
 from probe_kd.data.split import Split, quoted
@@ -25,12 +36,16 @@ DEFAULT_HOLDOUT = 0.1  # of a folder without labels and without images to measur
 def open_split(options: DataOptions, key: str, split: str) -> Split:
     """Open the split that `key` of the options names. Raises DataError if it is missing or cannot be read."""
     kind = options.dataset.lower().partition("/")[0]
+    if options.labels == "multilabel" and kind != "hfds" and not is_csv(options):
+        raise DataError("`labels: multilabel` is read from a CSV file (`csv/FILE`) or `hfds/`", "labels")
     if kind == "sklearn":
         return _open_digits(options, key, split)
     if kind == "wds":
         return _open_shards(options, key, split)
     if kind == "hfds":
         return open_hub(options, key, split)
+    if is_csv(options):
+        return open_csv(options, key, split)
     if is_folder(options):
         return _open_folder(options, key, split)
     return open_torchvision(options, key, split)
@@ -119,27 +134,38 @@ def _open_folder(options: DataOptions, key: str, split: str) -> Split:
 
 
 def with_default_splits(options: DataOptions) -> tuple[DataOptions, list[str]]:
-    """The splits that are read of a folder without labels, where it has none of the folders that are the default.
+    """The splits that are read of images without labels, where the folders or CSV files that are the default are none.
 
-    Without a folder for training the whole folder is taken, and without one for validation a tenth is held out. The
+    Without a folder for training the whole folder is taken, and without images for validation a tenth is held out. The
     sentences say so.
     """
     root = options.root
-    if options.labels != "none" or not is_folder(options) or not (root and Path(root).is_dir()):
+    of_folder = is_folder(options) and bool(root) and os.path.isdir(str(root))
+    if options.labels != "none" or not (of_folder or is_csv(options)):
         return options, []
     changes, notes = dict[str, Any](), []
-    if options.train_split == DEFAULT_TRAIN and not _existing_folder(root, DEFAULT_TRAIN):
+    if of_folder and options.train_split == DEFAULT_TRAIN and not _existing_folder(str(root), DEFAULT_TRAIN):
         changes["train_split"] = "."
         notes.append(f"there is no folder {DEFAULT_TRAIN!r} in {root}: all images in it are training images")
-    if options.val_split == DEFAULT_VAL and not _existing_folder(root, DEFAULT_VAL):
+    if options.val_split == DEFAULT_VAL and not _has_validation(options, of_folder=of_folder):
         changes["val_split"] = "none"
         if not options.holdout and "test_split" not in options.splits:
             changes["holdout"] = DEFAULT_HOLDOUT
             notes.append(
-                f"there is no folder {DEFAULT_VAL!r} in {root}, and no `holdout`: {DEFAULT_HOLDOUT:.0%} of the "
-                "training images are held out to measure on"
+                f"there are no images {DEFAULT_VAL!r}, and no `holdout`: {DEFAULT_HOLDOUT:.0%} of the training images "
+                "are held out to measure on"
             )
     return options.model_copy(update=changes), notes
+
+
+def _has_validation(options: DataOptions, *, of_folder: bool) -> bool:
+    if of_folder:
+        return bool(_existing_folder(str(options.root), DEFAULT_VAL))
+    try:
+        csv_file(options, "val_split", DEFAULT_VAL)
+    except DataError:
+        return False
+    return True
 
 
 def _existing_folder(root: str, split: str) -> str:
@@ -178,6 +204,8 @@ def _split_folder(options: DataOptions, key: str, split: str) -> str:
 def contents_of(split: Split) -> Contents:
     """A digest of the images and classes of a split, as its source stores them."""
     images, names = split.images, split.names
+    if split.sets is not None:
+        return _contents_of_sets(split, split.sets)
     if isinstance(images, FolderImages):
         if not split.labelled:
             return of_unlabelled_files([path for path, _ in images.samples], images.root)
@@ -189,6 +217,16 @@ def contents_of(split: Split) -> Contents:
         return of_files(files, split.root) if split.labelled else of_unlabelled_files([*dict(files)], split.root)
     targets = [] if split.targets is None else np.asarray(split.targets).tolist()
     return of_images(images, [names[target] if 0 <= target < len(names) else str(target) for target in targets])
+
+
+def _contents_of_sets(split: Split, sets: LabelSets) -> Contents:
+    images, names = split.images, split.names
+    labels = [
+        [names[index] if 0 <= index < len(names) else str(index) for index in sets[image]] for image in range(len(sets))
+    ]
+    if isinstance(images, FolderImages):
+        return of_sets_of_files([path for path, _ in images.samples], labels, images.root)
+    return of_sets_of_images(images, labels)
 
 
 def in_memory(images: Dataset[Any]) -> bool:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Subset
 
 from probe_kd.data.digests import printable
 from probe_kd.data.images import FolderImages
+from probe_kd.data.label_sets import LabelSets
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Split:
     left_out: tuple[str, ...] = ()  # samples of shards that are not an image with a class
     root: str = ""  # the folder that names of files are relative to
     labelled: bool = True  # without labels there are no `names` and no `targets`
+    sets: LabelSets | None = None  # of images with several labels, which have no `targets`
 
     @property
     def label(self) -> str:
@@ -46,7 +48,15 @@ class Split:
     def among(self, indices: Sequence[int]) -> Self:
         """The split with only these images."""
         targets = None if self.targets is None else np.asarray(self.targets)[list(indices)]
-        return replace(self, images=subset(self.images, indices), targets=targets)
+        sets = None if self.sets is None else self.sets.among(indices)
+        return replace(self, images=subset(self.images, indices), targets=targets, sets=sets)
+
+    @property
+    def present(self) -> set[int] | None:
+        """The class indices that some image has; None if not all labels are known."""
+        if self.sets is not None:
+            return set(self.sets.indices.tolist())
+        return None if self.targets is None else set(np.asarray(self.targets).tolist())
 
 
 def subset(images: Dataset[Any], indices: Sequence[int]) -> Subset[Any]:

@@ -1,6 +1,7 @@
 """Splits that timm's `create_dataset` opens: torchvision's data sets and those of the Hugging Face hub."""
 
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -10,8 +11,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from probe_kd.data.images import decode, open_image
+from probe_kd.data.label_sets import LabelSets
 from probe_kd.data.names import IN_MEMORY, train_or_test
-from probe_kd.data.options import DataOptions
+from probe_kd.data.options import DataOptions, Labels
 from probe_kd.data.split import Split, quoted
 from probe_kd.errors import DataError
 
@@ -87,11 +89,18 @@ class _Loader:
 def open_hub(options: DataOptions, key: str, split: str) -> Split:
     """Open a split of a data set of the Hugging Face hub. Raises DataError if it has no labels or cannot be read."""
     reader, name = _create_dataset(options, split).reader, f"{options.dataset} ({split})"
-    labelled = options.labels != "none"
-    images = HubImages(reader, options.mode, name, labelled=labelled)
-    rows = _rows_of(images.reader.dataset, split)
-    targets = images.targets if labelled else None
-    return Split(key, split, images, images.names, frozenset({split}), targets, rows=rows, labelled=labelled)
+    images = HubImages(reader, options.mode, name, labels=options.labels)
+    return Split(
+        key=key,
+        name=split,
+        images=images,
+        names=images.names,
+        sources=frozenset({split}),
+        targets=images.targets if options.labels == "class" else None,
+        rows=_rows_of(images.reader.dataset, split),
+        labelled=options.labels != "none",
+        sets=images.sets,
+    )
 
 
 def _rows_of(dataset: Any, split: str) -> tuple[tuple[str, int, int], ...]:
@@ -109,29 +118,51 @@ def _rows_of(dataset: Any, split: str) -> tuple[tuple[str, int, int], ...]:
 
 
 class HubImages(Dataset[Any]):
-    """A data set of Hugging Face's `datasets`, opened by timm's reader. Its labels are numbers or names."""
+    """A data set of Hugging Face's `datasets`, opened by timm's reader.
 
-    def __init__(self, reader: Any, mode: str, name: str, *, labelled: bool = True) -> None:
+    Its labels are numbers or names, with `labels="multilabel"` lists of these in a column `label` or `labels`. Images
+    with several labels, or without, have the target 0 here.
+    """
+
+    def __init__(self, reader: Any, mode: str, name: str, *, labels: Labels = "class") -> None:
         self.reader, self.mode, self.name, self.names = reader, mode, name, tuple[str, ...]()
-        self.targets = self._read_labels() if labelled else np.zeros(len(reader.dataset), dtype=int)
+        self.sets = self._read_sets() if labels == "multilabel" else None
+        self.targets = self._read_labels() if labels == "class" else np.zeros(len(reader.dataset), dtype=int)
+
+    def _column(self, keys: Sequence[str]) -> list[Any]:
+        names = self.reader.dataset.column_names
+        key = next((key for key in keys if key in names), None)
+        if key is None:
+            raise DataError(
+                f"{self.name} has no column {keys[0]!r} of labels; it has {quoted(names)}; `labels: none` needs none"
+            )
+        return list(self.reader.dataset[key])
+
+    def _read_sets(self) -> LabelSets:
+        """The labels of every image, where these are lists of class numbers or names."""
+        rows = self._column((self.reader.label_key, "labels"))
+        if not all(isinstance(row, list | tuple) for row in rows):
+            raise DataError(f"the labels of {self.name} are no lists, as `labels: multilabel` needs them")
+        kinds = {type(label) for row in rows for label in row}
+        self.names = _names_by_index(self.reader.class_to_idx)
+        if kinds == {str} and not self.names:
+            self.names = tuple(sorted({label for row in rows for label in row}))
+        elif kinds - {int, str} or kinds == {int, str}:
+            raise DataError(f"the labels of {self.name} are no class numbers: {_type_names(kinds)}")
+        index = {label: number for number, label in enumerate(self.names)}
+        return LabelSets.of([[index[label] if isinstance(label, str) else label for label in row] for row in rows])
 
     def _read_labels(self) -> Any:
         reader, name = self.reader, self.name
-        if reader.label_key not in reader.dataset.column_names:
-            raise DataError(
-                f"{name} has no column {reader.label_key!r} of labels; it has {quoted(reader.dataset.column_names)}; "
-                "`labels: none` needs none"
-            )
-        labels = list(reader.dataset[reader.label_key])
+        labels = self._column((reader.label_key,))
         kinds = {type(label) for label in labels}
-        self.names = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__))
+        self.names = _names_by_index(reader.class_to_idx)
         if kinds == {str} and not self.names:
             self.names = tuple(sorted(set(labels)))
         elif not all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds):
-            type_names = ", ".join(sorted(kind.__name__ for kind in kinds))
-            raise DataError(
-                f"the labels of {name} are no class numbers (column {reader.label_key!r} has: {type_names})"
-            )
+            hint = "; `labels: multilabel` takes lists" if kinds <= {list, tuple} else ""
+            column = f"column {reader.label_key!r} has: {_type_names(kinds)}"
+            raise DataError(f"the labels of {name} are no class numbers ({column}){hint}")
         index = {label: number for number, label in enumerate(self.names)}
         return np.array([index[label] if isinstance(label, str) else int(label) for label in labels], dtype=int)
 
@@ -152,6 +183,14 @@ class HubImages(Dataset[Any]):
     def content(self, index: int) -> bytes | None:
         """The encoded bytes of an image, which do not depend on the decoder; None if the table has only a path."""
         return (self.reader.dataset[index][self.reader.image_key] or {}).get("bytes")
+
+
+def _names_by_index(class_to_idx: Mapping[str, int]) -> tuple[str, ...]:
+    return tuple(sorted(class_to_idx, key=class_to_idx.__getitem__))
+
+
+def _type_names(kinds: Iterable[type]) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in kinds))
 
 
 def _create_dataset(options: DataOptions, split: str) -> Any:
