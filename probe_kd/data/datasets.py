@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
@@ -37,6 +38,7 @@ class Datasets:
     test: Dataset[Any]
     num_classes: int
     labels: Labels = "class"
+    sampler: str | None = None
     held_out: Dataset[Any] | None = None
     val: Dataset[Any] | None = None
     classes: tuple[str, ...] = ()
@@ -46,12 +48,28 @@ class Datasets:
     whole: tuple[Split, ...] = field(
         default=(), repr=False, compare=False
     )  # as opened, before renumbering and division
+    train_targets: Any = field(
+        default=None, repr=False, compare=False
+    )  # all labels of `train`; None if not all are known
     read_from: Mapping[str, str] = field(default_factory=dict)  # the key of the split that each part comes from
 
     @property
     def to_choose_by(self) -> Dataset[Any] | None:
         """Images that neither train a model nor give its final figure; None if there are none."""
         return self.held_out if self.held_out is not None else self.val
+
+    @property
+    def train_counts(self) -> list[int] | None:
+        """The number of training images of each class; None if not all labels are known, or images have several."""
+        if self.train_targets is None:
+            return None
+        counts: list[int] = np.bincount(self.train_targets, minlength=self.num_classes).tolist()
+        return counts
+
+    @property
+    def balanced(self) -> Any:
+        """The classes of the training images, where `sampler: balanced` draws by them; else None."""
+        return self.train_targets if self.sampler == "balanced" else None
 
     @property
     def record(self) -> DataRecord:
@@ -137,8 +155,14 @@ def _checked(options: DataOptions, splits: list[Split], record: DataRecord | Non
         notes += notes_on_missing(split, names, num_classes)
     may_lack = options.num_classes is not None or record is not None
     _check_train(splits[0], names, num_classes, may_lack=may_lack)
+    if options.sampler == "balanced" and splits[0].targets is None:
+        raise DataError(
+            f"`sampler: balanced` needs the classes of all images, which dataset {options.dataset!r} tells only when "
+            "an image is read; leave it out, or weigh the classes: `cross_entropy` has `class_weights`",
+            "sampler",
+        )
     divided = _divided(options, splits, num_classes, names, notes)
-    return replace(divided, classes=names, skipped=skipped, whole=whole, labels=options.labels)
+    return replace(divided, classes=names, skipped=skipped, whole=whole, labels=options.labels, sampler=options.sampler)
 
 
 def _check_train(train: Split, names: Sequence[str], num_classes: int, *, may_lack: bool) -> None:
@@ -250,6 +274,7 @@ def _divided(
             )
         ),
         notes=tuple(all_notes),
+        train_targets=train.targets,
         read_from={"test": final.key, "val": curves.key},
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
@@ -69,11 +69,22 @@ class Views(Sampler[tuple[int, int]]):
     Both follow from the seed of the run and the age of the student in epochs alone. So a run that goes on in the
     middle of an epoch, one with other workers or processes, and the baseline beside the student, all see the same.
     Where the images lie in `shards`, of so many images each, the shards come in another order in every epoch, and
-    images within each window of it: so a disk reads about one place at a time.
+    images within each window of it: so a disk reads about one place at a time. With the classes of the images as
+    `balanced`, the images of an epoch are drawn instead, with replacement: each from a class that is drawn first, so
+    that every class comes equally often. An image that comes several times in an epoch has one view.
     """
 
-    def __init__(self, count: int, seed: int, views: int | None = None, *, shards: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        views: int | None = None,
+        *,
+        shards: Sequence[int] | None = None,
+        balanced: Int[np.ndarray, " images"] | None = None,
+    ) -> None:
         self.count, self.seed, self.views, self.shards = count, seed, views, shards
+        self.by_class = None if balanced is None else [*map(torch.from_numpy, _by_class(balanced))]
         self.age = 0
 
     def begin(self, age: int) -> None:
@@ -90,6 +101,8 @@ class Views(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(_combined_seed(self.seed, self.age, 0))
+        if self.by_class is not None:
+            return iter(self.of(self._drawn(self.by_class, generator)))
         if self.shards is None:
             return iter(self.of(torch.randperm(self.count, generator=generator).tolist()))
         shards = torch.split(torch.arange(self.count), list(self.shards))
@@ -97,10 +110,25 @@ class Views(Sampler[tuple[int, int]]):
         windows = [window[torch.randperm(len(window), generator=generator)] for window in torch.split(order, WINDOW)]
         return iter(self.of(torch.cat(windows).tolist()))
 
+    def _drawn(self, by_class: Sequence[Tensor], generator: torch.Generator) -> list[int]:
+        classes = torch.randint(len(by_class), (self.count,), generator=generator)
+        indices = torch.empty(self.count, dtype=torch.long)
+        for number, images in enumerate(by_class):
+            places = (classes == number).nonzero().flatten()
+            indices[places] = images[torch.randint(len(images), (len(places),), generator=generator)]
+        return indices.tolist()
+
     def of(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         """These images, each with the seed of this epoch's view."""
         view = _combined_seed(self.seed, self.view, 1)
         return [(index, view) for index in indices]
+
+
+def _by_class(classes: Int[np.ndarray, " images"]) -> list[Int[np.ndarray, " images_of_class"]]:
+    """The indices of the images of each class that has any."""
+    order = np.argsort(classes, kind="stable")
+    _, starts = np.unique(classes[order], return_index=True)
+    return np.split(order, starts[1:])
 
 
 def _combined_seed(*numbers: int) -> int:
@@ -108,19 +136,29 @@ def _combined_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def loader(dataset: Dataset[Any], options: DataOptions, spec: InputSpec, *, training: bool, seed: int = 0) -> Batches:
+def loader(
+    dataset: Dataset[Any],
+    options: DataOptions,
+    spec: InputSpec,
+    *,
+    training: bool,
+    seed: int = 0,
+    balanced: Int[np.ndarray, " images"] | None = None,
+) -> Batches:
     """Batches of images normalised as `spec` says, with their class indices.
 
     Training batches are augmented and shuffled, as the `Views` that is their sampler says, and carry the indices of
-    the images in the dataset as a third tensor. Workers live as long as the loader, from one epoch to the next.
+    the images in the dataset as a third tensor. `balanced` are the classes of the images, for `Views`. Workers live as
+    long as the loader, from one epoch to the next.
     """
     spec = spec.or_plain()  # there is no model here to ask
     count, channels = len(dataset), spec.size[0]  # type: ignore[arg-type]
     workers = worker_count(options.workers, -(-count // options.batch_size))
+    sampler = Views(count, seed, options.num_views, shards=_shards_of(dataset), balanced=balanced) if training else None
     batches = DataLoader(
         _Transformed(dataset, _transform(options, spec, training), channels),
         batch_size=options.batch_size,
-        sampler=Views(count, seed, options.num_views, shards=_shards_of(dataset)) if training else None,
+        sampler=sampler,
         drop_last=training and count > options.batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,

@@ -44,6 +44,8 @@ class DataOptions(BaseModel):
     `labels` are `class` (each image has one), `multilabel` (any number, from `csv/` or `hfds/`) or `none`: a folder of
     images, flat or nested, or any data set, whose labels are then not read. Without a folder `train_split`, such a
     folder is read whole, and without a folder `val_split` a tenth of it is held out.
+    `sampler: balanced` draws the classes equally often, so that an epoch has as many images as ever, those of rare
+    classes several times.
     `on_error: skip` leaves out images that cannot be read, which else end the run with their names.
     `input_size` is (channels, height, width). `mean` and `std` are the student's, where they differ from timm's config.
     `holdout` is the share of the training images that is kept from training, for choosing by (`keep: best`), and
@@ -64,6 +66,7 @@ class DataOptions(BaseModel):
     on_error: Literal["raise", "skip"] = "raise"
     download: bool = False
     num_classes: int | None = Field(default=None, ge=1)
+    sampler: Literal["balanced"] | None = None
     input_size: InputSize
     batch_size: int = Field(default=128, ge=1)
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
@@ -114,6 +117,15 @@ class DataOptions(BaseModel):
             raise ValueError(
                 "`labels: none` has no classes, so that `num_classes` of the data means nothing; leave it out (how "
                 "many numbers the student gives is `student: {model_kwargs: {num_classes: ...}}`)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balances_classes(self) -> Self:
+        if self.sampler == "balanced" and self.labels != "class":
+            raise ValueError(
+                f"`sampler: balanced` draws the classes equally often, and with `labels: {self.labels}` an image has "
+                "none of its own; leave it out"
             )
         return self
 

@@ -40,12 +40,13 @@ class Loop:
         images: Dataset[Any],
         image_input: InputSpec,
         num_classes: int,
+        balanced: Any = None,
         averaged: bool = False,
         cache: TeacherCache | None = None,
     ) -> None:
         self.cache = cache
         self.accelerator, self.distiller, self.phase = accelerator, distiller, phase
-        batches = loader(images, recipe.data, image_input, training=True, seed=recipe.seed)
+        batches = loader(images, recipe.data, image_input, training=True, seed=recipe.seed, balanced=balanced)
         assert isinstance(batches.sampler, Views)
         self.views = batches.sampler
         self.average = _average(distiller.student, recipe) if averaged else None

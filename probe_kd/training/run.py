@@ -369,6 +369,7 @@ def loop_of(
         images=models.plan.datasets.train,
         image_input=models.images_for(trained),
         num_classes=models.plan.datasets.num_classes,
+        balanced=models.plan.datasets.balanced,
         averaged=trained.role in ("student", BASELINE),
         cache=cache,
     )

@@ -13,7 +13,7 @@ from running import epoch_of
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Subset
 
-from probe_kd.data.loading import DataOptions, _combined_seed, loader, open_datasets, readable
+from probe_kd.data.loading import DataOptions, Views, _combined_seed, loader, open_datasets, readable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError
 
@@ -220,3 +220,23 @@ def test_the_operations_of_timm_are_as_they_were_for_others() -> None:
     loader([], DataOptions(input_size=(3, 8, 8), aa="v0r"), InputSpec((3, 8, 8)), training=True)  # type: ignore[arg-type]
     assert auto_augment.NAME_TO_OP["PosterizeIncreasing"] is auto_augment.posterize
     assert auto_augment.AugmentOp("Posterize").aug_fn is auto_augment.posterize
+
+
+def test_balanced_draws_come_from_every_class_equally_often_and_from_seed_and_age_alone() -> None:
+    classes = np.array([2] * 5 + [0] * 90 + [4] * 905)
+    views = Views(1000, 3, balanced=classes)
+    drawn = []
+    for age in range(40):
+        views.begin(age)
+        drawn.append([index for index, _ in views])
+    counts = np.bincount(classes[np.array(drawn)].flatten())
+    # 40,000 draws, of which a class has a third: five standard deviations are 471
+    assert np.abs(counts[[0, 2, 4]] - 40_000 / 3).max() < 471
+    assert counts.sum() == 40_000
+    assert set(np.concatenate(drawn)) == set(range(1000))
+    again = Views(1000, 3, balanced=classes)
+    again.begin(7)
+    assert [index for index, _ in again] == drawn[7]
+    assert drawn[7] != drawn[8]
+    per_image = np.bincount(np.array(drawn).flatten(), minlength=1000)[:5]
+    assert np.abs(per_image - 40_000 / 15).max() < 260  # of the five images of the rarest class

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from probe_kd import LOSSES, Loss
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.features import hint
-from probe_kd.methods.losses.labels import cross_entropy
+from probe_kd.methods.losses.labels import balanced_weights, cross_entropy
 from probe_kd.methods.losses.maps import attention
 from probe_kd.methods.losses.matrices import flow_matrix, fsp, gram
 from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
@@ -577,3 +577,31 @@ def test_a_teacher_whose_class_is_no_number_is_refused_by_hard_labels() -> None:
     v[1, 2] = torch.nan
     with pytest.raises(LossError, match=r"the teacher's side \(3, 4\) holds nan"):
         hard_labels(draw(3, 4).float(), v)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_weigh_each_class_and_not_the_batch(smoothing: float) -> None:
+    z, y, weights = draw(5, 3), torch.tensor([0, 2, 2, 1, 2]), [0.5, 2.0, 0.0]
+    smooth = np.eye(3)[y] * (1 - smoothing) + smoothing / 3
+    expected = -np.mean([(weights * q * np.log(softmax(row))).sum() for row, q in zip(z.numpy(), smooth, strict=True)])
+    by_index = cross_entropy(z, y, class_weights=weights, label_smoothing=smoothing)
+    assert by_index.item() == pytest.approx(expected, rel=1e-12)
+    one_hot = cross_entropy(z, torch.eye(3).double()[y], class_weights=weights, label_smoothing=smoothing)
+    torch.testing.assert_close(one_hot, by_index, rtol=1e-12, atol=0)
+
+
+def test_balanced_weights_are_those_of_scikit_learn() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    y = np.repeat([0, 1, 3], [2, 30, 5])
+    expected = compute_class_weight("balanced", classes=np.unique(y), y=y)
+    np.testing.assert_allclose(
+        balanced_weights(np.bincount(y, minlength=5).tolist()), [*expected[:2], 0, expected[2], 0]
+    )
+    for weights, says in (
+        (["balanced"], "numbers from 0 on"),
+        ("balanced", "is for recipes"),
+        ([1.0], "has 1 numbers"),
+    ):
+        with pytest.raises(LossError, match=says):
+            cross_entropy(draw(2, 1 if weights == ["balanced"] else 3), torch.tensor([0, 0]), class_weights=weights)  # type: ignore[arg-type]

@@ -22,6 +22,8 @@ from probe_kd.lazy import getter
 
 _HOME = {
     "attention": "maps",
+    "balanced_weights": "labels",
+    "binary_cross_entropy": "multilabel",
     "cross_entropy": "labels",
     "dist": "outputs",
     "flow_matrix": "matrices",
@@ -30,6 +32,7 @@ _HOME = {
     "hard_labels": "outputs",
     "hint": "features",
     "logits": "outputs",
+    "multilabel_soft_targets": "multilabel",
     "soft_targets": "outputs",
     "LOSSES": "table",
     "Loss": "table",

@@ -177,6 +177,15 @@ def check_outputs(loss: str, student: Tensor, teacher: Tensor) -> None:
     check_rows(loss, student)
 
 
+def in_float64(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
+    """Convert the logits to float64 if T^2 is so large that rounding in float32 would dominate the loss.
+
+    At T = 1e4 the probabilities differ by 1e-4 of themselves, and T^2 = 1e8 times the rounding of float32 is 10. Below
+    20 it is less than 1e-4. (Apple's GPUs have no float64.)
+    """
+    return tuple(tensor.double() if temperature > 20 and tensor.device.type != "mps" else tensor for tensor in logits)
+
+
 def power_of_two(numbers: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
     """The power of two above each positive number, and 1 for zero. Dividing by it causes no rounding error."""
     numbers = numbers.detach().masked_fill(numbers == 0, 0.5)

@@ -1,6 +1,7 @@
 """Losses of a model's outputs and the labels."""
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,15 @@ def cross_entropy(
     /,
     *,
     label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
 ) -> Float[Tensor, ""]:
-    """Compute the cross entropy -sum_i y_i log softmax(z)_i, averaged over the batch.
+    """Compute the cross entropy -sum_i w_i y_i log softmax(z)_i, averaged over the batch.
 
     `target` is class indices, or one distribution per image, as Mixup and CutMix make them. `label_smoothing` mixes in
-    the uniform distribution (Szegedy et al. 2016, sec. 7). Raises LossError for any other target, such as several
-    labels per image, which are not a distribution.
+    the uniform distribution (Szegedy et al. 2016, sec. 7). `class_weights` are the weights w_i of the classes, by
+    default 1 (`balanced_weights` has those that make up for rare classes). The batch is averaged by its size, and not
+    by the sum of its weights as in torch, so that an image counts the same whatever others are in its batch. Raises
+    LossError for any other target, such as several labels per image, which are not a distribution.
     """
     check_rows("cross_entropy", student)
     _check_target(student.shape, target)
@@ -33,7 +37,33 @@ def cross_entropy(
         check_values(student.shape[1], target)
     if not target.is_floating_point():
         target = target.long()
-    return F.cross_entropy(student, target, label_smoothing=label_smoothing)
+    if class_weights is None:
+        return F.cross_entropy(student, target, label_smoothing=label_smoothing)
+    weights = student.new_tensor(_checked_weights(class_weights, student.shape[1]))
+    return F.cross_entropy(student, target, weights, label_smoothing=label_smoothing, reduction="sum") / len(student)
+
+
+def balanced_weights(counts: Sequence[int]) -> list[float]:
+    """Return the class weights N / (C n_i) for C classes with n_i images of N, as scikit-learn's `balanced`.
+
+    Classes without images have weight 0, and are not counted. So the mean weight of an image is 1.
+    """
+    present = sum(count > 0 for count in counts)
+    return [sum(counts) / (present * count) if count else 0.0 for count in counts]
+
+
+def _checked_weights(weights: Sequence[float], classes: int) -> list[float]:
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise LossError(
+            f"cross_entropy: class_weights {weights!r}; expected a number for each class (`balanced` is for recipes, "
+            "which know the images; `balanced_weights` has its numbers)"
+        )
+    if len(weights) != classes:
+        raise LossError(f"cross_entropy: class_weights has {len(weights)} numbers, and there are {classes} classes")
+    legal = all(isinstance(weight, int | float) and isfinite(weight) and weight >= 0 for weight in weights)
+    if not legal or not any(weights):
+        raise LossError(f"cross_entropy: class_weights {list(weights)}; expected numbers from 0 on, and one above it")
+    return list(weights)
 
 
 def _check_target(logits: Sequence[int], target: Tensor) -> None:

@@ -8,7 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import Reduction, check_outputs, loss_function, power_of_two, squared_error
+from probe_kd.methods.losses.common import (
+    Reduction,
+    check_outputs,
+    in_float64,
+    loss_function,
+    power_of_two,
+    squared_error,
+)
 
 
 @loss_function
@@ -37,7 +44,7 @@ def soft_targets(
     if standardize:
         student, teacher = _standardize(student), _standardize(teacher)
     dtype = student.dtype
-    student, teacher = _in_float64(temperature, student, teacher)
+    student, teacher = in_float64(temperature, student, teacher)
     log_p = F.log_softmax(student / temperature, dim=1)
     log_q = F.log_softmax(teacher / temperature, dim=1)
     # A class that the teacher masks (-inf) adds 0 log 0 = 0, whatever the student's logit.
@@ -118,7 +125,7 @@ def dist(
             "larger batches, or `intra: 0`"
         )
     dtype = student.dtype
-    student, teacher = _in_float64(temperature, student, teacher)
+    student, teacher = in_float64(temperature, student, teacher)
     p, q = (student / temperature).softmax(1), (teacher / temperature).softmax(1)
     value = inter * (1 - _pearson(p, q, temperature)).mean()
     if intra:
@@ -129,15 +136,6 @@ def dist(
 def _check_temperature(loss: str, temperature: float) -> None:
     if not isinstance(temperature, int | float) or not 0 < temperature < torch.inf:
         raise LossError(f"{loss}: temperature {temperature}; it has to be positive, and finite")
-
-
-def _in_float64(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
-    """Convert the logits to float64 if T^2 is so large that rounding in float32 would dominate the loss.
-
-    At T = 1e4 the probabilities differ by 1e-4 of themselves, and T^2 = 1e8 times the rounding of float32 is 10. Below
-    20 it is less than 1e-4. (Apple's GPUs have no float64.)
-    """
-    return tuple(tensor.double() if temperature > 20 and tensor.device.type != "mps" else tensor for tensor in logits)
 
 
 def _standardize(logits: Float[Tensor, "batch classes"], eps: float = 1e-7) -> Float[Tensor, "batch classes"]:
