@@ -60,6 +60,12 @@ RELATIVE = (
 )
 LOSS_OPTIONS = {
     "cross_entropy.label_smoothing": "Share of the label that is spread evenly over all classes.",
+    "cross_entropy.class_weights": "A weight for each class, as a list, or `balanced`: by how rare a class is.",
+    "binary_cross_entropy.pos_weight": "Weight of the classes that an image has: one number, or one a class.",
+    "binary_cross_entropy.label_smoothing": "Share by which each label moves towards 1/2.",
+    "binary_cross_entropy.reduction": "`mean` over the classes, or `sum`; the batch is averaged either way.",
+    "multilabel_soft_targets.temperature": "Temperature T of all sigmoids; the loss is multiplied by T^2.",
+    "multilabel_soft_targets.reduction": "`mean` over the classes, or `sum`; the batch is averaged either way.",
     "soft_targets.temperature": "Temperature T of both softmaxes; the loss is multiplied by T^2.",
     "soft_targets.standardize": "Take z-scores of each image's logits first.",
     "hard_labels.label_smoothing": "Share of the teacher's class that is spread evenly over all classes.",

@@ -130,14 +130,15 @@ DESCRIPTIONS = {
     "block": "The gradient block: which parameters a loss between student and teacher may change.",
     # data
     "dataset": "Name of the dataset: `sklearn/digits`, `torch/NAME` (torchvision), `hfds/NAME` (Hugging Face "
-    "datasets), `wds/NAME` (tar shards). Empty: a folder of images at `root`.",
+    "datasets), `wds/NAME` (tar shards), `csv/FILE` (rows of `path,label`). Empty: a folder of images at `root`.",
     "root": "Folder of the images.",
     "train_split": "Split, or folder in `root`, to train on.",
     "val_split": "Split, or folder in `root`, that is evaluated after every epoch. `none` for none.",
     "test_split": "Split, or folder in `root`, for the final results. It is evaluated once. Not set: `val_split` "
     "is used.",
-    "labels": "What is read beside the images: one class each (`class`), or nothing (`none`), for losses that compare "
-    "with the teacher. Labels of a labelled data set are then ignored.",
+    "labels": "What is known of each image: its class (`class`), any number of classes (`multilabel`), or nothing "
+    "(`none`), for losses that compare with the teacher. Labels of a labelled data set are then ignored.",
+    "sampler": "`balanced` draws the classes equally often. Not set: every image once an epoch.",
     "on_error": "What to do with an image that cannot be read: stop with its name (`raise`), or leave it out and "
     "count it (`skip`).",
     "download": "Download the dataset if it is not there.",
