@@ -190,9 +190,11 @@ class Objective:
             self.resolved.check_values(loss_name, options)
             if not isinstance(self.loss, str):
                 continue
-            shape = (batch, *_SHAPES[self.resolved.reads])
+            shape = (batch, *self._shape_to_try(options))
             numbers = torch.arange(prod(shape), dtype=torch.float32, device="cpu").sin().reshape(shape)
-            target = torch.arange(batch, device="cpu") if self.resolved.reads == "labels" else numbers.cos()
+            target = numbers.cos()
+            if self.resolved.reads == "labels":
+                target = target.abs() if self.resolved.multilabel else torch.arange(batch, device="cpu") % shape[1]
             try:
                 self.resolved.function(numbers, target, **options)
             except LossError:
@@ -200,6 +202,12 @@ class Objective:
             except Exception as refusal:  # torch raises errors of many types
                 values = ", ".join(f"{key}={value!r}" for key, value in options.items())
                 raise LossError(f"{loss_name!r} does not take {values}: {' '.join(str(refusal).split())}") from None
+
+    def _shape_to_try(self, options: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape of one image's output or feature. An output has as many classes as an option has numbers."""
+        lengths = [len(value) for value in options.values() if isinstance(value, list | tuple) and value]
+        reads = self.resolved.reads
+        return (lengths[0],) if lengths and reads in ("labels", "outputs") else _SHAPES[reads]
 
     def _comparisons(self) -> Iterator[Comparison]:
         reads = self.resolved.reads

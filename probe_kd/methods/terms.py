@@ -9,6 +9,7 @@ from probe_kd.engine.spec import Tap, value_at
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import check_finite
 from probe_kd.methods.losses.labels import check_labels
+from probe_kd.methods.losses.multilabel import check_shares
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.targets import compared, teacher_side
 from probe_kd.methods.teachers import TeacherFeatures
@@ -63,7 +64,7 @@ class Terms:
         if target is None:
             raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
         if isinstance(objective.loss, str) and self._checks_values(output):
-            check_labels(output, target)
+            (check_shares if objective.resolved.multilabel else check_labels)(output, target)
         return objective.resolved.function(output, target, **self.options[index])
 
     def _comparisons(self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures) -> Tensor:

@@ -15,6 +15,8 @@ from probe_kd.methods.losses.labels import cross_entropy
 from probe_kd.methods.losses.maps import attention
 from probe_kd.methods.losses.matrices import fsp, gram
 from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
+from probe_kd.methods.losses.multilabel import binary_cross_entropy, multilabel_soft_targets
+from probe_kd.methods.losses.outputs import dist, logits, soft_targets
 
 Reads = Literal["labels", "outputs", "features", "maps", "grams", "flows"]
 
@@ -23,7 +25,7 @@ Reads = Literal["labels", "outputs", "features", "maps", "grams", "flows"]
 class Loss:
     """A loss function and the kind of tensors that it reads.
 
-    - `labels`: the student's logits and the target
+    - `labels`: the student's logits and the target; with `multilabel`, the target is a multi-hot vector per image
     - `outputs`: the logits of both models
     - `features`: for each pair of layers, both features in one shape
     - `maps`: for each pair, both maps at one grid, each with its own channels
@@ -33,6 +35,7 @@ class Loss:
 
     function: Callable[..., Tensor]
     reads: Reads
+    multilabel: bool = False
 
     @property
     def reads_layers(self) -> bool:
@@ -92,8 +95,10 @@ def _refusal(value: Any, annotation: Any) -> str:
 LOSSES: Mapping[str, Loss] = MappingProxyType(
     {
         "cross_entropy": Loss(cross_entropy, "labels"),
+        "binary_cross_entropy": Loss(binary_cross_entropy, "labels", multilabel=True),
         "soft_targets": Loss(soft_targets, "outputs"),
         "hard_labels": Loss(hard_labels, "outputs"),
+        "multilabel_soft_targets": Loss(multilabel_soft_targets, "outputs"),
         "logits": Loss(logits, "outputs"),
         "dist": Loss(dist, "outputs"),
         "hint": Loss(hint, "features"),
