@@ -1,0 +1,89 @@
+"""`data.labels`: which losses can read them, and class weights from the number of images of each class."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from probe_kd.data.datasets import Datasets
+from probe_kd.errors import LossError
+from probe_kd.methods.losses.labels import balanced_weights
+from probe_kd.methods.losses.table import LOSSES
+from probe_kd.methods.objectives import Objective
+from probe_kd.recipe.keys import LossOptions, Recipe
+from probe_kd.recipe.sections.mistakes import Mistake
+from probe_kd.recipe.yaml_tree import KeyPath
+
+BALANCED = "balanced"
+
+
+def with_class_weights(loss: LossOptions, datasets: Datasets | None) -> Mapping[str, Any]:
+    """The options of a loss, with numbers for `class_weights: balanced`.
+
+    Without `datasets`, which could not be opened, the weights are left out. Raises LossError if their labels are not
+    known beforehand.
+    """
+    options = loss.options
+    if options.get("class_weights") != BALANCED or loss.loss != "cross_entropy":
+        return options
+    others = {key: value for key, value in options.items() if key != "class_weights"}
+    if datasets is None or datasets.labels != "class":  # the latter is a mistake of its own
+        return others
+    if datasets.train_counts is None:
+        raise LossError(
+            "`class_weights: balanced` needs the classes of all training images, which this data set tells only when an "
+            "image is read; give a list of weights, in the order of the classes"
+        )
+    return {**others, "class_weights": balanced_weights(datasets.train_counts)}
+
+
+def check_label_losses(
+    recipe: Recipe, index: int, objectives: Sequence[Objective], classes: int | None
+) -> list[Mistake]:
+    """Check that the losses of a stage that read labels read such as the data have."""
+    mistakes: list[Mistake] = []
+    for objective in objectives:
+        if objective.resolved.reads != "labels":
+            continue
+        loss = recipe.stages[index].losses[objective.name].loss
+        place: KeyPath = ("stages", index, "losses", objective.name)
+        if message := _why_unreadable(recipe, loss, classes):
+            mistakes.append(((*place, "loss"), f"loss `{objective.name}` ({loss}) {message}"))
+        elif message := _why_other_weights(objective, classes):
+            mistakes.append(((*place, "class_weights"), message))
+    return mistakes
+
+
+def _why_unreadable(recipe: Recipe, loss: str, classes: int | None) -> str:
+    """Why a loss cannot read the labels of the data; empty if it can."""
+    labels, multilabel = recipe.data.labels, LOSSES[loss].multilabel
+    if labels == "none":
+        return (
+            "reads labels, and `data: {labels: none}` has none; take a loss that compares with the teacher (`hint`, "
+            "`soft_targets`), or data with labels"
+        )
+    if labels == "multilabel" and not multilabel:
+        return (
+            "reads one class an image, and `data: {labels: multilabel}` has any number of them; take "
+            "`binary_cross_entropy`"
+        )
+    if labels == "class" and multilabel and not (classes == 2 and one_output(recipe)):
+        alone = (
+            ", or give the student one output for the two classes: `model_kwargs: {num_classes: 1}`"
+            if classes == 2
+            else ""
+        )
+        return f"reads any number of classes an image, and `data: {{labels: class}}` has one; take `cross_entropy`{alone}"
+    return ""
+
+
+def one_output(recipe: Recipe) -> bool:
+    """Whether the student is built with one output, which tells two classes by its sign."""
+    return recipe.student.model_kwargs.get("num_classes") == 1
+
+
+def _why_other_weights(objective: Objective, classes: int | None) -> str:
+    for option in ("class_weights", "pos_weight"):
+        weights = objective.options.get(option)
+        outputs = 1 if objective.resolved.multilabel and classes == 2 else classes
+        if classes and isinstance(weights, list | tuple) and len(weights) not in (classes, outputs):
+            return f"`{option}` of `{objective.name}` has {len(weights)} numbers, and the data have {classes} classes"
+    return ""
