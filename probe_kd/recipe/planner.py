@@ -18,6 +18,7 @@ from probe_kd.recipe.reading import Source
 from probe_kd.recipe.sections.execution import check_execution
 from probe_kd.recipe.sections.freezing import Frozen, find_frozen
 from probe_kd.recipe.sections.images import check_transforms, open_data
+from probe_kd.recipe.sections.labels import check_label_losses, softmax_remarks
 from probe_kd.recipe.sections.losses import Planned, check_baseline, check_sides, find_adapters, make_objectives
 from probe_kd.recipe.sections.mistakes import Mistake
 from probe_kd.recipe.sections.models import (
@@ -60,7 +61,10 @@ class Plan:
     classifying: frozenset[Side] = frozenset()
 
     def classifies(self, side: Side) -> bool:
-        """Whether the accuracy of this side means something: what no loss reads is not measured."""
+        """Whether the accuracy of this side means something: what no loss reads is not measured.
+
+        With several labels an image, this is the mean average precision.
+        """
         return side in self.classifying
 
     @property
@@ -79,12 +83,14 @@ class Plan:
         uses_teacher = self.recipe.share or any(
             objective.needs_teacher for stage in self.objectives for objective in stage
         )
+        remarks = softmax_remarks(self.recipe)
         if self.teacher is None or uses_teacher:
-            return []
+            return remarks
         action = "is trained" if self.recipe.teacher and self.recipe.teacher.train else "is loaded"
         return [
             f"no loss reads the teacher: it {action} and compared with, and teaches nothing; add "
-            "`soft: {loss: soft_targets}`, say, or leave `teacher` out"
+            "`soft: {loss: soft_targets}`, say, or leave `teacher` out",
+            *remarks,
         ]
 
     @property
@@ -194,7 +200,7 @@ def _check_sections(
     mistakes += more
     (grown, sharing), more = try_sharing(recipe, models)
     mistakes += more
-    paired, objectives, comparisons, more = _plan_losses(recipe, models, grown, class_map)
+    paired, objectives, comparisons, more = _plan_losses(recipe, models, grown, class_map, datasets)
     mistakes += more
     frozen, more = find_frozen(recipe, models.student, objectives)
     classifying = sides_that_classify(recipe, models, grown, objectives, class_map)
@@ -233,6 +239,7 @@ def _hides_others(place: KeyPath) -> bool:
 
 _DATA_ITSELF = {
     *("dataset", "root", "train_split", "val_split", "test_split", "num_classes", "input_size", "holdout", "fraction"),
+    "labels",
 }
 
 
@@ -256,15 +263,16 @@ def _check_weights(recipe: Recipe, models: Models, record: DataRecord | None) ->
 
 
 def _plan_losses(
-    recipe: Recipe, models: Models, grown: Trace | None, class_map: Sequence[int] | None
+    recipe: Recipe, models: Models, grown: Trace | None, class_map: Sequence[int] | None, datasets: Datasets | None
 ) -> tuple[Paired, list[list[Objective]], list[Planned], list[Mistake]]:
     """The pairs, the objectives of each stage, and what each of them compares."""
     paired, mistakes = find_pairs(recipe, models, grown)
     objectives: list[list[Objective]] = []
     for index in range(len(recipe.stages)):
-        of_stage, more = make_objectives(recipe, index, paired.compared, "body." if grown else "")
+        of_stage, more = make_objectives(recipe, index, paired.compared, "body." if grown else "", datasets)
         objectives.append(of_stage)
         mistakes += more + check_sides(recipe, index, of_stage)
+        mistakes += check_label_losses(recipe, index, of_stage, models.classes)
     mistakes += check_use(recipe, paired, objectives)
     of_outputs = check_outputs(recipe, models, grown, objectives)
     mistakes += of_outputs

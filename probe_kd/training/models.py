@@ -110,7 +110,9 @@ class Models:
         if options.train is not None:
             train_options = options.train
             smoothing = {"label_smoothing": train_options.label_smoothing}
-            labels = Objective("cross_entropy", "task", options=smoothing, student=options.output)
+            several = plan.datasets.labels == "multilabel"
+            loss = "binary_cross_entropy" if several else "cross_entropy"
+            labels = Objective(loss, "task", options=smoothing, student=options.output)
             phases = (
                 Phase("train", train_options.epochs, (labels,), train_options.optimizer, train_options.scheduler),
             )

@@ -14,6 +14,7 @@ from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
 from probe_kd.measures import headline_of
 from probe_kd.methods.adapters import ImageView
+from probe_kd.methods.predictions import average_precisions, class_logits, mean_average_precision
 from probe_kd.training.devices import memory_format
 from probe_kd.training.loop import Loop
 from probe_kd.training.models import TEACHER_BASELINE, Models, TrainedModel
@@ -82,9 +83,13 @@ class Scorer:
     @property
     def headline(self) -> str:
         """The measure that the run is about; empty if it takes none."""
-        return headline_of(("accuracy",) if self.plan.classifies("student") else ())
+        measure = "map" if self.plan.datasets.labels == "multilabel" else "accuracy"
+        return headline_of((measure,) if self.plan.classifies("student") else ())
 
     def _score(self, trained: TrainedModel, answers: Tensor, targets: Tensor, split: MeasuredSplit) -> Score:
+        if self.plan.datasets.labels == "multilabel":
+            mean = mean_average_precision(average_precisions(answers, targets))
+            return Score(measures={} if mean is None else {"map": mean})
         accuracy = (answers == targets).double().mean().item()
         labels_by_count = {"images": targets, "right": targets[answers == targets]}
         classes = {name: _per_class(labels, self.plan.datasets.num_classes) for name, labels in labels_by_count.items()}
@@ -96,7 +101,10 @@ class Scorer:
         return Score(accuracy, (answers == self.teacher_predictions[split]).double().mean().item(), classes)
 
     def _predict(self, models: Sequence[TrainedModel], split: MeasuredSplit) -> list[tuple[Tensor, Tensor]]:
-        """Return (predicted classes, true classes) of all images of a split, in their order, for each model."""
+        """Return (predicted classes, true classes) of all images of a split, in their order, for each model.
+
+        With several labels an image, the logits are the prediction.
+        """
         by_input: dict[InputSpec, list[int]] = {}
         for index, model in enumerate(models):
             by_input.setdefault(self.models.images_for(model), []).append(index)
@@ -110,7 +118,7 @@ class Scorer:
     def _predict_alike(
         self, models: Sequence[TrainedModel], image_input: InputSpec, split: MeasuredSplit
     ) -> tuple[list[Tensor], Tensor]:
-        """Return the predicted classes of models with the same input, and the true classes."""
+        """Return the predictions of models with the same input, and the labels."""
         accelerator = self.accelerator
         if (image_input, split) not in self.test_batches:
             datasets = self.plan.datasets
@@ -136,9 +144,15 @@ class Scorer:
         return predicted, targets
 
     def _answers(self, trained: TrainedModel, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The class of every image, and the number of images without one: their largest output is not finite."""
+        """The class of every image, and the number of images without one: their largest output is not finite.
+
+        With several labels an image, its logits, and the number of images of which one is no number.
+        """
         if self.plan.class_map is not None and trained.role == "teacher":
             logits = logits[:, list(self.plan.class_map)]
+        if self.plan.datasets.labels == "multilabel":
+            return logits.float(), logits.isnan().any(1).sum()
+        logits = class_logits(logits)
         return logits.argmax(1), logits.amax(1).isfinite().logical_not().sum()  # a class may be ruled out by -inf
 
     @property

@@ -117,10 +117,12 @@ def untrained(models: Models, trained: TrainedModel, reach: Sequence[tuple[str, 
     used -= {name for name in used if any(in_pattern(name.removeprefix("student."), layer) for layer in frozen)}
     unreached = sorted(used - {name for _, norms in reach for loss in norms.values() for name in loss})
     names = ", ".join(unreached[:6]) + (f" and {len(unreached) - 6} more" if len(unreached) > 6 else "")
+    measure = "mAP" if models.plan.datasets.labels == "multilabel" else "accuracy"
     remark = (
-        f"no loss of any stage trains {names}, so its accuracy means nothing; add one that reads the student's answer"
+        f"no loss of any stage trains {names}, so its {measure} means nothing; add one that reads the student's answer"
     )
-    return [f"{remark}, `cross_entropy` say"] * bool(unreached)
+    loss = "binary_cross_entropy" if models.plan.datasets.labels == "multilabel" else "cross_entropy"
+    return [f"{remark}, `{loss}` say"] * bool(unreached)
 
 
 def _yields_classes(models: Models, trained: TrainedModel) -> bool:

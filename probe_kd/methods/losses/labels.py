@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import isfinite
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ def cross_entropy(
     /,
     *,
     label_smoothing: float = 0.0,
-    class_weights: Sequence[float] | None = None,
+    class_weights: Sequence[float] | Literal["balanced"] | None = None,
 ) -> Float[Tensor, ""]:
     """Compute the cross entropy -sum_i w_i y_i log softmax(z)_i, averaged over the batch.
 
@@ -52,7 +53,7 @@ def balanced_weights(counts: Sequence[int]) -> list[float]:
     return [sum(counts) / (present * count) if count else 0.0 for count in counts]
 
 
-def _checked_weights(weights: Sequence[float], classes: int) -> list[float]:
+def _checked_weights(weights: Sequence[float] | str, classes: int) -> list[float]:
     if isinstance(weights, str) or not isinstance(weights, Sequence):
         raise LossError(
             f"cross_entropy: class_weights {weights!r}; expected a number for each class (`balanced` is for recipes, "
@@ -63,7 +64,7 @@ def _checked_weights(weights: Sequence[float], classes: int) -> list[float]:
     legal = all(isinstance(weight, int | float) and isfinite(weight) and weight >= 0 for weight in weights)
     if not legal or not any(weights):
         raise LossError(f"cross_entropy: class_weights {list(weights)}; expected numbers from 0 on, and one above it")
-    return list(weights)
+    return [float(weight) for weight in weights]
 
 
 def _check_target(logits: Sequence[int], target: Tensor) -> None:

@@ -14,9 +14,8 @@ from probe_kd.methods.losses.features import hint
 from probe_kd.methods.losses.labels import cross_entropy
 from probe_kd.methods.losses.maps import attention
 from probe_kd.methods.losses.matrices import fsp, gram
-from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
 from probe_kd.methods.losses.multilabel import binary_cross_entropy, multilabel_soft_targets
-from probe_kd.methods.losses.outputs import dist, logits, soft_targets
+from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
 
 Reads = Literal["labels", "outputs", "features", "maps", "grams", "flows"]
 

@@ -29,8 +29,8 @@ def with_class_weights(loss: LossOptions, datasets: Datasets | None) -> Mapping[
         return others
     if datasets.train_counts is None:
         raise LossError(
-            "`class_weights: balanced` needs the classes of all training images, which this data set tells only when an "
-            "image is read; give a list of weights, in the order of the classes"
+            "`class_weights: balanced` needs the classes of all training images, which this data set tells only when "
+            "an image is read; give a list of weights, in the order of the classes"
         )
     return {**others, "class_weights": balanced_weights(datasets.train_counts)}
 
@@ -65,25 +65,28 @@ def _why_unreadable(recipe: Recipe, loss: str, classes: int | None) -> str:
             "reads one class an image, and `data: {labels: multilabel}` has any number of them; take "
             "`binary_cross_entropy`"
         )
-    if labels == "class" and multilabel and not (classes == 2 and one_output(recipe)):
-        alone = (
-            ", or give the student one output for the two classes: `model_kwargs: {num_classes: 1}`"
-            if classes == 2
-            else ""
-        )
-        return f"reads any number of classes an image, and `data: {{labels: class}}` has one; take `cross_entropy`{alone}"
+    if labels == "class" and multilabel and classes not in (2, None):  # one output tells two classes
+        return "reads any number of classes an image, and `data: {labels: class}` has one; take `cross_entropy`"
     return ""
-
-
-def one_output(recipe: Recipe) -> bool:
-    """Whether the student is built with one output, which tells two classes by its sign."""
-    return recipe.student.model_kwargs.get("num_classes") == 1
 
 
 def _why_other_weights(objective: Objective, classes: int | None) -> str:
     for option in ("class_weights", "pos_weight"):
         weights = objective.options.get(option)
         outputs = 1 if objective.resolved.multilabel and classes == 2 else classes
-        if classes and isinstance(weights, list | tuple) and len(weights) not in (classes, outputs):
+        if classes and isinstance(weights, list | tuple) and len(weights) not in (1, classes, outputs):
             return f"`{option}` of `{objective.name}` has {len(weights)} numbers, and the data have {classes} classes"
     return ""
+
+
+def softmax_remarks(recipe: Recipe) -> list[str]:
+    """A remark on each loss whose softmax makes the classes exclude each other, where images have several."""
+    if recipe.data.labels != "multilabel":
+        return []
+    losses = {name: loss.loss for stage in recipe.stages for name, loss in stage.losses.items()}
+    return [
+        f"loss `{name}` ({loss}) compares classes that exclude each other, and images have several; "
+        "`multilabel_soft_targets` compares each class by itself"
+        for name, loss in losses.items()
+        if loss in ("soft_targets", "hard_labels", "dist")
+    ]

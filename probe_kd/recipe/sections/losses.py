@@ -3,15 +3,18 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from probe_kd.data.datasets import Datasets
 from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, value_at
 from probe_kd.errors import LossError
 from probe_kd.methods.fitting import refuse_moving_target
 from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, schedule
+from probe_kd.recipe.sections.labels import with_class_weights
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.models import in_body
 from probe_kd.recipe.sections.pairs import Paired
@@ -31,14 +34,18 @@ class Planned:
 
 
 def make_objectives(
-    recipe: Recipe, index: int, pairs: Sequence[Pair] | None, body: str
+    recipe: Recipe, index: int, pairs: Sequence[Pair] | None, body: str, datasets: Datasets | None = None
 ) -> tuple[list[Objective], list[Mistake]]:
-    """The objectives of one stage. `body` is the prefix of the student's layers in `between`, if it is a graft."""
+    """The objectives of one stage. `body` is the prefix of the student's layers in `between`, if it is a graft.
+
+    `datasets` give the numbers of class weights.
+    """
     stage = recipe.stages[index]
     objectives: list[Objective] = []
     mistakes: list[Mistake] = []
     for name in stage.losses:
-        of_loss, more = _make_objective(recipe, index, name, [_UNKNOWN] if pairs is None else pairs, body)
+        compared = [_UNKNOWN] if pairs is None else pairs
+        of_loss, more = _make_objective(recipe, index, name, compared, body, datasets)
         objectives += of_loss
         mistakes += more
     if not stage.losses:
@@ -48,7 +55,7 @@ def make_objectives(
 
 
 def _make_objective(
-    recipe: Recipe, index: int, name: str, pairs: Sequence[Pair], body: str
+    recipe: Recipe, index: int, name: str, pairs: Sequence[Pair], body: str, datasets: Datasets | None
 ) -> tuple[list[Objective], list[Mistake]]:
     options: LossOptions = recipe.stages[index].losses[name]
     place: KeyPath = ("stages", index, "losses", name)
@@ -57,7 +64,8 @@ def _make_objective(
         mistakes.append((place, f"a loss cannot be called `{name}`: the metrics have a column of that name"))
     objective: Objective | None = None
     with noting(mistakes, *place, *_key_to_blame(options)):
-        objective = _objective(recipe, name, options, pairs, body)
+        arguments = with_class_weights(options, datasets)
+        objective = _objective(recipe, name, options, pairs, body, arguments)
         objective.check_batch(recipe.data.batch_size)
     return [objective] if objective else [], mistakes
 
@@ -68,13 +76,7 @@ def check_sides(recipe: Recipe, index: int, objectives: Sequence[Objective]) -> 
     mistakes: list[Mistake] = []
     for objective in objectives:
         name = objective.name
-        if recipe.data.labels == "none" and objective.resolved.reads == "labels":
-            message = (
-                f"loss `{name}` ({recipe.stages[index].losses[name].loss}) reads labels, and `data: {{labels: none}}` "
-                "has none; take a loss that compares with the teacher (`hint`, `soft_targets`), or data with labels"
-            )
-            mistakes.append(((*place, name), message))
-        elif objective.needs_teacher and recipe.teacher is None:
+        if objective.needs_teacher and recipe.teacher is None:
             message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"
             mistakes.append(((*place, name), message))
         elif objective.of == "teacher" and recipe.share is None:
@@ -99,14 +101,16 @@ def _check_both_train(index: int, stage: StageOptions, objectives: Sequence[Obje
     return []
 
 
-def _objective(recipe: Recipe, name: str, options: LossOptions, pairs: Sequence[Pair], body: str) -> Objective:
+def _objective(
+    recipe: Recipe, name: str, options: LossOptions, pairs: Sequence[Pair], body: str, arguments: Mapping[str, Any]
+) -> Objective:
     student_tap, teacher_tap = _taps(recipe, options)
     return Objective(
         options.loss,
         name,
         weight=schedule(options.weight),
         pairs=pairs,
-        options=options.options,
+        options=arguments,
         policy=options.policy,
         tokens=options.tokens,
         normalize=options.normalize,

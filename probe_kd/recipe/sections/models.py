@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,9 +16,10 @@ from probe_kd.engine.models import build_on_meta, check_import, check_kwargs, ch
 from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.engine.weights import classifiers, load_weights, read_weights
-from probe_kd.errors import AdapterError, TapError, TraceError, WeightsError, nearest
+from probe_kd.errors import AdapterError, ProbeKDError, TapError, TraceError, WeightsError, nearest
 from probe_kd.files.atomic import read_text, reason
 from probe_kd.methods.adapters import check_class_map
+from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.outputs import output_spec
 from probe_kd.recipe.keys import ModelOptions, Recipe, TeacherOptions, classifier_of
 from probe_kd.recipe.sections.mistakes import Mistake, noting
@@ -36,14 +38,37 @@ class Models:
 
 def trace_models(recipe: Recipe, classes: int | None, allow_import: Sequence[str]) -> tuple[Models, list[Mistake]]:
     size, teacher = recipe.data.input_size, recipe.teacher
-    student, mistakes = _trace("student", recipe.student, size, classes, allow_import, training=True)
-    if teacher is None:
-        return Models(student, None, classes), mistakes
-    of_data = classes if teacher.class_map is None or teacher.train else None
-    teacher_trace, more = _trace(
-        "teacher", teacher, teacher.input_size or size, of_data, allow_import, training=recipe.share is not None
-    )
-    return Models(student, teacher_trace, classes), mistakes + more
+    teacher_trace, of_teacher = None, list[Mistake]()
+    if teacher is not None:
+        of_data = (classes or None) if teacher.class_map is None or teacher.train else None
+        teacher_trace, of_teacher = _trace(
+            "teacher", teacher, teacher.input_size or size, of_data, allow_import, training=recipe.share is not None
+        )
+    of_student = _outputs_without_labels(recipe, teacher_trace) if classes == 0 else classes
+    student, mistakes = _trace("student", recipe.student, size, of_student, allow_import, training=True)
+    return Models(student, teacher_trace, classes), mistakes + of_teacher
+
+
+def _outputs_without_labels(recipe: Recipe, teacher: Trace | None) -> int | None:
+    """How many outputs the student gets where there are no classes; None for as many as it has by itself.
+
+    As many as the teacher's, if a loss compares outputs; else none, unless they belong to its weights.
+    """
+    if _compares_outputs(recipe):
+        if recipe.teacher is None or teacher is None:
+            return None
+        with suppress(ProbeKDError):
+            if recipe.teacher.class_map is not None:
+                return len(_class_indices(recipe.teacher.class_map))
+            return output_spec(teacher, Tap.parse(recipe.teacher.output), "teacher").channels
+        return None
+    of_timm = ":" not in recipe.student.model
+    return 0 if of_timm and recipe.student.checkpoint is None else None
+
+
+def _compares_outputs(recipe: Recipe) -> bool:
+    losses = [loss.loss for stage in recipe.stages for loss in stage.losses.values()]
+    return any(loss in LOSSES and LOSSES[loss].reads == "outputs" for loss in losses)
 
 
 def _trace(
@@ -57,7 +82,7 @@ def _trace(
 ) -> tuple[Trace | None, list[Mistake]]:
     kwargs = dict(model.model_kwargs)
     frozen = side == "teacher" and not getattr(model, "train", None)
-    if classes and not (frozen and (model.pretrained or library_of(model.model))):
+    if classes is not None and not (frozen and (model.pretrained or library_of(model.model))):
         kwargs.setdefault("num_classes", classes)  # a frozen teacher that comes with a head keeps it
     if size[0] != 3:
         kwargs.setdefault("in_chans", size[0])
@@ -108,6 +133,9 @@ def check_teacher(recipe: Recipe) -> list[Mistake]:
     if not (teacher.pretrained or teacher.checkpoint or teacher.train or recipe.share):
         message = "the teacher has random weights; give `pretrained: true`, a `checkpoint`, or `train: {epochs: ...}`"
         mistakes.append((("teacher", "model"), message))
+    if recipe.data.labels == "none" and teacher.class_map is not None and not _compares_outputs(recipe):
+        message = "there are no classes (`data: {labels: none}`), and no loss compares outputs; leave `class_map` out"
+        mistakes.append((("teacher", "class_map"), message))
     if recipe.data.labels == "none" and teacher.train:
         message = (
             "a teacher is trained on labels, and `data: {labels: none}` has none; give its weights as `checkpoint`"
@@ -236,7 +264,7 @@ def read_class_map(recipe: Recipe, models: Models) -> tuple[tuple[int, ...] | No
         return None, [(place, "a teacher that is trained here has the data's classes; leave `class_map` out")]
     mistakes: list[Mistake] = []
     with noting(mistakes, *place):
-        indices = _read_class_map(options.class_map) if isinstance(options.class_map, str) else options.class_map
+        indices = _class_indices(options.class_map)
         if models.teacher is not None and models.classes is not None:
             _check_class_map(indices, models.teacher, Tap.parse(options.output), models.classes)
         return tuple(indices), []
@@ -250,6 +278,10 @@ def _check_class_map(indices: Sequence[int], teacher: Trace, output: Tap, classe
     except (AdapterError, TapError, TraceError):
         return
     check_class_map(indices, classes, spec.channels)
+
+
+def _class_indices(class_map: str | list[int]) -> list[int]:
+    return _read_class_map(class_map) if isinstance(class_map, str) else class_map
 
 
 def _read_class_map(path: str) -> list[int]:

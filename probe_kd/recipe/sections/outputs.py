@@ -28,7 +28,8 @@ _SHORTENED = ("soft_targets", "hard_labels")  # losses that need only the teache
 class _Read:
     """An output that a loss reads: at which tap of which side, and the key of the recipe that says so.
 
-    `compared` is the tap of the other side that it is compared with; None if the loss reads labels.
+    `compared` is the tap of the other side that it is compared with; None if the loss reads labels. `multilabel` says
+    that this loss reads a label for each class.
     """
 
     side: Side
@@ -36,6 +37,7 @@ class _Read:
     loss: str
     place: KeyPath
     compared: Tap | None = None
+    multilabel: bool = False
 
 
 def check_outputs(recipe: Recipe, models: Models, grown: Trace | None, stages: Stages) -> list[Mistake]:
@@ -67,7 +69,7 @@ def _outputs_read(recipe: Recipe, stages: Stages) -> Iterator[_Read]:
                     other = "teacher" if side == "student" else "student"
                     yield _Read(side, tap, name, place, getattr(objective.outputs, other))
                 elif reads == "labels" and side == objective.of:
-                    yield _Read(side, tap, name, place)
+                    yield _Read(side, tap, name, place, multilabel=objective.resolved.multilabel)
     if recipe.teacher is not None and recipe.teacher.train is not None:
         place = ("teacher", "output" if recipe.teacher.output else "model")
         yield _Read("teacher", Tap.parse(recipe.teacher.output), "", place)
@@ -95,6 +97,8 @@ def _check_classes(
     classes, teacher = models.classes, recipe.teacher
     mapped = teacher is not None and teacher.class_map is not None
     of_classes = read.compared is None or (compared is not None and compared.channels == classes and not mapped)
+    if read.multilabel and recipe.data.labels == "class" and classes == 2:
+        return _check_one_output(read, spec)
     if not classes or spec.channels == classes or not of_classes:
         return []
     if read.place[-1] != "model":
@@ -106,6 +110,18 @@ def _check_classes(
     if read.side == "teacher":
         return [(read.place, _other_classes_of_teacher(models, read, spec.channels))]
     return [(("student", "model_kwargs"), _other_classes_of_student(recipe, models, read, spec.channels))]
+
+
+def _check_one_output(read: _Read, spec: FeatureSpec) -> list[Mistake]:
+    """Check that a loss of labels for each class, where images have one of two classes, reads one output."""
+    if spec.channels == 1:
+        return []
+    message = (
+        f"loss `{read.loss}` reads one output that tells two classes, and the {read.side} yields {spec.channels}; give "
+        "it one (`model_kwargs: {num_classes: 1}`), or take `cross_entropy`"
+    )
+    place = (read.side, "model_kwargs") if read.place[-1] == "model" else read.place
+    return [(place, message)]
 
 
 def _reader(read: _Read) -> str:
@@ -207,17 +223,18 @@ def sides_that_classify(
     labels, or compares its classes; the teacher if it is trained on the labels, or has weights with a classifier.
     """
     classes, teacher = models.classes, recipe.teacher
-    if recipe.data.labels != "class" or not classes:
+    if not classes:
         return frozenset()
+    widths = {classes, 1} if classes == 2 and recipe.data.labels == "class" else {classes}  # one output tells two
     sides = set[Side]()
-    if models.student is not None and _width(recipe.student, models.student, "student") == classes:
+    if models.student is not None and _width(recipe.student, models.student, "student") in widths:
         trained, output = grown or models.student, in_body(Tap.parse(recipe.student.output), "body." if grown else "")
-        if any(_reads_classes(objective, trained, output, classes) for stage in stages for objective in stage):
+        if any(_reads_classes(objective, trained, output, widths) for stage in stages for objective in stage):
             sides.add("student")
     if teacher is not None and models.teacher is not None:
         width = _width(teacher, models.teacher, "teacher") if class_map is None else len(class_map)
         trains = teacher.train is not None or recipe.share is not None
-        if width == classes and (trains or _has_classifier(models.teacher)):
+        if width in widths and (trains or _has_classifier(models.teacher)):
             sides.add("teacher")
     return frozenset(sides)
 
@@ -229,12 +246,12 @@ def _width(options: ModelOptions, trace_: Trace, side: Side) -> int | None:
     return None
 
 
-def _reads_classes(objective: Objective, student: Trace, output: Tap, classes: int) -> bool:
+def _reads_classes(objective: Objective, student: Trace, output: Tap, widths: set[int]) -> bool:
     """Whether a loss reads the student's classes: beside labels, beside the teacher's, or as the layer of a pair."""
     if objective.resolved.reads == "labels":
         return objective.of == "student"
     specs = [spec for spec in (_spec(student, tap) for tap in objective.taps[0]) if spec is not None]
     if objective.resolved.reads == "outputs":
-        return any(spec.channels == classes for spec in specs)
+        return any(spec.channels in widths for spec in specs)
     measured = _spec(student, output)
     return measured is not None and any(spec.tensor == measured.tensor for spec in specs)
