@@ -195,6 +195,7 @@ def test_standardized_logits_are_z_scores_of_each_image() -> None:
 
 CASES: dict[str, Callable[[int], Tensor]] = {
     "soft_targets": lambda seed: draw(5, 7, seed=seed),
+    "multilabel_soft_targets": lambda seed: draw(5, 7, seed=seed),
     "logits": lambda seed: draw(5, 7, seed=seed),
     "dist": lambda seed: draw(5, 7, seed=seed),
     "hint": lambda seed: draw(5, 3, 4, 4, seed=seed),
@@ -205,7 +206,8 @@ CASES: dict[str, Callable[[int], Tensor]] = {
 
 
 def test_every_loss_is_tested_here() -> None:
-    assert {*CASES, "cross_entropy", "hard_labels"} == set(LOSSES)
+    labelled = {"cross_entropy", "binary_cross_entropy"}
+    assert {*CASES, *labelled, "hard_labels"} == set(LOSSES)
 
 
 @pytest.mark.parametrize("name", CASES)
