@@ -51,7 +51,7 @@ def by_hand(ours: Ours, device: str, loader: Any = None) -> Callable[[], None]:
     _, distiller, loop = ours.stages[0]
     assert ours.models.teacher is not None
     student, teacher = copy.deepcopy(distiller.student).train(), copy.deepcopy(ours.models.teacher.model).eval()
-    view = copy.deepcopy(distiller.teacher_view)
+    view = copy.deepcopy(distiller._teacher.view)
     batches = loader or plain_loader(ours)
     optimizer = make_optimizer(_Bare(student), loop.phase.optimizer)  # type: ignore[arg-type]
 
@@ -112,7 +112,7 @@ def agree(ours: Ours) -> None:
     weights = [parameter for parameter in distiller.student.parameters() if parameter.requires_grad]
     result = distiller.train()(images, target)["loss"]
     with torch.no_grad():
-        told = ours.models.teacher.model.eval()(distiller.teacher_view(images))
+        told = ours.models.teacher.model.eval()(distiller._teacher.view(images))
     expected = by_hand_loss(distiller.student(distiller.student_view(images)), told, target)
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(torch.autograd.grad(result, weights), torch.autograd.grad(expected, weights))

@@ -4,7 +4,7 @@ Nothing here imports torch, so that a recipe can be read and refused in millisec
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -29,10 +29,14 @@ class Layout(StrEnum):
     OTHER = "other"
 
 
+# A prefix without a name, as in ':a:b', is written where the name of a module could be read as that of a model.
+_MODEL = r"(?:(?P<model>[^\W\d][\w-]*)?:)"
 _TAP = re.compile(
-    r"(?P<module>[^#@\[\]]*)(?:\#(?P<call>[0-9]{1,9}))?(?:@(?P<port>input|output))?(?P<items>(?:\[[^\[\]]+\])*)"
+    _MODEL
+    + r"?(?P<module>[^#@\[\]]*)(?:\#(?P<call>[0-9]{1,9}))?(?:@(?P<port>input|output))?(?P<items>(?:\[[^\[\]]+\])*)"
 )
 _TAP_FORM = "module[#call][@input][[item]], as in 'layer3', 'layer3@input', 'blocks.5#1', 'head[0]', or '' (the output)"
+PATTERNS = ("glob", "re")  # what begins with `glob:` or `re:` is a pattern of layers, not a tap of a model of that name
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Tap:
     `module` is the path in `named_modules()`. `""` is the model itself, so `Tap("")` is its output (the logits).
     `call` selects one of several calls of the same module, counted from 0; None means that there is only one.
     `items` select from a tuple or list (an int) or a dict (a str). At an input, the first item selects the
-    argument, by position or keyword; without items, it is the first argument.
+    argument, by position or keyword; without items, it is the first argument. `model` is the name of the teacher, if
+    there are several: `dino:blocks.11`, or `dino:` for its output.
 
     `Tap.parse(str(tap)) == tap` for every valid tap. Raises TapError for any other text.
     """
@@ -51,8 +56,10 @@ class Tap:
     port: Literal["output", "input"] = "output"
     call: int | None = None
     items: tuple[int | str, ...] = ()
+    model: str = ""
 
     def __post_init__(self) -> None:
+        check_model_name(self.model)
         if not isinstance(self.module, str) or re.search(r"[#@\[\]\s]", self.module):
             raise TapError(f"{self.module!r} is not a module path; expected a name without spaces, '#', '@', '[', ']'")
         if self.port not in ("output", "input"):
@@ -87,17 +94,41 @@ class Tap:
             port="input" if match["port"] == "input" else "output",
             call=None if match["call"] is None else int(match["call"]),
             items=tuple(int(item) if re.fullmatch("[0-9]{1,9}", item) else item for item in items),
+            model=match["model"] or "",
         )
 
     def __str__(self) -> str:
         call = "" if self.call is None else f"#{self.call}"
         port = "@input" if self.port == "input" else ""
-        return f"{self.module}{call}{port}{''.join(f'[{item}]' for item in self.items)}"
+        prefix = ":" if self.model or re.match(_MODEL, self.module) else ""
+        return f"{self.model}{prefix}{self.module}{call}{port}{''.join(f'[{item}]' for item in self.items)}"
+
+    @property
+    def local(self) -> "Tap":
+        """The tap without the name of its model, as the model's own Probe and Trace know it."""
+        return replace(self, model="") if self.model else self
+
+    @property
+    def label(self) -> str:
+        """The tap in words for plans: an output is `output`, or `dino output` of one of several teachers."""
+        output = f"{self.model} output".strip()
+        return output if self.local == Tap("") else str(self)
 
     @property
     def is_output(self) -> bool:
         """Whether this is the output of the model itself, or an item of it. Usually these are the logits."""
         return self.module == "" and self.port == "output"
+
+
+def check_model_name(name: str) -> None:
+    """Raise TapError unless a name can stand before the colon of a tap, as in `dino:blocks.11`."""
+    if name in PATTERNS:
+        raise TapError(f"'{name}:' begins a pattern, which a recipe's `pairs` takes; here name one layer")
+    if name and not re.fullmatch(r"[^\W\d][\w-]*", name):
+        raise TapError(
+            f"{name!r} cannot be the name of a teacher: expected letters, digits, '_' and '-', a letter first, as in "
+            "'dino'"
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +193,7 @@ class Pair:
         object.__setattr__(self, "teacher", Tap.parse(self.teacher))
 
     def __str__(self) -> str:
-        return f"{str(self.student) or 'output'} <- {str(self.teacher) or 'output'}"
+        return f"{self.student.label} <- {self.teacher.label}"
 
 
 @dataclass(frozen=True)
@@ -258,6 +289,8 @@ class Trace:
 
     def __getitem__(self, tap: str | Tap) -> FeatureSpec:
         parsed = Tap.parse(tap)
+        if parsed.model:
+            raise TapError(_of_no_name(parsed, self.model))
         spec = self._by_tap.get(parsed)
         if spec is None and parsed.call == 0:  # '#0' of a module that is called once is that call
             spec = self._by_tap.get(Tap(parsed.module, parsed.port, None, parsed.items))
@@ -279,6 +312,47 @@ class Trace:
             return f"'{tap.module}' is called {module.calls} times in one forward; write which, '{first}' to '{last}'"
         legal = [str(spec.tap) for spec in self.specs if spec.tap.module == tap.module]
         return f"{self.model} yields no tensor at '{tap}'; its taps there: {', '.join(map(repr, legal[:8]))}"
+
+
+@dataclass(frozen=True)
+class Traces:
+    """The traces of teachers by name: `traces["dino:blocks.11"]` is the spec of one tap, which carries the name too.
+
+    A single teacher may have the empty name. Raises TapError for a tap of no teacher, and for what its trace refuses.
+    """
+
+    by_model: Mapping[str, Trace]
+
+    def __getitem__(self, tap: str | Tap) -> FeatureSpec:
+        named = self.named(Tap.parse(tap))
+        spec = self.by_model[named.model][named.local if named.model else named]
+        return replace(spec, tap=replace(spec.tap, model=named.model)) if named.model else spec
+
+    def named(self, tap: Tap) -> Tap:
+        """Return the tap with the name of its teacher, which it may leave out if there is only one.
+
+        Raises TapError for the name of no teacher, and for a tap without a name if there are several teachers.
+        """
+        names = tuple(self.by_model)
+        if tap.model in names:
+            return tap
+        if names == ("",):
+            raise TapError(_of_no_name(tap, self.by_model[""].model))
+        if tap.model:
+            raise TapError(f"'{tap}': there is no teacher '{tap.model}'{nearest(tap.model, names)}{_listed(names)}")
+        if len(names) == 1:
+            return replace(tap, model=names[0])
+        owners = [name for name, trace in self.by_model.items() if tap.module in trace.modules] or names
+        legal = " or ".join(repr(str(replace(tap, model=name))) for name in owners[:3])
+        raise TapError(f"'{tap}' does not say whose layer it is{_listed(names)}; write {legal}")
+
+
+def _of_no_name(tap: Tap, model: str) -> str:
+    return f"'{tap}' names the model '{tap.model}', and {model} is a single one without a name; write '{tap.local}'"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"; the teachers: {', '.join(names)}" if names else "; there is no teacher"
 
 
 def _size(value: Any) -> tuple[int, int, int]:

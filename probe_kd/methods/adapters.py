@@ -51,12 +51,16 @@ class Target:
     """The name and shape of a tensor that a frozen teacher computes for each image, and that a cache can store.
 
     `name` is the name of a teacher tap, or describes the steps that compute the tensor from one or more taps. `shape`
-    is the shape for one image, without the batch axis. The stored tensors themselves are the Distiller's
-    `cached_targets`.
+    is the shape for one image, without the batch axis. `teacher` is the name of the teacher, if it has one, with which
+    `str(target)` begins. The stored tensors themselves are the Distiller's `cached_targets`.
     """
 
     name: str
     shape: tuple[int, ...]
+    teacher: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.teacher}:{self.name}" if self.teacher else self.name
 
 
 class Adapter(nn.Module):
@@ -222,7 +226,7 @@ def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequenc
     for side, spec in (("student", student), ("teacher", teacher)):
         check_logits(spec, side)
     student_plan, teacher_plan = FeaturePlan(student, "pool"), FeaturePlan(teacher, "pool")
-    named = student.tap != Tap("") or teacher.tap != Tap("")
+    named = student.tap != Tap("") or teacher.tap.local != Tap("")
     if class_map is not None and not (named and len(class_map) != student.channels == teacher.channels):
         check_class_map(class_map, student.channels, teacher.channels)
         teacher_plan.add(Classes(class_map), f"{len(class_map)} classes")
@@ -287,7 +291,8 @@ def _target(teacher: Sequence[FeatureSpec], plan: FeaturePlan | MatrixPlan) -> T
         return None
     if prod(plan.shape) >= sum(prod(spec.shape[1:]) for spec in {spec.tap: spec for spec in teacher}.values()):
         return None
-    return Target(f"{' . '.join(str(spec.tap) for spec in teacher)}: {plan.words_of_steps}", plan.shape)
+    names = " . ".join(str(spec.tap.local) for spec in teacher)
+    return Target(f"{names}: {plan.words_of_steps}", plan.shape, teacher[0].tap.model)
 
 
 def _check_choices(**choices: tuple[str, object]) -> None:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from probe_kd.engine.probe import Probe
-from probe_kd.engine.spec import InputSpec, Tap, Trace
+from probe_kd.engine.spec import InputSpec, Tap, Trace, Traces
 from probe_kd.engine.surgery import freeze as freeze_layers
 from probe_kd.engine.surgery import norms_in
 from probe_kd.engine.tracing import refuse_lazy, trace
-from probe_kd.errors import LossError, demand
+from probe_kd.errors import LossError, demand, nearest
 from probe_kd.methods.adapters import ImageView, Target
+from probe_kd.methods.dropping import TeacherDropping
 from probe_kd.methods.fitting import fit_statistics, refuse_moving_target
 from probe_kd.methods.inputs import (
     AsTraced,
@@ -22,18 +23,21 @@ from probe_kd.methods.inputs import (
     check_images,
     check_type,
     explaining_one_image,
-    own_input,
+    input_of_traced,
     resolve_inputs,
-    trace_teacher,
+    trace_teachers,
     view_of_teacher,
 )
+from probe_kd.methods.naming import by_teacher, name_teachers, teachers_by_name
 from probe_kd.methods.normalisation import fitted_norms
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.outputs import tensor_at
 from probe_kd.methods.sharing import Sharing
-from probe_kd.methods.targets import compared, make_adapters, module_key, targets_of, unfitted_side
-from probe_kd.methods.teachers import Block, FrozenTeacher, JointTeacher, NoTeacher, Teacher
+from probe_kd.methods.targets import compared, make_adapters, module_key, target_of, targets_of, unfitted_side
+from probe_kd.methods.teachers import Block, FrozenTeacher, JointTeacher, NoTeacher, Teacher, Teachers
 from probe_kd.methods.terms import Terms
+
+CachedTargets = Sequence[Tensor] | Mapping[str, Tensor]
 
 
 class Distiller(nn.Module):
@@ -53,6 +57,15 @@ class Distiller(nn.Module):
     normalised as `teacher_input` says. Both default to the model's timm config and to the size at which it was
     traced; images of another size are then refused. If only one of the models has a config, both inputs have to be
     given. `class_map` is the teacher's index of each class of the student, if their classes differ.
+
+    `teacher` may be several teachers, `{"dino": model, "siglip": model}`, which are all frozen. Pairs and objectives
+    then say whose layer they mean (`dino:blocks.11`, or `dino:` for its output), and one layer of the student may learn
+    from several teachers. A loss of outputs that names no teacher learns from the mean of the probabilities of all that
+    classify (see `MeanOfTeachers`). `teacher_input`, `teacher_trace`, `class_map` and `teacher_weight` are then
+    mappings with the same names. A teacher's weight multiplies its pairs in every loss, and is its share of the mean. A
+    teacher that no objective reads does not run (`unread_teachers`). With `teacher_dropping`, the `loss` of a training
+    step leaves out the terms of some teachers, drawn by `seed` (see `TeacherDropping`). `set_epoch` seeds the draws
+    anew: call it before every step if the step is compiled.
 
     `block` makes the teacher train too (Rocket Launching, Zhou et al. 2018, arXiv 1708.04106). The module then owns
     it as it owns the student. `block` is the gradient block, which says what a loss that compares both models may
@@ -77,33 +90,39 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: nn.Module | Mapping[str, nn.Module] | None,
         objectives: Objective | Iterable[Objective],
         *,
         student_input: InputSpec | None = None,
-        teacher_input: InputSpec | None = None,
+        teacher_input: InputSpec | Mapping[str, InputSpec] | None = None,
         student_trace: Trace | None = None,
-        teacher_trace: Trace | None = None,
-        class_map: Sequence[int] | None = None,
+        teacher_trace: Trace | Mapping[str, Trace] | None = None,
+        class_map: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        teacher_weight: Mapping[str, float] | None = None,
+        teacher_dropping: float = 0.0,
+        seed: int = 0,
         block: Block | None = None,
         sharing: Sharing | None = None,
         freeze: Sequence[str] = (),
         output: str | Tap = "",
     ) -> None:
         super().__init__()
-        for side, model in (("student", student), ("teacher", nn.Identity() if teacher is None else teacher)):
+        teachers = teachers_by_name(teacher)
+        for side, model in (("student", student), *((f"teacher {name}".strip(), teachers[name]) for name in teachers)):
             demand(model, nn.Module, f"the {side}", LossError, "an nn.Module, as timm.create_model(name) gives")
             refuse_lazy(model, f"the {side}")
         self.objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
-        _check(self.objectives, teacher, block, sharing)
-        _refuse_shared(student, teacher, frozen=block is None)
+        _check(self.objectives, teachers, block, sharing)
+        for name, model in teachers.items():
+            _refuse_shared(student, model, name, frozen=block is None)
         self.block, self.sharing = block, sharing
         self.student = student
-        self.teacher = teacher if block else None
+        self.teacher = teachers[""] if block else None
         student_trace = student_trace or trace(student, student_input.size if student_input else None, training=True)
         resizes = student_input is not None
         student_input = student_input or InputSpec(student_trace.input_size)
-        student_input, teacher_input = resolve_inputs(student, teacher, student_input, teacher_input)
+        teacher_inputs = by_teacher("teacher_input", teacher_input, teachers)
+        student_input, teacher_inputs = resolve_inputs(student, teachers, student_input, teacher_inputs)
         self.student_view = ImageView(student_input, student_input) if resizes else AsTraced(student_input.size)
         self._channels = student_input.size[0]
         self.output = Tap.parse(output)
@@ -115,18 +134,27 @@ class Distiller(nn.Module):
         self._run_student: Callable[[Tensor], dict[Tap, Tensor]] = self._student_probe
         self._teacher: Teacher = NoTeacher()
         self.adapters = nn.ModuleDict()
+        self.teacher_views = nn.ModuleDict()
         self._targets: dict[str, Target] = {}
-        if teacher is not None and (block or any(objective.needs_teacher for objective in self.objectives)):
-            teacher_trace = teacher_trace or trace_teacher(teacher, teacher_input, student_input, training=bool(block))
-            teacher_input = teacher_input or own_input(teacher, student_input, teacher_trace)
-            one_image = bool(sharing and sharing.replayed)
-            self.teacher_view = view_of_teacher(student_input, teacher_input, one_image=one_image)
-            self._teacher = self._make_teacher(teacher, teacher_trace)
-            self.adapters = make_adapters(self.objectives, student_trace, teacher_trace, class_map)
+        if teachers and (block or any(objective.needs_teacher for objective in self.objectives)):
+            given_traces = by_teacher("teacher_trace", teacher_trace, teachers)
+            traces = trace_teachers(teachers, teacher_inputs, given_traces, student_input, training=bool(block))
+            class_maps = by_teacher("class_map", class_map, teachers)
+            weights: dict[str, float] = by_teacher("teacher_weight", teacher_weight, teachers)
+            self.objectives = name_teachers(
+                self.objectives, student_trace, traces, class_maps=class_maps, weights=weights
+            )
+            self.adapters = make_adapters(self.objectives, student_trace, traces, class_maps)
             if block:
                 refuse_moving_target(self.adapters)
-            self._targets = targets_of(self.objectives, self.adapters, teacher_trace)
-        self._terms = Terms(self.objectives, self.adapters, block_gradient=not self._teacher.passes_gradient)
+            self._targets = targets_of(self.objectives, self.adapters, traces)
+            self._teacher = self._make_teacher(teachers, traces, teacher_inputs, student_input)
+        self.unread_teachers = tuple(name for name in teachers if name not in self._teacher.models)
+        dropping = (
+            TeacherDropping(_compared_alone(self.objectives), teacher_dropping, seed) if teacher_dropping else None
+        )
+        block_gradient = not self._teacher.passes_gradient
+        self._terms = Terms(self.objectives, self.adapters, block_gradient=block_gradient, dropping=dropping)
         self._frozen = [student.get_parameter(name) for name in freeze_layers(student, freeze)]
         self._frozen_norms = norms_in(student, freeze)
         self.train(self.training)
@@ -134,21 +162,38 @@ class Distiller(nn.Module):
         self._student_probe.attach()
         self._teacher.attach()
 
-    def _make_teacher(self, teacher: nn.Module, teacher_trace: Trace) -> FrozenTeacher | JointTeacher:
+    def _make_teacher(
+        self,
+        teachers: Mapping[str, nn.Module],
+        traces: Traces,
+        inputs: Mapping[str, InputSpec],
+        student_input: InputSpec,
+    ) -> Teacher:
         replayed = self.sharing.replayed if self.sharing else {}
         taps = dict.fromkeys(tap for objective in self.objectives for tap in objective.taps[1])
         taps = dict.fromkeys([*taps, *replayed.values()])
-        probe = Probe(teacher, [replace(tensor_at(teacher_trace, tap, "teacher"), tap=tap) for tap in taps])
-        if self.block is None:
-            return FrozenTeacher(probe, self.teacher_view)
-        return JointTeacher(probe, self.teacher_view, self.student, self.block, replayed)
+        frozen: list[FrozenTeacher] = []
+        for name in dict.fromkeys(tap.model for tap in taps):
+            own_input = inputs.get(name) or input_of_traced(teachers[name], student_input, traces.by_model[name])
+            view = view_of_teacher(student_input, own_input, one_image=bool(replayed))
+            self.teacher_views[module_key(name)] = view
+            specs = [(tap.local, tensor_at(traces, tap, "teacher")) for tap in taps if tap.model == name]
+            probe = Probe(teachers[name], [replace(spec, tap=tap) for tap, spec in specs])
+            if self.block is not None:
+                return JointTeacher(probe, view, self.student, self.block, replayed)
+            targets = [key for key, target in self._targets.items() if target.teacher == name]
+            frozen.append(FrozenTeacher(probe, view, targets, name))
+        return frozen[0] if len(frozen) == 1 else Teachers(frozen)
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
         """Set every weight and option that is a `Schedule` to its value after `epoch` of `epochs`."""
         self._terms.set_epoch(epoch, epochs)
+        if self._terms.dropping is not None:
+            device = next((parameter.device for parameter in self.student.parameters()), torch.device("cpu"))
+            self._terms.dropping.begin(epoch, device)
 
     def forward(
-        self, images: Tensor, target: Tensor | None = None, cached_targets: Sequence[Tensor] | None = None
+        self, images: Tensor, target: Tensor | None = None, cached_targets: CachedTargets | None = None
     ) -> dict[str, Tensor | None]:
         check_images(images, self._channels)
         self._check_numbers(images)
@@ -158,22 +203,34 @@ class Distiller(nn.Module):
             return self._step(images, target, cached_targets)
 
     def _step(
-        self, images: Tensor, target: Tensor | None, cached_targets: Sequence[Tensor] | None
+        self, images: Tensor, target: Tensor | None, cached_targets: CachedTargets | None
     ) -> dict[str, Tensor | None]:
-        cached = None if cached_targets is None else dict(zip(self.targets, cached_targets, strict=True))
-        teacher = self._teacher.features(images, cached)
+        teacher = self._teacher.features(images, self._by_target(cached_targets))
         with self._teacher.around_student(teacher.own):
             student = self._run_student(self.student_view(images))
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.block != "trunk":
             check_gradients(student, self.student)
-        terms = self._terms(student, teacher, target)
-        return {"loss": self._terms.weighted_sum(terms), "output": student.get(self.output), **terms}
+        drop = self.training and torch.is_grad_enabled()
+        loss, terms = self._terms(student, teacher, target, drop=drop)
+        return {"loss": loss, "output": student.get(self.output), **terms}
+
+    def _by_target(self, cached: CachedTargets | None) -> dict[str, Tensor] | None:
+        if cached is None:
+            return None
+        if not isinstance(cached, Mapping):
+            return dict(zip(self.targets, cached, strict=True))
+        for name in cached:
+            if name not in self._targets:
+                raise LossError(
+                    f"cached_targets has {name!r}{nearest(name, self.targets)}; the targets: {self.targets}"
+                )
+        return dict(cached)
 
     def _check_numbers(self, images: Tensor) -> None:
         """Check dtypes in every step, and values in every step on the CPU, but only in the first on a GPU."""
         check_type(images, "student", self.student)
-        if self._teacher.model is not None:
-            check_type(images, "teacher", self._teacher.model)
+        for name, model in self._teacher.models.items():
+            check_type(images, f"teacher {name}".strip(), model)
         readable = type(images) in (Tensor, nn.Parameter) and images.device.type != "meta"
         if torch.compiler.is_compiling() or not readable or (self._terms.checked and images.device.type != "cpu"):
             return
@@ -202,29 +259,57 @@ class Distiller(nn.Module):
         return self._teacher.shared
 
     @property
+    def frozen_teachers(self) -> Mapping[str, nn.Module]:
+        """The teachers that run and do not train, by name; a single one has an empty name. They are no submodules."""
+        return self._teacher.models if self.block is None else {}
+
+    @property
     def frozen_teacher(self) -> nn.Module | None:
-        """The teacher, if it does not train; it is not a submodule."""
-        return self._teacher.model if self.block is None else None
+        """The teacher, if there is one and it does not train; of several, see `frozen_teachers`."""
+        models = list(self.frozen_teachers.values())
+        return models[0] if len(models) == 1 else None
 
     @property
     def targets(self) -> tuple[str, ...]:
         """The names of the tensors that `teacher_targets` returns, in the same order.
 
-        A name is that of a tap, or describes what an adapter computes from taps, if that is smaller.
+        A name is that of a tap, or describes what an adapter computes from taps, if that is smaller. With several
+        teachers, it begins with the name of the teacher.
         """
         return tuple(self._targets)
 
-    def teacher_targets(self, images: Tensor) -> list[Tensor]:
-        """Run a frozen teacher and return one tensor for each of `targets`, for a later step's `cached_targets`.
+    def targets_of(self, teacher: str) -> dict[str, Target]:
+        """The targets of one of several teachers, or of the single one by an empty name, by their names in `targets`.
 
-        A step with `cached_targets` runs neither the teacher nor the teacher's side of the adapters.
+        Names and shapes of a `Target` itself are without the teacher's name.
         """
-        teacher = self._teacher.features(images)
-        targets = {str(tap): feature for tap, feature in teacher.compared.items()}
+        return {name: target for name, target in self._targets.items() if target.teacher == teacher}
+
+    def teacher_targets(self, images: Tensor, teachers: Iterable[str] | None = None) -> list[Tensor]:
+        """Run the frozen teachers and return one tensor for each of `targets`, for a later step's `cached_targets`.
+
+        `teachers` are the names of those to run, of which the result has the targets alone, in the same order; default
+        are all. A step with `cached_targets` runs neither the teacher nor the teacher's side of the adapters. If these
+        are a mapping from names of targets, it may lack those of some teachers, which then run.
+        """
+        names = tuple(self._teacher.models if teachers is None else teachers)
+        features: dict[Tap, Tensor] = {}
+        for name in names:
+            features |= self._teacher_named(name).features(images).compared
+        targets = {target_of(tap): feature for tap, feature in features.items()}
         for objective, comparison, adapter in compared(self.objectives, self.adapters):
-            if adapter.target is not None:
-                targets[adapter.target.name] = unfitted_side(objective, comparison, adapter, teacher.compared, targets)
-        return [targets[name] for name in self.targets]
+            if adapter.target is not None and adapter.target.teacher in names:
+                key = str(adapter.target)
+                targets[key] = unfitted_side(objective, comparison, adapter, features, targets)
+        return [targets[key] for key, target in self._targets.items() if target.teacher in names]
+
+    def _teacher_named(self, name: str) -> Teacher:
+        if name not in self._teacher.models:
+            legal = ", ".join(self._teacher.models)
+            raise LossError(f"no teacher {name!r} runs{nearest(name, self._teacher.models)}; those that do: {legal}")
+        if isinstance(self._teacher, Teachers):
+            return next(teacher for teacher in self._teacher.teachers if name in teacher.models)
+        return self._teacher
 
     @torch.no_grad()
     def fit_targets(
@@ -293,7 +378,7 @@ class Distiller(nn.Module):
 
 
 def _check(
-    objectives: Sequence[Objective], teacher: nn.Module | None, block: Block | None, sharing: Sharing | None
+    objectives: Sequence[Objective], teachers: Mapping[str, nn.Module], block: Block | None, sharing: Sharing | None
 ) -> None:
     for objective in objectives:
         demand(objective, Objective, "an objective", LossError, 'an Objective, such as Objective("soft_targets")')
@@ -304,39 +389,56 @@ def _check(
     if duplicates:
         raise LossError(f"two objectives are named {', '.join(map(repr, duplicates))}; give each a name of its own")
     comparing = [objective.name for objective in objectives if objective.needs_teacher]
-    if teacher is None and (comparing or block):
+    if not teachers and (comparing or block):
         raise LossError(f"{', '.join(map(repr, comparing)) or 'block'} need a teacher, and there is none")
-    if block is not None and block not in get_args(Block):
-        raise LossError(f"block {block!r}: expected one of {', '.join(map(repr, get_args(Block)))}")
-    if block is None and (sharing or any(objective.of == "teacher" for objective in objectives)):
+    if block is not None:
+        _check_block(objectives, teachers, block)
+    elif sharing or any(objective.of == "teacher" for objective in objectives):
         raise LossError(
             "the teacher is frozen, so it neither shares nor learns; give a gradient `block` to train it too"
         )
-    if block is not None and not any(objective.of == "teacher" for objective in objectives):
+
+
+def _compared_alone(objectives: Iterable[Objective]) -> list[str]:
+    """The teachers that comparisons read alone, without the mean of several."""
+    comparisons = [comparison for objective in objectives for comparison in objective.comparisons]
+    return list(dict.fromkeys(name for comp in comparisons if not comp.is_mean for name in comp.teachers))
+
+
+def _check_block(objectives: Sequence[Objective], teachers: Mapping[str, nn.Module], block: Block) -> None:
+    if block not in get_args(Block):
+        raise LossError(f"block {block!r}: expected one of {', '.join(map(repr, get_args(Block)))}")
+    if "" not in teachers:
+        raise LossError(
+            f"a gradient `block` trains a single teacher, and {', '.join(teachers)} have names; give the model itself "
+            "as `teacher`, or leave `block` out"
+        )
+    if not any(objective.of == "teacher" for objective in objectives):
         raise LossError(
             "the teacher trains too, and no objective is its own; add one of the labels with `of='teacher'`"
         )
 
 
-def _refuse_shared(student: nn.Module, teacher: nn.Module | None, *, frozen: bool) -> None:
+def _refuse_shared(student: nn.Module, teacher: nn.Module, name: str, *, frozen: bool) -> None:
     """Raise LossError if the models are one object, or if the student shares a tensor with a frozen teacher."""
+    side = f"teacher {name}".strip()
     if student is teacher:
-        raise LossError("the student and the teacher are one object; give copy.deepcopy(model) as one of them")
-    if teacher is None or not frozen:
+        raise LossError(f"the student and the {side} are one object; give copy.deepcopy(model) as one of them")
+    if not frozen:
         return
-    teacher_names = {_place(tensor): name for name, tensor in _tensors(teacher)}
-    for name, tensor in _tensors(student):
+    teacher_names = {_place(tensor): key for key, tensor in _tensors(teacher)}
+    for key, tensor in _tensors(student):
         if _place(tensor) in teacher_names:
             raise LossError(
-                f"'{name}' of the student is '{teacher_names[_place(tensor)]}' of the teacher, which is frozen, and "
+                f"'{key}' of the student is '{teacher_names[_place(tensor)]}' of the {side}, which is frozen, and "
                 "would be trained with the student; give the student a copy (copy.deepcopy), or train both by a "
                 "gradient `block`"
             )
-    teacher_modules = {id(module): name for name, module in teacher.named_modules()}
-    for name, module in student.named_modules():
+    teacher_modules = {id(module): key for key, module in teacher.named_modules()}
+    for key, module in student.named_modules():
         if id(module) in teacher_modules and "drop" in type(module).__name__.lower():
             raise LossError(
-                f"'{name}' of the student is '{teacher_modules[id(module)]}' of the teacher; give it one of its own"
+                f"'{key}' of the student is '{teacher_modules[id(module)]}' of the {side}; give it one of its own"
             )
 
 

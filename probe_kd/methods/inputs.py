@@ -6,37 +6,69 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from probe_kd.engine.spec import InputSpec, Tap, Trace
+from probe_kd.engine.spec import InputSpec, Tap, Trace, Traces
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import LossError, TraceError
 from probe_kd.methods.adapters import ImageView
 
 
 def resolve_inputs(
-    student: nn.Module, teacher: nn.Module | None, student_input: InputSpec, teacher_input: InputSpec | None
-) -> tuple[InputSpec, InputSpec | None]:
-    """Fill in the normalisation of both inputs from the models' timm configs, where it is not given.
+    student: nn.Module,
+    teachers: Mapping[str, nn.Module],
+    student_input: InputSpec,
+    teacher_inputs: Mapping[str, InputSpec],
+) -> tuple[InputSpec, dict[str, InputSpec]]:
+    """Fill in the normalisation of all inputs from the models' timm configs, where it is not given.
 
-    Raises LossError if the normalisation of only one model is known: that of the other would be a guess.
+    Raises LossError if the normalisation of only one of the student and a teacher is known: that of the other would be
+    a guess.
     """
     filled_student_input = student_input.filled(student)
-    filled_teacher_input = (teacher_input or InputSpec(student_input.size)).filled(teacher)
-    if teacher is not None and filled_student_input.complete != filled_teacher_input.complete:
-        side, model = ("student", student) if filled_teacher_input.complete else ("teacher", teacher)
-        raise LossError(
-            f"nothing says how images are normalised for the {side}, {type(model).__name__}, which has no timm config, "
-            f"and for the other model it is known; give {side}_input=InputSpec({student_input.size}, mean, std), "
-            "with 0.0 and 1.0 for images in [0, 1]"
-        )
-    return filled_student_input.or_plain(), teacher_input and filled_teacher_input.or_plain()
+    filled_teacher_inputs: dict[str, InputSpec] = {}
+    for name, teacher in teachers.items():
+        filled = (teacher_inputs.get(name) or InputSpec(student_input.size)).filled(teacher)
+        if filled_student_input.complete != filled.complete:
+            unknown = ("student", student) if filled.complete else (f"teacher {name}".strip(), teacher)
+            raise LossError(_unknown_normalisation(*unknown, student_input.size))
+        if name in teacher_inputs:
+            filled_teacher_inputs[name] = filled.or_plain()
+    return filled_student_input.or_plain(), filled_teacher_inputs
 
 
-def own_input(teacher: nn.Module, student_input: InputSpec, teacher_trace: Trace) -> InputSpec:
+def _unknown_normalisation(side: str, model: nn.Module, size: tuple[int, int, int]) -> str:
+    kind, _, name = side.partition(" ")
+    spec = f"InputSpec({size}, mean, std)"
+    argument = f"{kind}_input={f'{{{name!r}: {spec}}}' if name else spec}"
+    return (
+        f"nothing says how images are normalised for the {side}, {type(model).__name__}, which has no timm config, "
+        f"and for the other model it is known; give {argument}, with 0.0 and 1.0 for images in [0, 1]"
+    )
+
+
+def input_of_traced(teacher: nn.Module, student_input: InputSpec, teacher_trace: Trace) -> InputSpec:
+    """The input of a teacher for which none is given."""
     own = InputSpec(teacher_trace.input_size).filled(teacher)
     return own if own.complete else InputSpec(teacher_trace.input_size, student_input.mean, student_input.std)
 
 
-def trace_teacher(
+def trace_teachers(
+    teachers: Mapping[str, nn.Module],
+    inputs: Mapping[str, InputSpec],
+    traces: Mapping[str, Trace],
+    student_input: InputSpec,
+    *,
+    training: bool,
+) -> Traces:
+    """The traces that are given, and those of the other teachers."""
+    return Traces(
+        {
+            name: traces.get(name) or _trace_teacher(teacher, inputs.get(name), student_input, training=training)
+            for name, teacher in teachers.items()
+        }
+    )
+
+
+def _trace_teacher(
     teacher: nn.Module, teacher_input: InputSpec | None, student_input: InputSpec, *, training: bool
 ) -> Trace:
     if teacher_input is not None:

@@ -1,7 +1,7 @@
 """One term of the loss: a loss function, the features that it compares, their adapters, and its weight."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import isfinite, prod
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, value_at
+from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, Traces, value_at
 from probe_kd.errors import LossError, nearest
 from probe_kd.methods.adapters import (
     Activation,
@@ -23,9 +23,11 @@ from probe_kd.methods.adapters import (
     adapt_matrices,
     adapt_outputs,
 )
+from probe_kd.methods.ensembles import adapt_mean
 from probe_kd.methods.losses.table import LOSSES, Loss
 from probe_kd.methods.outputs import output_spec
 
+MEAN = Tap("mean")  # the name of the mean of several teachers' outputs
 # The adapter options that apply to a loss, by what it reads. The others would have no effect there.
 _ADAPTABLE = {
     "features": {"policy", "tokens", "normalize", "projector", "activation"},
@@ -48,7 +50,10 @@ _SHAPES: dict[str, tuple[int, ...]] = {  # of one image, to try a loss on
 
 @dataclass(frozen=True)
 class Comparison:
-    """The input of one adapter: a pair of taps, or the two ends of a flow. `weight` is its weight in the objective."""
+    """The input of one adapter: a pair of taps, the two ends of a flow, or one output with those of several teachers.
+
+    `weight` is its weight in the objective.
+    """
 
     pairs: tuple[Pair, ...]
     weight: float
@@ -60,7 +65,17 @@ class Comparison:
     def features(self, side: Literal["student", "teacher"], features: Mapping[Tap, Tensor], *, matrices: bool) -> Any:
         """Select one model's input of the adapter: a tuple of all taps for `matrices`, otherwise the one feature."""
         values = tuple(features[getattr(pair, side)] for pair in self.pairs)
-        return values if matrices else values[0]
+        return values if matrices or (side == "teacher" and self.is_mean) else values[0]
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The names of the teachers that are compared with; a single teacher may have an empty name."""
+        return tuple(dict.fromkeys(pair.teacher.model for pair in self.pairs))
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the student is compared with the mean of several teachers' probabilities."""
+        return len(self.pairs) > 1 and len(self.teachers) == len(self.pairs)
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,11 @@ class Objective:
     otherwise any tap that yields one vector per image. `[logits]` is an item of an output that is a tuple, a dict or a
     dataclass, `head_dist` one of two heads (DeiT, Touvron et al. 2021, arXiv 2012.12877).
 
+    With several teachers, the taps of a teacher begin with its name, as in `Pair("blocks.11", "dino:blocks.11")`.
+    `teacher="mean"`, the default if several classify, compares with the mean of their probabilities, and a list of taps
+    with the mean of those (`MeanOfTeachers`). `teacher_weights` are the weights of the teachers by name: each
+    multiplies the comparisons with that teacher, and is its share of the mean.
+
     Raises LossError for an unknown loss or option, or missing pairs, and TapError for text that is not a tap.
     """
 
@@ -101,8 +121,10 @@ class Objective:
     of: Literal["student", "teacher"] = field(default="student", kw_only=True)
     between: Sequence[Sequence[str | Tap]] = field(default=(), kw_only=True)
     student: str | Tap = field(default="", kw_only=True)
-    teacher: str | Tap = field(default="", kw_only=True)
+    teacher: str | Tap | Sequence[str | Tap] = field(default="", kw_only=True)
+    teacher_weights: Mapping[str, float] = field(default_factory=dict, kw_only=True)
     outputs: Pair = field(init=False, repr=False, compare=False)
+    teacher_taps: tuple[Tap, ...] = field(init=False, repr=False, compare=False)
     resolved: Loss = field(init=False, repr=False, compare=False)
     comparisons: tuple[Comparison, ...] = field(init=False, repr=False, compare=False)
 
@@ -115,9 +137,10 @@ class Objective:
         object.__setattr__(self, "name", self.name or loss_name)
         object.__setattr__(self, "pairs", tuple(_as_pairs(self.pairs)))
         object.__setattr__(self, "between", tuple(tuple(map(Tap.parse, ends)) for ends in self.between))
-        object.__setattr__(self, "outputs", Pair(Tap.parse(self.student), Tap.parse(self.teacher)))
+        object.__setattr__(self, "teacher_taps", tuple(map(Tap.parse, _as_list(self.teacher))))
+        object.__setattr__(self, "outputs", Pair(Tap.parse(self.student), self.teacher_taps[0]))
         object.__setattr__(self, "student", self.outputs.student)
-        object.__setattr__(self, "teacher", self.outputs.teacher)
+        object.__setattr__(self, "teacher", self.teacher_taps if len(self.teacher_taps) > 1 else self.teacher_taps[0])
         self._check(loss_name)
         object.__setattr__(self, "comparisons", tuple(self._comparisons()))
 
@@ -212,26 +235,47 @@ class Objective:
     def _comparisons(self) -> Iterator[Comparison]:
         reads = self.resolved.reads
         if reads == "outputs":
-            yield Comparison((self.outputs,), 1.0, str(self.outputs))
+            yield self._of_outputs()
         elif self.between:
-            yield from (self._between(*ends) for ends in self.between)
+            yield from chain.from_iterable(self._between(*ends) for ends in self.between)
         elif reads == "flows":
             for pair in self.pairs:
-                before = Pair(*(Tap(tap.module, "input", tap.call) for tap in (pair.student, pair.teacher)))
-                yield Comparison((before, pair), pair.weight, f"{pair}, from input to output")
+                before = Pair(*(replace(tap, port="input", items=()) for tap in (pair.student, pair.teacher)))
+                yield Comparison((before, pair), self._weight_of(pair), f"{pair}, from input to output")
         elif reads != "labels":
-            yield from (Comparison((pair,), pair.weight, str(pair)) for pair in self.pairs)
+            yield from (Comparison((pair,), self._weight_of(pair), str(pair)) for pair in self.pairs)
 
-    def _between(self, *ends: str | Tap) -> Comparison:
-        pair_of_student = {pair.student: pair for pair in self.pairs}
+    def _of_outputs(self) -> Comparison:
+        weights = [self.teacher_weights.get(tap.model, 1.0) for tap in self.teacher_taps]
+        if len(self.teacher_taps) == 1:
+            return Comparison((self.outputs,), weights[0], str(self.outputs))
+        shares = zip(self.teacher_taps, weights, strict=True)
+        pairs = tuple(Pair(self.outputs.student, tap, weight=weight) for tap, weight in shares)
+        names = ", ".join(tap.label for tap in self.teacher_taps)
+        return Comparison(pairs, 1.0, f"{self.outputs.student.label} <- mean of {names}")
+
+    def _weight_of(self, pair: Pair) -> float:
+        return pair.weight * self.teacher_weights.get(pair.teacher.model, 1.0)
+
+    def _between(self, *ends: str | Tap) -> Iterator[Comparison]:
+        """The flow between two layers of the student; one for each teacher that both learn from."""
+        pair_of = {(pair.student, pair.teacher.model): pair for pair in self.pairs}
         if len(ends) != 2:
             raise LossError(f"`between` takes two layers of the student at a time, got {len(ends)}")
+        teachers = dict.fromkeys(pair.teacher.model for pair in self.pairs)
         for end in ends:
-            if end not in pair_of_student:
-                legal = [str(tap) for tap in pair_of_student]
+            legal = list(dict.fromkeys(str(pair.student) for pair in self.pairs))
+            if str(end) not in legal:
                 raise LossError(f"`between` names '{end}', which is in no pair{nearest(str(end), legal)}; {legal} are")
-        first, second = (pair_of_student[Tap.parse(end)] for end in ends)
-        return Comparison((first, second), first.weight * second.weight, f"{first} to {second}")
+        flows = [
+            [pair_of[Tap.parse(end), name] for end in ends]
+            for name in teachers
+            if all((Tap.parse(end), name) in pair_of for end in ends)
+        ]
+        if not flows:
+            raise LossError(f"`between` names '{ends[0]}' and '{ends[1]}', which learn from no teacher in common")
+        for first, second in flows:
+            yield Comparison((first, second), first.weight * self._weight_of(second), f"{first} to {second}")
 
     @property
     def adaptable(self) -> set[str]:
@@ -252,16 +296,26 @@ class Objective:
         return tuple(dict.fromkeys(students)), tuple(dict.fromkeys(teachers))
 
     def adapter(
-        self, comparison: Comparison, student: Trace, teacher: Trace, class_map: Sequence[int] | None = None
+        self,
+        comparison: Comparison,
+        student: Trace,
+        teacher: Trace | Traces,
+        class_map: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     ) -> Adapter:
-        """Make the adapter of one comparison.
+        """Make the adapter of one comparison. `class_map` may be a mapping from the names of teachers.
 
         Raises AdapterError for features that cannot be compared, TapError for a layer that does not exist, and
         TraceError for an output of several tensors.
         """
         if self.resolved.reads == "outputs":
+            class_maps = class_map if isinstance(class_map, Mapping) else {} if class_map is None else {"": class_map}
             student_output = output_spec(student, self.outputs.student, "student")
-            return adapt_outputs(student_output, output_spec(teacher, self.outputs.teacher, "teacher"), class_map)
+            teacher_outputs = [output_spec(teacher, tap, "teacher") for tap in self.teacher_taps]
+            if comparison.is_mean:
+                return adapt_mean(
+                    student_output, teacher_outputs, [pair.weight for pair in comparison.pairs], class_maps
+                )
+            return adapt_outputs(student_output, teacher_outputs[0], class_maps.get(self.outputs.teacher.model))
         student_specs = [student[pair.student] for pair in comparison.pairs]
         teacher_specs = [teacher[pair.teacher] for pair in comparison.pairs]
         # A pair's own options come first; with two pairs, those of the second, the end of the flow.
@@ -272,6 +326,14 @@ class Objective:
             case "grams" | "flows":
                 return adapt_matrices(student_specs, teacher_specs, policy=choices["policy"])
         return adapt(student_specs[0], teacher_specs[0], **choices)
+
+
+def _as_list(taps: str | Tap | Sequence[str | Tap]) -> Sequence[str | Tap]:
+    if isinstance(taps, str | Tap) or not isinstance(taps, Sequence):
+        return [taps]
+    if not taps:
+        raise LossError("`teacher` is an empty list; expected taps, as in ['dino:', 'siglip:'], or 'mean'")
+    return taps
 
 
 def _as_pairs(pairs: Any) -> Iterator[Pair]:

@@ -1,16 +1,22 @@
 """Outputs: the taps that losses of outputs and labels read, and an error where one yields no vector per image."""
 
-from probe_kd.engine.spec import FeatureSpec, Layout, Tap, Trace
+from dataclasses import replace
+
+from probe_kd.engine.spec import FeatureSpec, Layout, Tap, Trace, Traces
 from probe_kd.errors import AdapterError, TraceError
 
 
-def output_spec(trace: Trace, tap: Tap, side: str) -> FeatureSpec:
+def output_spec(trace: Trace | Traces, tap: Tap, side: str) -> FeatureSpec:
     """Return the spec of a tap that a loss of outputs or labels reads, which is one vector per image.
 
     Raises TapError for a tap that does not exist or never fires, TraceError for an output of several tensors of which
     none is named, and AdapterError for a tap that yields anything but one vector per image. The last two name the
     nearest taps that yield vectors.
     """
+    if isinstance(trace, Traces):
+        named = trace.named(tap)
+        spec = output_spec(trace.by_model[named.model], named.local, f"{side} {named.model}".strip())
+        return replace(spec, tap=replace(spec.tap, model=named.model))
     spec = tensor_at(trace, tap, side)
     if spec.layout is not Layout.NC:
         where = f"the {side}'s {f'tap {str(tap)!r}' if tap.module or tap.items else 'output'}"
@@ -21,8 +27,10 @@ def output_spec(trace: Trace, tap: Tap, side: str) -> FeatureSpec:
     return spec
 
 
-def tensor_at(trace: Trace, tap: Tap, side: str) -> FeatureSpec:
+def tensor_at(trace: Trace | Traces, tap: Tap, side: str) -> FeatureSpec:
     """Return `trace[tap]`. Raises TraceError for an output of several tensors of which none is named."""
+    if isinstance(trace, Traces):
+        trace, tap = trace.by_model[tap.model], tap.local
     if tap == Tap("") and not any(spec.tap == tap for spec in trace.specs):
         raise TraceError(_several(trace, side))
     return trace[tap]

@@ -5,15 +5,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from probe_kd.engine.spec import Tap, Trace
+from probe_kd.engine.spec import Tap, Trace, Traces
 from probe_kd.methods.adapters import Adapter, Target
 from probe_kd.methods.objectives import Comparison, Objective
 
 
 def make_adapters(
-    objectives: Iterable[Objective], student: Trace, teacher: Trace, class_map: Sequence[int] | None = None
+    objectives: Iterable[Objective],
+    student: Trace,
+    teacher: Trace | Traces,
+    class_map: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
 ) -> nn.ModuleDict:
     """Make the adapters of every objective, in the order of its comparisons, for `Distiller.adapters`.
+
+    `class_map` may be a mapping from the names of teachers to their class maps.
 
     Raises AdapterError for features that cannot be compared, and TapError for a layer that does not exist.
     """
@@ -39,15 +44,21 @@ def compared(objectives: Iterable[Objective], adapters: nn.ModuleDict) -> list[t
     return comparisons
 
 
-def targets_of(objectives: Iterable[Objective], adapters: nn.ModuleDict, teacher: Trace) -> dict[str, Target]:
+def targets_of(objectives: Iterable[Objective], adapters: nn.ModuleDict, teacher: Trace | Traces) -> dict[str, Target]:
     """The targets that the objectives read from a frozen teacher, by name."""
     targets: dict[str, Target] = {}
     for _, comparison, adapter in compared(objectives, adapters):
         feature_targets = [
-            Target(str(pair.teacher), tuple(teacher[pair.teacher].shape[1:])) for pair in comparison.pairs
+            Target(str(pair.teacher.local), tuple(teacher[pair.teacher].shape[1:]), pair.teacher.model)
+            for pair in comparison.pairs
         ]
-        targets |= {target.name: target for target in ([adapter.target] if adapter.target else feature_targets)}
+        targets |= {str(target): target for target in ([adapter.target] if adapter.target else feature_targets)}
     return targets
+
+
+def target_of(tap: Tap) -> str:
+    """The name of the target that is the feature of a teacher's tap itself."""
+    return str(Target(str(tap.local), (), tap.model))
 
 
 def teacher_side(
@@ -70,8 +81,8 @@ def unfitted_side(
     cached: Mapping[str, Tensor],
 ) -> Tensor:
     """The teacher's side of a comparison before fitted statistics, on which what a cache stores does not depend."""
-    if adapter.target is not None and adapter.target.name in cached:
-        return cached[adapter.target.name]
+    if adapter.target is not None and str(adapter.target) in cached:
+        return cached[str(adapter.target)]
     teacher_features = comparison.features("teacher", features, matrices=objective.resolved.reads_matrices)
     target: Tensor = adapter.teacher_steps(teacher_features)
     return target

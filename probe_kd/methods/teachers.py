@@ -1,12 +1,12 @@
 """Teachers: where the targets of a step come from. A step calls `features(images)` and does not depend on the kind.
 
-`NoTeacher` is used if there is no teacher. A `FrozenTeacher` runs, or its targets are read from a cache. A
-`JointTeacher` trains with the student.
+`NoTeacher` is used if there is no teacher. A `FrozenTeacher` runs, or its targets are read from a cache. `Teachers` are
+several frozen teachers with names. A `JointTeacher` trains with the student.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from probe_kd.engine.spec import Tap
 from probe_kd.engine.surgery import buffers_aside, detached, get, replaying
 from probe_kd.errors import LossError
 from probe_kd.methods.adapters import ImageView
+from probe_kd.methods.targets import target_of
 
 Block = Literal["output", "params", "trunk", "off"]
 Features = Mapping[Tap, Tensor]
@@ -39,11 +40,11 @@ class TeacherFeatures:
 class Teacher(Protocol):
     """The interface of a teacher in a Distiller.
 
-    `model` is None if there is no teacher. `shared` are the parameters that it shares with the student. If
-    `passes_gradient` is True, losses that compare both models may train the teacher.
+    `models` are the teachers that run, by name; a single one has an empty name. `shared` are the parameters that it
+    shares with the student. If `passes_gradient` is True, losses that compare both models may train the teacher.
     """
 
-    model: nn.Module | None
+    models: Mapping[str, nn.Module]
     shared: list[nn.Parameter]
     passes_gradient: bool
 
@@ -72,7 +73,7 @@ class NoTeacher:
     passes_gradient = False
 
     def __init__(self) -> None:
-        self.model: nn.Module | None = None
+        self.models: Mapping[str, nn.Module] = {}
         self.shared: list[nn.Parameter] = []
 
     def compile(self, **options: Any) -> None:
@@ -96,14 +97,16 @@ class NoTeacher:
 class FrozenTeacher:
     """A teacher that stays in eval mode and runs under `no_grad`.
 
-    No optimizer, DDP, `state_dict` or `train()` sees it.
+    No optimizer, DDP, `state_dict` or `train()` sees it. With a `name`, its features have taps that carry the name. It
+    does not run in a step for which all of its `targets` are cached.
     """
 
     passes_gradient = False
 
-    def __init__(self, probe: Probe, view: ImageView) -> None:
-        self.probe, self.view = probe, view
-        self.model: nn.Module | None = probe.model
+    def __init__(self, probe: Probe, view: ImageView, targets: Collection[str], name: str = "") -> None:
+        self.probe, self.view, self.targets = probe, view, targets
+        self.models: Mapping[str, nn.Module] = {name: probe.model}
+        self.taps = {replace(tap, model=name): tap for tap in probe.taps}
         self.shared: list[nn.Parameter] = []
         self.run: Callable[[Tensor], dict[Tap, Tensor]] = probe
         self._modules = list(probe.model.modules())
@@ -118,13 +121,14 @@ class FrozenTeacher:
         self.probe.close()
 
     def features(self, images: Tensor, cached: Mapping[str, Tensor] | None = None) -> TeacherFeatures:
-        if cached is not None:
-            features = {tap: cached[str(tap)] for tap in self.probe.taps if str(tap) in cached}
+        if cached is not None and all(name in cached for name in self.targets):
+            features = {tap: cached[target_of(tap)] for tap in self.taps if target_of(tap) in cached}
             return TeacherFeatures(features, features, cached)
         self.keep_in_eval()
         # no_grad and not inference_mode: its tensors could not be saved for the student's backward
         with torch.no_grad():
             features = self.run(self.view(images))
+        features = {tap: features[local] for tap, local in self.taps.items()}
         return TeacherFeatures(features, features)
 
     def around_student(self, own: Features) -> AbstractContextManager[None]:
@@ -140,6 +144,51 @@ class FrozenTeacher:
                 module.training = False
 
 
+class Teachers:
+    """Several frozen teachers with names. In a step, those whose targets are cached do not run, and the others do."""
+
+    passes_gradient = False
+
+    def __init__(self, teachers: Sequence[FrozenTeacher]) -> None:
+        self.teachers = teachers
+        self.models: Mapping[str, nn.Module] = {
+            name: model for teacher in teachers for name, model in teacher.models.items()
+        }
+        self.shared: list[nn.Parameter] = []
+
+    def compile(self, **options: Any) -> None:
+        for teacher in self.teachers:
+            teacher.compile(**options)
+
+    def attach(self) -> None:
+        for teacher in self.teachers:
+            teacher.attach()
+
+    def close(self) -> None:
+        for teacher in self.teachers:
+            teacher.close()
+
+    def features(self, images: Tensor, cached: Mapping[str, Tensor] | None = None) -> TeacherFeatures:
+        features: dict[Tap, Tensor] = {}
+        targets: dict[str, Tensor] = {}
+        for teacher in self.teachers:
+            of_teacher = teacher.features(images, cached)
+            features |= of_teacher.compared
+            targets |= of_teacher.targets
+        return TeacherFeatures(features, features, targets)
+
+    def around_student(self, own: Features) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        for model in {id(model): model for model in self.models.values()}.values():
+            model._apply(function)  # type: ignore[no-untyped-call]
+
+    def keep_in_eval(self) -> None:
+        for teacher in self.teachers:
+            teacher.keep_in_eval()
+
+
 class JointTeacher:
     """A teacher that trains with the student (Rocket Launching, Zhou et al. 2018); `block` limits its gradients.
 
@@ -150,7 +199,7 @@ class JointTeacher:
         self, probe: Probe, view: ImageView, student: nn.Module, block: Block, replayed: Mapping[str, Tap]
     ) -> None:
         self.probe, self.view, self.student, self.block = probe, view, student, block
-        self.model: nn.Module | None = probe.model
+        self.models: Mapping[str, nn.Module] = {"": probe.model}
         self.run: Callable[[Tensor], dict[Tap, Tensor]] = probe
         self.passes_gradient = block in ("params", "off")
         self._replayed = {get(student, name): tap for name, tap in replayed.items()}

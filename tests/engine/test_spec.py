@@ -14,7 +14,9 @@ from probe_kd.errors import DataError, TapError
 paths = st.lists(st.text("abcXYZ019_", min_size=1, max_size=6), max_size=4).map(".".join)
 keys = st.text("abcXYZ019_.-", min_size=1, max_size=8).filter(lambda key: not key.isdigit())
 items = st.lists(st.one_of(st.integers(0, 999), keys), max_size=3).map(tuple)
-taps = st.builds(Tap, paths, st.sampled_from(["output", "input"]), st.none() | st.integers(0, 99), items)
+names = st.just("") | st.from_regex(r"[a-zA-Z_]\w{0,5}", fullmatch=True).filter(lambda name: name not in ("glob", "re"))
+paths |= st.builds("{}:{}".format, paths, paths)  # a ModuleDict may have such keys
+taps = st.builds(Tap, paths, st.sampled_from(["output", "input"]), st.none() | st.integers(0, 99), items, names)
 
 
 @given(taps)
@@ -34,6 +36,10 @@ def test_the_text_form_of_a_tap_reads_back_as_the_same_tap(tap: Tap) -> None:
         ("", Tap("")),
         ("@input", Tap("", "input")),
         ("a.b#2@input[x]", Tap("a.b", "input", 2, ("x",))),
+        ("dino:blocks.11", Tap("blocks.11", model="dino")),
+        ("siglip:[pooler_output]", Tap("", items=("pooler_output",), model="siglip")),
+        ("dino:", Tap("", model="dino")),
+        (":dino:blocks.11", Tap("dino:blocks.11")),
     ],
 )
 def test_the_forms_in_the_documentation(text: str, tap: Tap) -> None:
@@ -41,7 +47,7 @@ def test_the_forms_in_the_documentation(text: str, tap: Tap) -> None:
     assert str(tap) == text
 
 
-@pytest.mark.parametrize("text", ["a b", "a@inputs", "a#", "a#-1", "a[", "a[]", "a[0", "a@input#1", 3, None])
+@pytest.mark.parametrize("text", ["a b", "di no:a", "a@inputs", "a#", "a#-1", "a[", "a[]", "a[0", "a@input#1", 3, None])
 def test_what_is_no_tap_is_refused(text: object) -> None:
     with pytest.raises(TapError, match="expected"):
         Tap.parse(text)  # type: ignore[arg-type]
