@@ -754,7 +754,9 @@ class RoleChoice(StrEnum):
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write, which must be new or empty.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder to write, which must be new or empty.")
+    ] = None,
     role: Annotated[
         RoleChoice, typer.Option("--role", "--subject", help="The model of the run to export.")
     ] = RoleChoice.student,
@@ -768,31 +770,51 @@ def export(
         Path | None,
         typer.Option(help="Folder of the data, if it has moved. The exported model is checked on test images."),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Also upload the folder to this repository of the Hugging Face hub. A new one is private.",
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository of the hub is public.")] = False,
     allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
     """Write a model of a run as a folder that plain timm loads. Before, it loads the folder and compares the outputs.
 
-    The folder holds config.json, model.safetensors and README.md. timm loads it by `local-dir:`, and it can be uploaded
-    to the Hugging Face hub.
+    The folder holds config.json, model.safetensors and README.md. timm loads it by `local-dir:`. With --push-to-hub it
+    is uploaded too, and its name is that of the repository if -o gives none.
     """
     from probe_kd.results.export import export as write
+    from probe_kd.results.hub import check_hub, push
 
+    if output is None and push_to_hub is None:
+        raise RunError("give the folder to write: -o FOLDER")
+    if public and push_to_hub is None:
+        raise RunError("--public is of a repository of the hub; give --push-to-hub ORG/NAME too")
+    if push_to_hub is not None:
+        check_hub(push_to_hub, overwrite=overwrite)
+        output = output or Path(push_to_hub.rpartition("/")[2])
+    assert output is not None
     options = {"ema": ema, "reparameterize": reparameterize, "onnx": onnx, "overwrite": overwrite}
     exported = write(run, output, role=role.value, root=root, allow_import=_allowed(allow_import), **options)
+    address = push(Path(exported.folder), push_to_hub, private=not public) if push_to_hub else None
     if as_json:
-        print(json.dumps(asdict(exported), indent=1))
+        print(json.dumps(asdict(exported) | ({"hub": address} if address else {}), indent=1))
         return
     _print(f"{exported.weights} ({exported.model}) -> {exported.folder}: {', '.join(exported.files)}")
     for library, difference in (("timm", exported.difference), ("onnxruntime", exported.onnx_difference)):
         if difference is not None:
             _print(
                 f"{library} answers as the run did: "
-                f"logits up to {exported.largest_logit:.3g} differ by at most {difference:.2g}"
+                f"{exported.outputs} up to {exported.largest_logit:.3g} differ by at most {difference:.2g}"
             )
     _print("\n".join([f"compared on {exported.images}", *(f"note: {note}" for note in exported.notes)]))
     if exported.difference is not None:
         _print(f"  timm.create_model({f'local-dir:{exported.folder}'!r}, pretrained=True)")
+    if address:
+        _print(f"uploaded to {address}")
 
 
 def _check_free(output: Path | None, overwrite: bool) -> None:

@@ -30,7 +30,7 @@ def inputs_of(recipe: Recipe, *, trained: bool = False) -> list[str]:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, with every default written out."""
-    return _as_yaml(recipe.model_dump(mode="json", exclude_none=True))
+    return as_yaml(recipe.model_dump(mode="json", exclude_none=True))
 
 
 def command_to_go_on(folder: Path) -> str:
@@ -46,10 +46,10 @@ def command_to_go_on(folder: Path) -> str:
 
 def rewritten(text: str) -> str:
     """Format the YAML of a recipe as `dump` does, without comments and without adding defaults."""
-    return _as_yaml(YAML(typ="safe").load(text))
+    return as_yaml(YAML(typ="safe").load(text))
 
 
-def _as_yaml(values: Any) -> str:
+def as_yaml(values: Any) -> str:
     stream = StringIO()
     yaml = YAML()
     yaml.default_flow_style = False

@@ -26,20 +26,20 @@ from probe_kd.engine.models import build_on_meta, built_by_timm, files_of, packa
 from probe_kd.engine.spec import InputSpec
 from probe_kd.engine.weights import read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError, TraceError, WeightsError, nearest, short
-from probe_kd.files.atomic import whole_bytes, whole_text
+from probe_kd.files.atomic import whole_bytes
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
-from probe_kd.measures import MEASURES
+from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.keys import ModelOptions, Recipe
 from probe_kd.recipe.reading import load
-from probe_kd.recipe.writing import command_to_go_on, dump
+from probe_kd.recipe.writing import command_to_go_on
+from probe_kd.results.card import MARK, Card, card_text
 from probe_kd.training.state import weights_file
 from probe_kd.version import __version__
 
 ROLES = ("student", "baseline", "teacher", "teacher-baseline")
 WEIGHTS, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
 FILES = (CONFIG, WEIGHTS, CARD, ONNX, f"{ONNX}.data")  # the last if the model exceeds the size limit of an ONNX file
-MARK = "- probe-kd\n"  # a tag of the card, by which an export is recognised
 # The largest differences that count as rounding, relative to the largest value. Loaded weights give the same bits.
 # After a change in the order of sums, 10,000 times the precision of float32 is still far below the effect of an error.
 SAME, FUSED = 1e-5, 1e-3
@@ -51,8 +51,8 @@ class Exported:
 
     `difference` is the largest absolute difference of logits on `images` between the trained model and the one that
     timm loads from the folder (None if timm cannot load it); `onnx_difference` is the same for onnxruntime (None
-    without ONNX). Both are in units of the logits, whose largest absolute value is `largest_logit`. `notes` are remarks
-    for the user.
+    without ONNX). Both are in units of the logits, whose largest absolute value is `largest_logit`. Of a backbone,
+    `outputs` are `features` instead of `logits`. `notes` are remarks for the user.
     """
 
     folder: str
@@ -62,6 +62,7 @@ class Exported:
     model_kwargs: dict[str, Any]
     files: tuple[str, ...]
     images: str
+    outputs: str
     largest_logit: float
     difference: float | None
     onnx_difference: float | None
@@ -79,10 +80,15 @@ class _Trained:
     about: Mapping[str, Any]
     module: nn.Module
     given: InputSpec
+    dropped: str = ""  # why the classifier of the run was left out
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        return dict(self.about["model_kwargs"])
+        return {**self.about["model_kwargs"], **({"num_classes": 0} if self.dropped else {})}
+
+    @property
+    def outputs(self) -> str:
+        return "features" if getattr(self.module, "num_classes", None) == 0 else "logits"
 
     @property
     def why_not_timm(self) -> str:
@@ -128,7 +134,8 @@ def export(
     """Write a model of a finished run to `folder`, from which `timm.create_model("local-dir:FOLDER", pretrained=True)`
     builds the model with its weights, and `timm.data` its preprocessing.
 
-    `role` is one of `ROLES`. `ema` exports the moving average of the weights. `reparameterize` merges branches and
+    A student whose classifier no loss has trained is exported without one, as a backbone (`num_classes=0`). `role` is
+    one of `ROLES`. `ema` exports the moving average of the weights. `reparameterize` merges branches and
     batch norms that only training needs (timm's `reparameterize_model`). `onnx` adds `model.onnx`, in float32, from
     normalised images (batch, channels, height, width) to logits (batch, classes). timm has no config for a model from
     your own function; such a model is exported only as ONNX. `overwrite` replaces an earlier export and nothing else.
@@ -158,7 +165,7 @@ def export(
     sample = _sample(trained, needed=root is not None)
     with _beside(folder) as aside, torch.no_grad():
         expected = _logits(trained.module, sample.images)
-        written = _Written(trained.module, trained.kwargs)
+        written = _Written(trained.module, trained.kwargs, [trained.dropped] if trained.dropped else [])
         if reparameterize:
             _fuse(written, trained)
         if not trained.why_not_timm:
@@ -166,8 +173,10 @@ def export(
         else:
             written.notes.append(f"the model {trained.why_not_timm}: the folder holds ONNX alone")
         if onnx:
-            written.onnx_difference = _write_onnx(written.module, sample.images, expected, aside / ONNX)
-        (aside / CARD).write_text(_card(trained, written, folder.resolve().name), encoding="utf-8")
+            written.onnx_difference = _write_onnx(
+                written.module, trained.outputs, sample.images, expected, aside / ONNX
+            )
+        (aside / CARD).write_text(card_text(_card(trained, written, folder.resolve().name)), encoding="utf-8")
         files = tuple(name for name in FILES if (aside / name).exists())
     return Exported(
         folder=str(folder),
@@ -177,6 +186,7 @@ def export(
         model_kwargs=written.kwargs,
         files=files,
         images=sample.description,
+        outputs=trained.outputs,
         largest_logit=expected.abs().max().item(),
         difference=written.difference,
         onnx_difference=written.onnx_difference,
@@ -209,7 +219,19 @@ def _read(run: Path, role: str, ema: bool, root: str | Path | None, allow_import
             "into a student that timm knows"
         )
     module = load_student(weights, allow_import=allow_import)
-    return _Trained(run, recipe, role, weights, about, module, _evaluated_on(recipe, role, module))
+    given = _evaluated_on(recipe, role, module)
+    return _Trained(run, recipe, role, weights, about, module, given, _drop_classifier(module, recipe, role))
+
+
+def _drop_classifier(module: nn.Module, recipe: Recipe, role: str) -> str:
+    """Remove a student's classifier that no loss has trained. Returns why, or an empty string if it stays."""
+    losses = [LOSSES.get(loss.loss) for stage in recipe.stages for loss in stage.losses.values()]
+    read = {loss.reads for loss in losses if loss is not None}
+    has_classifier = getattr(module, "num_classes", 0) and hasattr(module, "reset_classifier")
+    if role != "student" or read & {"labels", "outputs"} or not has_classifier:
+        return ""
+    module.reset_classifier(0)  # type: ignore[operator]
+    return "no loss has trained its classifier: it is a backbone, which gives features (num_classes=0)"
 
 
 def _why_missing(run: Path, weights: Path, role: str, ema: bool) -> str:
@@ -292,7 +314,7 @@ def _sample(trained: _Trained, count: int = 16, *, needed: bool = False) -> _Sam
 def _logits(module: nn.Module, images: Tensor) -> Tensor:
     logits = module(images)
     if not isinstance(logits, Tensor):
-        raise RunError(f"the model answers with a {type(logits).__name__}; only one tensor of logits can be exported")
+        raise RunError(f"the model answers with a {type(logits).__name__}; only one tensor can be exported")
     return logits
 
 
@@ -303,7 +325,7 @@ def _difference(expected: Tensor, logits: Tensor, allowed: float, who: str) -> f
     difference, largest = (logits - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= allowed * largest:  # also where either is no number
         raise RunError(
-            f"{who} does not answer as the model did when it was trained: logits up to {largest:.3g} differ by up to "
+            f"{who} does not answer as the model did when it was trained: outputs up to {largest:.3g} differ by up to "
             f"{difference:.3g}, and rounding explains {allowed * largest:.1g}; nothing was exported"
         )
     return difference
@@ -399,7 +421,7 @@ def _write_config(
     }
     module.pretrained_cfg = config  # type: ignore[assignment]
     about = {"version": __version__, "role": trained.role, "weights": trained.weights.name}
-    names = {"label_names": list(classes)} if len(classes) == module.num_classes else {}
+    names = {"label_names": list(classes)} if classes and len(classes) == module.num_classes else {}
     save_config_for_hf(
         module, str(path), model_config={**names, "probe_kd": about}, model_args=_architecture_of(kwargs)
     )
@@ -442,7 +464,7 @@ def _larger_teacher(trained: _Trained) -> list[str]:
     sizes = ["x".join(map(str, size)) for size in (teacher_size, size)]
     return [
         f"the run made its images {sizes[0]}, as the teacher wants them, and resized them to {sizes[1]}; timm's "
-        "transform makes them so at once, and the accuracy may differ a little"
+        "transform makes them so at once, and the outputs may differ a little"
     ]
 
 
@@ -452,7 +474,7 @@ def _check_onnx() -> None:
         raise RunError(f"--onnx needs {', '.join(missing)}: pip install 'probe-kd[onnx]'")
 
 
-def _write_onnx(module: nn.Module, images: Tensor, expected: Tensor, path: Path) -> float:
+def _write_onnx(module: nn.Module, name: str, images: Tensor, expected: Tensor, path: Path) -> float:
     """Write ONNX with a dynamic batch size, and run onnxruntime at two sizes. Returns the largest difference."""
     import onnxruntime
 
@@ -462,14 +484,14 @@ def _write_onnx(module: nn.Module, images: Tensor, expected: Tensor, path: Path)
             (images[:2],),
             dynamo=True,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=[name],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
         assert program is not None
         program.save(path)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        outputs = [session.run(["logits"], {"images": batch.numpy()})[0] for batch in (images[:1], images)]
+        outputs = [session.run([name], {"images": batch.numpy()})[0] for batch in (images[:1], images)]
     except Exception as refusal:  # exporter and runtime raise many types
         why = short(_root(refusal))
         raise RunError(f"torch cannot export this model to ONNX: {why}; leave --onnx out") from refusal
@@ -518,99 +540,17 @@ def _beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _card(trained: _Trained, written: _Written, name: str) -> str:
-    """The README.md of the folder, with the front matter that the Hugging Face hub reads."""
-    in_timm = not trained.why_not_timm
-    recipe, teacher = trained.recipe, trained.recipe.teacher
-    size = "x".join(map(str, trained.given.size))
-    lines = [f"- Model: `{trained.about['model']}`, images {size}"]
-    lines += [f"- Weights: `{trained.weights.name}` of a run of probe-kd {trained.about.get('probe_kd', '')}".rstrip()]
-    if teacher is not None and trained.role == "student":
-        lines.append(f"- Distilled from `{teacher.model}`")
-    lines.append(f"- Data: `{recipe.data.dataset or 'a folder of images'}`")
-    heading, figures, measured_on = _figures(trained)
-    lines += [f"- {heading}: {text}" for text in figures]
-    lines += [f"- Measured: {measured_on}"] * bool(figures and measured_on)
-    lines += [f"- Note: {note}" for note in written.notes]
-    parts = [
-        _FRONT.format(library="timm" if in_timm else "onnx", mark=MARK, name=name),
-        "\n".join(lines),
-        _WITH_TIMM.format(convert='"L"' if trained.given.size[0] == 1 else '"RGB"') if in_timm else "",
-        _WITH_ONNX.format(given=trained.given) if written.onnx_difference is not None else "",
-        f"## The recipe\n\n```yaml\n{dump(_without_paths(recipe))}```\n",
-    ]
-    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
-
-
-_FRONT = """\
----
-tags:
-- image-classification
-- timm
-- knowledge-distillation
-{mark}pipeline_tag: image-classification
-library_name: {library}
----
-# {name}
-"""
-
-_WITH_TIMM = """\
-## With timm
-
-```python
-import timm, torch
-from PIL import Image
-
-model = timm.create_model("local-dir:.", pretrained=True).eval()  # this folder; or "hf-hub:OWNER/NAME"
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-with torch.no_grad():
-    logits = model(transform(Image.open("image.png").convert({convert})).unsqueeze(0))
-```
-"""
-
-_WITH_ONNX = """\
-## With ONNX
-
-`model.onnx` takes `images`, float32 (batch, {given.size[0]}, {given.size[1]}, {given.size[2]}), between 0 and 1 and
-then normalised by the mean {given.mean} and the standard deviation {given.std}, and gives `logits`.
-"""
-
-
-def _figures(trained: _Trained) -> tuple[str, list[str], str]:
-    """The headline, its values for this and the run's other models, and the images used; else empty.
-
-    Read from summary.json.
-    """
-    try:
-        summary = json.loads(whole_text(trained.run / "summary.json"))
-        headline = MEASURES[summary.get("headline", "accuracy")]
-        by_role = {result["role"].replace(" ", "-"): result for result in summary["results"]}
-        start = "ema_" if trained.weights.stem.endswith("-ema") else ""
-        values = {trained.role: _value(by_role.pop(trained.role), headline.name, start)}
-        values |= {role: _value(result, headline.name) for role, result in by_role.items()}
-        lines = [
-            f"{headline.text(value)} ({role.replace('-', ' ')})" for role, value in values.items() if value is not None
-        ]
-        return headline.heading, lines, str(summary.get("measured_on", ""))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return "", [], ""
-
-
-def _value(result: Mapping[str, Any], measure: str, start: str = "") -> float | None:
-    """A measure of a result in summary.json; `start` is `ema_` for that of the moving average."""
-    own: float | None = result.get(f"{start}{measure}")
-    others: Mapping[str, float] = result.get(f"{start}measures", {})
-    return others.get(measure, own)
-
-
-def _without_paths(recipe: Recipe) -> Recipe:
-    """The recipe without the paths of this machine, because a card may be published."""
-    sides: dict[str, Any] = {
-        key: side.model_copy(update={"checkpoint": Path(side.checkpoint).name})
-        for key, side in (("student", recipe.student), ("teacher", recipe.teacher))
-        if side is not None and side.checkpoint
-    }
-    teacher = sides.get("teacher", recipe.teacher)
-    if teacher is not None and isinstance(teacher.class_map, str):
-        sides["teacher"] = teacher.model_copy(update={"class_map": Path(teacher.class_map).name})
-    return recipe.model_copy(update={**sides, "data": recipe.data.model_copy(update={"root": None})})
+def _card(trained: _Trained, written: _Written, name: str) -> Card:
+    return Card(
+        name=name,
+        run=trained.run,
+        recipe=trained.recipe,
+        role=trained.role,
+        weights=trained.weights,
+        about=trained.about,
+        given=trained.given,
+        outputs=trained.outputs,
+        in_timm=not trained.why_not_timm,
+        in_onnx=written.onnx_difference is not None,
+        notes=tuple(written.notes),
+    )
