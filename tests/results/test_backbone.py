@@ -20,8 +20,8 @@ from probe_kd.results.export import export
 # name, its arguments, those of another backbone by timm itself
 STUDENTS: dict[str, dict[str, Any]] = {
     "resnet10t": {"channels": [8, 16, 32, 32]},
-    "vit_tiny_patch16_232": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    "deit_tiny_distilled_patch16_232": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "deit_tiny_distilled_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2},
     "mobilenetv4_conv_small": {},
     "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
 }
