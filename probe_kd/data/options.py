@@ -28,7 +28,7 @@ _Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 InputSize = Annotated[tuple[Annotated[int, Field(ge=1)], _Side, _Side], AfterValidator(_one_or_three_channels)]
 
 
-def _null_as_none_word(value: Any) -> Any:
+def null_as_none_word(value: Any) -> Any:
     """Null becomes the word `none`, because a stored recipe omits null values and would get the default instead."""
     return "none" if value is None else value
 
@@ -60,9 +60,9 @@ class DataOptions(BaseModel):
     dataset: str = ""
     root: str | None = None
     train_split: str = "train"
-    val_split: Annotated[str | None, BeforeValidator(_null_as_none_word)] = "validation"
+    val_split: Annotated[str | None, BeforeValidator(null_as_none_word)] = "validation"
     test_split: str | None = None
-    labels: Annotated[Labels, BeforeValidator(_null_as_none_word)] = "class"
+    labels: Annotated[Labels, BeforeValidator(null_as_none_word)] = "class"
     on_error: Literal["raise", "skip"] = "raise"
     download: bool = False
     num_classes: int | None = Field(default=None, ge=1)

@@ -33,7 +33,15 @@ from probe_kd.methods.normalisation import fitted_norms
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.outputs import tensor_at
 from probe_kd.methods.sharing import Sharing
-from probe_kd.methods.targets import compared, make_adapters, module_key, target_of, targets_of, unfitted_side
+from probe_kd.methods.targets import (
+    compared,
+    make_adapters,
+    module_key,
+    target_of,
+    targets_of,
+    teacher_side,
+    unfitted_side,
+)
 from probe_kd.methods.teachers import Block, FrozenTeacher, JointTeacher, NoTeacher, Teacher, Teachers
 from probe_kd.methods.terms import Terms
 
@@ -334,6 +342,26 @@ class Distiller(nn.Module):
         check_images(images, self._channels)
         self._check_numbers(images)
         return self._teacher.features(images).compared
+
+    def feature_sides(self, images: Tensor) -> list[tuple[Objective, Comparison, Tensor, Tensor]]:
+        """The student's and the teacher's side of every comparison of features, after its adapter, as its loss sees it.
+
+        Losses of maps and of matrices compare none. Neither mode nor weights change: call `eval()` before, and compute
+        under `no_grad`.
+        """
+        teacher = self._teacher.features(images)
+        with self._teacher.around_student(teacher.own):
+            student = self._run_student(self.student_view(images))
+        return [
+            (
+                objective,
+                comparison,
+                adapter.student_steps(comparison.features("student", student, matrices=False)),
+                teacher_side(objective, comparison, adapter, teacher.compared, {}),
+            )
+            for objective, comparison, adapter in compared(self.objectives, self.adapters)
+            if objective.resolved.reads == "features"
+        ]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the student.

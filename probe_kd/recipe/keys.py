@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from probe_kd.data.options import DataOptions, InputSize
+from probe_kd.data.options import DataOptions, InputSize, null_as_none_word
 from probe_kd.engine.spec import Schedule, Tap
 from probe_kd.errors import LossError, TapError
 from probe_kd.methods.adapters import Activation, Normalize, Policy, Projector, Tokens
@@ -66,6 +66,10 @@ TapText = Annotated[str, AfterValidator(_tap)]
 # The branch of a union that a value belongs to, so that pydantic reports one error and not one for each branch.
 def _list_or_word(value: Any) -> str:
     return "list" if isinstance(value, list | tuple) else "word"
+
+
+def _number_or_word(value: Any) -> str:
+    return "word" if isinstance(value, str) else "number"
 
 
 def _mapping_or_word(value: Any) -> str:
@@ -238,7 +242,8 @@ class ModelOptions(_Section):
     `new_classifier` replaces the classifier of the weights by a new one. A teacher with `train` gets a new classifier
     anyway if its weights have other classes. `output` is the tap that yields the model's output, one vector per image:
     losses of outputs and labels read it unless they name another, and accuracy is measured on it. `[logits]` is an item
-    of a tuple, dict or dataclass, `head_dist` the output of a module.
+    of a tuple, dict or dataclass, `head_dist` the output of a module. `embedding` is the tap whose mean over positions
+    is the vector of an image for `evaluate`; not set: what the classifier reads, or the output of a model without one.
     """
 
     model: str
@@ -248,6 +253,7 @@ class ModelOptions(_Section):
     new_classifier: bool = False
     model_kwargs: dict[str, Any] = {}
     output: TapText = ""
+    embedding: TapText | None = None
 
 
 class TeacherOptions(ModelOptions):
@@ -395,6 +401,86 @@ class AverageOptions(_Section):
     warmup: bool = False
 
 
+class LabelledSet(_Section):
+    """A labelled data set beside the run's images. Its keys are those of `data`, and its images are never trained on.
+
+    The vectors of a frozen model are classified: those of the training images are the neighbours, or what a probe is
+    fitted to. While the student trains, the images of `holdout`, else of `val_split`, are classified, and at the end
+    those of `test_split`; where only one is given it serves both. `every` is the number of epochs between two
+    measurements of the student; not set: `val_interval`, 0: only at the end.
+    """
+
+    dataset: str = ""
+    root: str | None = None
+    train_split: str = "train"
+    val_split: Annotated[str | None, BeforeValidator(null_as_none_word)] = "validation"
+    test_split: str | None = None
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    num_classes: int | None = Field(default=None, ge=1)
+    on_error: Literal["raise", "skip"] = "raise"
+    download: bool = False
+    every: int | None = Field(default=None, ge=0)
+
+    @property
+    def is_named(self) -> bool:
+        return bool(self.dataset or self.root)
+
+    def data(self, data: DataOptions) -> DataOptions:
+        """The options by which its images are read: in the size and by the transforms of the run's images."""
+        own = {key: getattr(self, key) for key in LabelledSet.model_fields if key != "every"}
+        shared = ("input_size", "mean", "std", "interpolation", "crop_pct", "batch_size", "workers")
+        return DataOptions.model_validate(own | {key: getattr(data, key) for key in shared})
+
+
+class KnnOptions(LabelledSet):
+    """k-NN: each image has the class for which its `k` nearest training images vote.
+
+    Neighbours are the nearest by cosine, and vote with the weight `exp(cosine / temperature)`.
+    """
+
+    k: int = Field(default=20, ge=1)
+    temperature: float = Field(default=0.07, gt=0)
+
+
+class LinearOptions(LabelledSet):
+    """A linear probe: scikit-learn's logistic regression on standardised vectors.
+
+    `C` is the inverse strength of its penalty. `auto` tries five strengths on a fifth of the training images.
+    """
+
+    C: Annotated[
+        Annotated[Literal["auto"], Tag("word")] | Annotated[float, Field(gt=0), Tag("number")],
+        Discriminator(_number_or_word),
+    ] = "auto"
+
+
+class EvaluateOptions(_Section):
+    """What is measured beside the accuracy.
+
+    `knn` and `linear` classify the images of a labelled set by the vectors of the student, the teacher, the baseline
+    and the untrained student; one that names no data has those of the other. `pairs` are the explained variance and
+    the cosine of every pair; not set: where the student's classes are not measured.
+    """
+
+    knn: KnnOptions | None = None
+    linear: LinearOptions | None = None
+    pairs: bool | None = None
+
+    @property
+    def probes(self) -> dict[str, LabelledSet]:
+        """The probes by the names of their measures, each with its data."""
+        probes: dict[str, LabelledSet] = {
+            name: probe for name in ("knn", "linear") if (probe := getattr(self, name)) is not None
+        }
+        named = [probe for probe in probes.values() if probe.is_named]
+        if not named:
+            return probes
+        keys = [key for key in LabelledSet.model_fields if key != "every"]
+        data = {key: getattr(named[0], key) for key in keys}
+        return {name: probe if probe.is_named else probe.model_copy(update=data) for name, probe in probes.items()}
+
+
 class Recipe(_Section):
     """A whole recipe.
 
@@ -424,11 +510,17 @@ class Recipe(_Section):
     channels_last: bool | None = None
     torchcompile: CompileOptions | None = None
     model_ema: AverageOptions | None = None
+    evaluate: EvaluateOptions | None = None
     recovery_interval: int = Field(default=0, ge=0)
     val_interval: int = Field(default=1, ge=1)
     checkpoint_hist: int = Field(default=2, ge=1)
     trackers: list[str] = []
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @property
+    def probes(self) -> dict[str, LabelledSet]:
+        """The k-NN and the linear probe, by the names of their measures, each with its data."""
+        return self.evaluate.probes if self.evaluate else {}
 
     @property
     def loss_names(self) -> set[str]:

@@ -5,16 +5,18 @@ and raises one RecipeError with all problems, each with its line.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from probe_kd.data.datasets import Datasets
 from probe_kd.data.record import DataRecord
 from probe_kd.engine.spec import InputSpec, Pair, Trace
+from probe_kd.measures import OF_LABELLED_SET, OF_PAIRS, headline_of
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
 from probe_kd.recipe.keys import PairOptions, Recipe
 from probe_kd.recipe.reading import Source
+from probe_kd.recipe.sections.evaluation import check_evaluation, measures_pairs
 from probe_kd.recipe.sections.execution import check_execution
 from probe_kd.recipe.sections.freezing import Frozen, find_frozen
 from probe_kd.recipe.sections.images import check_transforms, open_data
@@ -59,6 +61,7 @@ class Plan:
     new_classifiers: tuple[str, ...] = ()  # one sentence for each model with weights
     frozen: tuple[Frozen, ...] = ()  # of each stage
     classifying: frozenset[Side] = frozenset()
+    labelled_sets: Mapping[str, Datasets] = field(default_factory=dict)  # by the measure that is taken on it
 
     def classifies(self, side: Side) -> bool:
         """Whether the accuracy of this side means something: what no loss reads is not measured.
@@ -76,6 +79,30 @@ class Plan:
     def body(self) -> str:
         """The prefix of the student's layers in the student as it is trained, if that is a graft."""
         return "body." if self.grown else ""
+
+    @property
+    def measures_pairs(self) -> bool:
+        """Whether the explained variance and the cosine of the pairs are measured while the student trains."""
+        return measures_pairs(self.recipe, self.objectives, classifies=self.classifies("student"))
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures of the student, by their names in `MEASURES`."""
+        of_labels = "map" if self.datasets.labels == "multilabel" else "accuracy"
+        classified = (of_labels,) * self.classifies("student")
+        return (*classified, *self.labelled_sets, *OF_PAIRS * self.measures_pairs)
+
+    @property
+    def headline(self) -> str:
+        """The measure that the run is about; empty if it takes none."""
+        return headline_of(self.measures)
+
+    @property
+    def chosen_by(self) -> str:
+        """The measure by which `keep: best` chooses an epoch; empty if it chooses by the loss, as with labels."""
+        if self.recipe.data.labels != "none" or self.headline not in (*OF_LABELLED_SET, *OF_PAIRS):
+            return ""
+        return self.headline
 
     @property
     def remarks(self) -> list[str]:
@@ -142,6 +169,7 @@ class _Sections(NamedTuple):
     comparisons: list[Planned]
     frozen: list[Frozen]
     classifying: frozenset[Side]
+    labelled_sets: dict[str, Datasets]
 
 
 def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord | None = None) -> Plan:
@@ -178,6 +206,7 @@ def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord
         new_classifiers=tuple(sections.new_classifiers),
         frozen=tuple(sections.frozen),
         classifying=sections.classifying,
+        labelled_sets=sections.labelled_sets,
     )
 
 
@@ -204,7 +233,9 @@ def _check_sections(
     mistakes += more
     frozen, more = find_frozen(recipe, models.student, objectives)
     classifying = sides_that_classify(recipe, models, grown, objectives, class_map)
-    plans = class_map, grown, sharing, paired, objectives, comparisons, frozen, classifying
+    labelled_sets, more = check_evaluation(recipe, models, objectives, classifies="student" in classifying)
+    mistakes += more
+    plans = class_map, grown, sharing, paired, objectives, comparisons, frozen, classifying, labelled_sets
     sections = _Sections(datasets, models, new_classifiers, *plans)
     return sections, mistakes + more
 

@@ -24,10 +24,11 @@ from probe_kd.errors import MatchError, RunError, nearest, short
 from probe_kd.files.atomic import put, whole_text
 from probe_kd.files.run_folder import RECIPE, Manifest, check_own, record, runs_beside, why_no_run
 from probe_kd.measures import MEASURES, headline_of, not_losses
+from probe_kd.methods.similarity import cka_table
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import load
 from probe_kd.recipe.writing import command_to_go_on
-from probe_kd.results.evaluation import cka_table, vectors
+from probe_kd.results.evaluation import vectors
 from probe_kd.training.checkpoints import FOLDER as CHECKPOINTS
 from probe_kd.training.state import Result, Row, current_role
 

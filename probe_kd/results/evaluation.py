@@ -32,6 +32,15 @@ from probe_kd.errors import DataError, RunError, for_all, nearest, short
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.objectives import Comparison
+from probe_kd.methods.similarity import (
+    Sums,
+    added,
+    cka_sums,
+    exact,
+    explained_variance,
+    linear_cka,
+    variance_sums,
+)
 from probe_kd.methods.targets import compared, make_adapters
 from probe_kd.recipe.keys import Recipe, TeacherOptions
 from probe_kd.recipe.planner import Plan, plan
@@ -39,13 +48,11 @@ from probe_kd.recipe.reading import load
 from probe_kd.recipe.sections.sharing import join
 from probe_kd.recipe.writing import command_to_go_on, inputs_of
 from probe_kd.training.devices import mixed_precision
-from probe_kd.training.processes import own_accelerator
+from probe_kd.training.processes import own_accelerator, own_images
 from probe_kd.training.state import weights_file
 
 Split = Literal["test", "val", "train", "held_out"]
-Sums = dict[str, Tensor]
 BINS = 15  # of the calibration error, as in Guo et al. 2017
-_CONSTANT = 1e-12  # a variance below this share of the mean square is rounding: float32 features differ by 1e-7
 
 
 @dataclass(frozen=True)
@@ -162,63 +169,6 @@ def evaluate(
         return replace(meter.result(str(folder), "held_out" if held_out else split), notes=notes)
 
 
-def cka_sums(student: Float[Tensor, "batch m"], teacher: Float[Tensor, "batch n"]) -> Sums:
-    """The sums over one batch that `linear_cka` needs. Add them over all batches."""
-    of_student, of_teacher = _exact(student), _exact(teacher)
-    return {
-        "images": of_student.new_tensor(len(of_student)),
-        "student": of_student.sum(0),
-        "teacher": of_teacher.sum(0),
-        "within_student": of_student.T @ of_student,
-        "within_teacher": of_teacher.T @ of_teacher,
-        "between": of_student.T @ of_teacher,
-    }
-
-
-def linear_cka(sums: Mapping[str, Tensor]) -> float:
-    """Linear centred kernel alignment of two features, from the `cka_sums` of all images.
-
-    `||X^T Y||^2 / (||X^T X|| ||Y^T Y||)` in Frobenius norms, where the rows of X and Y are the images, and their mean
-    over all images is taken out. Kornblith et al. 2019 (arXiv 1905.00414), eq. 5 and sec. 3 with linear kernels. It is
-    exact over the whole set, not a mean over batches: 1 for features that are equal up to rotation and scale. NaN
-    where one of the features is the same for every image.
-    """
-    of_student, of_teacher = sums["student"], sums["teacher"]
-    within_student, within_teacher, between = (
-        sums[name] - torch.outer(left, right) / sums["images"]
-        for name, left, right in (
-            ("within_student", of_student, of_student),
-            ("within_teacher", of_teacher, of_teacher),
-            ("between", of_student, of_teacher),
-        )
-    )
-    for centred, raw in ((within_student, sums["within_student"]), (within_teacher, sums["within_teacher"])):
-        if not centred.trace() > _CONSTANT * raw.trace():
-            return float("nan")
-    return float(between.norm() ** 2 / (within_student.norm() * within_teacher.norm()))
-
-
-def cka_table(
-    of_student: Sequence[Float[Tensor, "images _"]], of_teacher: Sequence[Float[Tensor, "images _"]]
-) -> list[list[float | None]]:
-    """`linear_cka` of every student's feature (rows) with every teacher's (columns); None where it is not defined.
-
-    Needs one matrix (images by images) per feature, because `||X^T Y||^2` is the sum of the elementwise product of
-    `X X^T` and `Y Y^T`. A table of 30 by 30 thus takes 60 matrices, instead of 900 of channels by channels.
-    """
-    grams = [[_gram(feature) for feature in side] for side in (of_student, of_teacher)]
-    return [
-        [None if a is None or b is None else float((a * b).sum() / (a.norm() * b.norm())) for b in grams[1]]
-        for a in grams[0]
-    ]
-
-
-def _gram(feature: Float[Tensor, "images channels"]) -> Float[Tensor, "images images"] | None:
-    raw = _exact(feature)
-    centred = raw - raw.mean(0)
-    return centred @ centred.T if centred.square().sum() > _CONSTANT * raw.square().sum() else None
-
-
 @torch.no_grad()
 def vectors(
     planned: Plan, run: Path, of_student: Sequence[Tap], of_teacher: Sequence[Tap], *, images: int, seconds: float
@@ -250,43 +200,6 @@ def vectors(
         raise DataError("there are no test images")
     student_vectors, teacher_vectors = _vectors(planned, entries, chosen, place, seconds)
     return student_vectors, teacher_vectors
-
-
-def variance_sums(predicted: Float[Tensor, "batch ..."], target: Float[Tensor, "batch ..."]) -> Sums:
-    """The sums over one batch that `explained_variance` needs. Add them over all batches."""
-    exact_target = _exact(target)
-    error = exact_target - _exact(predicted)
-    return {
-        "images": exact_target.new_tensor(len(exact_target)),
-        "target": exact_target.sum(0),
-        "target_squared": exact_target.square().sum(),
-        "error": error.sum(0),
-        "error_squared": error.square().sum(),
-    }
-
-
-def explained_variance(sums: Mapping[str, Tensor]) -> float:
-    """`1 - SSE / SST` from the `variance_sums` of all images: 1 for exact predictions, 0 if no better than the mean.
-
-    Both sums of squares are about their means over the images, per channel and position, and are added over these. A
-    constant offset therefore costs nothing; a negative value is worse than predicting the mean. NaN if the target is
-    the same for every image.
-    """
-    total, residual = (
-        sums[f"{name}_squared"] - sums[name].square().sum() / sums["images"] for name in ("target", "error")
-    )
-    if not total > _CONSTANT * sums["target_squared"]:
-        return float("nan")
-    return float(1 - residual.clamp(min=0) / total)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU if the tensor is on an Apple GPU, which has no float64."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
-
-
-def _add(total: Sums, more: Sums) -> Sums:
-    return {name: total[name] + value for name, value in more.items()} if total else more
 
 
 def _recipe_of(folder: Path) -> Path:
@@ -412,7 +325,7 @@ class _Compared:
         student_features = self.comparison.features("student", of_student, matrices=self.of_matrices)
         teacher_features = self.comparison.features("teacher", of_teacher, matrices=self.of_matrices)
         predicted, target = self.adapter(student_features, teacher_features)
-        self.sums = _add(self.sums, variance_sums(predicted[:count], target[:count]))
+        self.sums = added(self.sums, variance_sums(predicted[:count], target[:count]))
 
 
 def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Compared]:
@@ -587,20 +500,20 @@ class _Meter:
     def update(self, features: Mapping[str, Mapping[Tap, Tensor]], target: Int[Tensor, " batch"]) -> None:
         logits = {entry.role: entry.logits(features[entry.role]) for entry in self.entries}
         self._add_logits(*self.accelerator.gather_for_metrics((logits, target)))
-        count = self._own_images(target)
+        count = own_images(self.accelerator, len(target))
         for row in self.rows:
             row.update(features["student"], features["teacher"], count)
         for (role, pair), sums in self.cka_sums.items():
             of_student = self.pools[role][pair.student](features[role][pair.student])
             of_teacher = self.pools["teacher"][pair.teacher](features["teacher"][pair.teacher])
-            self.cka_sums[role, pair] = _add(sums, cka_sums(of_student[:count], of_teacher[:count]))
+            self.cka_sums[role, pair] = added(sums, cka_sums(of_student[:count], of_teacher[:count]))
 
     def _add_logits(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
         wrong = target[(target < 0) | (target >= self.classes)]
         if len(wrong):
             raise DataError(f"label {int(wrong[0])} of an image is none of the {self.classes} classes")
         for entry in self.entries:
-            role, of_student = entry.role, _exact(logits[entry.role])
+            role, of_student = entry.role, exact(logits[entry.role])
             if not bool(of_student.amax(1).isfinite().all()):  # a class may be ruled out by -inf
                 raise for_all(
                     RunError(
@@ -608,18 +521,10 @@ class _Meter:
                         "its weights are damaged, or the recipe's `precision` is too narrow for it"
                     )
                 )
-            of_teacher = _exact(logits["teacher"]) if entry.is_student and "teacher" in logits else None
-            self.sums[role] = _add(self.sums[role], _logit_sums(of_student, target.to(of_student.device), of_teacher))
+            of_teacher = exact(logits["teacher"]) if entry.is_student and "teacher" in logits else None
+            self.sums[role] = added(self.sums[role], _logit_sums(of_student, target.to(of_student.device), of_teacher))
             # As probabilities: logits that happen to lie in 0..1 would be taken for such.
             self.calibration[role].to(of_student.device).update(of_student.softmax(1), target.to(of_student.device))
-
-    def _own_images(self, target: Tensor) -> int:
-        """How many images of this process count: the last batch is padded with repeated images."""
-        if self.accelerator.num_processes == 1:
-            return len(target)
-        first, end = (len(target) * (self.accelerator.process_index + more) for more in (0, 1))
-        places = self.accelerator.gather_for_metrics(torch.arange(first, end, device=target.device))
-        return int(((places >= first) & (places < end)).sum())
 
     def result(self, run: str, split: str) -> Evaluation:
         images = {int(sums["images"]) for sums in self.sums.values() if sums}

@@ -21,6 +21,7 @@ from probe_kd.training.devices import memory_format
 from probe_kd.training.phase import Phase
 
 TEACHER_BASELINE, BASELINE = "teacher baseline", "baseline"
+UNTRAINED = "untrained student"  # the student as it is before training
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +101,11 @@ class Models:
         """
         other = self.teacher.input if self.teacher and trained.role != "teacher" else trained.input
         return trained.input.covering(other)
+
+    def options_of(self, trained: TrainedModel) -> ModelOptions:
+        """What the recipe says of a model."""
+        teacher = self.plan.recipe.teacher
+        return teacher if trained.is_teacher and teacher is not None else self.plan.recipe.student
 
     def _teacher(self, role: str) -> TrainedModel:
         plan, options = self.plan, self.plan.recipe.teacher

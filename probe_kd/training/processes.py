@@ -140,3 +140,12 @@ def listening(progress: Progress) -> Iterator[list[int]]:
     finally:
         for number, handler in former_handlers.items():
             signal.signal(number, handler)
+
+
+def own_images(accelerator: Accelerator, count: int) -> int:
+    """How many of this process's `count` images of a batch count: the last batch is padded with repeated images."""
+    if accelerator.num_processes == 1:
+        return count
+    first, end = (count * (accelerator.process_index + more) for more in (0, 1))
+    places = accelerator.gather_for_metrics(torch.arange(first, end, device=accelerator.device))
+    return int(((places >= first) & (places < end)).sum())

@@ -33,7 +33,8 @@ from probe_kd.training.devices import describe_device
 from probe_kd.training.fitting import fit_targets
 from probe_kd.training.folder import open_run
 from probe_kd.training.loop import Loop
-from probe_kd.training.models import BASELINE, Models, TrainedModel
+from probe_kd.training.models import BASELINE, UNTRAINED, Models, TrainedModel
+from probe_kd.training.pair_scores import means
 from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating, is_peer_lost, listening, with_peers
 from probe_kd.training.progress import Progress
@@ -96,12 +97,11 @@ def train(
             check_student(plan, accelerator, progress)
         models = Models(plan, accelerator)
         saver = Saver(plan, accelerator, state, progress, folder, checkpoint, claimed)
-        scorer = Scorer(models)
-        Run(models, scorer, saver, progress, signals).train_models()
+        Run(models, Scorer(models), saver, progress, signals).train_models()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with saver.writing():
-                write_report(list(state.results.values()), state.rows, plan, folder, scorer.headline)
+                write_report(list(state.results.values()), state.rows, plan, folder, plan.headline)
                 record(folder, TABLES)  # while the run went on, every checkpoint wrote some of them anew
                 checkpoints.remove(folder)
         accelerator.end_training()
@@ -186,6 +186,8 @@ class Run:
             self.scorer.forget_teacher()  # the teacher was the teacher baseline so far
         state = self.state
         state.begin(trained.role)
+        if trained.learns_from_teacher and self.plan.labelled_sets and UNTRAINED not in state.results:
+            self._add_result(replace(trained, role=UNTRAINED, phases=(), partner=None), Score())
         average: nn.Module | None = None
         for index in range(state.phase, len(trained.phases)):
             state.begin_phase(index)
@@ -201,7 +203,7 @@ class Run:
             self.progress.begin(title, phase.epochs, loop.steps, self.state.epoch, self.state.step, losses=names)
             for epoch in range(self.state.epoch, phase.epochs):
                 losses = self._train_epoch(loop, epoch)
-                if phase.keep == "best":
+                if phase.keep == "best" and not self.plan.chosen_by:
                     losses["held_out_loss"] = self.scorer.held_out_loss(loop, trained)
                     self.saver.keep_if_best(loop, losses["held_out_loss"])
                 self._record(trained, loop, losses)
@@ -316,12 +318,23 @@ class Run:
                 row |= self.scorer.latest[shown.role].row
             if is_due and shown is trained and average is not None:
                 row |= {f"ema_{name}": value for name, value in next(scores).row.items() if name == "accuracy"}
+            if shown is trained and trained.learns_from_teacher:
+                measures = self.scorer.measure_student(trained, loop, state.epoch)
+                row |= measures
+                self._choose(trained, loop, measures)
             state.rows.append(row | (losses if shown is trained else {}))
         self.saver.save(loop)
         logged = {f"{trained.role}/{name}": value for name, value in state.rows[-1].items() if isinstance(value, float)}
         with _tracking():
             self.accelerator.log(logged, step=loop.phase.age + state.epoch)
         self.progress.epoch(state.rows[-1])
+
+    def _choose(self, trained: TrainedModel, loop: Loop, measures: dict[str, float]) -> None:
+        """Without labels, keep the weights of the epoch with the best headline, of those that were measured."""
+        if loop.phase.keep == "best" and self.plan.chosen_by:
+            value = self.scorer.value_to_choose_by(trained, loop, measures)
+            if value is not None:
+                self.saver.keep_if_best(loop, -value)
 
     def _finish(self, trained: TrainedModel, average: nn.Module | None = None) -> None:
         if trained.partner is not None or trained is self.models.teacher:
@@ -331,9 +344,16 @@ class Run:
         # After the last epoch its weights were measured already, where that was in this process and on these images.
         score = self.scorer.latest.pop(trained.role, None) if self.plan.datasets.val is None else None
         score = score or self.scorer.measure([trained], self.scorer.final)[0]
+        self._add_result(trained, score, average)
+
+    def _add_result(self, trained: TrainedModel, score: Score, average: nn.Module | None = None) -> None:
+        """Measure what is left, write the weights, and add the result."""
         averaged = replace(trained, model=average) if average is not None else None
         # Before any weights are written, since outputs that are no numbers end the run.
         ema_score = self.scorer.measure([averaged], self.scorer.final)[0] if averaged else Score()
+        measures = self.scorer.final_measures(trained)
+        ema_measures = self.scorer.final_measures(averaged) if averaged else {}
+        pairs = self.scorer.final_pairs(trained, self.saver.folder) if trained.learns_from_teacher else []
         trace_ = trained.trace
         self.state.results[trained.role] = Result(
             role=trained.role,
@@ -347,8 +367,9 @@ class Run:
             weights=self.saver.write_weights(trained) if trained.phases else "",
             ema_accuracy=ema_score.accuracy,
             ema_weights=self.saver.write_weights(averaged, "-ema") if averaged else "",
-            measures=dict(score.measures),
-            ema_measures=dict(ema_score.measures),
+            measures={**score.measures, **measures, **means(pairs)},
+            ema_measures={**ema_score.measures, **ema_measures},
+            pairs=pairs,
             **score.classes,
         )
 

@@ -151,10 +151,10 @@ class Saver:
         if self.accelerator.is_main_process:
             self.progress.say(f"going on with {processes} processes instead of {former_processes}, at the same image")
 
-    def keep_if_best(self, loop: Loop, loss: float) -> None:
-        """Keep the present weights if their held-out loss is the lowest of the phase so far."""
-        if self.state.best is None or not loss >= self.state.best:  # also after a loss of NaN
-            self.state.best = loss
+    def keep_if_best(self, loop: Loop, value: float) -> None:
+        """Keep the present weights if their value, a held-out loss say, is the lowest of the phase so far."""
+        if self.state.best is None or not value >= self.state.best:  # also after a loss of NaN
+            self.state.best = value
             self.best = own_tensors(loop.distiller)
             self.best_average = own_tensors(loop.average.module) if loop.average is not None else {}
 

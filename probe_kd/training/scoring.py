@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -12,14 +13,18 @@ from probe_kd.data.loading import loader, readable
 from probe_kd.engine.probe import reader
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
-from probe_kd.measures import headline_of
+from probe_kd.measures import OF_PAIRS
 from probe_kd.methods.adapters import ImageView
 from probe_kd.methods.predictions import average_precisions, class_logits, mean_average_precision
 from probe_kd.training.devices import memory_format
+from probe_kd.training.labelled_sets import LabelledSets
 from probe_kd.training.loop import Loop
 from probe_kd.training.models import TEACHER_BASELINE, Models, TrainedModel
+from probe_kd.training.pair_scores import means, score_all_stages, score_pairs
+from probe_kd.training.state import PairScore
 
-MeasuredSplit = Literal["val", "test"]  # the images of the curves and of the final figures; often the same
+# The images of the curves, of the final figures, and those by which an epoch is chosen. Often they are the same.
+MeasuredSplit = Literal["val", "test", "choice"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Scorer:
         self.teacher_predictions: dict[str, Tensor] = {}  # by split
         # With the workers that read them.
         self.test_batches: dict[tuple[InputSpec, MeasuredSplit], Batches] = {}
+        self.labelled_sets = LabelledSets(models)
 
     def forget_teacher(self) -> None:
         """Discard the teacher's predictions: it is another model now, or has other weights."""
@@ -80,11 +86,43 @@ class Scorer:
             self.teacher_predictions[split] = predicted[predicting.index(teacher)][0]
         return [self._score(model, *prediction, split) for model, prediction in zip(models, predicted, strict=False)]
 
-    @property
-    def headline(self) -> str:
-        """The measure that the run is about; empty if it takes none."""
-        measure = "map" if self.plan.datasets.labels == "multilabel" else "accuracy"
-        return headline_of((measure,) if self.plan.classifies("student") else ())
+    def measure_student(self, trained: TrainedModel, loop: Loop, epoch: int) -> dict[str, float]:
+        """What is measured of the student beside its own classes after an epoch of a stage, by name."""
+        recipe = self.plan.recipe
+        every = {name: probe.every for name, probe in recipe.probes.items()}
+        intervals = {name: recipe.val_interval if value is None else value for name, value in every.items()}
+        is_last = epoch == loop.phase.epochs
+        due = [name for name, interval in intervals.items() if interval and (is_last or epoch % interval == 0)]
+        measures = self.labelled_sets.measure(trained, due, final=False)
+        if self.plan.measures_pairs and (is_last or epoch % recipe.val_interval == 0):
+            measures |= means(self._pairs(trained, loop, "val"))
+        return measures
+
+    def _pairs(self, trained: TrainedModel, loop: Loop, split: MeasuredSplit) -> list[PairScore]:
+        batches = self._batches(self.models.images_for(trained), split)
+        return score_pairs(loop.distiller, batches, self.accelerator, loop.phase.name)
+
+    def value_to_choose_by(self, trained: TrainedModel, loop: Loop, measures: Mapping[str, float]) -> float | None:
+        """The value of `Plan.chosen_by` after an epoch with these `measures`; None if the epoch has none.
+
+        It is of images that give no final figure.
+        """
+        datasets, name = self.plan.datasets, self.plan.chosen_by
+        measured_on = datasets.test if datasets.val is None else datasets.val
+        if name in OF_PAIRS and name in measures and datasets.to_choose_by is not measured_on:
+            return means(self._pairs(trained, loop, "choice")).get(name)
+        return measures.get(name)
+
+    def final_measures(self, trained: TrainedModel) -> dict[str, float]:
+        """The final k-NN and linear probe of a model, by name."""
+        return self.labelled_sets.measure(trained, list(self.plan.labelled_sets), final=True)
+
+    def final_pairs(self, trained: TrainedModel, folder: Path) -> list[PairScore]:
+        """The final score of every pair of the student, through the adapters in the run's folder."""
+        if not self.plan.measures_pairs:
+            return []
+        batches = self._batches(self.models.images_for(trained), self.final)
+        return score_all_stages(self.models, trained, folder, batches)
 
     def _score(self, trained: TrainedModel, answers: Tensor, targets: Tensor, split: MeasuredSplit) -> Score:
         if self.plan.datasets.labels == "multilabel":
@@ -120,19 +158,13 @@ class Scorer:
     ) -> tuple[list[Tensor], Tensor]:
         """Return the predictions of models with the same input, and the labels."""
         accelerator = self.accelerator
-        if (image_input, split) not in self.test_batches:
-            datasets = self.plan.datasets
-            images = datasets.val if split == "val" and datasets.val is not None else datasets.test
-            batches = loader(images, self.plan.recipe.data, image_input, training=False)
-            prepared = batches.prepare(accelerator, memory_format(self.plan.recipe, accelerator.device))
-            self.test_batches[image_input, split] = prepared
         views = [ImageView(model.input, model.input).to(accelerator.device) for model in models]
         outputs_of = [reader(model.model, model.output) for model in models]
         for model in models:
             model.model.eval()
         rows: list[tuple[Tensor, ...]] = []
         missing_counts = torch.zeros(len(models), dtype=torch.long, device=accelerator.device)  # read once, at the end
-        for pixels, target in readable(self.test_batches[image_input, split], "test"):
+        for pixels, target in readable(self._batches(image_input, split), "test"):
             with accelerator.autocast():
                 outputs = [output_of(view(pixels)) for output_of, view in zip(outputs_of, views, strict=True)]
             answers_and_missing = [self._answers(model, output) for model, output in zip(models, outputs, strict=True)]
@@ -142,6 +174,16 @@ class Scorer:
         for model, count in zip(models, accelerator.reduce(missing_counts, "sum").tolist(), strict=True):
             _check_finite(model, count)
         return predicted, targets
+
+    def _batches(self, image_input: InputSpec, split: MeasuredSplit) -> Batches:
+        if (image_input, split) not in self.test_batches:
+            datasets = self.plan.datasets
+            images = {"val": datasets.val, "choice": datasets.to_choose_by}.get(split)
+            images = datasets.test if images is None else images
+            batches = loader(images, self.plan.recipe.data, image_input, training=False)
+            prepared = batches.prepare(self.accelerator, memory_format(self.plan.recipe, self.accelerator.device))
+            self.test_batches[image_input, split] = prepared
+        return self.test_batches[image_input, split]
 
     def _answers(self, trained: TrainedModel, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The class of every image, and the number of images without one: their largest output is not finite.

@@ -30,15 +30,31 @@ def weights_file(folder: Path, role: str, end: str = "") -> Path:
     return next((path for path in paths if path.is_file()), paths[0])
 
 
+@dataclass(frozen=True)
+class PairScore:
+    """How a student's layer relates to the teacher's that it learns from, in one loss of one stage.
+
+    `explained_variance` is the share of the variance of the teacher's side that the student's side explains, and
+    `cosine` the mean cosine of both; None where the loss compares no features.
+    """
+
+    stage: str
+    loss: str
+    student: str
+    teacher: str
+    explained_variance: float | None
+    cosine: float | None
+
+
 @dataclass
 class Result:
     """The result of one model of a run.
 
     `accuracy` and `agreement` (with the teacher's predictions) are shares of the test images, in 0..1, and None where
-    they mean nothing. `measures` are the other measures by their names in `MEASURES`. `seconds` is the time of
-    training. `weights` is the file in the run's folder, empty if the model was not trained. `ema_accuracy`,
-    `ema_measures` and `ema_weights` are those of the moving average. `images` counts the test images of every class,
-    and `right` those that are classified correctly.
+    they mean nothing. `measures` are the other measures by their names in `MEASURES`, and `pairs` the score of every
+    pair. `seconds` is the time of training. `weights` is the file in the run's folder, empty if the model was not
+    trained. `ema_accuracy`, `ema_measures` and `ema_weights` are those of the moving average. `images` counts the test
+    images of every class, and `right` those that are classified correctly.
     """
 
     role: str
@@ -56,6 +72,7 @@ class Result:
     right: list[int] = field(default_factory=list)
     measures: dict[str, float] = field(default_factory=dict)
     ema_measures: dict[str, float] = field(default_factory=dict)
+    pairs: list[PairScore] = field(default_factory=list)
 
     def value(self, measure: str) -> float | None:
         """The value of a measure; None if it was not taken."""
@@ -74,7 +91,7 @@ class TrainState:
     step: int = 0  # batches of the epoch after them that are done
     sums: dict[str, float] = field(default_factory=dict)  # of the losses of these batches
     seconds: float = 0.0  # spent on this model
-    best: float | None = None  # the lowest held-out loss of this phase, if it keeps the best epoch
+    best: float | None = None  # of this phase, if it keeps the best epoch: the lowest held-out loss, or minus a measure
 
     def begin(self, role: str) -> None:
         """Begin a model, unless it is the one that a resumed run continues with."""
@@ -96,6 +113,7 @@ class TrainState:
             results = [Result(**result) for result in values.pop("results").values()]
             for result in results:
                 result.role = current_role(result.role)
+                result.pairs = [PairScore(**dict(pair)) for pair in result.pairs]  # type: ignore[call-overload]
             rows = [_current_row(row) for row in values.pop("rows")]
             role = current_role(values.pop("role"))
             return cls(results={result.role: result for result in results}, rows=rows, role=role, **values)

@@ -1,0 +1,97 @@
+"""How much of the teacher's features the student's explain, pair by pair, on images that are not trained on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from accelerate import Accelerator
+
+from probe_kd.data.batches import Batches
+from probe_kd.data.loading import readable
+from probe_kd.engine.weights import load_weights
+from probe_kd.measures import OF_PAIRS
+from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.objectives import Comparison, Objective
+from probe_kd.methods.similarity import (
+    Sums,
+    added,
+    cosine_sums,
+    explained_variance,
+    mean_cosine,
+    variance_sums,
+)
+from probe_kd.methods.targets import compared
+from probe_kd.training.models import Models, TrainedModel
+from probe_kd.training.processes import own_images
+from probe_kd.training.state import PairScore
+
+
+@dataclass
+class _Sums:
+    variance: Sums = field(default_factory=dict)
+    cosine: Sums = field(default_factory=dict)
+
+
+@torch.no_grad()
+def score_pairs(distiller: Distiller, batches: Batches, accelerator: Accelerator, stage: str = "") -> list[PairScore]:
+    """Score every comparison of layers in a stage, through its adapter as it is now.
+
+    The teacher's features are computed once. A comparison of maps or matrices has no score. In several processes, each
+    takes its images, and all return the whole.
+    """
+    rows = [
+        (objective, comparison)
+        for objective, comparison, _ in compared(distiller.objectives, distiller.adapters)
+        if objective.resolved.reads_layers
+    ]
+    sums: dict[tuple[str, Comparison], _Sums] = {}
+    distiller.eval()
+    for images, *_ in readable(batches, "evaluation"):
+        count = own_images(accelerator, len(images))
+        with accelerator.autocast():
+            sides = distiller.feature_sides(images)
+        for objective, comparison, student, teacher in sides:
+            of_pair = sums.setdefault((objective.name, comparison), _Sums())
+            of_pair.variance = added(of_pair.variance, variance_sums(student[:count], teacher[:count]))
+            of_pair.cosine = added(of_pair.cosine, cosine_sums(student[:count], teacher[:count]))
+    return [
+        _score(stage, objective, comparison, sums.get((objective.name, comparison)), accelerator)
+        for objective, comparison in rows
+    ]
+
+
+def _score(
+    stage: str, objective: Objective, comparison: Comparison, sums: _Sums | None, accelerator: Accelerator
+) -> PairScore:
+    pair = comparison.pairs[-1]
+    student, teacher = (str(tap) or "output" for tap in (pair.student, pair.teacher))
+    values: list[float | None] = [None, None]
+    if sums is not None:
+        variance, cosine = (accelerator.reduce(of_pair, "sum") for of_pair in (sums.variance, sums.cosine))
+        values = [value if isfinite(value) else None for value in (explained_variance(variance), mean_cosine(cosine))]
+    return PairScore(stage, objective.name, student, teacher, *values)
+
+
+def score_all_stages(models: Models, trained: TrainedModel, folder: Path, batches: Batches) -> list[PairScore]:
+    """Score the trained student on all stages, with the adapters as the end of each stage left them in `folder`."""
+    scores: list[PairScore] = []
+    for index, phase in enumerate(trained.phases):
+        if not any(objective.resolved.reads_layers for objective in phase.objectives):
+            continue
+        distiller = models.distiller(trained, phase)
+        try:
+            if distiller.adapters.state_dict():
+                load_weights(distiller.adapters, folder / f"adapters-{index}.safetensors")
+            scores += score_pairs(distiller, batches, models.accelerator, phase.name)
+        finally:
+            distiller.close()
+    return scores
+
+
+def means(scores: Sequence[PairScore]) -> dict[str, float]:
+    """The mean of each measure over the pairs that have it, by name; empty if none has."""
+    values = {name: [value for score in scores if (value := getattr(score, name)) is not None] for name in OF_PAIRS}
+    return {name: fmean(of_pairs) for name, of_pairs in values.items() if of_pairs}
