@@ -48,11 +48,20 @@ SECTIONS = {
         "`scheduler`",
         "In a stage, and in `teacher.train`. All counts are in epochs.",
     ),
+    "EvaluateOptions": (
+        "`evaluate`",
+        "[Runs without labels](running.md) explains what is measured.",
+    ),
+    "KnnOptions": (
+        "`evaluate.knn`",
+        "A labelled set, by the keys of `data`, and how its images are classified.",
+    ),
+    "LinearOptions": ("`evaluate.linear`", "It also has the keys of a labelled set."),
     "CompileOptions": ("`torchcompile`", "Off unless the section is given."),
     "AverageOptions": ("`model_ema`", "Off unless the section is given."),
 }
 # Keys that two sections have are listed in one of them.
-LISTED_ELSEWHERE = {"TeacherOptions": "ModelOptions"}
+LISTED_ELSEWHERE = {"TeacherOptions": "ModelOptions", "LinearOptions": "KnnOptions"}
 
 REDUCTION = "`mean`, or `sum` over one image; the batch is averaged either way."
 RELATIVE = (

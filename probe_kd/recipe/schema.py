@@ -35,6 +35,7 @@ DESCRIPTIONS = {
     "float32 on a GPU.",
     "torchcompile": "Compile the training step, or one model, with `torch.compile`.",
     "model_ema": "Keep a moving average of the student's weights. It restarts in every stage.",
+    "evaluate": "What is measured beside the accuracy: k-NN and a linear probe on a labelled set, and the pairs.",
     "recovery_interval": "Write a checkpoint every so many batches, besides the one after every epoch. 0 for none.",
     "val_interval": "Evaluate every so many epochs, and after the last epoch of a stage.",
     "checkpoint_hist": "How many of the newest checkpoints to keep.",
@@ -63,6 +64,18 @@ DESCRIPTIONS = {
     "cache": "Folder in which the teacher's outputs are stored, so that it does not run twice on the same view of "
     "an image.",
     "cache_top_k": "Cache only the largest so many logits of each image. The rest of the probability is spread evenly.",
+    "embedding": "The tap whose mean over positions is the vector of an image for `evaluate`. Not set: what the "
+    "classifier reads, or the output of a model without one.",
+    # evaluate
+    "knn": "k-NN on a labelled set: student, untrained student, baseline and teacher.",
+    "linear": "A linear probe on a labelled set. Without `dataset` and `root`, on that of `knn`.",
+    "Evaluate.pairs": "Measure the explained variance and the cosine of every pair. Not set: where the student does not "
+    "classify.",
+    "k": "How many of the nearest training images vote.",
+    "temperature": "Votes have the weight `exp(cosine / temperature)`.",
+    "every": "Measure the student every so many epochs. Not set: `val_interval`. 0: only at the end.",
+    "C": "Inverse strength of the penalty of scikit-learn's logistic regression. `auto` chooses among five on a fifth of "
+    "the training images.",
     # stages
     "epochs": "Number of passes over the training images.",
     "Schedule.epochs": "Number of epochs until `end` is reached. Not set: the whole stage.",

@@ -1,0 +1,167 @@
+"""Runs without classes: explained variance and cosine of the pairs, k-NN and linear probes on a labelled set."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from running import After, planned, run, run_by_two, stop
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import explained_variance_score
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor, nn
+
+from probe_kd.data.loading import loader
+from probe_kd.errors import RecipeError
+from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import parse
+
+STUDENT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+TEACHER = {"channels": [8, 16, 24, 48], "num_classes": 0}
+RECIPE = """\
+student: {{model: vit_tiny_patch16_224, model_kwargs: {student}}}
+teacher: {{model: resnet18, model_kwargs: {teacher}, checkpoint: {checkpoint}}}
+data: {{dataset: sklearn/digits, labels: none, input_size: [3, 16, 16], batch_size: 200, hflip: 0.0, fraction: 0.3}}
+pairs: {{blocks.1: layer3}}
+evaluate:
+  knn: {{dataset: sklearn/digits, fraction: 0.2, k: 5}}
+  linear: {{C: 1.0}}
+stages:
+  - name: hint
+    epochs: 2
+    losses: {{hint: {{loss: hint, normalize: layer}}}}
+    optimizer: {{opt: adamw, lr: 5.0e-3}}
+"""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The recipe, with a teacher whose weights are in a file."""
+    checkpoint = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet18", **TEACHER).state_dict(), checkpoint)
+    sides = {name: json.dumps(kwargs) for name, kwargs in (("student", STUDENT), ("teacher", TEACHER))}
+    return RECIPE.format(checkpoint=checkpoint, **sides)
+
+
+@pytest.fixture(scope="module")
+def trained(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run(text, folder)
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(file)]
+
+
+def results_of(folder: Path) -> dict[str, dict[str, object]]:
+    results = json.loads((folder / "summary.json").read_text())["results"]
+    return {result["role"]: {k: v for k, v in result.items() if k != "seconds"} for result in results}
+
+
+def images_of(text: str, dataset: object, side: str) -> tuple[Tensor, Tensor]:
+    spec = getattr(planned(text), f"{side}_input")
+    batches = list(loader(dataset, planned(text).recipe.data, spec, training=False))  # type: ignore[arg-type]
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def loaded(model: nn.Module, path: Path) -> nn.Module:
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+@torch.no_grad()
+def test_the_figures_are_those_of_scikit_learn(text: str, trained: Path) -> None:
+    results, checkpoint = results_of(trained), Path(text.split("checkpoint: ")[1].split("}")[0])
+    student = loaded(timm.create_model("vit_tiny_patch16_224", **STUDENT), trained / "student.safetensors")
+    teacher = loaded(timm.create_model("resnet18", **TEACHER), checkpoint)
+    labelled = planned(text).labelled_sets["knn"]
+    for role, side, model in (("student", "student", student), ("teacher", "teacher", teacher)):
+        (train, labels), (test, expected) = (images_of(text, part, side) for part in (labelled.train, labelled.test))
+        knn = KNeighborsClassifier(5, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine", algorithm="brute")
+        score = knn.fit(model(train), labels).score(model(test), expected)
+        assert results[role]["measures"]["knn"] == pytest.approx(score, abs=1e-9)  # type: ignore[index]
+    images, _ = images_of(text, planned(text).datasets.test, "student")
+    others, _ = images_of(text, planned(text).datasets.test, "teacher")
+    tokens = student.forward_intermediates(images, intermediates_only=True, norm=False)[-1]
+    adapter = load_file(trained / "adapters-0.safetensors")
+    (weight,) = (tensor for name, tensor in adapter.items() if name.endswith("weight"))
+    (bias,) = (tensor for name, tensor in adapter.items() if name.endswith("bias"))
+    target = teacher.layer3(teacher.layer2(teacher.layer1(teacher.maxpool(teacher.act1(teacher.bn1(teacher.conv1(others)))))))
+    target = F.layer_norm(target.movedim(1, -1), (24,)).movedim(-1, 1)
+    predicted = F.conv2d(F.adaptive_avg_pool2d(tokens, target.shape[2:]), weight, bias)
+    sides = target.flatten(1).double().numpy(), predicted.flatten(1).double().numpy()
+    explained = explained_variance_score(*sides, multioutput="variance_weighted")
+    cosine = F.cosine_similarity(predicted.double(), target.double(), dim=1).mean().item()
+    (pair,) = results["student"]["pairs"]  # type: ignore[misc]
+    assert (pair["student"], pair["teacher"], pair["loss"], pair["stage"]) == ("blocks.1", "layer3", "hint", "hint")  # type: ignore[index]
+    assert pair["explained_variance"] == pytest.approx(explained, abs=1e-5)  # type: ignore[index]
+    assert pair["cosine"] == pytest.approx(cosine, abs=1e-5)  # type: ignore[index]
+
+
+def test_every_model_is_measured_and_none_has_an_accuracy(trained: Path) -> None:
+    results, rows = results_of(trained), rows_of(trained)
+    assert set(results) == {"teacher", "untrained student", "student"}
+    for result in results.values():
+        assert (result["accuracy"], result["agreement"]) == (None, None)
+        assert {"knn", "linear"} <= set(result["measures"])  # type: ignore[call-overload]
+    assert json.loads((trained / "summary.json").read_text())["headline"] == "knn"
+    student = results["student"]["measures"]
+    assert float(rows[-1]["explained_variance"]) == student["explained_variance"]  # type: ignore[index]
+    assert float(rows[-1]["cosine"]) == student["cosine"]  # type: ignore[index]
+    assert "accuracy" not in rows[0]
+
+
+def test_a_run_that_goes_on_has_the_same_figures(text: str, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(text, tmp_path / "run", After(stop, epochs=1))
+    run(text, tmp_path / "run", resume=True)
+    assert rows_of(tmp_path / "run") == rows_of(trained)
+    assert results_of(tmp_path / "run") == results_of(trained)
+
+
+def test_two_processes_have_the_figures_of_one(text: str, tmp_path: Path) -> None:
+    still = text.replace("5.0e-3", "1.0e-12").replace("epochs: 2", "epochs: 1")
+    run(still, tmp_path / "one")
+    assert run_by_two(still, tmp_path / "two") == ["done", "done"]
+    one, two = (results_of(tmp_path / name) for name in ("one", "two"))
+    for role, result in one.items():
+        assert result["measures"] == pytest.approx(two[role]["measures"], rel=1e-6)
+
+
+def test_without_labels_the_best_epoch_is_that_of_the_headline(text: str, trained: Path, tmp_path: Path) -> None:
+    wild = text.replace("lr: 5.0e-3}", "lr: 0.3}\n    keep: best").replace("epochs: 2", "epochs: 4")
+    wild = wild.replace("fraction: 0.3", "fraction: 0.3, val_split: none, holdout: 0.2")
+    for name, measure, new in (
+        ("knn", "knn", wild.replace("k: 5", "k: 5, val_split: none, holdout: 0.5")),
+        ("explained", "explained_variance", wild[: wild.index("evaluate")] + wild[wild.index("stages") :]),
+    ):
+        run(new, tmp_path / name)
+        values = [float(row[measure]) for row in rows_of(tmp_path / name)]
+        assert max(values) > values[-1], "the last epoch is the best: nothing is tested"
+        assert results_of(tmp_path / name)["student"]["measures"][measure] == max(values)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("knn: {dataset: sklearn/digits, ", "knn: {", "name its labelled images, by `dataset` or `root`"),
+        ("dataset: sklearn/digits, fraction: 0.2", "dataset: sklearn/digit", "there is no dataset"),
+        ("model_kwargs: {\"img", "embedding: blocks.7, model_kwargs: {\"img", "no module 'blocks.7'"),
+        ("k: 5", "k: 0", "greater than or equal to 1"),
+        ("C: 1.0", "C: none", "expected 'auto'"),
+        ("    losses", "    keep: best\n    losses", "`keep: best` chooses by the k-NN"),
+        ("{hint: {loss", "{cosine: {loss", "a loss cannot be called `cosine`"),
+    ],
+)  # fmt: skip
+def test_check_says_what_is_wrong(text: str, old: str, new: str, said: str) -> None:
+    assert old in text
+    changed = text.replace(old, new, 1).replace("fraction: 0.3", "fraction: 0.3, val_split: none, holdout: 0.2")
+    with pytest.raises(RecipeError, match=said):
+        plan(parse(changed))
