@@ -69,13 +69,13 @@ DESCRIPTIONS = {
     # evaluate
     "knn": "k-NN on a labelled set: student, untrained student, baseline and teacher.",
     "linear": "A linear probe on a labelled set. Without `dataset` and `root`, on that of `knn`.",
-    "Evaluate.pairs": "Measure the explained variance and the cosine of every pair. Not set: where the student does not "
-    "classify.",
+    "Evaluate.pairs": "Measure the explained variance and the cosine of every pair. Not set: where the student does "
+    "not classify.",
     "k": "How many of the nearest training images vote.",
     "temperature": "Votes have the weight `exp(cosine / temperature)`.",
     "every": "Measure the student every so many epochs. Not set: `val_interval`. 0: only at the end.",
-    "C": "Inverse strength of the penalty of scikit-learn's logistic regression. `auto` chooses among five on a fifth of "
-    "the training images.",
+    "C": "Inverse strength of the penalty of scikit-learn's logistic regression. `auto` chooses among five on a fifth "
+    "of the training images.",
     # stages
     "epochs": "Number of passes over the training images.",
     "Schedule.epochs": "Number of epochs until `end` is reached. Not set: the whole stage.",

@@ -93,7 +93,9 @@ def test_the_figures_are_those_of_scikit_learn(text: str, trained: Path) -> None
     adapter = load_file(trained / "adapters-0.safetensors")
     (weight,) = (tensor for name, tensor in adapter.items() if name.endswith("weight"))
     (bias,) = (tensor for name, tensor in adapter.items() if name.endswith("bias"))
-    target = teacher.layer3(teacher.layer2(teacher.layer1(teacher.maxpool(teacher.act1(teacher.bn1(teacher.conv1(others)))))))
+    target = teacher.layer3(
+        teacher.layer2(teacher.layer1(teacher.maxpool(teacher.act1(teacher.bn1(teacher.conv1(others))))))
+    )
     target = F.layer_norm(target.movedim(1, -1), (24,)).movedim(-1, 1)
     predicted = F.conv2d(F.adaptive_avg_pool2d(tokens, target.shape[2:]), weight, bias)
     sides = target.flatten(1).double().numpy(), predicted.flatten(1).double().numpy()
