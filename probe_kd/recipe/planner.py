@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from probe_kd.data.datasets import Datasets
 from probe_kd.data.record import DataRecord
-from probe_kd.engine.spec import InputSpec, Pair, Trace
+from probe_kd.engine.spec import InputSpec, Pair, Tap, Trace
 from probe_kd.measures import OF_LABELLED_SET, OF_PAIRS, headline_of
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
@@ -30,6 +30,7 @@ from probe_kd.recipe.sections.models import (
     check_name,
     check_teacher,
     check_weights,
+    in_body,
     input_of_teacher,
     read_class_map,
     trace_models,
@@ -79,6 +80,11 @@ class Plan:
     def body(self) -> str:
         """The prefix of the student's layers in the student as it is trained, if that is a graft."""
         return "body." if self.grown else ""
+
+    @property
+    def trained_output(self) -> Tap:
+        """The tap on which the student is measured, in the student as it is trained."""
+        return in_body(Tap.parse(self.recipe.student.output), self.body)
 
     @property
     def measures_pairs(self) -> bool:

@@ -62,15 +62,15 @@ class Scores:
     `top1`, `top5` (None for five classes or fewer) and `agreement` are fractions in 0..1, `nll` and `kl` are in nats
     per image, and `calibration_error` is the expected calibration error. `agreement` and `kl` compare with the teacher;
     both are None for a teacher, and in a run without one. `weights` is the file in the run's folder, or the other
-    source of the weights.
+    source of the weights. All metrics of a model that does not classify (`Plan.classifies`) are None.
     """
 
     role: str
     model: str
     weights: str
-    top1: float
-    nll: float
-    calibration_error: float
+    top1: float | None = None
+    nll: float | None = None
+    calibration_error: float | None = None
     top5: float | None = None
     agreement: float | None = None
     kl: float | None = None
@@ -271,6 +271,7 @@ class _Evaluated:
 
     `images` is the form of the images that it loads, and `output` the tap of its logits. `pools` maps each compared
     feature to the module that pools it to one vector per image. `classes` selects logits, if not all of them count.
+    `output` is None for a model that does not classify.
     """
 
     role: str
@@ -279,7 +280,7 @@ class _Evaluated:
     probe: Probe
     view: ImageView
     images: InputSpec
-    output: Tap
+    output: Tap | None
     pools: Mapping[Tap, nn.Module]
     classes: tuple[int, ...] | None = None
 
@@ -292,6 +293,7 @@ class _Evaluated:
         return {tap: feature.float() for tap, feature in self.probe(self.view(images)).items()}
 
     def logits(self, features: Mapping[Tap, Tensor]) -> Float[Tensor, "batch classes"]:
+        assert self.output is not None
         logits = features[self.output]
         return logits if self.classes is None else logits[:, list(self.classes)]
 
@@ -361,7 +363,11 @@ def _entries(
     student_input, teacher_input = planned.student_input, planned.teacher_input
     name = student.name if student.parent == folder else str(student)
     inputs = (student_input, teacher_input or student_input)
-    yield _entry("student", planned.trained.model, _student(planned, student), name, inputs, of_student)
+    output, plain_output = (
+        tap if planned.classifies("student") else None
+        for tap in (planned.trained_output, Tap.parse(planned.recipe.student.output))
+    )
+    yield _entry("student", planned.trained.model, _student(planned, student), name, inputs, of_student, output)
     baseline, average = weights_file(folder, "baseline"), weights_file(folder, "baseline", "-ema")
     baseline = average if ema and average.is_file() else baseline
     if baseline.is_file():
@@ -369,7 +375,7 @@ def _entries(
         inputs = (replace(student_input, size=planned.student.input_size), inputs[1])
         model = _loaded(_built(planned.student), baseline)
         taps = [] if planned.grown else of_student
-        yield _entry("baseline", planned.student.model, model, baseline.name, inputs, taps)
+        yield _entry("baseline", planned.student.model, model, baseline.name, inputs, taps, plain_output)
     yield from _teacher_entries(planned, folder, of_teacher)
 
 
@@ -379,25 +385,32 @@ def _teacher_entries(planned: Plan, folder: Path, taps: Sequence[Tap]) -> Iterat
         return
     trained = planned.recipe.share is not None or options.train is not None
     model, name = _teacher(teacher, options, folder, "teacher", trained=trained)
-    entry = _entry("teacher", teacher.model, model, name, (images, images), taps)
+    output = Tap.parse(options.output) if planned.classifies("teacher") else None
+    entry = _entry("teacher", teacher.model, model, name, (images, images), taps, output)
     yield replace(entry, classes=planned.class_map)
     if planned.recipe.share:
         has_weights = options.pretrained or options.checkpoint is not None
         model, name = _teacher(teacher, options, folder, "teacher baseline", trained=not has_weights)
-        yield _entry("teacher baseline", teacher.model, model, name, (images, images), [])
+        yield _entry("teacher baseline", teacher.model, model, name, (images, images), [], output)
 
 
 def _entry(
-    role: str, name: str, model: nn.Module, weights: str, inputs: tuple[InputSpec, InputSpec], taps: Sequence[Tap]
+    role: str,
+    name: str,
+    model: nn.Module,
+    weights: str,
+    inputs: tuple[InputSpec, InputSpec],
+    taps: Sequence[Tap],
+    output: Tap | None = None,
 ) -> _Evaluated:
-    """`inputs` are those of this model and of the other one."""
+    """`inputs` are those of this model and of the other one; `output` is the tap of its logits, if it classifies."""
     own, other = inputs
     # Traced again in eval mode, in which outputs and overwritten features may differ from training mode.
     traced = trace(model.eval(), own.size)
-    specs = {spec.tap: spec for spec in (traced.output, *(traced[tap] for tap in taps))}
+    specs = [replace(traced[tap], tap=tap) for tap in dict.fromkeys([*taps, *([] if output is None else [output])])]
     pools = {tap: pooled(traced[tap]) for tap in dict.fromkeys(taps) if traced[tap].layout is not Layout.OTHER}
-    probe = Probe(model, specs.values())
-    return _Evaluated(role, name, weights, probe, ImageView(own, own), own.covering(other), traced.output.tap, pools)
+    probe = Probe(model, specs)
+    return _Evaluated(role, name, weights, probe, ImageView(own, own), own.covering(other), output, pools)
 
 
 def _built(traced: Trace, *, pretrained: bool = False) -> nn.Module:
@@ -483,7 +496,8 @@ class _Meter:
         self, entries: Sequence[_Evaluated], rows: Sequence[_Compared], classes: int, accelerator: Accelerator
     ) -> None:
         self.entries, self.rows, self.classes, self.accelerator = entries, rows, classes, accelerator
-        self.sums: dict[str, Sums] = {entry.role: {} for entry in entries}
+        self.images = 0
+        self.sums: dict[str, Sums] = {entry.role: {} for entry in entries if entry.output is not None}
         # Logits are gathered before they reach the metric, so it must not gather them again.
         options: dict[str, Any] = {"n_bins": BINS, "norm": "l1", "validate_args": False, "sync_on_compute": False}
         self.calibration = {role: MulticlassCalibrationError(classes, **options) for role in self.sums}
@@ -498,8 +512,11 @@ class _Meter:
         }
 
     def update(self, features: Mapping[str, Mapping[Tap, Tensor]], target: Int[Tensor, " batch"]) -> None:
-        logits = {entry.role: entry.logits(features[entry.role]) for entry in self.entries}
-        self._add_logits(*self.accelerator.gather_for_metrics((logits, target)))
+        logits = {entry.role: entry.logits(features[entry.role]) for entry in self.entries if entry.role in self.sums}
+        logits, all_targets = self.accelerator.gather_for_metrics((logits, target))
+        self.images += len(all_targets)
+        if logits:
+            self._add_logits(logits, all_targets)
         count = own_images(self.accelerator, len(target))
         for row in self.rows:
             row.update(features["student"], features["teacher"], count)
@@ -513,6 +530,8 @@ class _Meter:
         if len(wrong):
             raise DataError(f"label {int(wrong[0])} of an image is none of the {self.classes} classes")
         for entry in self.entries:
+            if entry.role not in logits:
+                continue
             role, of_student = entry.role, exact(logits[entry.role])
             if not bool(of_student.amax(1).isfinite().all()):  # a class may be ruled out by -inf
                 raise for_all(
@@ -527,15 +546,16 @@ class _Meter:
             self.calibration[role].to(of_student.device).update(of_student.softmax(1), target.to(of_student.device))
 
     def result(self, run: str, split: str) -> Evaluation:
-        images = {int(sums["images"]) for sums in self.sums.values() if sums}
-        if not images:
+        if not self.images:
             raise DataError(f"there are no images in the split {split!r}")
         scores = tuple(self._scores(entry) for entry in self.entries)
         cka = {key: _defined(linear_cka(self.accelerator.reduce(sums, "sum"))) for key, sums in self.cka_sums.items()}
         rows = tuple(self._similarity(row, cka) for row in self.rows)
-        return Evaluation(run, split, images.pop(), scores, rows)
+        return Evaluation(run, split, self.images, scores, rows)
 
     def _scores(self, entry: _Evaluated) -> Scores:
+        if entry.role not in self.sums:
+            return Scores(entry.role, entry.name, entry.weights)
         sums = self.sums[entry.role]
         means = {name: float(total / sums["images"]) for name, total in sums.items() if name != "images"}
         error = float(self.calibration[entry.role].compute())

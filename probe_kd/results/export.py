@@ -23,9 +23,10 @@ from probe_kd.data.loading import loader
 from probe_kd.data.record import RECORD, DataRecord
 from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, built_by_timm, files_of, packages, portable
-from probe_kd.engine.spec import InputSpec
+from probe_kd.engine.probe import Probe, reader
+from probe_kd.engine.spec import InputSpec, Tap
 from probe_kd.engine.weights import read_header, save_weights
-from probe_kd.errors import ProbeKDError, RunError, TraceError, WeightsError, nearest, short
+from probe_kd.errors import ProbeKDError, RunError, TapError, TraceError, WeightsError, nearest, short
 from probe_kd.files.atomic import whole_bytes
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
 from probe_kd.methods.losses.table import LOSSES
@@ -97,6 +98,12 @@ class _Trained:
         owner = "" if library_of(name) else "your own "
         return "" if built_by_timm(name) else f"is built by {owner}{name}, which timm does not know"
 
+    @property
+    def output(self) -> Tap:
+        """The tap on which the model was measured."""
+        options = self.recipe.teacher if self.role.startswith("teacher") else self.recipe.student
+        return Tap.parse(options.output if options and not self.dropped else "")
+
 
 @dataclass(frozen=True)
 class _Sample:
@@ -164,7 +171,7 @@ def export(
         )
     sample = _sample(trained, needed=root is not None)
     with _beside(folder) as aside, torch.no_grad():
-        expected = _logits(trained.module, sample.images)
+        expected = _logits(trained.module, sample.images, trained.output)
         written = _Written(trained.module, trained.kwargs, [trained.dropped] if trained.dropped else [])
         if reparameterize:
             _fuse(written, trained)
@@ -173,8 +180,9 @@ def export(
         else:
             written.notes.append(f"the model {trained.why_not_timm}: the folder holds ONNX alone")
         if onnx:
+            at_tap = _AtTap(written.module, trained.output).eval() if trained.output != Tap("") else written.module
             written.onnx_difference = _write_onnx(
-                written.module, trained.outputs, sample.images, expected, aside / ONNX
+                at_tap, trained.outputs, sample.images, expected, aside / ONNX
             )
         (aside / CARD).write_text(card_text(_card(trained, written, folder.resolve().name)), encoding="utf-8")
         files = tuple(name for name in FILES if (aside / name).exists())
@@ -311,11 +319,23 @@ def _sample(trained: _Trained, count: int = 16, *, needed: bool = False) -> _Sam
     return _Sample(images, description, pictures, datasets.classes)
 
 
-def _logits(module: nn.Module, images: Tensor) -> Tensor:
-    logits = module(images)
-    if not isinstance(logits, Tensor):
-        raise RunError(f"the model answers with a {type(logits).__name__}; only one tensor can be exported")
-    return logits
+def _logits(module: nn.Module, images: Tensor, output: Tap) -> Tensor:
+    """Run a model and read its output. Raises RunError for an output that is not one tensor."""
+    try:
+        return reader(module, output)(images)
+    except TapError as refusal:
+        raise RunError(f"only one tensor can be exported, and {refusal} as `output` of the model") from None
+
+
+class _AtTap(nn.Module):
+    """A model that returns the tensor at one of its taps."""
+
+    def __init__(self, module: nn.Module, tap: Tap) -> None:
+        super().__init__()
+        self.module, self.tap, self.probe = module, tap, Probe(module, tap).attach()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.probe(images)[self.tap]
 
 
 def _difference(expected: Tensor, logits: Tensor, allowed: float, who: str) -> float:
@@ -371,9 +391,11 @@ def _write_timm(
             written.notes.append("reparameterised, for inference; to train on, export it as it was trained")
     if loaded is None:
         loaded = _write_and_load(module, trained.kwargs, trained, sample.classes, aside)
-    written.difference = _difference(expected, _logits(loaded, sample.images), allowed, f"{name}, as timm loads it,")
+    written.difference = _difference(
+        expected, _logits(loaded, sample.images, trained.output), allowed, f"{name}, as timm loads it,"
+    )
     _check_preprocessing(loaded, sample, trained)
-    written.notes += _larger_teacher(trained)
+    written.notes += _larger_teacher(trained) + _other_output(trained)
 
 
 def _why_not_fused(name: str, refusal: Exception) -> str:
@@ -465,6 +487,16 @@ def _larger_teacher(trained: _Trained) -> list[str]:
     return [
         f"the run made its images {sizes[0]}, as the teacher wants them, and resized them to {sizes[1]}; timm's "
         "transform makes them so at once, and the outputs may differ a little"
+    ]
+
+
+def _other_output(trained: _Trained) -> list[str]:
+    """A note on a model that was measured on another tensor than timm's model returns."""
+    if trained.output == Tap("") or trained.output.is_output:
+        return []
+    return [
+        f"the figures are those of the layer {str(trained.output)!r}, and timm's model returns what its own forward "
+        f"makes of it; probe_kd.Probe(model, {str(trained.output)!r}) reads the layer"
     ]
 
 

@@ -15,7 +15,6 @@ from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
 from probe_kd.recipe.keys import ModelOptions, classifier_of
 from probe_kd.recipe.planner import Plan
-from probe_kd.recipe.sections.models import in_body
 from probe_kd.recipe.sections.sharing import join
 from probe_kd.training.devices import memory_format
 from probe_kd.training.phase import Phase
@@ -71,7 +70,7 @@ class Models:
             set_seed(recipe.seed)  # of a graft's adapter
             model, sharing = join(recipe.share, model, partner.model, plan.student, plan.teacher)
             self._to_device(model)
-        phases, output = self._stages(), in_body(Tap.parse(recipe.student.output), plan.body)
+        phases, output = self._stages(), plan.trained_output
         yield TrainedModel("student", model, plan.trained, plan.student_input, phases, output, partner, sharing)
 
     def distiller(self, trained: TrainedModel, phase: Phase) -> Distiller:
