@@ -40,7 +40,8 @@ def vectors_near(trace: Trace, tap: Tap, count: int = 3) -> list[FeatureSpec]:
     """List the taps nearest to a tap that yield one vector per image: items of one output first, then the latest."""
     order = max((spec.order for spec in trace.specs if spec.tap.module == tap.module), default=len(trace.specs))
     vectors = [spec for spec in trace.specs if spec.layout is Layout.NC and spec.tap.port == "output"]
-    vectors.sort(key=lambda spec: (spec.tap.module != tap.module, abs(order - spec.order)))
+    inside = [spec for spec in vectors if spec.tap.module == tap.module]
+    vectors = inside + sorted(vectors, key=lambda spec: abs(order - spec.order))
     outermost = dict[int, FeatureSpec]()  # of the modules that yield one tensor
     for spec in vectors:
         other = outermost.setdefault(spec.tensor, spec)

@@ -238,6 +238,8 @@ def _check_new_classifier(
     if side == "teacher" and not (getattr(model, "train", None) or recipe.share):
         message = "a new classifier of a teacher that is not trained answers at random; give `train: {epochs: ...}`"
         return [], [(place, message)]
+    if trace_ is not None and trace_.model_kwargs.get("num_classes") == 0:
+        return [], [(place, "`new_classifier`: the model has none (`num_classes: 0`); leave one of both out")]
     if model.checkpoint or trace_ is None:
         return [], []
     mistakes: list[Mistake] = []

@@ -55,6 +55,9 @@ def check_outputs(recipe: Recipe, models: Models, grown: Trace | None, stages: S
                 other = traces["teacher" if read.side == "student" else "student"]
                 mistakes += _check_classes(recipe, models, read, spec, _spec(other, read.compared))
     mistakes += _check_named(recipe, models) + _check_top_k(recipe, models.teacher, stages)
+    if recipe.teacher is not None and recipe.teacher.class_map is not None and models.teacher is not None:
+        message = "`class_map`: the teacher has no classifier; leave `class_map` out"
+        mistakes += [(("teacher", "class_map"), message)] * (not _has_classifier(models.teacher))
     return list(dict.fromkeys(mistakes))
 
 
