@@ -303,6 +303,7 @@ def check(
         cache_lines,
         costs_table,
         data_lines,
+        evaluation_lines,
         frozen_lines,
         idle_rows,
         idle_table,
@@ -328,7 +329,7 @@ def check(
             *frozen_lines(planned),
         ]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-        for line in data_lines(planned):
+        for line in (*data_lines(planned), *evaluation_lines(planned)):
             console.print(line, highlight=False, markup=False)
         _print_notes(planned.remarks, console)
     audited = None
@@ -429,7 +430,7 @@ def _train(
     If `timed`, show before the training what a step costs, and how long all of them will take.
     """
     from probe_kd.recipe.planner import plan
-    from probe_kd.tables import data_lines, frozen_lines, plan_table, print_student, teacher_lines
+    from probe_kd.tables import data_lines, evaluation_lines, frozen_lines, plan_table, print_student, teacher_lines
     from probe_kd.training.progress import Progress
 
     console = _console()
@@ -446,7 +447,7 @@ def _train(
             _print_notes(planned.remarks, console)
             for line in (*teacher_lines(planned), *frozen_lines(planned)):
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
-            for line in data_lines(planned):
+            for line in (*data_lines(planned), *evaluation_lines(planned)):
                 console.print(line, highlight=False, markup=False)
             if timed:
                 _print_costs(planned, console)

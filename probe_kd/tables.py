@@ -17,6 +17,7 @@ from probe_kd.engine.matching import blocks, stages
 from probe_kd.engine.models import built_by_timm, packages
 from probe_kd.engine.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
 from probe_kd.errors import MatchError, TapError, nearest
+from probe_kd.measures import MEASURES, OF_LABELLED_SET, OF_PAIRS
 from probe_kd.methods.adapters import Target, adapt
 from probe_kd.methods.targets import make_adapters, targets_of
 from probe_kd.recipe.planner import Plan
@@ -24,6 +25,8 @@ from probe_kd.recipe.planner import Plan
 if TYPE_CHECKING:  # what they import takes a second, and `inspect` needs none of it
     from probe_kd.results.evaluation import Evaluation
     from probe_kd.training.audit import Reach, StepCost
+
+MUCH = 0.25  # of the work of training, from which the cost of an evaluation is told
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,44 @@ def frozen_lines(plan: Plan) -> list[str]:
 def data_lines(plan: Plan) -> list[str]:
     """List the images that a run measures on, and the notes on its data."""
     return [f"data: {text}" for text in (plan.datasets.measured_on, *plan.datasets.notes)]
+
+
+def evaluation_lines(plan: Plan) -> list[str]:
+    """List what is measured beside the accuracy, what the run is about, and what it costs if that is much."""
+    beside = [name for name in plan.measures if name in (*OF_LABELLED_SET, *OF_PAIRS)]
+    if not beside:
+        return []
+    titles = ", ".join(MEASURES[name].title for name in beside)
+    lines = [f"measured: {titles}; the run is about its {MEASURES[plan.headline].title}"]
+    sets = {id(datasets): name for name, datasets in plan.labelled_sets.items()}
+    lines += [
+        f"labelled set: {plan.recipe.probes[name].label}: {plan.labelled_sets[name].measured_on}"
+        for name in sets.values()
+    ]
+    if plan.chosen_by and any(stage.keep == "best" for stage in plan.recipe.stages):
+        title = MEASURES[plan.chosen_by].title
+        lines.append(f"`keep: best` takes the epoch with the largest {title}, of those that are measured")
+    return lines + _cost_of_evaluation(plan)
+
+
+def _cost_of_evaluation(plan: Plan) -> list[str]:
+    """What an evaluation takes beside the training between two, in multiplications; empty if that is little."""
+    student, teacher = plan.trained.macs, plan.teacher.macs if plan.teacher else 0
+    images = len(plan.datasets.test if plan.datasets.val is None else plan.datasets.val)  # type: ignore[arg-type]
+    work = images * (student + teacher) * plan.measures_pairs
+    for name in {id(datasets): name for name, datasets in plan.labelled_sets.items()}.values():
+        sets, every = plan.labelled_sets[name], plan.recipe.probes[name].every
+        tested = sets.test if sets.to_choose_by is None else sets.to_choose_by
+        work += (len(sets.train) + len(tested)) * student * (every != 0)  # type: ignore[arg-type]
+    # A backward is twice a forward.
+    training = len(plan.datasets.train) * (3 * student + teacher) * plan.recipe.val_interval  # type: ignore[arg-type]
+    share = work / max(training, 1)
+    if share < MUCH:
+        return []
+    return [
+        f"an evaluation takes about {share:.0%} of the work of the training between two; a larger `val_interval` makes "
+        "it rarer, and `fraction` of a labelled set smaller"
+    ]
 
 
 @dataclass(frozen=True)

@@ -426,6 +426,11 @@ class LabelledSet(_Section):
     def is_named(self) -> bool:
         return bool(self.dataset or self.root)
 
+    @property
+    def label(self) -> str:
+        """What it is called in a file that may be published."""
+        return self.dataset or "a folder of images"
+
     def data(self, data: DataOptions) -> DataOptions:
         """The options by which its images are read: in the size and by the transforms of the run's images."""
         own = {key: getattr(self, key) for key in LabelledSet.model_fields if key != "every"}

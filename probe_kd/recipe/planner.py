@@ -96,7 +96,8 @@ class Plan:
         """The measures of the student, by their names in `MEASURES`."""
         of_labels = "map" if self.datasets.labels == "multilabel" else "accuracy"
         classified = (of_labels,) * self.classifies("student")
-        return (*classified, *self.labelled_sets, *OF_PAIRS * self.measures_pairs)
+        agreement = ("agreement",) * (self.agrees_without_labels or len(self.classifying) == 2)
+        return (*classified, *self.labelled_sets, *OF_PAIRS * self.measures_pairs, *agreement)
 
     @property
     def headline(self) -> str:
@@ -109,6 +110,13 @@ class Plan:
         if self.recipe.data.labels != "none" or self.headline not in (*OF_LABELLED_SET, *OF_PAIRS):
             return ""
         return self.headline
+
+    @property
+    def agrees_without_labels(self) -> bool:
+        """Whether, without labels, a loss compares the outputs of both models, so that their answers may agree."""
+        return self.recipe.data.labels == "none" and any(
+            objective.resolved.reads == "outputs" for stage in self.objectives for objective in stage
+        )
 
     @property
     def remarks(self) -> list[str]:

@@ -148,7 +148,8 @@ def _figures(card: Card) -> tuple[str, list[str], str]:
         lines = [
             f"{headline.text(value)} ({role.replace('-', ' ')})" for role, value in values.items() if value is not None
         ]
-        return headline.heading, lines, str(summary.get("measured_on", ""))
+        measured_on = {name: summary.get("measured_on", "") for name in MEASURES} | summary.get("labelled_sets", {})
+        return headline.heading, lines, str(measured_on[headline.name])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "", [], ""
 

@@ -23,14 +23,14 @@ from probe_kd.engine.spec import Tap, Trace
 from probe_kd.errors import MatchError, RunError, nearest, short
 from probe_kd.files.atomic import put, whole_text
 from probe_kd.files.run_folder import RECIPE, Manifest, check_own, record, runs_beside, why_no_run
-from probe_kd.measures import MEASURES, headline_of, not_losses
+from probe_kd.measures import MEASURES, OF_PAIRS, headline_of, not_losses
 from probe_kd.methods.similarity import cka_table
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import load
 from probe_kd.recipe.writing import command_to_go_on
 from probe_kd.results.evaluation import vectors
 from probe_kd.training.checkpoints import FOLDER as CHECKPOINTS
-from probe_kd.training.state import Result, Row, current_role
+from probe_kd.training.state import PairScore, Result, Row, current_role
 
 LAYERS = "layers.json"
 # With `share`, the teacher is the one that trained with the student.
@@ -142,12 +142,24 @@ class LayerSimilarity:
 
 
 @dataclass(frozen=True)
+class PairSummary:
+    """The scores of one pair of layers in one loss over seeds; None where the loss compares no features."""
+
+    stage: str
+    loss: str
+    student: str
+    teacher: str
+    explained_variance: Spread | None
+    cosine: Spread | None
+
+
+@dataclass(frozen=True)
 class Group:
     """Runs with the same recipe except for the seed.
 
     `headline` is the measure that the runs are about, empty if they take none. `gain` is the student's headline minus
     that of the model named in `gain_over`, per run: the baseline, or the student as it was before training. `losses`
-    are the names of the losses.
+    are the names of the losses, and `pair_scores` how much of the teacher's features the student's explain.
     """
 
     name: str
@@ -163,6 +175,7 @@ class Group:
     headline: str = "accuracy"
     gain_over: str = "baseline"
     losses: tuple[str, ...] = ()
+    pair_scores: tuple[PairSummary, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -507,7 +520,23 @@ def _group(name: str, members: Sequence[_Run]) -> Group:
         headline=headline,
         gain_over=gain_over,
         losses=members[0].losses,
+        pair_scores=tuple(_pair_scores(members)),
     )
+
+
+def _pair_scores(members: Sequence[_Run]) -> Iterator[PairSummary]:
+    """The pairs of the student, over the runs that have finished it."""
+    of_runs = [run.results["student"].pairs for run in members if "student" in run.results]
+    places = dict.fromkeys(_place_of(pair) for pairs in of_runs for pair in pairs)
+    for place in places:
+        scores = [pair for pairs in of_runs for pair in pairs if _place_of(pair) == place]
+        explained, cosine = (_spread([getattr(score, name) for score in scores]) for name in OF_PAIRS)
+        stage, loss, student, teacher = map(_printable, place)
+        yield PairSummary(stage, loss, student, teacher, explained, cosine)
+
+
+def _place_of(pair: PairScore) -> tuple[str, str, str, str]:
+    return pair.stage, pair.loss, pair.student, pair.teacher
 
 
 def _gains(members: Sequence[_Run], headline: str, over: str) -> Iterator[float]:

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from probe_kd.console import amount
+from probe_kd.console import amount, table_of
 from probe_kd.errors import RunError, visible
 from probe_kd.files.atomic import put
 from probe_kd.files.run_folder import GENERATOR
@@ -42,6 +42,7 @@ MOST_CLASSES = 20  # in the chart of changes by class
 HALF, DEEP = 0.58, 0.825
 WIDTH = 480.0  # of a chart, also on a narrow phone, so that its text stays legible
 Place = tuple[float, float]
+PAIR_COLUMNS = tuple(f"{MEASURES[name].title}>" for name in OF_PAIRS)
 
 
 def tables(comparison: RunComparison) -> Iterator[Table | Text | str]:
@@ -55,6 +56,8 @@ def tables(comparison: RunComparison) -> Iterator[Table | Text | str]:
         if group.gain:
             yield f"  the student over the {group.gain_over}: {points(group.gain, group.headline)}"
         yield from (f"  {line}" for line in [_cost_of_sharing(group)] if line)
+        if group.pair_scores:
+            yield _pairs_table(group)
     if comparison.differences:
         yield f"The recipes of {' | '.join(group.name for group in comparison.groups)} differ in:"
     for difference in comparison.differences[:12]:
@@ -77,6 +80,17 @@ def _table(group: Group) -> Table:
         table.add_row(escape(row.role), *(cell(row.of(name), name) for name in measures), *size, seconds)
         if any(row.ema_of(name) for name in measures):
             table.add_row("  its average", *(over_seeds(row.ema_of(name), name) for name in measures))
+    return table
+
+
+def _pairs_table(group: Group) -> Table:
+    """One row per pair: how much of the teacher's features the student's explain."""
+    table = table_of("Features: student <- teacher", "student layer", "teacher layer", "loss", *PAIR_COLUMNS)
+    several_stages = len({pair.stage for pair in group.pair_scores}) > 1
+    for pair in group.pair_scores:
+        loss = f"{pair.stage}: {pair.loss}" if several_stages else pair.loss
+        values = (cell(getattr(pair, name), name) for name in OF_PAIRS)
+        table.add_row(*map(escape, (pair.student, pair.teacher, loss)), *values)
     return table
 
 
@@ -119,7 +133,7 @@ def fewer_seeds(row: ModelSummary, group: Group) -> str:
     count, every = row.seeds, len(group.seeds)
     if row.unfinished:
         return f"not finished, at {row.unfinished}"
-    return f"of {count} of {every} seeds" + ", least–greatest" * (count == 2) if count < every else ""
+    return f"of {count} of {every} seeds" + ", least–greatest" * (count == 2) if 0 < count < every else ""
 
 
 def _cost_of_sharing(group: Group) -> str:

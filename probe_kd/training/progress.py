@@ -102,7 +102,8 @@ class Progress:
     def epoch(self, row: Row) -> None:
         """Show the results of an epoch."""
         self.before, self.done = self.before + self.steps, 0
-        shown = [name for name in MEASURES if name in self.other_columns and name in row and name != "agreement"]
+        shown = [name for name in MEASURES if name in self.other_columns and name in row]
+        shown = [name for name in shown if name != "agreement" or len(shown) == 1]
         texts = [f"{MEASURES[name].title} {MEASURES[name].brief(row[name])}" for name in shown]
         self.measures = f"[green]{'  '.join(texts)}[/]" if texts else self.measures
         self.text = _text({name: value for name, value in row.items() if name not in self.other_columns})

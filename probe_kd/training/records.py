@@ -37,10 +37,17 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, fol
         "measured_on": plan.datasets.measured_on,
         "skipped_images": {split: len(names) for split, names in plan.datasets.skipped.items()},
         "notes": list(plan.datasets.notes),
+        **_labelled_sets(plan),
         "results": [asdict(result) for result in results],
     }
     partial.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     put(partial, folder / "summary.json")
+
+
+def _labelled_sets(plan: Plan) -> dict[str, Any]:
+    """The images that each probe classifies, in words."""
+    texts = {name: f"{plan.recipe.probes[name].label}: {sets.measured_on}" for name, sets in plan.labelled_sets.items()}
+    return {"labelled_sets": texts} if texts else {}
 
 
 def write_metrics(rows: Sequence[Row], path: Path) -> None:

@@ -67,18 +67,21 @@ class Scorer:
     def measure(self, models: Sequence[TrainedModel], split: MeasuredSplit = "val") -> list[Score]:
         """Measure each model on the images of a split. The teacher's score has no agreement.
 
+        Without labels, only the agreement is measured, where a loss compares the outputs.
+
         Images are read once for all models with the same input, and not at all for models that do not classify.
         """
-        scores = iter(self._measure([model for model in models if self._classifies(model)], split))
-        return [next(scores) if self._classifies(model) else Score() for model in models]
+        scores = iter(self._measure([model for model in models if self._has_predictions(model)], split))
+        return [next(scores) if self._has_predictions(model) else Score() for model in models]
 
-    def _classifies(self, trained: TrainedModel) -> bool:
-        return self.plan.classifies("teacher" if trained.is_teacher else "student")
+    def _has_predictions(self, trained: TrainedModel) -> bool:
+        """Whether the class of a model's largest output means something."""
+        return self.plan.agrees_without_labels or self.plan.classifies("teacher" if trained.is_teacher else "student")
 
     def _measure(self, models: Sequence[TrainedModel], split: MeasuredSplit) -> list[Score]:
         predicting = list(models)
         teacher = self.models.teacher if split not in self.teacher_predictions else None
-        teacher = teacher if teacher is not None and self._classifies(teacher) else None
+        teacher = teacher if teacher is not None and self._has_predictions(teacher) else None
         if teacher is not None and any(model is not teacher and model.role != "teacher" for model in models):
             predicting += [teacher] * (teacher not in predicting)
         predicted = self._predict(predicting, split)
@@ -128,6 +131,8 @@ class Scorer:
         if self.plan.datasets.labels == "multilabel":
             mean = mean_average_precision(average_precisions(answers, targets))
             return Score(measures={} if mean is None else {"map": mean})
+        if self.plan.datasets.labels == "none":
+            return self._agreement_alone(trained, answers, split)
         accuracy = (answers == targets).double().mean().item()
         labels_by_count = {"images": targets, "right": targets[answers == targets]}
         classes = {name: _per_class(labels, self.plan.datasets.num_classes) for name, labels in labels_by_count.items()}
@@ -137,6 +142,13 @@ class Scorer:
         if self.models.teacher is None or split not in self.teacher_predictions or trained.role == "teacher":
             return Score(accuracy, None, classes)
         return Score(accuracy, (answers == self.teacher_predictions[split]).double().mean().item(), classes)
+
+    def _agreement_alone(self, trained: TrainedModel, answers: Tensor, split: MeasuredSplit) -> Score:
+        if trained is self.models.teacher:
+            self.teacher_predictions[split] = answers
+        if trained.is_teacher or split not in self.teacher_predictions:
+            return Score()
+        return Score(agreement=(answers == self.teacher_predictions[split]).double().mean().item())
 
     def _predict(self, models: Sequence[TrainedModel], split: MeasuredSplit) -> list[tuple[Tensor, Tensor]]:
         """Return (predicted classes, true classes) of all images of a split, in their order, for each model.

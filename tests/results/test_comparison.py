@@ -448,6 +448,8 @@ def without_classes(folder: Path, values: dict[str, dict[str, float]], headline:
     results["untrained student"] = results.pop("baseline") | {"role": "untrained student", "weights": ""}
     for role, result in results.items():
         result |= {"accuracy": None, "agreement": None, "images": [], "right": [], "measures": values.get(role, {})}
+    pair = {"stage": "hint", "loss": "hint", "student": "layer2", "teacher": "layer3", "cosine": None}
+    results["student"]["pairs"] = [pair | {"explained_variance": values["student"]["explained_variance"]}]
     summary |= {"headline": headline, "classes": [], "results": list(results.values())}
     (folder / "summary.json").write_text(json.dumps(summary))
     rows = [row for row in rows if row["role"] == "student"]
@@ -480,6 +482,12 @@ def test_a_run_without_classes_never_speaks_of_accuracy(seeds: Callable[[int], l
     assert (spread.mean, spread.deviation) == pytest.approx((found.mean(), found.std(ddof=1)))
     assert group.headline == headline
     told, text = shown(comparison), page(comparison)
+    (pair,) = group.pair_scores
+    assert (pair.student, pair.teacher, pair.cosine) == ("layer2", "layer3", None)
+    explained = np.array([of_run["student"]["explained_variance"] for of_run in values])
+    for shown_as in (f"{explained.mean():.4f} ± {explained.std(ddof=1):.4f}", "layer3", "Features: student <- teacher"):
+        assert shown_as in told
+    assert f"<td>{explained.mean():.4f} ± {explained.std(ddof=1):.4f}</td><td>-</td>" in text
     assert "ccuracy" not in told + text
     assert "agreement" not in told + text
     assert by_role["teacher"].accuracy is None
