@@ -50,7 +50,7 @@ SECTIONS = {
     ),
     "EvaluateOptions": (
         "`evaluate`",
-        "[Runs without labels](running.md) explains what is measured.",
+        "[Runs without labels](running.md#without-labels) explains what is measured.",
     ),
     "KnnOptions": (
         "`evaluate.knn`",
