@@ -181,9 +181,7 @@ def export(
             written.notes.append(f"the model {trained.why_not_timm}: the folder holds ONNX alone")
         if onnx:
             at_tap = _AtTap(written.module, trained.output).eval() if trained.output != Tap("") else written.module
-            written.onnx_difference = _write_onnx(
-                at_tap, trained.outputs, sample.images, expected, aside / ONNX
-            )
+            written.onnx_difference = _write_onnx(at_tap, trained.outputs, sample.images, expected, aside / ONNX)
         (aside / CARD).write_text(card_text(_card(trained, written, folder.resolve().name)), encoding="utf-8")
         files = tuple(name for name in FILES if (aside / name).exists())
     return Exported(
