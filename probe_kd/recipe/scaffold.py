@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from probe_kd.data.names import EVALUATED, NAMES, TRAINED, check_name
+from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import packages
 from probe_kd.engine.spec import Pair, Tap, Trace
 from probe_kd.errors import DataError, Problem, RecipeError, nearest
 from probe_kd.files.atomic import reason
+from probe_kd.methods.losses.table import LOSSES
 from probe_kd.recipe.reading import parse
 
 SMALL = 96  # pixels; larger images are treated as photographs
@@ -165,7 +167,7 @@ def write_recipe(
         model_lines(student),
         "teacher:",
         model_lines(teacher) + _teacher_size(student, teacher),
-        *_weights_lines(chosen_method),
+        *_weights_lines(chosen_method, teacher),
         *data_lines(
             data,
             root,
@@ -176,7 +178,7 @@ def write_recipe(
         *_layer_lines(chosen_method, student, teacher, pairs),
         *(["baseline: true                  # also train the student without the teacher, to compare"] * labelled),
         "stages:",
-        chosen_method.stages,
+        _stages_for(chosen_method, teacher),
         "seed: 0",
     ]
     text = "\n".join(parts) + "\n"
@@ -188,8 +190,31 @@ def write_recipe(
         raise RecipeError(str(path), [Problem(f"cannot write the recipe: {reason(refusal)}")]) from None
 
 
-def _weights_lines(method: Method) -> list[str]:
-    if not method.labels:
+def _has_no_classifier(teacher: Trace) -> bool:
+    """Whether a teacher is known to give no classes: a model of another library, or of timm without its head."""
+    return bool(library_of(teacher.model)) or teacher.model_kwargs.get("num_classes") == 0
+
+
+def _stages_for(method: Method, teacher: Trace) -> str:
+    """The stages of a method, without the losses that read classes of the teacher where it has none.
+
+    Raises RecipeError if none is left that learns from the teacher.
+    """
+    if not _has_no_classifier(teacher):
+        return method.stages
+    lines = method.stages.splitlines()
+    losses = [re.search(r"\{loss: (\w+)", line) for line in lines]
+    reads = [LOSSES[loss[1]].reads if loss else "" for loss in losses]
+    if method.shares or not {*reads} - {"", "labels", "outputs"}:
+        text = (
+            f"{teacher.model} has no classifier, and this method reads its classes; take `features` or `fitnets_joint`"
+        )
+        raise RecipeError("--method", [Problem(text)])
+    return "\n".join(line for line, kind in zip(lines, reads, strict=True) if kind != "outputs")
+
+
+def _weights_lines(method: Method, teacher: Trace) -> list[str]:
+    if not method.labels or _has_no_classifier(teacher):
         return ["  pretrained: true              # the weights of its name; or `checkpoint: teacher.safetensors`"]
     return [] if method.shares else [_WEIGHTS]
 

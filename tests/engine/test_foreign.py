@@ -1,12 +1,14 @@
 """Models of transformers and open_clip by name: built, traced and normalised as their own libraries do it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import foreign_models
 import pytest
+import timm
 import torch
+from foreign_models import SMALL, open_clip, save_transformers, transformers
 from torch import nn
 
 from probe_kd import Distiller, InputSpec, Objective, match, trace
@@ -14,72 +16,20 @@ from probe_kd.engine.models import build_model, build_on_meta
 from probe_kd.engine.weights import load_weights
 from probe_kd.errors import TraceError
 
-transformers = pytest.importorskip("transformers", reason="transformers is in the extra `foreign`")
-open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is in the extra `foreign`")
-
-SMALL: dict[str, Any] = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-}
-VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
-WORDS = {"context_length": 4, "vocab_size": 30, "width": 16, "heads": 2, "layers": 1}
-NUMBERS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
-CLIP = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": WORDS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _offline() -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def save_transformers(folder: Path, model: nn.Module, **processor: Any) -> str:
-    """As `save_pretrained` writes it. Returns the name that probe-kd knows it by."""
-    model.save_pretrained(folder)  # type: ignore[operator]
-    if processor:
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return f"transformers:{folder}"
-
-
-def save_open_clip(folder: Path) -> tuple[str, nn.Module]:
-    """A whole CLIP of images and text, as `open_clip.push_to_hf_hub` writes it."""
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**CLIP).eval()
-    folder.mkdir()
-    config = {"model_cfg": CLIP, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
-    )
-    return f"open_clip:{folder}", model
-
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SMALL, num_register_tokens=4))
-    folder = tmp_path_factory.mktemp("dino")
-    return save_transformers(folder, model, **NUMBERS)
+    return foreign_models.dino(tmp_path_factory.mktemp("dino"))
 
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model of images and text, of which only the vision model is wanted."""
-    torch.manual_seed(0)
-    text = {**SMALL, "vocab_size": 30, "max_position_embeddings": 4}
-    words = {key: value for key, value in text.items() if key not in ("image_size", "patch_size")}
-    config = transformers.SiglipConfig(vision_config=SMALL, text_config=words)
-    return save_transformers(tmp_path_factory.mktemp("siglip"), transformers.SiglipModel(config), **NUMBERS)
+    return foreign_models.siglip(tmp_path_factory.mktemp("siglip"))
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_open_clip(tmp_path_factory.mktemp("clip") / "clip")[0]
+    return foreign_models.clip(tmp_path_factory.mktemp("clip") / "clip")
 
 
 def loaded(name: str) -> nn.Module:
@@ -151,8 +101,6 @@ def test_open_clip_s_built_in_names_know_their_numbers_and_their_tags() -> None:
 
 
 def test_any_of_them_teaches_a_student(dino: str, siglip: str, clip: str) -> None:
-    import timm
-
     images = torch.randn(2, 3, 32, 32)
     for name in (dino, siglip, clip):
         student, teacher = timm.create_model("resnet10t", num_classes=3), loaded(name)
