@@ -178,8 +178,8 @@ class Pair:
     target)`.
 
     Taps may be given as text. `weight` multiplies the pair's share of a loss. `reason` says why `match` chose the
-    pair. `adapter` overrides `policy`, `tokens`, `normalize`, `projector` and `activation` of the objective for
-    this pair; a loss without such a choice ignores it.
+    pair. `adapter` overrides `policy`, `tokens`, `normalize`, `projector`, `activation` and `grid` of the objective
+    for this pair; a loss without such a choice ignores it.
     """
 
     student: Tap

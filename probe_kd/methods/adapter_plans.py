@@ -15,11 +15,15 @@ from probe_kd.methods.projectors import (
     FixedProjection,
     FlowMatrix,
     MatrixProjection,
+    Mlp,
+    OrthogonalProjection,
+    Projector,
     make_factors,
 )
 from probe_kd.methods.steps import ClassToken, Mean, Resize, ToMap
 
-Tokens = Literal["drop", "cls", "pool"]
+Tokens = Literal["drop", "cls", "pool", "all"]
+Grid = Literal["smaller", "student", "teacher"]
 
 
 class FeaturePlan:
@@ -52,6 +56,9 @@ class FeaturePlan:
         assert target_grid is not None
         if self.spec.layout is not Layout.NCHW:
             self.add(ToMap(self.spec.layout, source_grid, self.spec.prefix_tokens), "map")
+        self.resize(source_grid, target_grid)
+
+    def resize(self, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> None:
         if source_grid != target_grid:
             self.add(Resize(source_grid, target_grid), f"{target_grid[0]}x{target_grid[1]}")
         self.shape = (self.spec.channels, *target_grid)
@@ -66,10 +73,14 @@ class FeaturePlan:
             self.add(Mean(self.spec.layout, self.spec.prefix_tokens), "mean")
         self.shape = (self.spec.channels,)
 
-    def project(self, width: int, target: int, kernel: tuple[int, int] | None) -> None:
+    def project(self, width: int, target: int, kernel: tuple[int, int] | None, projector: Projector) -> None:
+        if projector == "mlp":
+            return self.add(Mlp(width, target), f"mlp {width}->{max(width, target)}->{target}")
+        if projector == "orthogonal":
+            return self.add(OrthogonalProjection(width, target), f"orthogonal {width}->{target}")
         layer = nn.Linear(width, target) if kernel is None else nn.Conv2d(width, target, kernel)
         name = "linear" if kernel is None else f"conv{kernel[0]}x{kernel[1]}"
-        self.add(layer, f"{name} {width}->{target}")
+        return self.add(layer, f"{name} {width}->{target}")
 
     def project_fixed(self, width: int, target: int) -> None:
         self.add(FixedProjection(width, target), f"fixed {width}->{target}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec, Layout, Tap
 from probe_kd.errors import AdapterError
-from probe_kd.methods.adapter_plans import FeaturePlan, MatrixPlan, Tokens
+from probe_kd.methods.adapter_plans import FeaturePlan, Grid, MatrixPlan, Tokens
 from probe_kd.methods.normalisation import Normalize, Standardize, fitted_norms
 from probe_kd.methods.projectors import Activation, Projector, semi_orthogonal
 from probe_kd.methods.steps import Classes, ClassToken, Mean, Resize, ToMap
@@ -23,6 +23,7 @@ __all__ = [
     "Activation",
     "Adapter",
     "ClassToken",
+    "Grid",
     "ImageView",
     "Mean",
     "Normalize",
@@ -111,6 +112,7 @@ def adapt(
     normalize: Normalize = "none",
     projector: Projector = "linear",
     activation: Activation = "none",
+    grid: Grid = "smaller",
 ) -> Adapter:
     """Return the adapter that converts a student's feature and a teacher's feature to one shape.
 
@@ -121,26 +123,37 @@ def adapt(
       match. `never` uses no projector, the exact form of the papers, and needs equal widths. `fixed` maps the teacher
       to the student's width by a random semi-orthogonal matrix that is never trained.
     - `tokens`: `drop` compares the grids and drops class, register and distillation tokens. `cls` compares only the
-      class tokens (the mean over positions if a model has none). `pool` compares the means over positions.
+      class tokens (the mean over positions if a model has none). `pool` compares the means over positions. `all` needs
+      two adapters, which an Objective makes (`Objective.expanded`).
     - `normalize`: how the target is standardised. `layer` standardises each position over its channels, `channel` each
       channel over batch and positions, `none` nothing. Without it, a few outlier channels of an un-normalised residual
       stream (ConvNeXt) dominate a squared error. `fitted` and `phi_s` take statistics of the training images, which
       `Distiller.fit_targets` sets once (`FittedNorm`): each channel's mean and deviation, or a rotation in which all
       channels have one variance.
     - `projector`: `linear` is the 1x1 convolution. `valid` is the regressor of FitNets (Romero et al. 2015, sec. 2.2):
-      a convolution without padding, whose kernel size takes the student's grid to the teacher's.
+      a convolution without padding, whose kernel size takes the student's grid to the teacher's. `mlp` is two layers
+      with a LayerNorm and a GELU between them (`Mlp`), `orthogonal` a matrix that is orthonormal by construction
+      (`OrthogonalProjection`).
     - `activation`: the last step of the projector. `tap` is the nonlinearity of the teacher's tap, as in FitNets.
       `none` leaves the regressor linear, so that it can reach every target.
 
-    Two grids are resized to the smaller height and the smaller width: by average pooling if the sizes divide, by
-    antialiased interpolation otherwise. A grid that is compared with a vector is averaged over its positions.
+    - `grid`: where two grids differ, both are resized to the `smaller` height and width, or to the grid of the
+      `student` or of the `teacher`. A grid shrinks by average pooling if the sizes divide, and by antialiased
+      interpolation otherwise; it is raised by bilinear interpolation, after the projector.
+
+    A grid that is compared with a vector is averaged over its positions.
 
     Raises AdapterError for features that cannot be compared, for `never` with unequal widths, and for an activation
     that cannot reach the target, such as a ReLU for a tap with negative values.
     """
     _check_choices(policy=(policy, Policy), tokens=(tokens, Tokens), normalize=(normalize, Normalize))
-    _check_choices(projector=(projector, Projector), activation=(activation, Activation))
+    _check_choices(projector=(projector, Projector), activation=(activation, Activation), grid=(grid, Grid))
     _check_features(student, teacher)
+    if tokens == "all":
+        raise AdapterError(
+            f"tokens 'all' of {student.tap} <- {teacher.tap} needs an adapter for class tokens and one for grids, "
+            "which an Objective makes; give `adapt` one of 'drop', 'cls' and 'pool'"
+        )
     if policy in ("never", "fixed") and (projector != "linear" or activation != "none"):
         raise AdapterError(
             f"policy {policy!r} has no regressor, so `projector` and `activation` mean nothing; leave them out"
@@ -149,35 +162,43 @@ def adapt(
         raise AdapterError(f"tokens 'cls': neither '{student.tap}' nor '{teacher.tap}' has a class token; use 'pool'")
     as_maps = student.spatial and teacher.spatial and tokens == "drop"
     student_plan, teacher_plan = FeaturePlan(student, tokens), FeaturePlan(teacher, tokens)
-    kernel = _valid_kernel(student, teacher, as_maps) if projector == "valid" else (1, 1)
+    kernel = _valid_kernel(student, teacher, as_maps, grid) if projector == "valid" else (1, 1)
     if as_maps:
-        grid = _smaller_grid(student, teacher)
-        student_plan.to_map(student.grid if projector == "valid" else grid)
-        teacher_plan.to_map(grid)
+        common = _common_grid(student, teacher, grid)
+        # A projector has fewer positions before a map is raised, and a linear one gives the same.
+        raised = projector != "valid" and _is_raised(student, common)
+        student_plan.to_map(student.grid if projector == "valid" or raised else common)
+        teacher_plan.to_map(common)
     else:
+        raised = False
         student_plan.to_vector()
         teacher_plan.to_vector()
     teacher_plan.normalize(normalize)
     if policy == "fixed":
         teacher_plan.project_fixed(teacher.channels, student.channels)
     elif _needs_projector(student, teacher, policy):
-        student_plan.project(student.channels, teacher.channels, kernel if as_maps else None)
+        student_plan.project(student.channels, teacher.channels, kernel if as_maps else None, projector)
         student_plan.activate(_activation(activation, teacher, normalize))
+    if raised:
+        assert student.grid is not None
+        student_plan.resize(student.grid, common)
     return _adapter(student_plan, teacher_plan)
 
 
-def adapt_maps(student: FeatureSpec, teacher: FeatureSpec) -> Adapter:
+def adapt_maps(student: FeatureSpec, teacher: FeatureSpec, *, grid: Grid = "smaller") -> Adapter:
     """Return the adapter that converts both features to maps at one grid, each with its own channels.
 
-    `attention` compares such maps. Raises AdapterError for features without positions, and for a grid with a single
-    position, which always holds all of the attention.
+    `attention` and `patch_similarity` compare such maps. `grid` is that of `adapt`. Raises AdapterError for features
+    without positions, and for a grid with a single position, which always holds all of the attention.
     """
     _check_maps(student, teacher)
-    if _smaller_grid(student, teacher) == (1, 1):
+    _check_choices(grid=(grid, Grid))
+    common = _common_grid(student, teacher, grid)
+    if common == (1, 1):
         raise AdapterError(f"{student.tap} <- {teacher.tap} have one position in common, and nothing to attend to")
     student_plan, teacher_plan = FeaturePlan(student, "drop"), FeaturePlan(teacher, "drop")
     for plan in (student_plan, teacher_plan):
-        plan.to_map(_smaller_grid(student, teacher))
+        plan.to_map(common)
     return _adapter(student_plan, teacher_plan)
 
 
@@ -342,7 +363,12 @@ def _activation(activation: Activation, teacher: FeatureSpec, normalize: Normali
     return teacher.activation
 
 
-def _valid_kernel(student: FeatureSpec, teacher: FeatureSpec, as_maps: bool) -> tuple[int, int]:
+def _valid_kernel(student: FeatureSpec, teacher: FeatureSpec, as_maps: bool, grid: Grid) -> tuple[int, int]:
+    if grid != "smaller":
+        raise AdapterError(
+            f"projector 'valid' takes the student's grid to the teacher's by its kernel, so grid '{grid}' means "
+            "nothing; leave it out, or use projector 'linear'"
+        )
     if not as_maps or student.grid is None or teacher.grid is None:
         raise AdapterError(
             f"projector 'valid' needs two maps, and {student.tap} <- {teacher.tap} are none; use 'linear'"
@@ -358,7 +384,15 @@ def _valid_kernel(student: FeatureSpec, teacher: FeatureSpec, as_maps: bool) -> 
     return height, width
 
 
-def _smaller_grid(student: FeatureSpec, teacher: FeatureSpec) -> tuple[int, int]:
+def _common_grid(student: FeatureSpec, teacher: FeatureSpec, grid: Grid) -> tuple[int, int]:
+    """The grid on which two features with positions are compared."""
     assert student.grid is not None
     assert teacher.grid is not None
-    return min(student.grid[0], teacher.grid[0]), min(student.grid[1], teacher.grid[1])
+    smaller = min(student.grid[0], teacher.grid[0]), min(student.grid[1], teacher.grid[1])
+    return {"smaller": smaller, "student": student.grid, "teacher": teacher.grid}[grid]
+
+
+def _is_raised(spec: FeatureSpec, grid: tuple[int, int]) -> bool:
+    """Whether a side of the feature's own grid is smaller."""
+    assert spec.grid is not None
+    return any(own < size for own, size in zip(spec.grid, grid, strict=True))

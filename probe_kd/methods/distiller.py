@@ -152,6 +152,7 @@ class Distiller(nn.Module):
             self.objectives = name_teachers(
                 self.objectives, student_trace, traces, class_maps=class_maps, weights=weights
             )
+            self.objectives = tuple(objective.expanded(student_trace, traces) for objective in self.objectives)
             self.adapters = make_adapters(self.objectives, student_trace, traces, class_maps)
             if block:
                 refuse_moving_target(self.adapters)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, Traces, value_at
-from probe_kd.errors import LossError, nearest
+from probe_kd.errors import LossError, TapError, nearest
 from probe_kd.methods.adapters import (
     Activation,
     Adapter,
+    Grid,
     Normalize,
     Policy,
     Projector,
@@ -30,13 +31,15 @@ from probe_kd.methods.outputs import output_spec
 MEAN = Tap("mean")  # the name of the mean of several teachers' outputs
 # The adapter options that apply to a loss, by what it reads. The others would have no effect there.
 _ADAPTABLE = {
-    "features": {"policy", "tokens", "normalize", "projector", "activation"},
+    "features": {"policy", "tokens", "normalize", "projector", "activation", "grid"},
+    "maps": {"grid"},
     "grams": {"policy"},
     "flows": {"policy"},
 }
 
 
-_ADAPTER = ("policy", "tokens", "normalize", "projector", "activation")
+_ADAPTER = ("policy", "tokens", "normalize", "projector", "activation", "grid")
+_PARTS = {"cls": "class token", "pool": "mean", "drop": "grid"}  # what `tokens: all` compares
 _BESIDE = ("weight", *_ADAPTER, "of", "between", "student", "teacher")
 _SHAPES: dict[str, tuple[int, ...]] = {  # of one image, to try a loss on
     "labels": (3,),
@@ -89,8 +92,12 @@ class Objective:
     teacher) tuples, or a mapping of student layers to teacher layers. The term is the sum over the pairs, each
     times the weight of the pair.
 
-    `options` are the keyword arguments of the loss function. `policy`, `tokens`, `normalize`, `projector` and
-    `activation` are those of `adapt`. `weight` and any option may be a Schedule.
+    `options` are the keyword arguments of the loss function. `policy`, `tokens`, `normalize`, `projector`,
+    `activation` and `grid` are those of `adapt`. `weight` and any option may be a Schedule.
+
+    `tokens="all"` compares every part of a pair, as two terms with an adapter each: the class tokens with each other
+    (where only one model has one, with the other's mean over positions; where none has one, the means), and the
+    grids. Of a pair with a vector on one side, the vectors are compared, as by `cls`.
 
     `fsp` compares the input and the output of each paired module. With `between`, which names two pairs by their
     student layers, their outputs are the two ends instead. In joint training, `of="teacher"` makes a loss on labels
@@ -118,6 +125,7 @@ class Objective:
     normalize: Normalize = field(default="none", kw_only=True)
     projector: Projector = field(default="linear", kw_only=True)
     activation: Activation = field(default="none", kw_only=True)
+    grid: Grid = field(default="smaller", kw_only=True)
     of: Literal["student", "teacher"] = field(default="student", kw_only=True)
     between: Sequence[Sequence[str | Tap]] = field(default=(), kw_only=True)
     student: str | Tap = field(default="", kw_only=True)
@@ -243,7 +251,33 @@ class Objective:
                 before = Pair(*(replace(tap, port="input", items=()) for tap in (pair.student, pair.teacher)))
                 yield Comparison((before, pair), self._weight_of(pair), f"{pair}, from input to output")
         elif reads != "labels":
-            yield from (Comparison((pair,), self._weight_of(pair), str(pair)) for pair in self.pairs)
+            names = [str(pair) for pair in self.pairs]
+            for pair, name in zip(self.pairs, names, strict=True):
+                part = (
+                    f", {_PARTS[pair.adapter['tokens']]}" if names.count(name) > 1 and "tokens" in pair.adapter else ""
+                )
+                yield Comparison((pair,), self._weight_of(pair), name + part)
+
+    def expanded(self, student: Trace, teacher: Trace | Traces) -> "Objective":
+        """The same objective, with each pair of `tokens="all"` as one pair for every part that is compared.
+
+        A pair of a layer that does not exist stays as it is: its adapter raises TapError.
+        """
+        pairs = [part for pair in self.pairs for part in self._parts(pair, student, teacher)]
+        return self if pairs == list(self.pairs) else replace(self, pairs=pairs)
+
+    def _parts(self, pair: Pair, student: Trace, teacher: Trace | Traces) -> Iterator[Pair]:
+        if "tokens" not in self.adaptable or pair.adapter.get("tokens", self.tokens) != "all":
+            yield pair
+            return
+        try:
+            specs = student[pair.student], teacher[pair.teacher]
+        except TapError:
+            yield pair
+            return
+        vector = "cls" if any(spec.prefix_tokens for spec in specs) else "pool"
+        for tokens in (vector, "drop") if all(spec.spatial for spec in specs) else (vector,):
+            yield replace(pair, adapter={**pair.adapter, "tokens": tokens})
 
     def _of_outputs(self) -> Comparison:
         weights = [self.teacher_weights.get(tap.model, 1.0) for tap in self.teacher_taps]
@@ -322,7 +356,7 @@ class Objective:
         choices: dict[str, Any] = {key: comparison.pairs[-1].adapter.get(key, getattr(self, key)) for key in _ADAPTER}
         match self.resolved.reads:
             case "maps":
-                return adapt_maps(student_specs[0], teacher_specs[0])
+                return adapt_maps(student_specs[0], teacher_specs[0], grid=choices["grid"])
             case "grams" | "flows":
                 return adapt_matrices(student_specs, teacher_specs, policy=choices["policy"])
         return adapt(student_specs[0], teacher_specs[0], **choices)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from probe_kd.methods.losses.maps import positions, to_one_grid
 from probe_kd.methods.losses.matrices import flow_matrix
 
-Projector = Literal["linear", "valid"]
+Projector = Literal["linear", "valid", "mlp", "orthogonal"]
 Activation = Literal["none", "tap", "relu", "relu6", "gelu", "silu", "hardswish", "sigmoid", "tanh"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -33,6 +33,53 @@ def semi_orthogonal(rows: int, columns: int) -> Float[Tensor, "rows columns"]:
     random_matrix = torch.randn(larger, smaller, generator=generator, dtype=torch.float64, device="cpu")
     orthogonal: Tensor = torch.linalg.qr(random_matrix).Q.float()
     return (orthogonal if rows >= columns else orthogonal.T).contiguous()
+
+
+class Mlp(nn.Module):
+    """Project a feature by two linear layers with a LayerNorm and a GELU between them, at every position.
+
+    This is the head of AM-RADIO (Ranzinger et al. 2024, arXiv 2312.06709). The hidden width is the larger of both.
+    """
+
+    def __init__(self, width: int, target: int) -> None:
+        super().__init__()
+        hidden = max(width, target)
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, target)
+        )
+
+    def forward(self, feature: Float[Tensor, "batch width ..."]) -> Float[Tensor, "batch target ..."]:
+        projected: Tensor = self.layers(feature.movedim(1, -1))
+        return projected.movedim(-1, 1)
+
+
+class OrthogonalProjection(nn.Module):
+    """Project a feature by a trained matrix P whose rows or columns, whichever are fewer, are always orthonormal.
+
+    VkD (Miles et al. 2024, arXiv 2403.06213): P keeps the distances between the student's features (or drops some
+    directions of them), so the student has to change its own features to match, and the projector cannot learn this
+    instead. The paper makes P by a matrix exponential; here it is Q of the QR decomposition of a free matrix, with the
+    signs that make R's diagonal positive, which takes fewer multiplications. P does not depend on the scale of that
+    matrix, so weight decay does not change P. There is no bias.
+    """
+
+    def __init__(self, width: int, target: int) -> None:
+        super().__init__()
+        self.is_tall = target >= width
+        self.weight = nn.Parameter(torch.empty(max(width, target), min(width, target)))
+        nn.init.orthogonal_(self.weight)
+
+    @property
+    def matrix(self) -> Float[Tensor, "target width"]:
+        with torch.autocast(self.weight.device.type, enabled=False):
+            weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+            columns, triangular = torch.linalg.qr(weight)
+            orthogonal: Tensor = columns * torch.where(triangular.diagonal() < 0, -1.0, 1.0)
+        return orthogonal if self.is_tall else orthogonal.T
+
+    def forward(self, feature: Float[Tensor, "batch width ..."]) -> Float[Tensor, "batch target ..."]:
+        projected = F.linear(feature.movedim(1, -1), self.matrix.to(feature.dtype))
+        return projected.movedim(-1, 1)
 
 
 class FixedProjection(nn.Module):

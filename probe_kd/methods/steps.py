@@ -35,17 +35,21 @@ class ToMap(nn.Module):
 
 
 class Resize(nn.Module):
-    """Resize a map: by average pooling if the sizes divide, by antialiased bilinear interpolation otherwise."""
+    """Resize a map: by average pooling if the sizes divide, by bilinear interpolation otherwise.
+
+    The interpolation is antialiased if a side shrinks.
+    """
 
     def __init__(self, source: tuple[int, int], target: tuple[int, int]) -> None:
         super().__init__()
         self.target = target
+        self.shrinks = any(size > target_size for size, target_size in zip(source, target, strict=True))
         self.divides = source[0] % target[0] == 0 and source[1] % target[1] == 0
 
     def forward(self, feature: Float[Tensor, "batch channels height width"]) -> Tensor:
         if self.divides:
             return F.adaptive_avg_pool2d(feature, self.target)
-        return interpolate(feature, self.target)
+        return interpolate(feature, self.target, antialias=self.shrinks)
 
 
 class Mean(nn.Module):
@@ -88,7 +92,7 @@ class Classes(nn.Module):
         return logits.index_select(1, self.indices)
 
 
-def interpolate(feature: Tensor, size: tuple[int, int]) -> Tensor:
+def interpolate(feature: Tensor, size: tuple[int, int], *, antialias: bool = True) -> Tensor:
     # In float32, since torch has no antialiased filter for half precision on the CPU: autocast would fail there.
     exact = feature.to(torch.promote_types(feature.dtype, torch.float32))
-    return F.interpolate(exact, size, mode="bilinear", antialias=True, align_corners=False).to(feature.dtype)
+    return F.interpolate(exact, size, mode="bilinear", antialias=antialias, align_corners=False).to(feature.dtype)

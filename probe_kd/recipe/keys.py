@@ -22,7 +22,7 @@ from pydantic import (
 from probe_kd.data.options import DataOptions, InputSize, null_as_none_word
 from probe_kd.engine.spec import Schedule, Tap
 from probe_kd.errors import LossError, TapError
-from probe_kd.methods.adapters import Activation, Normalize, Policy, Projector, Tokens
+from probe_kd.methods.adapters import Activation, Grid, Normalize, Policy, Projector, Tokens
 from probe_kd.methods.sharing import Pattern
 from probe_kd.methods.teachers import Block
 from probe_kd.recipe.form_errors import complaint
@@ -172,6 +172,7 @@ class LossOptions(BaseModel):
     normalize: Normalize = "none"
     projector: Projector = "linear"
     activation: Activation = "none"
+    grid: Grid = "smaller"
     of: Literal["student", "teacher"] = "student"
     between: list[tuple[str, str]] = []
     student: TapText | None = None
@@ -356,8 +357,8 @@ class PairOptions(_Section):
     """One pair in its long form.
 
     `teacher` is the layer that the student's layer learns from. `weight` multiplies the pair's share of every loss. A
-    pair of weight 0 is in no loss, and only `probe-kd eval` measures it. `policy`, `tokens`, `normalize`, `projector`
-    and `activation` override those of a loss that has them.
+    pair of weight 0 is in no loss, and only `probe-kd eval` measures it. `policy`, `tokens`, `normalize`, `projector`,
+    `activation` and `grid` override those of a loss that has them.
     """
 
     teacher: str
@@ -367,6 +368,7 @@ class PairOptions(_Section):
     normalize: Normalize | None = None
     projector: Projector | None = None
     activation: Activation | None = None
+    grid: Grid | None = None
 
     @property
     def adapter(self) -> dict[str, str]:

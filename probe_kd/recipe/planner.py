@@ -319,11 +319,19 @@ def _plan_losses(
         mistakes += more + check_sides(recipe, index, of_stage)
         mistakes += check_label_losses(recipe, index, of_stage, models.classes)
     mistakes += check_use(recipe, paired, objectives)
+    traces = grown or models.student, models.teacher
+    objectives = _expanded(objectives, *traces)
     of_outputs = check_outputs(recipe, models, grown, objectives)
     mistakes += of_outputs
     # Outputs are compared only where they can be read, and the number of classes is known.
     of_layers = [[objective for objective in stage if objective.resolved.reads != "outputs"] for stage in objectives]
     compared = of_layers if of_outputs or models.classes is None else objectives
-    traces = grown or models.student, models.teacher
     comparisons, more = find_adapters(recipe, compared, traces, paired, class_map)
     return paired, objectives, comparisons, mistakes + more
+
+
+def _expanded(stages: list[list[Objective]], student: Trace | None, teacher: Trace | None) -> list[list[Objective]]:
+    """The objectives with a pair for each part of `tokens: all`, if both models could be traced."""
+    if student is None or teacher is None:
+        return stages
+    return [[objective.expanded(student, teacher) for objective in stage] for stage in stages]

@@ -114,11 +114,14 @@ DESCRIPTIONS = {
     "policy": "How unlike widths are matched. `auto` and `always`: a learned projection of the student. `never`: "
     "none. `fixed`: a fixed random projection of the teacher.",
     "tokens": "What of a sequence of tokens is compared: the grid without class tokens (`drop`), the class tokens "
-    "(`cls`), or the mean (`pool`).",
+    "(`cls`), the mean (`pool`), or the class tokens and the grid, as two terms (`all`).",
     "normalize": "Standardise the teacher's feature: each position over its channels (`layer`), each channel over the "
     "batch (`channel`), or by statistics of the training images that are fitted once, before the stage: each channel "
     "(`fitted`), or all together by a rotation (`phi_s`).",
-    "projector": "A 1x1 convolution (`linear`), or the regressor of FitNets, a convolution without padding (`valid`).",
+    "projector": "A 1x1 convolution (`linear`), the regressor of FitNets, a convolution without padding (`valid`), two "
+    "layers (`mlp`), or a matrix that stays orthonormal (`orthogonal`).",
+    "grid": "The grid on which two maps are compared: the `smaller` of both, that of the `student`, or that of the "
+    "`teacher`.",
     "activation": "Activation after the projector. `tap` is the activation of the teacher's layer.",
     "of": "In joint training: which model a loss on labels trains.",
     "between": "For `fsp`: pairs of student layers (from `pairs`) that form the two ends of each FSP matrix.",

@@ -332,7 +332,7 @@ class _Compared:
 
 def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Compared]:
     """Every comparison of layers in every stage, and the pairs of the recipe that are in none."""
-    used = set[Pair]()
+    used = set[tuple[Tap, Tap]]()
     for index, (stage, objectives) in enumerate(zip(planned.recipe.stages, planned.objectives, strict=True)):
         if planned.teacher is None or not any(objective.resolved.reads_layers for objective in objectives):
             continue
@@ -343,7 +343,7 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
         for objective, comparison, adapter in compared(objectives, adapters):
             if not objective.resolved.reads_layers:
                 continue
-            used |= set(comparison.pairs)
+            used |= {(pair.student, pair.teacher) for pair in comparison.pairs}
             why, matrices = "", objective.resolved.reads_matrices
             if objective.resolved.reads == "maps":
                 why = "each side keeps its own channels"
@@ -351,7 +351,7 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
                 why = f"the run has no {file.name}"
             row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, matrices, adapter, why)
             yield replace(row, adapter=None) if why else row
-    yield from (_Compared(pair) for pair in planned.pairs if pair not in used)
+    yield from (_Compared(pair) for pair in planned.pairs if (pair.student, pair.teacher) not in used)
 
 
 def _entries(

@@ -141,7 +141,7 @@ MEANING = [
         "blocks.0: layer2",
         "blocks.0: {teacher: layer2, tokens: none}",
         13,
-        "expected 'drop', 'cls' or 'pool', got 'none'",
+        "expected 'drop', 'cls', 'pool' or 'all', got 'none'",
     ),
     ("blocks.0: layer2", "patch_embed: {teacher: layer2, tokens: cls}", 13, "neither 'patch_embed' nor 'layer2' has"),
     ("num_heads: 2", "num_heads: 2, num_classes: 7", 3, "the student's classifier has 7 classes and the data 10"),
@@ -613,7 +613,8 @@ def test_the_schema_takes_every_recipe_and_none_with_a_key_that_there_is_not(pat
         (TINY.replace("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: auto"), True),
         (TINY.replace("pairs:\n  blocks.0: layer2\n  blocks.1: layer3", "pairs: automatic"), False),
         (TINY.replace("blocks.0: layer2", "blocks.0: {teacher: layer2, tokens: cls}"), True),
-        (TINY.replace("blocks.0: layer2", "blocks.0: {teacher: layer2, tokens: all}"), False),
+        (TINY.replace("blocks.0: layer2", "blocks.0: {teacher: layer2, tokens: all}"), True),
+        (TINY.replace("blocks.0: layer2", "blocks.0: {teacher: layer2, tokens: any}"), False),
     ],
 )
 def test_the_schema_knows_whole_recipes_and_those_that_extend_others(text: str, takes: bool) -> None:

@@ -116,6 +116,7 @@ def _objective(
         normalize=options.normalize,
         projector=options.projector,
         activation=options.activation,
+        grid=options.grid,
         of=options.of,
         between=[[body + end for end in ends] for ends in options.between],
         student=in_body(student_tap, body),

@@ -46,7 +46,10 @@ class Paired:
     def line_of(self, comparison: Comparison) -> KeyPath:
         """The line of `pairs` that sets the adapter of a comparison; empty if only the loss does."""
         pair = comparison.pairs[-1]
-        return next((("pairs", key) for key, line in self.lines.items() if pair.adapter and pair in line), ())
+        for key, line in self.lines.items():
+            if any(own.adapter and (own.student, own.teacher) == (pair.student, pair.teacher) for own in line):
+                return "pairs", key
+        return ()
 
 
 def find_pairs(recipe: Recipe, models: Models, grown: Trace | None) -> tuple[Paired, list[Mistake]]:
