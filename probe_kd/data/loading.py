@@ -71,7 +71,8 @@ class Views(Sampler[tuple[int, int]]):
     Where the images lie in `shards`, of so many images each, the shards come in another order in every epoch, and
     images within each window of it: so a disk reads about one place at a time. With the classes of the images as
     `balanced`, the images of an epoch are drawn instead, with replacement: each from a class that is drawn first, so
-    that every class comes equally often. An image that comes several times in an epoch has one view.
+    that every class comes equally often. An image that comes several times in an epoch has one view. With
+    `only`, an epoch has these images in this order.
     """
 
     def __init__(
@@ -82,8 +83,9 @@ class Views(Sampler[tuple[int, int]]):
         *,
         shards: Sequence[int] | None = None,
         balanced: Int[np.ndarray, " images"] | None = None,
+        only: Sequence[int] | None = None,
     ) -> None:
-        self.count, self.seed, self.views, self.shards = count, seed, views, shards
+        self.count, self.seed, self.views, self.shards, self.only = count, seed, views, shards, only
         self.by_class = None if balanced is None else [*map(torch.from_numpy, _by_class(balanced))]
         self.age = 0
 
@@ -97,9 +99,11 @@ class Views(Sampler[tuple[int, int]]):
         return self.age % self.views if self.views else self.age
 
     def __len__(self) -> int:
-        return self.count
+        return self.count if self.only is None else len(self.only)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.only is not None:
+            return iter(self.of(self.only))
         generator = torch.Generator().manual_seed(_combined_seed(self.seed, self.age, 0))
         if self.by_class is not None:
             return iter(self.of(self._drawn(self.by_class, generator)))
@@ -144,22 +148,24 @@ def loader(
     training: bool,
     seed: int = 0,
     balanced: Int[np.ndarray, " images"] | None = None,
+    only: Sequence[int] | None = None,
 ) -> Batches:
     """Batches of images normalised as `spec` says, with their class indices.
 
     Training batches are augmented and shuffled, as the `Views` that is their sampler says, and carry the indices of
-    the images in the dataset as a third tensor. `balanced` are the classes of the images, for `Views`. Workers live as
-    long as the loader, from one epoch to the next.
+    the images in the dataset as a third tensor. `balanced` are the classes of the images, for `Views`. With `only`, they
+    are these images, and all of them. Workers live as long as the loader, from one epoch to the next.
     """
     spec = spec.or_plain()  # there is no model here to ask
     count, channels = len(dataset), spec.size[0]  # type: ignore[arg-type]
     workers = worker_count(options.workers, -(-count // options.batch_size))
-    sampler = Views(count, seed, options.num_views, shards=_shards_of(dataset), balanced=balanced) if training else None
+    shards = _shards_of(dataset)
+    sampler = Views(count, seed, options.num_views, shards=shards, balanced=balanced, only=only) if training else None
     batches = DataLoader(
         _Transformed(dataset, _transform(options, spec, training), channels),
         batch_size=options.batch_size,
         sampler=sampler,
-        drop_last=training and count > options.batch_size,
+        drop_last=training and only is None and count > options.batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate,

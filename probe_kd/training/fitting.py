@@ -1,7 +1,6 @@
 """The statistics of a phase's targets, fitted on the training images before its first step."""
 
 import torch
-from torch.utils.data import Subset
 
 from probe_kd.data.loading import loader, readable
 from probe_kd.errors import AdapterError
@@ -15,10 +14,10 @@ MOST_IMAGES = 2048  # of each of them, the teacher gives a vector for every posi
 
 
 def fit_targets(models: Models, trained: TrainedModel, distiller: Distiller, progress: Progress) -> None:
-    """Fit the statistics of `normalize: fitted` and `phi_s`, if a loss has them, on training images as they are tested.
+    """Fit the statistics of `normalize: fitted` and `phi_s`, if a loss has them, on views of training images.
 
-    The images follow from the seed alone, and each process takes a part of them, so the statistics are those of one
-    process.
+    They are views of the first epoch, because augmentation changes the statistics. Which images they are follows from
+    the seed alone, and each process takes a part of them, so the statistics are those of one process.
     """
     if not fitted_norms(distiller.adapters):
         return
@@ -27,7 +26,7 @@ def fit_targets(models: Models, trained: TrainedModel, distiller: Distiller, pro
     order = torch.randperm(len(images), generator=generator)  # type: ignore[arg-type]
     chosen = order[:MOST_IMAGES].sort().values
     own = chosen[accelerator.process_index :: accelerator.num_processes].tolist()
-    batches = loader(Subset(images, own), recipe.data, models.images_for(trained), training=False)
+    batches = loader(images, recipe.data, models.images_for(trained), training=True, seed=recipe.seed, only=own)
     placed = batches.on(accelerator.device, memory_format=memory_format(recipe, accelerator.device))
     with accelerator.autocast():
         distiller.fit_targets(readable(placed), add_up=lambda tensor: accelerator.reduce(tensor, "sum"))

@@ -43,11 +43,9 @@ def test_a_run_fits_statistics_once_and_goes_on_with_them_to_the_same_bits(tmp_p
     features: list[torch.Tensor] = []
     for name in ("layer2", "layer3"):
         teacher.get_submodule(name).register_forward_hook(lambda *call: features.append(call[-1].double()))
-    images_of_teacher = plan.teacher_input
-    assert images_of_teacher is not None
-    images = torch.cat(
-        [batch[0] for batch in loader(plan.datasets.train, plan.recipe.data, images_of_teacher, training=False)]
-    )
+    options = plan.recipe.data.model_copy(update={"batch_size": 144})
+    assert plan.teacher_input is not None
+    ((images, *_),) = loader(plan.datasets.train, options, plan.teacher_input, training=True, seed=plan.recipe.seed)
     with torch.no_grad():
         teacher.eval()(images)
     pooled, map_ = features[0].mean((2, 3)), features[1].movedim(1, -1).flatten(0, -2)
