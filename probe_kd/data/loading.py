@@ -153,8 +153,8 @@ def loader(
     """Batches of images normalised as `spec` says, with their class indices.
 
     Training batches are augmented and shuffled, as the `Views` that is their sampler says, and carry the indices of
-    the images in the dataset as a third tensor. `balanced` are the classes of the images, for `Views`. With `only`, they
-    are these images, and all of them. Workers live as long as the loader, from one epoch to the next.
+    the images in the dataset as a third tensor. `balanced` are the classes of the images, for `Views`. With `only`,
+    they are these images, and all of them. Workers live as long as the loader, from one epoch to the next.
     """
     spec = spec.or_plain()  # there is no model here to ask
     count, channels = len(dataset), spec.size[0]  # type: ignore[arg-type]
