@@ -61,7 +61,7 @@ class Plan:
     expansions: tuple[Expansion, ...] = ()
     new_classifiers: tuple[str, ...] = ()  # one sentence for each model with weights
     frozen: tuple[Frozen, ...] = ()  # of each stage
-    classifying: frozenset[Side] = frozenset()
+    classifying: Mapping[Side, Tap] = field(default_factory=dict)  # the outputs on which accuracy is measured
     labelled_sets: Mapping[str, Datasets] = field(default_factory=dict)  # by the measure that is taken on it
 
     def classifies(self, side: Side) -> bool:
@@ -81,10 +81,15 @@ class Plan:
         """The prefix of the student's layers in the student as it is trained, if that is a graft."""
         return "body." if self.grown else ""
 
+    def output_of(self, side: Side) -> Tap:
+        """The tap on which a model is measured, in eval mode."""
+        options = self.recipe.teacher if side == "teacher" else self.recipe.student
+        return self.classifying.get(side) or Tap.parse(options.output if options else "")
+
     @property
     def trained_output(self) -> Tap:
         """The tap on which the student is measured, in the student as it is trained."""
-        return in_body(Tap.parse(self.recipe.student.output), self.body)
+        return in_body(self.output_of("student"), self.body)
 
     @property
     def measures_pairs(self) -> bool:
@@ -182,7 +187,7 @@ class _Sections(NamedTuple):
     objectives: list[list[Objective]]
     comparisons: list[Planned]
     frozen: list[Frozen]
-    classifying: frozenset[Side]
+    classifying: Mapping[Side, Tap]
     labelled_sets: dict[str, Datasets]
 
 

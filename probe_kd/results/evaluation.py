@@ -364,8 +364,7 @@ def _entries(
     name = student.name if student.parent == folder else str(student)
     inputs = (student_input, teacher_input or student_input)
     output, plain_output = (
-        tap if planned.classifies("student") else None
-        for tap in (planned.trained_output, Tap.parse(planned.recipe.student.output))
+        tap if planned.classifies("student") else None for tap in (planned.trained_output, planned.output_of("student"))
     )
     yield _entry("student", planned.trained.model, _student(planned, student), name, inputs, of_student, output)
     baseline, average = weights_file(folder, "baseline"), weights_file(folder, "baseline", "-ema")
@@ -385,7 +384,7 @@ def _teacher_entries(planned: Plan, folder: Path, taps: Sequence[Tap]) -> Iterat
         return
     trained = planned.recipe.share is not None or options.train is not None
     model, name = _teacher(teacher, options, folder, "teacher", trained=trained)
-    output = Tap.parse(options.output) if planned.classifies("teacher") else None
+    output = planned.output_of("teacher") if planned.classifies("teacher") else None
     entry = _entry("teacher", teacher.model, model, name, (images, images), taps, output)
     yield replace(entry, classes=planned.class_map)
     if planned.recipe.share:

@@ -62,7 +62,7 @@ class Models:
         if recipe.baseline:
             model = self._build(recipe.student, plan.student, recipe.seed)
             phases = self._stages(alone="student")
-            output = Tap.parse(recipe.student.output)
+            output = plan.output_of("student")
             yield TrainedModel(BASELINE, model, plan.student, self._input_alone(), phases, output)
         model, partner, sharing = self._build(recipe.student, plan.student, recipe.seed), None, None
         if recipe.share and plan.teacher:
@@ -124,7 +124,7 @@ class Models:
         elif role == TEACHER_BASELINE and not (options.pretrained or options.checkpoint):
             phases = self._stages(alone="teacher")
         seed = plan.recipe.seed if options.same_init else teacher_seed(plan.recipe.seed)
-        model, output = self._build(options, plan.teacher, seed), Tap.parse(options.output)
+        model, output = self._build(options, plan.teacher, seed), plan.output_of("teacher")
         return TrainedModel(role, model, plan.teacher, plan.teacher_input, phases, output)
 
     def _input_alone(self) -> InputSpec:

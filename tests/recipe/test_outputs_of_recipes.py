@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from conftest import record
 from running import Quiet, run
 
@@ -14,6 +13,7 @@ from probe_kd.errors import RecipeError
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import parse
 from probe_kd.results.evaluation import evaluate
+from probe_kd.training.processes import accelerating
 from probe_kd.training.trial import check_student
 
 VIT = "img_size: 16, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2"
@@ -116,9 +116,9 @@ CLASSIFYING = {  # the recipe, and whether the accuracy of the student and of th
         recipe(FOREIGN.format("auxiliary", ""), TRAINED, at(CE, student="[0]"), at(SOFT, student="[1]")),
         "st",
     ),
-    "several outputs of which none is the model's": (
+    "several outputs, measured on the first": (
         recipe(FOREIGN.format("several", ""), TRAINED, at(CE, student="[logits]")),
-        "t",
+        "st",
     ),
     "other classes by a map": (
         recipe(RESNET, with_keys(OTHER, "class_map: [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]"), CE, SOFT),
@@ -134,7 +134,8 @@ def test_accuracy_means_something_where_a_loss_reads_classes_and_a_step_does_wha
     made = planned(text)
     assert {side[0] for side in ("student", "teacher") if made.classifies(side)} == {*sides}  # type: ignore[arg-type]
     if "pretrained" not in text:  # whose weights are on no disk here
-        check_student(made, Accelerator(cpu=True), Quiet())
+        with accelerating(made.recipe) as accelerator:
+            check_student(made, accelerator, Quiet())
 
 
 CACHED = "cache: x, cache_top_k: {0}"

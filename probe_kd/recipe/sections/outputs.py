@@ -205,47 +205,52 @@ def _check_top_k(recipe: Recipe, teacher: Trace | None, stages: Stages) -> list[
 
 
 def _measured_output(options: ModelOptions, trace_: Trace, side: Side) -> FeatureSpec:
-    """The output on which a model is measured, as it is in eval mode. Raises the errors of `output_spec`.
+    """The output on which a model is measured, as it is in eval mode: of several, the first, unless one is named.
 
-    A model whose output is plain in training is traced once more only if it is not timm's.
+    A model whose output is plain in training is traced once more only if it is not timm's. Raises the errors of
+    `output_spec`.
     """
     tap = Tap.parse(options.output)
     plain = tap == Tap("") and ":" not in trace_.model and any(spec.tap == tap for spec in trace_.specs)
     seen = trace_
     if trace_.training and not plain:
         seen = trace(trace_.model, trace_.input_size, model_kwargs=dict(trace_.model_kwargs))
+    if tap == Tap("") and not any(spec.tap == tap for spec in seen.specs):
+        tap = seen.output.tap
     return output_spec(seen, tap, side)
 
 
 def sides_that_classify(
     recipe: Recipe, models: Models, grown: Trace | None, stages: Stages, class_map: Sequence[int] | None
-) -> frozenset[Side]:
-    """The sides whose accuracy means something.
+) -> dict[Side, Tap]:
+    """The sides whose accuracy means something, and the outputs that it is measured on.
 
     Labels are classes, and the output of the model is a vector of these. The student classifies if a loss reads its
     labels, or compares its classes; the teacher if it is trained on the labels, or has weights with a classifier.
     """
     classes, teacher = models.classes, recipe.teacher
     if not classes:
-        return frozenset()
+        return {}
     widths = {classes, 1} if classes == 2 and recipe.data.labels == "class" else {classes}  # one output tells two
-    sides = set[Side]()
-    if models.student is not None and _width(recipe.student, models.student, "student") in widths:
+    sides: dict[Side, Tap] = {}
+    measured = _measured(recipe.student, models.student, "student")
+    if models.student is not None and measured is not None and measured.channels in widths:
         trained, output = grown or models.student, in_body(Tap.parse(recipe.student.output), "body." if grown else "")
         if any(_reads_classes(objective, trained, output, widths) for stage in stages for objective in stage):
-            sides.add("student")
-    if teacher is not None and models.teacher is not None:
-        width = _width(teacher, models.teacher, "teacher") if class_map is None else len(class_map)
+            sides["student"] = measured.tap
+    measured = _measured(teacher, models.teacher, "teacher")
+    if teacher is not None and measured is not None:
+        width = measured.channels if class_map is None else len(class_map)
         trains = teacher.train is not None or recipe.share is not None
         if width in widths and (trains or _has_classifier(models.teacher)):
-            sides.add("teacher")
-    return frozenset(sides)
+            sides["teacher"] = measured.tap
+    return sides
 
 
-def _width(options: ModelOptions, trace_: Trace, side: Side) -> int | None:
-    """The number of outputs on which a model is measured; None if they are no vector."""
+def _measured(options: ModelOptions | None, trace_: Trace | None, side: Side) -> FeatureSpec | None:
+    """The output on which a model is measured; None if it is no vector."""
     with suppress(ProbeKDError):
-        return _measured_output(options, trace_, side).channels
+        return _measured_output(options, trace_, side) if options is not None and trace_ is not None else None
     return None
 
 
