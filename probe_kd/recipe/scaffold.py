@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from probe_kd.data.names import EVALUATED, NAMES, TRAINED, check_name
+from probe_kd.data.names import CSV, EVALUATED, NAMES, TRAINED, check_name
 from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import packages
 from probe_kd.engine.spec import Pair, Tap, Trace
@@ -154,8 +154,8 @@ def write_recipe(
 ) -> None:
     """Write a complete recipe for these models, with the reason for every pair.
 
-    `data` is a name as in `data: {dataset: ...}`, or a folder of folders. Raises RecipeError, or DataError for images
-    that do not exist.
+    `data` is a name as in `data: {dataset: ...}`, a folder of folders, or a CSV file. Raises RecipeError, or
+    DataError for images that do not exist.
     """
     chosen_method = chosen(method)
     allowed = "".join(f" --allow-import {package}" for package in packages([student.model, teacher.model]))
@@ -267,11 +267,15 @@ def data_lines(
         lines += [f"  root: {word(data)}           # a folder of folders, one for each class in every split"]
         lines += ["  train_split: .                # its folders are the classes"] * (not _has_train(Path(data)))
         lines += ["  val_split: none               # there is no `validation` in it"] * unmeasured
+    elif data.lower().endswith(CSV) and Path(data).is_file():
+        lines += [f"  root: {word(data)}           # rows of `path,label`"]
+        lines += ["  labels: none"] if not labels else ["  val_split: none               # one file is divided"]
+        holdout |= labels
     elif "/" not in data or data.startswith((".", "/", "~")):
         hint = nearest(data, [*NAMES, *(entry.name for entry in Path().iterdir() if entry.is_dir())])
         raise DataError(
-            f"there is no folder {data!r}{hint or ','} and --data takes a folder of folders that is there, or a name "
-            "such as torch/cifar100"
+            f"there is no folder {data!r}{hint or ','} and --data takes a folder of folders that is there, a CSV file "
+            "of `path,label`, or a name such as torch/cifar100"
         )
     else:
         check_name(data)
