@@ -367,6 +367,8 @@ def costs_table(rows: Sequence["StepCost"]) -> Table:
 
 def scores_table(evaluation: "Evaluation") -> Table:
     """Return a table of the accuracy and calibration of every model of a run, and of its agreement with the teacher."""
+    if any(row.map is not None for row in evaluation.scores):
+        return _multilabel_table(evaluation)
     columns = ("model", "weights", "top-1>", "top-5>", "NLL>", "calibration error>", "agreement>", "KL>")
     table = table_of(f"{evaluation.run}: {evaluation.images} images ({evaluation.split})", "", *columns)
     for row in evaluation.scores:
@@ -379,6 +381,26 @@ def scores_table(evaluation: "Evaluation") -> Table:
     table.caption = "NLL, and KL(teacher || student), in nats per image; calibration error: expected, 15 bins, l1"
     if any(row.role == "teacher baseline" for row in evaluation.scores):
         table.caption += "; agreement and KL are with the teacher that trained with the student"
+    return table
+
+
+def _multilabel_table(evaluation: "Evaluation", most: int = 10) -> Table:
+    """Return a table of the mean average precision of every model, and of the student's worst classes."""
+    table = table_of(
+        f"{evaluation.run}: {evaluation.images} images ({evaluation.split})", "", "model", "weights", "mAP>"
+    )
+    for row in evaluation.scores:
+        table.add_row(row.role, *map(escape, (row.model, row.weights)), _share(row.map))
+    precisions = evaluation.scores[0].average_precisions or {}
+    by_value = sorted((value, name) for name, value in precisions.items() if value is not None)
+    left_out = sum(value is None for value in precisions.values())
+    worst = ", ".join(f"{name} {value:.1%}" for value, name in by_value[:most])
+    table.caption = (
+        f"mAP: the mean over {len(by_value)} classes of the average precision; the student's lowest: {worst}"
+    )
+    if left_out:
+        table.caption += f"; {left_out} classes that no image has are left out"
+    table.caption = escape(table.caption)
     return table
 
 

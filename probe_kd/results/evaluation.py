@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
+from probe_kd.data.datasets import Datasets, class_names
 from probe_kd.data.loading import loader, readable
 from probe_kd.data.record import RECORD, DataRecord
 from probe_kd.engine.models import build_model
@@ -32,6 +33,7 @@ from probe_kd.errors import DataError, RunError, for_all, nearest, short
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.objectives import Comparison
+from probe_kd.methods.predictions import average_precisions, class_logits, mean_average_precision
 from probe_kd.methods.similarity import (
     Sums,
     added,
@@ -63,6 +65,8 @@ class Scores:
     per image, and `calibration_error` is the expected calibration error. `agreement` and `kl` compare with the teacher;
     both are None for a teacher, and in a run without one. `weights` is the file in the run's folder, or the other
     source of the weights. All metrics of a model that does not classify (`Plan.classifies`) are None.
+    With several labels an image, `map` is the mean average precision in 0..1, `average_precisions` are those of the
+    classes (None for a class that no image has), and the other metrics are None.
     """
 
     role: str
@@ -74,6 +78,8 @@ class Scores:
     top5: float | None = None
     agreement: float | None = None
     kl: float | None = None
+    map: float | None = None
+    average_precisions: Mapping[str, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def evaluate(
     arXiv 1706.04599; 15 bins, l1). For the student and the baseline, against the teacher (with `share`, the teacher
     that trained with the student): the fraction of images with equal predictions, and KL(teacher || student) at
     temperature 1, in nats per image. Each model gets the images as in the measurements of its training, with its own
-    normalisation and size.
+    normalisation and size. With several labels an image, instead the average precision of every class, and its mean.
 
     For each pair of layers: the linear CKA (`linear_cka`) of one vector per image, the mean of the feature over its
     positions without class tokens. If a loss compares the layers through an adapter, also the fraction of the variance
@@ -156,7 +162,7 @@ def evaluate(
         place = _place(accelerator, device)
         rows = list(_compared(planned, folder, place))
         entries = [entry.to(place) for entry in _entries(planned, folder, student, rows, ema=ema)]
-        meter = _Meter(entries, rows, planned.datasets.num_classes, accelerator)
+        meter = _Meter(entries, rows, planned.datasets, accelerator)
         precision = mixed_precision(planned.recipe, place.type) or accelerator.mixed_precision
         for views, target in _batches(planned, images, entries, accelerator, batch_size):
             with torch.no_grad():
@@ -492,14 +498,16 @@ class _Meter:
     """All sums over the images so far."""
 
     def __init__(
-        self, entries: Sequence[_Evaluated], rows: Sequence[_Compared], classes: int, accelerator: Accelerator
+        self, entries: Sequence[_Evaluated], rows: Sequence[_Compared], datasets: Datasets, accelerator: Accelerator
     ) -> None:
-        self.entries, self.rows, self.classes, self.accelerator = entries, rows, classes, accelerator
+        self.entries, self.rows, self.datasets, self.accelerator = entries, rows, datasets, accelerator
+        self.classes = datasets.num_classes
+        self.multilabel: dict[str, list[tuple[Tensor, Tensor]]] = {}  # logits and labels by role
         self.images = 0
         self.sums: dict[str, Sums] = {entry.role: {} for entry in entries if entry.output is not None}
         # Logits are gathered before they reach the metric, so it must not gather them again.
         options: dict[str, Any] = {"n_bins": BINS, "norm": "l1", "validate_args": False, "sync_on_compute": False}
-        self.calibration = {role: MulticlassCalibrationError(classes, **options) for role in self.sums}
+        self.calibration = {role: MulticlassCalibrationError(self.classes, **options) for role in self.sums}
         self.pools = {entry.role: entry.pools for entry in entries}
         self.cka_sums: dict[tuple[str, Pair], Sums] = {
             (entry.role, row.pair): {}
@@ -514,7 +522,9 @@ class _Meter:
         logits = {entry.role: entry.logits(features[entry.role]) for entry in self.entries if entry.role in self.sums}
         logits, all_targets = self.accelerator.gather_for_metrics((logits, target))
         self.images += len(all_targets)
-        if logits:
+        if self.datasets.labels == "multilabel":
+            self._keep_logits(logits, all_targets)
+        elif logits:
             self._add_logits(logits, all_targets)
         count = own_images(self.accelerator, len(target))
         for row in self.rows:
@@ -524,6 +534,13 @@ class _Meter:
             of_teacher = self.pools["teacher"][pair.teacher](features["teacher"][pair.teacher])
             self.cka_sums[role, pair] = added(sums, cka_sums(of_student[:count], of_teacher[:count]))
 
+    def _keep_logits(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
+        for entry in self.entries:
+            if entry.role in logits:
+                if bool(logits[entry.role].isnan().any()):
+                    raise for_all(RunError(_no_numbers(entry)))
+                self.multilabel.setdefault(entry.role, []).append((logits[entry.role].cpu(), target.cpu()))
+
     def _add_logits(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
         wrong = target[(target < 0) | (target >= self.classes)]
         if len(wrong):
@@ -531,15 +548,10 @@ class _Meter:
         for entry in self.entries:
             if entry.role not in logits:
                 continue
-            role, of_student = entry.role, exact(logits[entry.role])
+            role, of_student = entry.role, exact(class_logits(logits[entry.role]))
             if not bool(of_student.amax(1).isfinite().all()):  # a class may be ruled out by -inf
-                raise for_all(
-                    RunError(
-                        f"the outputs of {role} ({entry.weights}) are no numbers, so there is nothing to measure; "
-                        "its weights are damaged, or the recipe's `precision` is too narrow for it"
-                    )
-                )
-            of_teacher = exact(logits["teacher"]) if entry.is_student and "teacher" in logits else None
+                raise for_all(RunError(_no_numbers(entry)))
+            of_teacher = exact(class_logits(logits["teacher"])) if entry.is_student and "teacher" in logits else None
             self.sums[role] = added(self.sums[role], _logit_sums(of_student, target.to(of_student.device), of_teacher))
             # As probabilities: logits that happen to lie in 0..1 would be taken for such.
             self.calibration[role].to(of_student.device).update(of_student.softmax(1), target.to(of_student.device))
@@ -555,8 +567,15 @@ class _Meter:
     def _scores(self, entry: _Evaluated) -> Scores:
         if entry.role not in self.sums:
             return Scores(entry.role, entry.name, entry.weights)
+        if self.datasets.labels == "multilabel":
+            precisions = average_precisions(*map(torch.cat, zip(*self.multilabel[entry.role], strict=True)))
+            by_class = dict(zip(class_names(self.datasets), precisions, strict=True))
+            mean = mean_average_precision(precisions)
+            return Scores(entry.role, entry.name, entry.weights, map=mean, average_precisions=by_class)
         sums = self.sums[entry.role]
-        means = {name: float(total / sums["images"]) for name, total in sums.items() if name != "images"}
+        means: dict[str, Any] = {
+            name: float(total / sums["images"]) for name, total in sums.items() if name != "images"
+        }
         error = float(self.calibration[entry.role].compute())
         return Scores(entry.role, entry.name, entry.weights, calibration_error=error, **means)
 
@@ -574,6 +593,13 @@ class _Meter:
             notes.append("one of both is no feature of single images")
         student, teacher = (str(tap) or "output" for tap in (row.pair.student, row.pair.teacher))
         return Similarity(row.stage, row.loss, student, teacher, of_student, of_baseline, explained, "; ".join(notes))
+
+
+def _no_numbers(entry: _Evaluated) -> str:
+    return (
+        f"the outputs of {entry.role} ({entry.weights}) are no numbers, so there is nothing to measure; its weights "
+        "are damaged, or the recipe's `precision` is too narrow for it"
+    )
 
 
 def _logit_sums(of_student: Tensor, target: Tensor, of_teacher: Tensor | None) -> Sums:

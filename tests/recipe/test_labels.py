@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import record
 from PIL import Image
 from running import After, run, same, stop
@@ -16,11 +17,12 @@ from probe_kd import load_student
 from probe_kd.errors import RecipeError
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import parse
+from probe_kd.results.evaluation import evaluate
 
 TEXT = """\
 student: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 16]%(student)s}}
 teacher: {model: resnet10t, model_kwargs: {channels: [8, 8, 8, 24]}, train: {epochs: %(teacher)s}}
-data: {%(data)s, input_size: [3, 16, 16], batch_size: 16, no_aug: true}
+data: {%(data)s, input_size: [3, 16, 16], batch_size: 16, no_aug: true, crop_pct: 1.0}
 stages: [{epochs: %(epochs)s, losses: {%(losses)s}, optimizer: {lr: 3.0e-3}}]
 %(more)s
 """
@@ -103,6 +105,12 @@ def test_several_labels_are_learned_and_measured_by_average_precision(several: s
         assert result["accuracy"] is None
         assert result["measures"]["map"] > 0.75, result["role"]  # 0.5 by chance
     assert summary["results"][-1]["ema_measures"]["map"] > 0.5
+    evaluation = evaluate(tmp_path / "run")
+    for score, result in zip(evaluation.scores, reversed(summary["results"]), strict=True):
+        assert (score.role, score.top1) == (result["role"], None)
+        assert score.map == pytest.approx(result["measures"]["map"], abs=1e-6)
+        assert score.average_precisions is not None
+        assert [name for name, value in score.average_precisions.items() if value is None] == ["rare"]
     rows = record(tmp_path / "run")
     assert float(rows[-1]["map"]) == pytest.approx(summary["results"][-1]["measures"]["map"])
     assert "accuracy" not in rows[0]
@@ -123,8 +131,12 @@ def test_one_output_tells_two_classes(two: str, tmp_path: Path) -> None:
     spec = planned(losses, two, student=one).student_input.or_plain()
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (spec.mean, spec.std))
     with torch.no_grad():
-        positive = load_student(tmp_path / "run" / "student.safetensors")((pixels - mean) / std)[:, 0] > 0
-    assert student["accuracy"] == (positive == torch.tensor(target)).double().mean().item()
+        logits = load_student(tmp_path / "run" / "student.safetensors")((pixels - mean) / std)[:, 0]
+    labels = torch.tensor(target)
+    assert student["accuracy"] == ((logits > 0) == labels).double().mean().item()
+    score = evaluate(tmp_path / "run").scores[0]
+    assert score.top1 == student["accuracy"]
+    assert score.nll == pytest.approx(F.binary_cross_entropy_with_logits(logits, labels.float()).item(), rel=1e-4)
     with pytest.raises(RecipeError, match="reads one output that tells two classes, and the student yields 2"):
         planned(losses, two)
     with pytest.raises(RecipeError, match="classifier has 1 classes and the data 2"):
