@@ -90,6 +90,10 @@ LOSS_OPTIONS = {
     "gram.relative": RELATIVE,
     "gram.reduction": "`mean` over the matrix, or `sum`; the batch is averaged either way.",
     "attention.form": "`paper`: norm of the difference. `code`: mean squared difference, as the authors' code.",
+    "token_match.cosine": "Factor on 1 - cosine.",
+    "token_match.smooth_l1": "Factor on the smooth L1 distance.",
+    "token_match.beta": "Difference up to which the distance is quadratic; above it is linear.",
+    "patch_similarity.temperature": "Temperature of the softmax over the similarities of a position.",
 }
 
 

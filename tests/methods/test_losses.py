@@ -202,6 +202,8 @@ CASES: dict[str, Callable[[int], Tensor]] = {
     "fsp": lambda seed: draw(5, 3, 4, seed=seed),
     "gram": lambda seed: draw(5, 3, 3, seed=seed),
     "attention": lambda seed: draw(5, 3, 4, 4, seed=seed),
+    "token_match": lambda seed: draw(5, 3, 4, 4, seed=seed),
+    "patch_similarity": lambda seed: draw(5, 3, 4, 4, seed=seed),
 }
 
 

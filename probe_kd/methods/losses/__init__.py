@@ -33,7 +33,9 @@ _HOME = {
     "hint": "features",
     "logits": "outputs",
     "multilabel_soft_targets": "multilabel",
+    "patch_similarity": "maps",
     "soft_targets": "outputs",
+    "token_match": "features",
     "LOSSES": "table",
     "Loss": "table",
 }

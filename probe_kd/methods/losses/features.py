@@ -2,9 +2,11 @@
 
 from functools import partial
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import Reduction, check_same_shape, loss_function, squared_error
 
 
@@ -23,3 +25,30 @@ def hint(
     """
     check_same_shape(student, teacher, "hint")
     return squared_error(student, teacher, reduction)
+
+
+@loss_function
+def token_match(
+    student: Float[Tensor, "batch channels ..."],
+    teacher: Float[Tensor, "batch channels ..."],
+    /,
+    *,
+    cosine: float = 0.9,
+    smooth_l1: float = 0.1,
+    beta: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Compute a (1 - cos(u, v)) + b smooth_l1(u - v), averaged over all positions and, in the second part, channels.
+
+    Theia, Shang et al. 2024 (arXiv 2407.20179), with a = 0.9 and b = 0.1; UNIC, Sariyildiz et al. 2024 (arXiv
+    2408.05088), with 0.5 and 0.5. u is the student's adapted vector of channels at a position, v the teacher's, which
+    both papers standardise by statistics of the training images (`normalize: fitted`). `cosine` is a, `smooth_l1` is b,
+    and `beta` is the difference below which the second part is quadratic: d^2 / (2 beta), and |d| - beta / 2 above. A
+    vector of zeros has the cosine 0.
+    """
+    check_same_shape(student, teacher, "token_match")
+    if student.ndim < 2:
+        raise LossError(f"token_match: expected (batch, channels, ...), got {tuple(student.shape)}")
+    if not beta > 0:
+        raise LossError(f"token_match: beta {beta}; it has to be positive")
+    angles = 1 - F.cosine_similarity(student, teacher, dim=1)
+    return cosine * angles.mean() + smooth_l1 * F.smooth_l1_loss(student, teacher, beta=beta)

@@ -25,12 +25,7 @@ def attention(
     beta/2 in the paper. `form="code"` is the mean over positions of the squared difference, as in the authors' code,
     with weight beta (1000 by default). The channels of the two models may differ, but not their grids.
     """
-    batch_and_height_agree = student.ndim == teacher.ndim == 4 and student.shape[::2] == teacher.shape[::2]
-    if not batch_and_height_agree or student.shape[3] != teacher.shape[3] or not student.numel() * teacher.numel():
-        raise LossError(
-            f"attention: expected two maps (batch, channels, height, width) of one batch and grid, got student "
-            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}"
-        )
+    _check_maps("attention", student, teacher)
     student_map, teacher_map = (_unit(map_.square().mean(1).flatten(1)) for map_ in (student, teacher))
     if form == "code":
         return (student_map - teacher_map).square().mean()
@@ -38,6 +33,44 @@ def attention(
         raise LossError(f"attention: form {form!r}; expected 'paper' or 'code'")
     distance: Tensor = torch.linalg.vector_norm(student_map - teacher_map, dim=1)
     return distance.mean()
+
+
+@loss_function
+def patch_similarity(
+    student: Float[Tensor, "batch c1 height width"],
+    teacher: Float[Tensor, "batch c2 height width"],
+    /,
+    *,
+    temperature: float = 0.07,
+) -> Float[Tensor, ""]:
+    """Compute KL(softmax(G_T / t) || softmax(G_S / t)) of each position, averaged over positions and batch.
+
+    G = F F^T are the cosines between the vectors of all positions of one image (rows of F, scaled to length 1), so each
+    row of the softmax says which positions a position resembles. It is the form of LightlyTrain's distillation, with
+    its temperature t. The channels of the two models may differ, and need no projector. There is no factor t^2.
+    """
+    _check_maps("patch_similarity", student, teacher)
+    if not temperature > 0:
+        raise LossError(f"patch_similarity: temperature {temperature}; it has to be positive")
+    log_p, log_q = (_log_similarity(map_, temperature) for map_ in (student, teacher))
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+def _log_similarity(
+    map_: Float[Tensor, "batch channels height width"], temperature: float
+) -> Float[Tensor, "rows positions"]:
+    rows = positions(map_)
+    rows = _unit(rows.flatten(0, 1)).view(rows.shape)
+    return F.log_softmax(rows @ rows.mT / temperature, dim=-1).flatten(0, 1)
+
+
+def _check_maps(loss: str, student: Tensor, teacher: Tensor) -> None:
+    batch_and_height_agree = student.ndim == teacher.ndim == 4 and student.shape[::2] == teacher.shape[::2]
+    if not batch_and_height_agree or student.shape[3] != teacher.shape[3] or not student.numel() * teacher.numel():
+        raise LossError(
+            f"{loss}: expected two maps (batch, channels, height, width) of one batch and grid, got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        )
 
 
 def _unit(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:

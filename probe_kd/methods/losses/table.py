@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 from torch import Tensor
 
 from probe_kd.errors import LossError, nearest, nearest_truth
-from probe_kd.methods.losses.features import hint
+from probe_kd.methods.losses.features import hint, token_match
 from probe_kd.methods.losses.labels import cross_entropy
-from probe_kd.methods.losses.maps import attention
+from probe_kd.methods.losses.maps import attention, patch_similarity
 from probe_kd.methods.losses.matrices import fsp, gram
 from probe_kd.methods.losses.multilabel import binary_cross_entropy, multilabel_soft_targets
 from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
@@ -104,5 +104,7 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
         "fsp": Loss(fsp, "flows"),
         "gram": Loss(gram, "grams"),
         "attention": Loss(attention, "maps"),
+        "token_match": Loss(token_match, "features"),
+        "patch_similarity": Loss(patch_similarity, "maps"),
     }
 )
