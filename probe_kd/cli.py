@@ -511,7 +511,6 @@ def distill(
     teacher_input_size: TeacherInputSize = None,
     student_kwargs: SideKwargs = None,
     teacher_kwargs: SideKwargs = None,
-    num_pairs: NumPairs = 1,
     seed: Annotated[int, typer.Option(min=0, help="The random seed.")] = 0,
     sets: Sets = None,
     resume: Annotated[
@@ -547,7 +546,6 @@ def distill(
             knn=knn,
             sizes=(input_size, teacher_input_size),
             kwargs=(student_kwargs, teacher_kwargs),
-            num_pairs=num_pairs,
             seed=seed,
         )
     if not (resume and (out / "run" / "summary.json").is_file()):  # a finished run is only exported
@@ -599,7 +597,6 @@ def _write_distillation(
     knn: str | None,
     sizes: tuple[str | None, str | None],
     kwargs: tuple[list[str] | None, list[str] | None],
-    num_pairs: int | None,
     seed: int,
 ) -> None:
     from probe_kd.engine.matching import match as match_layers
@@ -611,6 +608,7 @@ def _write_distillation(
         default_epochs,
         write_distillation,
     )
+    from probe_kd.recipe.scaffold import features_pairs
 
     student_kwargs = kwargs[0] or []
     if not labels and built_by_timm(student) and not any(text.startswith("num_classes=") for text in student_kwargs):
@@ -618,7 +616,7 @@ def _write_distillation(
     choices = []
     for name, file in teachers:
         student_trace, teacher_trace = _trace_both(student, name, *sizes, student_kwargs, kwargs[1])
-        pairs = match_layers(student_trace, teacher_trace, num_pairs=num_pairs)
+        pairs = features_pairs(student_trace, teacher_trace, match_layers(student_trace, teacher_trace))
         choices.append(TeacherChoice(teacher_trace, pairs, file))
     count = count_images(images, student_trace, labels=labels)
     batch_size = batch_size or default_batch_size(count)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from probe_kd.data.names import CSV, EVALUATED, NAMES, TRAINED, check_name
+from probe_kd.engine.embedding import embedding_spec
 from probe_kd.engine.foreign import library_of
-from probe_kd.engine.models import packages
+from probe_kd.engine.models import build_on_meta, packages
 from probe_kd.engine.spec import Pair, Tap, Trace
 from probe_kd.errors import DataError, Problem, RecipeError, nearest
 from probe_kd.files.atomic import reason
@@ -22,8 +23,9 @@ SMALL = 96  # pixels; larger images are treated as photographs
 class Method:
     """The stages of a method in a recipe, and what else the recipe needs.
 
-    `pairs` says which pairs the method reads: `all`, the `middle` one, the `last` one, those of `several` positions, or
-    none (empty). A method without `labels` needs a teacher that has weights, and trains no baseline.
+    `pairs` says which pairs the method reads: `all`, the `middle` one, those of `several` positions, the `last` one and
+    the vectors of an image, or none (empty). A method without `labels` needs a teacher that has weights, and trains no
+    baseline.
     """
 
     about: str
@@ -126,7 +128,7 @@ METHODS = {
         shares=True,
     ),
     "features": Method(
-        "Features of the last stage, without labels: what a foundation model or a backbone teaches",
+        "The vectors and the last stage of a foundation model or a backbone, without labels",
         _stage("distil", 10, FEATURES),
         pairs="last",
         labels=False,
@@ -227,6 +229,13 @@ _WEIGHTS = """\
     optimizer: {opt: adamw, weight_decay: 0.05}   # lr: 1.0e-3, or 1.0e-4 for one that has weights"""
 
 
+def features_pairs(student: Trace, teacher: Trace, pairs: Sequence[Pair]) -> list[Pair]:
+    """Return what a student without labels learns from: the vectors of an image, and the last of these pairs."""
+    vectors = [embedding_spec(build_on_meta(it.model, it.model_kwargs), it) for it in (student, teacher)]
+    of_image = Pair(vectors[0].tap, vectors[1].tap, reason="the vector of an image, which a classifier reads")
+    return [of_image, *(pair for pair in pairs[-1:] if pair.student != of_image.student)]
+
+
 def model_lines(trace_: Trace) -> str:
     kwargs = json.dumps(dict(trace_.model_kwargs))  # JSON is YAML
     return f"  model: {word(trace_.model)}" + (f"\n  model_kwargs: {kwargs}" if trace_.model_kwargs else "")
@@ -311,7 +320,7 @@ def _layer_lines(method: Method, student: Trace, teacher: Trace, pairs: Sequence
     if method.pairs == "middle":
         used = [pairs[(len(pairs) - 1) // 2]]
     if method.pairs == "last":
-        used = list(pairs[-1:])
+        used = features_pairs(student, teacher, pairs)
     if method.pairs == "several":  # attention needs several positions
         used = [pair for pair in pairs if (1, 1) not in (student[pair.student].grid, teacher[pair.teacher].grid)]
     lines = [f"  {quoted(pair.student)}: {quoted(pair.teacher)}  # {pair.reason}" for pair in used]
