@@ -30,7 +30,11 @@ class _Row(NamedTuple):
 def _base_of(options: DataOptions) -> Path:
     """The CSV file of the training images, or the folder of those of all splits."""
     inner = options.dataset.partition("/")[2] if options.dataset else ""
-    return Path(os.path.join(options.root or "", inner))
+    if not (options.root and inner):
+        return Path(options.root or inner)
+    below = Path(options.root, inner.lstrip(os.sep))
+    moved = Path(options.root, os.path.basename(inner))  # `eval --root` names the folder of the file
+    return moved if moved.exists() and not below.exists() else below
 
 
 def csv_file(options: DataOptions, key: str, split: str) -> Path:

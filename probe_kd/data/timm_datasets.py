@@ -1,7 +1,7 @@
 """Splits that timm's `create_dataset` opens: torchvision's data sets and those of the Hugging Face hub."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -129,22 +129,24 @@ class HubImages(Dataset[Any]):
         self.sets = self._read_sets() if labels == "multilabel" else None
         self.targets = self._read_labels() if labels == "class" else np.zeros(len(reader.dataset), dtype=int)
 
-    def _column(self, keys: Sequence[str]) -> list[Any]:
+    def _column(self, *keys: str) -> str:
+        """The first of these columns that there is. Raises DataError if there is none."""
         names = self.reader.dataset.column_names
         key = next((key for key in keys if key in names), None)
         if key is None:
             raise DataError(
                 f"{self.name} has no column {keys[0]!r} of labels; it has {quoted(names)}; `labels: none` needs none"
             )
-        return list(self.reader.dataset[key])
+        return key
 
     def _read_sets(self) -> LabelSets:
         """The labels of every image, where these are lists of class numbers or names."""
-        rows = self._column((self.reader.label_key, "labels"))
+        key = self._column(self.reader.label_key, "labels")
+        rows = list(self.reader.dataset[key])
         if not all(isinstance(row, list | tuple) for row in rows):
             raise DataError(f"the labels of {self.name} are no lists, as `labels: multilabel` needs them")
         kinds = {type(label) for row in rows for label in row}
-        self.names = _names_by_index(self.reader.class_to_idx)
+        self.names = _names_of(self.reader.dataset, key)
         if kinds == {str} and not self.names:
             self.names = tuple(sorted({label for row in rows for label in row}))
         elif kinds - {int, str} or kinds == {int, str}:
@@ -154,7 +156,7 @@ class HubImages(Dataset[Any]):
 
     def _read_labels(self) -> Any:
         reader, name = self.reader, self.name
-        labels = self._column((reader.label_key,))
+        labels = list(reader.dataset[self._column(reader.label_key)])
         kinds = {type(label) for label in labels}
         self.names = _names_by_index(reader.class_to_idx)
         if kinds == {str} and not self.names:
@@ -183,6 +185,14 @@ class HubImages(Dataset[Any]):
     def content(self, index: int) -> bytes | None:
         """The encoded bytes of an image, which do not depend on the decoder; None if the table has only a path."""
         return (self.reader.dataset[index][self.reader.image_key] or {}).get("bytes")
+
+
+def _names_of(dataset: Any, key: str) -> tuple[str, ...]:
+    """The class names of a column of lists; empty if they have no names."""
+    feature: Any = (getattr(dataset, "features", None) or {}).get(key)
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return tuple(getattr(feature, "names", None) or ())
 
 
 def _names_by_index(class_to_idx: Mapping[str, int]) -> tuple[str, ...]:

@@ -166,3 +166,15 @@ def test_the_classes_of_a_run_number_other_lists(images: Path) -> None:
 def test_several_labels_need_a_source_that_has_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"`labels: multilabel` is read from a CSV file"):
         open_datasets(DataOptions(dataset="sklearn/digits", labels="multilabel", input_size=(3, 8, 8)))
+
+
+@pytest.mark.parametrize("dataset", ["csv/{here}/all.csv", "csv/lists/all.csv", ""])
+def test_a_list_that_has_moved_is_found_by_its_new_folder(
+    dataset: str, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images.parent)
+    (images / "all.csv").write_text(rows(*"abababab"))
+    moved = images.rename(images.with_name("moved"))
+    root = moved if dataset else moved / "all.csv"
+    given = {"dataset": dataset.format(here=images), "root": str(root), "val_split": "none", "holdout": 0.25}
+    assert len(open_datasets(DataOptions(**given, input_size=(3, 8, 8))).train) == 6  # type: ignore[arg-type]

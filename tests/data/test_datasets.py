@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,10 @@ class Reader:
         self.column, self.bytes, self.class_to_idx = column, file.getvalue(), {it: n for n, it in enumerate(names)}
         self.dataset: Any = self
         self.column_names = ["image", "label"]
+        self.features: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.column)
 
     def __getitem__(self, key: Any) -> Any:
         content = {"image": {"bytes": self.bytes, "path": None}}
@@ -419,6 +424,44 @@ def test_labels_of_a_hub_dataset_are_checked(train: Reader, says: str, hub: dict
     hub |= {"train": train, "validation": Reader([0, 1], ("a", "b"))}
     with pytest.raises(DataError, match=says):
         open_datasets(DataOptions(dataset="hfds/x", input_size=(3, 8, 8)))
+
+
+@pytest.mark.parametrize("form", ["numbers", "names", "words"])
+def test_a_hub_dataset_of_several_labels_has_one_numbering_of_its_own(form: str, hub: dict[str, Reader]) -> None:
+    def column(*sets: str) -> Reader:
+        reader = Reader(
+            [[*letters] if form == "words" else ["abc".index(letter) for letter in letters] for letters in sets]
+        )
+        names = ["a", "b", "c"] if form == "names" else None
+        item = SimpleNamespace(names=names)
+        reader.features = {"label": SimpleNamespace(feature=SimpleNamespace(feature=item))}
+        return reader
+
+    hub["train"], hub["validation"] = column("ab", "", "ca", "b"), column("b", "ac")
+    given = {"dataset": "hfds/any/thing", "labels": "multilabel", "num_classes": 3 if form == "numbers" else None}
+    data = open_datasets(options(Path(), **given))
+    assert data.classes == (() if form == "numbers" else ("a", "b", "c"))
+    assert [data.train[index][1].tolist() for index in range(4)] == [[1, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0]]
+    before = data.record
+    hub["train"] = column("ab", "", "ca", "a")
+    with pytest.raises(DataError, match=r"class .* has .* images and had"):
+        before.refuse_others(open_datasets(options(Path(), **given)).record, Path())
+    hub["train"] = Reader([0, 1])
+    with pytest.raises(DataError, match="are no lists, as `labels: multilabel` needs them"):
+        open_datasets(options(Path(), **given))
+    hub["train"] = Reader([[0], [1]])
+    with pytest.raises(DataError, match="`labels: multilabel` takes lists"):
+        open_datasets(options(Path(), dataset="hfds/any/thing"))
+
+
+def test_a_hub_dataset_needs_no_labels_where_none_are_read(hub: dict[str, Reader]) -> None:
+    for split in ("train", "validation"):
+        hub[split] = Reader([None, "x", 3.5])
+        hub[split].column_names = ["image"]
+    data = open_datasets(options(Path(), dataset="hfds/any/thing", labels="none"))
+    assert (data.num_classes, labels(data.train)) == (0, [0, 0, 0])
+    with pytest.raises(DataError, match="`labels: none` needs none"):
+        open_datasets(options(Path(), dataset="hfds/any/thing"))
 
 
 def test_an_image_that_a_hub_dataset_has_not_is_told_by_number() -> None:
