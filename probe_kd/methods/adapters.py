@@ -237,16 +237,28 @@ def adapt_matrices(
     return Adapter(*steps, f"{sides[0]} | teacher {sides[1]}", _target(teacher, sides[1]))
 
 
-def adapt_outputs(student: FeatureSpec, teacher: FeatureSpec, class_map: Sequence[int] | None = None) -> Adapter:
+def adapt_outputs(
+    student: FeatureSpec,
+    teacher: FeatureSpec,
+    class_map: Sequence[int] | None = None,
+    *,
+    dense: bool = False,
+    grid: Grid = "smaller",
+) -> Adapter:
     """Return the adapter that selects the student's classes from the teacher's logits.
 
     `class_map[i]` is the teacher's index of the student's class i. It does not apply to two named taps of equal width
     that are no classes, such as embeddings. Raises AdapterError if an output is not one row of classes per image (a
     map, tokens), if the numbers of classes differ without a class map, and for a class map that does not fit.
+
+    `dense` takes maps of logits instead, (batch, classes, height, width), and brings them to one `grid`, as in `adapt`.
     """
     for side, spec in (("student", student), ("teacher", teacher)):
-        check_logits(spec, side)
+        (check_dense_logits if dense else check_logits)(spec, side)
     student_plan, teacher_plan = FeaturePlan(student, "pool"), FeaturePlan(teacher, "pool")
+    if dense:
+        for plan in (student_plan, teacher_plan):
+            plan.to_map(_common_grid(student, teacher, grid))
     named = student.tap != Tap("") or teacher.tap.local != Tap("")
     if class_map is not None and not (named and len(class_map) != student.channels == teacher.channels):
         check_class_map(class_map, student.channels, teacher.channels)
@@ -267,6 +279,15 @@ def check_logits(spec: FeatureSpec, side: str) -> None:
         raise AdapterError(
             f"the {side}'s output is {' x '.join(map(str, spec.shape[1:]))} an image, and losses of outputs compare "
             "one row of classes an image; wrap the model in a module that returns that, or pair the layer by `hint`"
+        )
+
+
+def check_dense_logits(spec: FeatureSpec, side: str) -> None:
+    """Raise AdapterError for an output that is not (batch, classes, height, width)."""
+    if spec.layout is not Layout.NCHW:
+        raise AdapterError(
+            f"the {side}'s output is {' x '.join(map(str, spec.shape[1:]))} an image, and `dense` compares maps of "
+            "logits, (classes, height, width) an image; leave `dense` out for one row of classes"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, Traces, value_at
-from probe_kd.errors import LossError, TapError, nearest
+from probe_kd.errors import AdapterError, LossError, TapError, nearest
 from probe_kd.methods.adapters import (
     Activation,
     Adapter,
@@ -26,7 +26,7 @@ from probe_kd.methods.adapters import (
 )
 from probe_kd.methods.ensembles import adapt_mean
 from probe_kd.methods.losses.table import LOSSES, Loss
-from probe_kd.methods.outputs import output_spec
+from probe_kd.methods.outputs import output_spec, tensor_at
 
 MEAN = Tap("mean")  # the name of the mean of several teachers' outputs
 # The adapter options that apply to a loss, by what it reads. The others would have no effect there.
@@ -238,6 +238,8 @@ class Objective:
         """The shape of one image's output or feature. An output has as many classes as an option has numbers."""
         lengths = [len(value) for value in options.values() if isinstance(value, list | tuple) and value]
         reads = self.resolved.reads
+        if self.is_dense:
+            return _SHAPES["maps"]
         return (lengths[0],) if lengths and reads in ("labels", "outputs") else _SHAPES[reads]
 
     def _comparisons(self) -> Iterator[Comparison]:
@@ -314,7 +316,12 @@ class Objective:
     @property
     def adaptable(self) -> set[str]:
         """The adapter options that have an effect for this loss, here or in a pair."""
-        return _ADAPTABLE.get(self.resolved.reads, set())
+        return {"grid"} if self.is_dense else _ADAPTABLE.get(self.resolved.reads, set())
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the loss compares maps of logits, as of segmentation."""
+        return self.resolved.reads == "outputs" and self.options.get("dense") is True
 
     @property
     def needs_teacher(self) -> bool:
@@ -343,13 +350,17 @@ class Objective:
         """
         if self.resolved.reads == "outputs":
             class_maps = class_map if isinstance(class_map, Mapping) else {} if class_map is None else {"": class_map}
-            student_output = output_spec(student, self.outputs.student, "student")
-            teacher_outputs = [output_spec(teacher, tap, "teacher") for tap in self.teacher_taps]
+            read = tensor_at if self.is_dense else output_spec
+            student_output = read(student, self.outputs.student, "student")
+            teacher_outputs = [read(teacher, tap, "teacher") for tap in self.teacher_taps]
+            if self.is_dense and comparison.is_mean:
+                raise AdapterError("`dense` compares with one teacher; name it as `teacher` of the loss")
             if comparison.is_mean:
                 return adapt_mean(
                     student_output, teacher_outputs, [pair.weight for pair in comparison.pairs], class_maps
                 )
-            return adapt_outputs(student_output, teacher_outputs[0], class_maps.get(self.outputs.teacher.model))
+            own_map = class_maps.get(self.outputs.teacher.model)
+            return adapt_outputs(student_output, teacher_outputs[0], own_map, dense=self.is_dense, grid=self.grid)
         student_specs = [student[pair.student] for pair in comparison.pairs]
         teacher_specs = [teacher[pair.teacher] for pair in comparison.pairs]
         # A pair's own options come first; with two pairs, those of the second, the end of the flow.

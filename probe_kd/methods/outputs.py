@@ -5,6 +5,8 @@ from dataclasses import replace
 from probe_kd.engine.spec import FeatureSpec, Layout, Tap, Trace, Traces
 from probe_kd.errors import AdapterError, TraceError
 
+_SEGMENTATION = "; logits of every pixel are for the library (docs/segmentation.md)"
+
 
 def output_spec(trace: Trace | Traces, tap: Tap, side: str) -> FeatureSpec:
     """Return the spec of a tap that a loss of outputs or labels reads, which is one vector per image.
@@ -22,7 +24,7 @@ def output_spec(trace: Trace | Traces, tap: Tap, side: str) -> FeatureSpec:
         where = f"the {side}'s {f'tap {str(tap)!r}' if tap.module or tap.items else 'output'}"
         raise AdapterError(
             f"{where} is {' x '.join(map(str, spec.shape[1:]))} an image, and losses of outputs compare one row of "
-            f"classes an image; {_advice(trace, tap, side)}"
+            f"classes an image; {_advice(trace, tap, side)}{_SEGMENTATION if len(spec.shape) == 4 else ''}"
         )
     return spec
 

@@ -1,6 +1,7 @@
 """The terms of a loss: the value of each objective for the features of both models, and their weighted sum."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,11 @@ class Terms:
         if target is None:
             raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
         if isinstance(objective.loss, str) and self._checks_values(output):
-            (check_shares if objective.resolved.multilabel else check_labels)(output, target)
+            if objective.resolved.multilabel:
+                check_shares(output, target)
+            else:
+                ignored: Any = self.options[index].get("ignore_index")
+                check_labels(output, target, ignored)
         return objective.resolved.function(output, target, **self.options[index])
 
     def _comparisons(self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures) -> Parts:

@@ -172,6 +172,24 @@ def check_rows(loss: str, student: Tensor) -> None:
     raise LossError(f"{loss}: logits {tuple(student.shape)}; expected (batch, classes), one row an image{advice}")
 
 
+def of_positions(
+    student: Float[Tensor, "batch classes height width"],
+) -> Float[Tensor, "positions classes"]:
+    """Return the logits of every position of every image as a row."""
+    return student.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def dense_outputs(loss: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return maps of logits as rows. Raises LossError for anything but two maps of one shape."""
+    check_same_shape(student, teacher, loss)
+    if student.ndim != 4:
+        raise LossError(
+            f"{loss}: logits {tuple(student.shape)}; `dense` expects (batch, classes, height, width), and is left out "
+            "for one row an image"
+        )
+    return of_positions(student), of_positions(teacher)
+
+
 def check_outputs(loss: str, student: Tensor, teacher: Tensor) -> None:
     check_same_shape(student, teacher, loss)
     check_rows(loss, student)

@@ -10,17 +10,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import check_rows, check_tensors, has_values, loss_function
+from probe_kd.methods.losses.common import check_rows, check_tensors, has_values, loss_function, of_positions
 
 
 @loss_function
 def cross_entropy(
-    student: Float[Tensor, "batch classes"],
-    target: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
+    student: Float[Tensor, "batch classes"] | Float[Tensor, "batch classes height width"],
+    target: Int[Tensor, " batch"] | Float[Tensor, "batch classes"] | Int[Tensor, "batch height width"],
     /,
     *,
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] | Literal["balanced"] | None = None,
+    ignore_index: int | None = None,
 ) -> Float[Tensor, ""]:
     """Compute the cross entropy -sum_i w_i y_i log softmax(z)_i, averaged over the batch.
 
@@ -29,19 +30,34 @@ def cross_entropy(
     default 1 (`balanced_weights` has those that make up for rare classes). The batch is averaged by its size, and not
     by the sum of its weights as in torch, so that an image counts the same whatever others are in its batch. Raises
     LossError for any other target, such as several labels per image, which are not a distribution.
+
+    A map of logits takes a map of class indices of its grid, as in segmentation, and the mean is over all positions.
+    Class indices of `ignore_index` do not count, not even in the number by which the sum is divided; if none counts,
+    the loss is 0.
     """
+    if student.ndim == 4 and target.ndim == 3:
+        _check_target_map(student.shape, target)
+        student, target = of_positions(student), target.flatten()
     check_rows("cross_entropy", student)
     _check_target(student.shape, target)
     if not 0 <= label_smoothing <= 1:
         raise LossError(f"cross_entropy: label_smoothing {label_smoothing}; expected a share between 0 and 1")
     if has_values(target):
-        check_values(student.shape[1], target)
+        check_values(student.shape[1], target, ignore_index)
     if not target.is_floating_point():
         target = target.long()
-    if class_weights is None:
+    if class_weights is None and ignore_index is None:
         return F.cross_entropy(student, target, label_smoothing=label_smoothing)
-    weights = student.new_tensor(_checked_weights(class_weights, student.shape[1]))
-    return F.cross_entropy(student, target, weights, label_smoothing=label_smoothing, reduction="sum") / len(student)
+    weights = None
+    if class_weights is not None:
+        weights = student.new_tensor(_checked_weights(class_weights, student.shape[1]))
+    if ignore_index is None or target.is_floating_point():
+        total = F.cross_entropy(student, target, weights, label_smoothing=label_smoothing, reduction="sum")
+        return total / len(student)
+    total = F.cross_entropy(
+        student, target, weights, label_smoothing=label_smoothing, reduction="sum", ignore_index=ignore_index
+    )
+    return total / (target != ignore_index).sum().clamp_min(1)
 
 
 def balanced_weights(counts: Sequence[int]) -> list[float]:
@@ -79,21 +95,36 @@ def _check_target(logits: Sequence[int], target: Tensor) -> None:
         )
 
 
-def check_labels(logits: Tensor, target: Tensor) -> None:
+def _check_target_map(logits: Sequence[int], target: Tensor) -> None:
+    """Raise LossError unless the target is a map of class indices at the grid of the logits."""
+    batch, _, *grid = logits
+    if tuple(target.shape) != (batch, *grid) or target.is_floating_point() or target.dtype == torch.bool:
+        raise LossError(
+            f"cross_entropy: logits {tuple(logits)} with a target {tuple(target.shape)} of {target.dtype}; expected "
+            f"{(batch, *grid)} class indices, one for each position; bring the logits to the grid of the labels in the "
+            "model, by `F.interpolate(logits, labels.shape[1:])`"
+        )
+
+
+def check_labels(logits: Tensor, target: Tensor, ignore_index: int | None = None) -> None:
     """Check a target as `cross_entropy` does, including its values. Raises LossError for any other target."""
     check_tensors("cross_entropy", logits, [target])
+    if logits.ndim == 4 and target.ndim == 3:
+        _check_target_map(logits.shape, target)
+        logits, target = of_positions(logits), target.flatten()
     check_rows("cross_entropy", logits)
     _check_target(logits.shape, target)
-    check_values(logits.shape[1], target)
+    check_values(logits.shape[1], target, ignore_index)
 
 
-def check_values(classes: int, target: Tensor) -> None:
+def check_values(classes: int, target: Tensor, ignore_index: int | None = None) -> None:
     """Raise LossError for class indices out of range, and for rows that are not a distribution over the classes.
 
     On a GPU, this waits for the values.
     """
     if not target.is_floating_point():
-        out_of_range = target[(target < 0) | (target >= classes)]
+        wrong = (target < 0) | (target >= classes)
+        out_of_range = target[wrong if ignore_index is None else wrong & (target != ignore_index)]
         if len(out_of_range):
             raise LossError(
                 f"cross_entropy: label {out_of_range[0].item()} of {classes} classes; expected 0 to {classes - 1}"

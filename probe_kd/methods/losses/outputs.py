@@ -11,6 +11,7 @@ from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import (
     Reduction,
     check_outputs,
+    dense_outputs,
     in_float64,
     loss_function,
     power_of_two,
@@ -20,12 +21,13 @@ from probe_kd.methods.losses.common import (
 
 @loss_function
 def soft_targets(
-    student: Float[Tensor, "batch classes"],
-    teacher: Float[Tensor, "batch classes"],
+    student: Float[Tensor, "batch classes"] | Float[Tensor, "batch classes height width"],
+    teacher: Float[Tensor, "batch classes"] | Float[Tensor, "batch classes height width"],
     /,
     *,
     temperature: float = 4.0,
     standardize: bool = False,
+    dense: bool = False,
 ) -> Float[Tensor, ""]:
     """Compute T^2 KL(softmax(v/T) || softmax(z/T)), summed over the classes and averaged over the batch.
 
@@ -38,7 +40,12 @@ def soft_targets(
     teacher's scale (Sun et al. 2024, arXiv 2403.01427, with a temperature of about 2 and a weight of about 9). Equal
     logits, as from a classifier that is initialised to zero, have z-scores of 0. Classes that the teacher masks by -inf
     do not count.
+
+    `dense` takes maps of logits, as of segmentation, and averages over the positions too. It is an option, because a
+    map that arrives by mistake is no set of classes.
     """
+    if dense:
+        student, teacher = dense_outputs("soft_targets", student, teacher)
     check_outputs("soft_targets", student, teacher)
     _check_temperature("soft_targets", temperature)
     if standardize:
@@ -76,13 +83,14 @@ def hard_labels(
 
 @loss_function
 def logits(
-    student: Float[Tensor, "batch classes"],
-    teacher: Float[Tensor, "batch classes"],
+    student: Float[Tensor, "batch classes"] | Float[Tensor, "batch classes height width"],
+    teacher: Float[Tensor, "batch classes"] | Float[Tensor, "batch classes height width"],
     /,
     *,
     center: bool = False,
     standardize: bool = False,
     reduction: Reduction = "mean",
+    dense: bool = False,
 ) -> Float[Tensor, ""]:
     """Compute the squared error ||z - v||^2 of the logits before the softmax.
 
@@ -90,8 +98,10 @@ def logits(
     `reduction="sum"`. `center` subtracts from both logits their mean over the classes, which a softmax ignores. Then
     1/(2 C) of the sum over C classes is the limit of `soft_targets` for a high temperature (Hinton et al. 2015, sec.
     2.1; Kim et al. 2021, arXiv 2105.08919). `standardize` also divides by the standard deviation over the
-    classes (Sun et al. 2024).
+    classes (Sun et al. 2024). `dense` is that of `soft_targets`.
     """
+    if dense:
+        student, teacher = dense_outputs("logits", student, teacher)
     check_outputs("logits", student, teacher)
     if standardize:
         student, teacher = _standardize(student), _standardize(teacher)
