@@ -1,6 +1,6 @@
 """What the commands print of models, plans, audits and evaluations."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from math import prod
 from pathlib import Path
@@ -369,18 +369,20 @@ def scores_table(evaluation: "Evaluation") -> Table:
     """Return a table of the accuracy and calibration of every model of a run, and of its agreement with the teacher."""
     if any(row.map is not None for row in evaluation.scores):
         return _multilabel_table(evaluation)
-    columns = ("model", "weights", "top-1>", "top-5>", "NLL>", "calibration error>", "agreement>", "KL>")
-    table = table_of(f"{evaluation.run}: {evaluation.images} images ({evaluation.split})", "", *columns)
+    columns = _score_columns(evaluation)
+    title = f"{evaluation.run}: {evaluation.images} images ({evaluation.split})"
+    table = table_of(title, "", "model", "weights", *(f"{column}>" for column in columns))
     for row in evaluation.scores:
-        table.add_row(
-            row.role,
-            *map(escape, (row.model, row.weights)),
-            *(_share(row.top1), _share(row.top5), _decimals(row.nll), _share(row.calibration_error)),
-            *(_share(row.agreement), _decimals(row.kl)),
-        )
-    table.caption = "NLL, and KL(teacher || student), in nats per image; calibration error: expected, 15 bins, l1"
+        values = [form(getattr(row, name)) for name, form in columns.values()]
+        has_any = any(values) or not columns
+        table.add_row(row.role, *map(escape, (row.model, row.weights)), *(values if has_any else ["-"] * len(values)))
+    table.caption = None
+    if "NLL" in columns:
+        table.caption = "NLL, and KL(teacher || student), in nats per image; calibration error: expected, 15 bins, l1"
+    elif "KL" in columns:
+        table.caption = "KL(teacher || student), in nats per image"
     if any(row.role == "teacher baseline" for row in evaluation.scores):
-        table.caption += "; agreement and KL are with the teacher that trained with the student"
+        table.caption = f"{table.caption or ''}; agreement and KL are with the teacher that trained with the student"
     return table
 
 
@@ -404,15 +406,35 @@ def _multilabel_table(evaluation: "Evaluation", most: int = 10) -> Table:
     return table
 
 
+def _score_columns(evaluation: "Evaluation") -> dict[str, tuple[str, Callable[[float | None], str]]]:
+    """The columns of the table of scores, by title: the field of `Scores`, and how it is shown."""
+    columns: dict[str, tuple[str, Callable[[float | None], str]]] = {
+        "top-1": ("top1", _share),
+        "top-5": ("top5", _share),
+        "NLL": ("nll", _decimals),
+        "calibration error": ("calibration_error", _share),
+        "agreement": ("agreement", _share),
+        "KL": ("kl", _decimals),
+    }
+    classifies = any(row.top1 is not None for row in evaluation.scores)
+    has = {name: any(getattr(row, name) is not None for row in evaluation.scores) for name, _ in columns.values()}
+    # With classes, the columns are always the same.
+    return {title: column for title, column in columns.items() if classifies or has[column[0]]}
+
+
 def similarity_table(evaluation: "Evaluation") -> Table:
     """Return a table of the similarity of the compared layers of student and teacher."""
     alone = any(row.cka_alone is not None for row in evaluation.pairs)
-    columns = ("loss", "student layer", "teacher layer", "CKA>", *["CKA alone>"] * alone, "explained variance>", "note")
-    table = table_of("Features: student <- teacher", "stage", *columns)
+    without_classes = all(row.top1 is None for row in evaluation.scores)
+    measured = ["CKA>", *["CKA alone>"] * alone, "explained variance>", *["cosine>"] * without_classes]
+    table = table_of(
+        "Features: student <- teacher", "stage", "loss", "student layer", "teacher layer", *measured, "note"
+    )
     for row in evaluation.pairs:
+        values = (row.cka, *[row.cka_alone] * alone, row.explained_variance, *[row.cosine] * without_classes)
         table.add_row(
             *map(escape, (row.stage, row.loss, row.student, row.teacher)),
-            *(_decimals(value) for value in (row.cka, *[row.cka_alone] * alone, row.explained_variance)),
+            *map(_decimals, values),
             escape(row.note),
         )
     table.caption = (

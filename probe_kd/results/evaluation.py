@@ -38,9 +38,11 @@ from probe_kd.methods.similarity import (
     Sums,
     added,
     cka_sums,
+    cosine_sums,
     exact,
     explained_variance,
     linear_cka,
+    mean_cosine,
     variance_sums,
 )
 from probe_kd.methods.targets import compared, make_adapters
@@ -64,7 +66,8 @@ class Scores:
     `top1`, `top5` (None for five classes or fewer) and `agreement` are fractions in 0..1, `nll` and `kl` are in nats
     per image, and `calibration_error` is the expected calibration error. `agreement` and `kl` compare with the teacher;
     both are None for a teacher, and in a run without one. `weights` is the file in the run's folder, or the other
-    source of the weights. All metrics of a model that does not classify (`Plan.classifies`) are None.
+    source of the weights. All metrics of a model that does not classify (`Plan.classifies`) are None, but for the
+    agreement and KL of outputs that a loss compares without labels.
     With several labels an image, `map` is the mean average precision in 0..1, `average_precisions` are those of the
     classes (None for a class that no image has), and the other metrics are None.
     """
@@ -87,8 +90,8 @@ class Similarity:
     """How similar a layer of the student and one of the teacher are; `note` gives the reason for a missing value.
 
     `cka` is the linear CKA of the student's layer in 0..1, and `cka_alone` that of the baseline's. `explained_variance`
-    is the fraction of the teacher's variance that the adapter of this loss explains, at most 1. Layers that no loss
-    compares have an empty `stage`.
+    is the fraction of the teacher's variance that the adapter of this loss explains, at most 1, and `cosine` the mean
+    cosine of both sides after it. Layers that no loss compares have an empty `stage`.
     """
 
     stage: str
@@ -99,6 +102,7 @@ class Similarity:
     cka_alone: float | None
     explained_variance: float | None
     note: str
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
@@ -321,6 +325,7 @@ class _Compared:
     adapter: Adapter | None = None
     why: str = "no loss compares it"
     sums: Sums = field(default_factory=dict)
+    cosine_sums: Sums = field(default_factory=dict)
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -334,6 +339,8 @@ class _Compared:
         teacher_features = self.comparison.features("teacher", of_teacher, matrices=self.of_matrices)
         predicted, target = self.adapter(student_features, teacher_features)
         self.sums = added(self.sums, variance_sums(predicted[:count], target[:count]))
+        if not self.of_matrices:
+            self.cosine_sums = added(self.cosine_sums, cosine_sums(predicted[:count], target[:count]))
 
 
 def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Compared]:
@@ -370,7 +377,8 @@ def _entries(
     name = student.name if student.parent == folder else str(student)
     inputs = (student_input, teacher_input or student_input)
     output, plain_output = (
-        tap if planned.classifies("student") else None for tap in (planned.trained_output, planned.output_of("student"))
+        tap if planned.classifies("student") or planned.agrees_without_labels else None
+        for tap in (planned.trained_output, planned.output_of("student"))
     )
     yield _entry("student", planned.trained.model, _student(planned, student), name, inputs, of_student, output)
     baseline, average = weights_file(folder, "baseline"), weights_file(folder, "baseline", "-ema")
@@ -390,7 +398,8 @@ def _teacher_entries(planned: Plan, folder: Path, taps: Sequence[Tap]) -> Iterat
         return
     trained = planned.recipe.share is not None or options.train is not None
     model, name = _teacher(teacher, options, folder, "teacher", trained=trained)
-    output = planned.output_of("teacher") if planned.classifies("teacher") else None
+    is_read = planned.classifies("teacher") or planned.agrees_without_labels
+    output = planned.output_of("teacher") if is_read else None
     entry = _entry("teacher", teacher.model, model, name, (images, images), taps, output)
     yield replace(entry, classes=planned.class_map)
     if planned.recipe.share:
@@ -507,7 +516,8 @@ class _Meter:
         self.sums: dict[str, Sums] = {entry.role: {} for entry in entries if entry.output is not None}
         # Logits are gathered before they reach the metric, so it must not gather them again.
         options: dict[str, Any] = {"n_bins": BINS, "norm": "l1", "validate_args": False, "sync_on_compute": False}
-        self.calibration = {role: MulticlassCalibrationError(self.classes, **options) for role in self.sums}
+        calibrated = self.sums if datasets.labels == "class" else ()
+        self.calibration = {role: MulticlassCalibrationError(self.classes, **options) for role in calibrated}
         self.pools = {entry.role: entry.pools for entry in entries}
         self.cka_sums: dict[tuple[str, Pair], Sums] = {
             (entry.role, row.pair): {}
@@ -543,7 +553,7 @@ class _Meter:
 
     def _add_logits(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
         wrong = target[(target < 0) | (target >= self.classes)]
-        if len(wrong):
+        if self.datasets.labels == "class" and len(wrong):
             raise DataError(f"label {int(wrong[0])} of an image is none of the {self.classes} classes")
         for entry in self.entries:
             if entry.role not in logits:
@@ -552,7 +562,10 @@ class _Meter:
             if not bool(of_student.amax(1).isfinite().all()):  # a class may be ruled out by -inf
                 raise for_all(RunError(_no_numbers(entry)))
             of_teacher = exact(class_logits(logits["teacher"])) if entry.is_student and "teacher" in logits else None
-            self.sums[role] = added(self.sums[role], _logit_sums(of_student, target.to(of_student.device), of_teacher))
+            labels = target.to(of_student.device) if self.datasets.labels == "class" else None
+            self.sums[role] = added(self.sums[role], _logit_sums(of_student, labels, of_teacher))
+            if labels is None:
+                continue
             # As probabilities: logits that happen to lie in 0..1 would be taken for such.
             self.calibration[role].to(of_student.device).update(of_student.softmax(1), target.to(of_student.device))
 
@@ -576,7 +589,8 @@ class _Meter:
         means: dict[str, Any] = {
             name: float(total / sums["images"]) for name, total in sums.items() if name != "images"
         }
-        error = float(self.calibration[entry.role].compute())
+        calibration = self.calibration.get(entry.role)
+        error = float(calibration.compute()) if calibration is not None else None
         return Scores(entry.role, entry.name, entry.weights, calibration_error=error, **means)
 
     def _similarity(self, row: _Compared, cka: Mapping[tuple[str, Pair], float | None]) -> Similarity:
@@ -592,7 +606,9 @@ class _Meter:
         elif of_student is None:
             notes.append("one of both is no feature of single images")
         student, teacher = (str(tap) or "output" for tap in (row.pair.student, row.pair.teacher))
-        return Similarity(row.stage, row.loss, student, teacher, of_student, of_baseline, explained, "; ".join(notes))
+        cosine = mean_cosine(self.accelerator.reduce(row.cosine_sums, "sum")) if row.cosine_sums else None
+        values = of_student, of_baseline, explained, "; ".join(notes), cosine
+        return Similarity(row.stage, row.loss, student, teacher, *values)
 
 
 def _no_numbers(entry: _Evaluated) -> str:
@@ -602,15 +618,13 @@ def _no_numbers(entry: _Evaluated) -> str:
     )
 
 
-def _logit_sums(of_student: Tensor, target: Tensor, of_teacher: Tensor | None) -> Sums:
+def _logit_sums(of_student: Tensor, target: Tensor | None, of_teacher: Tensor | None) -> Sums:
     """The sums over a batch of logits that the scores need; `of_teacher` are the teacher's logits."""
     log = of_student.log_softmax(1)
-    sums = {
-        "images": of_student.new_tensor(len(of_student)),
-        "top1": (of_student.argmax(1) == target).sum(),
-        "nll": F.nll_loss(log, target, reduction="sum"),
-    }
-    if of_student.shape[1] > 5:
+    sums = {"images": of_student.new_tensor(len(of_student))}
+    if target is not None:
+        sums |= {"top1": (of_student.argmax(1) == target).sum(), "nll": F.nll_loss(log, target, reduction="sum")}
+    if target is not None and of_student.shape[1] > 5:
         sums["top5"] = (of_student.topk(5, 1).indices == target[:, None]).sum()
     if of_teacher is not None:
         sums["agreement"] = (of_student.argmax(1) == of_teacher.argmax(1)).sum()

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import sys
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,20 +18,22 @@ from sklearn.metrics import explained_variance_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
+from probe_kd.cli import main
 from probe_kd.data.loading import loader
 from probe_kd.errors import RecipeError
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import parse
+from probe_kd.results.evaluation import evaluate
 
 STUDENT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
 TEACHER = {"channels": [8, 16, 24, 48], "num_classes": 0}
 RECIPE = """\
 student: {{model: vit_tiny_patch16_224, model_kwargs: {student}}}
 teacher: {{model: resnet18, model_kwargs: {teacher}, checkpoint: {checkpoint}}}
-data: {{dataset: sklearn/digits, labels: none, input_size: [3, 16, 16], batch_size: 200, hflip: 0.0, fraction: 0.3}}
+data: {{dataset: sklearn/digits, labels: none, input_size: [3, 16, 16], batch_size: 100, hflip: 0.0, fraction: 0.15}}
 pairs: {{blocks.1: layer3}}
 evaluate:
-  knn: {{dataset: sklearn/digits, fraction: 0.2, k: 5}}
+  knn: {{dataset: sklearn/digits, fraction: 0.1, k: 5}}
   linear: {{C: 1.0}}
 stages:
   - name: hint
@@ -48,11 +53,25 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return RECIPE.format(checkpoint=checkpoint, **sides)
 
 
+def said_by(*arguments: object) -> str:
+    """What `probe-kd ...` prints."""
+    said = StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["probe-kd", *map(str, arguments)])
+        patch.setattr(sys, "stdout", said)
+        with pytest.raises(SystemExit, match="0"):
+            main()
+    return said.getvalue()
+
+
 @pytest.fixture(scope="module")
 def trained(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    run(text, folder)
-    return folder
+    """The folder of a run. Beside it stands what the command said."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "recipe.yaml").write_text(text)
+    (folder / "said.txt").write_text(said_by("train", folder / "recipe.yaml", "--out", folder / "run"))
+    return folder / "run"
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -120,6 +139,64 @@ def test_every_model_is_measured_and_none_has_an_accuracy(trained: Path) -> None
     assert "accuracy" not in rows[0]
 
 
+def test_no_command_speaks_of_accuracy(trained: Path, tmp_path: Path) -> None:
+    said = {
+        "train": (trained.parent / "said.txt").read_text(),
+        "compare": said_by("compare", trained, "-o", tmp_path / "report.html"),
+        "eval": said_by("eval", trained),
+        "export": said_by("export", trained, "-o", tmp_path / "out"),
+        "report": (tmp_path / "report.html").read_text(),
+        "card": (tmp_path / "out" / "README.md").read_text(),
+        "metrics": (trained / "metrics.csv").read_text(),
+    }
+    assert [name for name, text in said.items() if "accuracy" in text.lower()] == []
+    knn = results_of(trained)["student"]["measures"]["knn"]  # type: ignore[index]
+    for name in ("train", "compare", "report", "card"):
+        assert f"{knn:.2%}" in said[name], name
+        assert "k-NN" in said[name], name
+    assert "the run is about its k-NN" in said["train"]
+
+
+def test_eval_finds_what_the_run_measured_at_its_end(trained: Path) -> None:
+    (pair,), evaluation = results_of(trained)["student"]["pairs"], evaluate(trained)  # type: ignore[misc]
+    values = pair["explained_variance"], pair["cosine"]  # type: ignore[index]
+    assert [(row.explained_variance, row.cosine) for row in evaluation.pairs] == [pytest.approx(values, rel=1e-6)]
+    assert all(score.top1 is None for score in evaluation.scores)
+
+
+LABELLED = """\
+student: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32]}}
+teacher: {model: resnet18, model_kwargs: {channels: [8, 16, 24, 48]}, train: {epochs: 1}}
+data: {dataset: sklearn/digits, input_size: [3, 16, 16], batch_size: 100, hflip: 0.0, fraction: 0.15}
+pairs: {layer1: layer1, layer2: layer2}
+stages:
+  - epochs: 1
+    losses: {task: {loss: cross_entropy}, hint: {loss: hint}, attention: {loss: attention}}
+"""
+
+
+def test_with_labels_measuring_more_changes_no_bit_of_the_rest(tmp_path: Path) -> None:
+    more = LABELLED + "evaluate: {pairs: true, knn: {dataset: sklearn/digits, fraction: 0.1}}\n"
+    run(LABELLED, tmp_path / "plain")
+    run(more, tmp_path / "more")
+    for file in (tmp_path / "plain").glob("*.safetensors"):
+        one, two = (load_file(tmp_path / name / file.name) for name in ("plain", "more"))
+        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items()), file.name
+    plain, wide = rows_of(tmp_path / "plain"), rows_of(tmp_path / "more")
+    assert [{key: row[key] for key in plain[0]} for row in wide] == plain
+    assert set(wide[0]) - set(plain[0]) == {"knn", "explained_variance", "cosine"}
+    assert json.loads((tmp_path / "more" / "summary.json").read_text())["headline"] == "accuracy"
+    student = results_of(tmp_path / "more")["student"]
+    assert student["accuracy"] == results_of(tmp_path / "plain")["student"]["accuracy"]
+    pairs: list[dict[str, Any]] = student["pairs"]  # type: ignore[assignment]
+    scores = {(pair["loss"], pair["student"]): pair["explained_variance"] for pair in pairs}
+    found = {(row.loss, row.student): row.explained_variance for row in evaluate(tmp_path / "more").pairs}
+    assert scores.pop(("attention", "layer2")) is scores.pop(("attention", "layer1")) is None
+    assert scores == {key: pytest.approx(value, rel=1e-6) for key, value in found.items() if value is not None}
+    values = list(scores.values())
+    assert student["measures"]["explained_variance"] == pytest.approx(sum(values) / 2)  # type: ignore[index]
+
+
 def test_a_run_that_goes_on_has_the_same_figures(text: str, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(text, tmp_path / "run", After(stop, epochs=1))
@@ -138,8 +215,8 @@ def test_two_processes_have_the_figures_of_one(text: str, tmp_path: Path) -> Non
 
 
 def test_without_labels_the_best_epoch_is_that_of_the_headline(text: str, trained: Path, tmp_path: Path) -> None:
-    wild = text.replace("lr: 5.0e-3}", "lr: 0.3}\n    keep: best").replace("epochs: 2", "epochs: 4")
-    wild = wild.replace("fraction: 0.3", "fraction: 0.3, val_split: none, holdout: 0.2")
+    wild = text.replace("lr: 5.0e-3}", "lr: 0.3}\n    keep: best").replace("epochs: 2", "epochs: 3")
+    wild = wild.replace("fraction: 0.15", "fraction: 0.15, val_split: none, holdout: 0.2")
     for name, measure, new in (
         ("knn", "knn", wild.replace("k: 5", "k: 5, val_split: none, holdout: 0.5")),
         ("explained", "explained_variance", wild[: wild.index("evaluate")] + wild[wild.index("stages") :]),
@@ -154,7 +231,7 @@ def test_without_labels_the_best_epoch_is_that_of_the_headline(text: str, traine
     ("old", "new", "said"),
     [
         ("knn: {dataset: sklearn/digits, ", "knn: {", "name its labelled images, by `dataset` or `root`"),
-        ("dataset: sklearn/digits, fraction: 0.2", "dataset: sklearn/digit", "there is no dataset"),
+        ("dataset: sklearn/digits, fraction: 0.1", "dataset: sklearn/digit", "there is no dataset"),
         ("model_kwargs: {\"img", "embedding: blocks.7, model_kwargs: {\"img", "no module 'blocks.7'"),
         ("k: 5", "k: 0", "greater than or equal to 1"),
         ("C: 1.0", "C: none", "expected 'auto'"),
@@ -164,6 +241,6 @@ def test_without_labels_the_best_epoch_is_that_of_the_headline(text: str, traine
 )  # fmt: skip
 def test_check_says_what_is_wrong(text: str, old: str, new: str, said: str) -> None:
     assert old in text
-    changed = text.replace(old, new, 1).replace("fraction: 0.3", "fraction: 0.3, val_split: none, holdout: 0.2")
+    changed = text.replace(old, new, 1).replace("fraction: 0.15", "fraction: 0.15, val_split: none, holdout: 0.2")
     with pytest.raises(RecipeError, match=said):
         plan(parse(changed))
