@@ -38,7 +38,11 @@ def test_the_recipe_distils_from_images_without_labels(tmp_path: Path) -> None:
         Image.new("RGB", (70, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
     places = [f"data.root={tmp_path}", f"teacher.checkpoint={tmp_path / 'teacher.safetensors'}"]
     planned = plan(load(Path(photographs.__code__.co_filename).with_suffix(".yaml"), sets=places))
-    assert [str(item.comparison) for item in planned.comparisons] == ["blocks.1 <- blocks.4", "blocks.3 <- blocks.6"]
+    assert [str(item.comparison) for item in planned.comparisons] == [
+        "blocks.1 <- blocks.4",
+        "blocks.3 <- blocks.6",
+        "fc_norm <- global_pool",
+    ]
 
 
 def test_crops_lie_in_one_folder_without_labels(tmp_path: Path) -> None:
