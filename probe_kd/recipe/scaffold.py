@@ -3,19 +3,23 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from probe_kd.data.names import CSV, EVALUATED, NAMES, TRAINED, check_name
 from probe_kd.engine.embedding import embedding_spec
 from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, packages
-from probe_kd.engine.spec import Pair, Tap, Trace
-from probe_kd.errors import DataError, Problem, RecipeError, nearest
+from probe_kd.engine.spec import Layout, Pair, Tap, Trace
+from probe_kd.engine.tracing import trace
+from probe_kd.errors import AdapterError, DataError, ProbeKDError, Problem, RecipeError, nearest
 from probe_kd.files.atomic import reason
 from probe_kd.methods.losses.table import LOSSES
+from probe_kd.methods.outputs import output_spec
 from probe_kd.recipe.reading import parse
 
+_CLASSES = 11  # that a model is tried with
 SMALL = 96  # pixels; larger images are treated as photographs
 
 
@@ -160,6 +164,9 @@ def write_recipe(
     DataError for images that do not exist.
     """
     chosen_method = chosen(method)
+    if chosen_method.labels:
+        student = _with_classes(student, "student")
+        teacher = teacher if _has_no_classifier(teacher) else _with_classes(teacher, "teacher")
     allowed = "".join(f" --allow-import {package}" for package in packages([student.model, teacher.model]))
     labelled = chosen_method.labels
     parts = [
@@ -192,9 +199,37 @@ def write_recipe(
         raise RecipeError(str(path), [Problem(f"cannot write the recipe: {reason(refusal)}")]) from None
 
 
+def _with_classes(trace_: Trace, side: Literal["student", "teacher"]) -> Trace:
+    """The trace of a model whose number of classes follows from the data. Raises RecipeError if the model has none."""
+    kwargs = {key: value for key, value in trace_.model_kwargs.items() if key != "num_classes"}
+    plain = ":" not in trace_.model and any(spec.tap == Tap("") and spec.layout is Layout.NC for spec in trace_.specs)
+    try:
+        if not plain:
+            tried = {**kwargs, "num_classes": _CLASSES}
+            seen = trace(trace_.model, trace_.input_size, training=trace_.training, model_kwargs=tried)
+            if output_spec(seen, Tap(""), side).channels != _CLASSES:
+                raise AdapterError(f"the {side} {trace_.model} gives other numbers than `num_classes`")
+    except ProbeKDError as refusal:
+        text = f"this method reads classes of the {side}, and {refusal}; take `features`, which reads none"
+        raise RecipeError("--method", [Problem(text)]) from None
+    return replace(trace_, model_kwargs=kwargs)
+
+
 def _has_no_classifier(teacher: Trace) -> bool:
-    """Whether a teacher is known to give no classes: a model of another library, or of timm without its head."""
-    return bool(library_of(teacher.model)) or teacher.model_kwargs.get("num_classes") == 0
+    """Whether a teacher is known to give no classes: a model of another library, or of timm without its head.
+
+    One without weights can only be trained on the labels, and gets a classifier for that.
+    """
+    headless = teacher.model_kwargs.get("num_classes") == 0 and _has_weights(teacher.model)
+    return bool(library_of(teacher.model)) or headless
+
+
+def _has_weights(name: str) -> bool:
+    """Whether timm knows weights of a model. Those of a folder, a hub repository or a function are its own affair."""
+    from timm.models import get_pretrained_cfg
+
+    config = None if ":" in name else get_pretrained_cfg(name)
+    return config is None or bool(config.has_weights)
 
 
 def _stages_for(method: Method, teacher: Trace) -> str:

@@ -58,7 +58,10 @@ def check_outputs(recipe: Recipe, models: Models, grown: Trace | None, stages: S
     if recipe.teacher is not None and recipe.teacher.class_map is not None and models.teacher is not None:
         message = "`class_map`: the teacher has no classifier; leave `class_map` out"
         mistakes += [(("teacher", "class_map"), message)] * (not _has_classifier(models.teacher))
-    return list(dict.fromkeys(mistakes))
+    first: dict[KeyPath, str] = {}
+    for place, message in mistakes:  # what several losses read is refused once
+        first.setdefault(place, message)
+    return list(first.items())
 
 
 def _outputs_read(recipe: Recipe, stages: Stages) -> Iterator[_Read]:
