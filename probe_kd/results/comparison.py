@@ -264,9 +264,9 @@ def compare(runs: Sequence[str | Path], *, layers: bool = False, allow_import: S
     names = _names(list(groups.values()))
     compared = tuple(_group(name, members) for name, members in zip(names, groups.values(), strict=True))
     for group in compared:
-        finished = {summary.role: summary.accuracy for summary in group.summaries if not summary.unfinished}
-        means = {role: accuracy.mean for role, accuracy in finished.items() if accuracy is not None}
-        notes += [f"{group.name}: {doubt}" for doubt in doubts(means)]
+        finished = {summary.role: summary.of(group.headline) for summary in group.summaries if not summary.unfinished}
+        means = {role: spread.mean for role, spread in finished.items() if spread is not None}
+        notes += [f"{group.name}: {doubt}" for doubt in doubts(means, group.headline, group.gain_over)]
     return RunComparison(
         compared,
         tuple(_differences([members[0].recipe for members in groups.values()])),
@@ -371,13 +371,14 @@ def _progress(run: _Run) -> str:
     return f"{run.folder} has not ended: {state}; go on with it: {command_to_go_on(run.folder)}"
 
 
-def doubts(accuracies: Mapping[str, float]) -> list[str]:
-    """Remarks on accuracies that show that distillation cannot have helped."""
-    teacher, baseline = (accuracies.get(role) for role in ("teacher", "baseline"))
+def doubts(values: Mapping[str, float], measure: str = "accuracy", other: str = "baseline") -> list[str]:
+    """Remarks on values of a measure, by role, that show that distillation cannot have helped."""
+    teacher, baseline = (values.get(role) for role in ("teacher", other))
     if teacher is None or baseline is None or teacher >= baseline:
         return []
+    text = MEASURES[measure].text
     return [
-        f"The teacher ({teacher:.2%}) is worse than the baseline ({baseline:.2%}), so there is "
+        f"The teacher ({text(teacher)}) is worse than the {other} ({text(baseline)}), so there is "
         "little to learn from it: train it longer, or give it other weights, another learning rate or the right mean "
         "and std."
     ]

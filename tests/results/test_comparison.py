@@ -492,7 +492,11 @@ def test_a_run_without_classes_never_speaks_of_accuracy(seeds: Callable[[int], l
     assert "agreement" not in told + text
     assert by_role["teacher"].accuracy is None
     if headline == "knn":
-        before = np.array([of_run["untrained student"]["knn"] for of_run in values])
+        before, of_teacher = (
+            np.array([of_run[role]["knn"] for of_run in values]) for role in ("untrained student", "teacher")
+        )
+        doubt = f"The teacher ({of_teacher.mean():.2%}) is worse than the untrained student ({before.mean():.2%})"
+        assert (of_teacher.mean() < before.mean()) == any(doubt in note for note in comparison.notes)
         assert f"the student over the untrained student: {100 * (found - before).mean():+.2f} points" in told
         assert f"{100 * found.mean():.2f} ± {100 * found.std(ddof=1):.2f}%" in told
     else:
