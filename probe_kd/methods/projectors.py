@@ -50,7 +50,12 @@ class Mlp(nn.Module):
 
     def forward(self, feature: Float[Tensor, "batch width ..."]) -> Float[Tensor, "batch target ..."]:
         projected: Tensor = self.layers(feature.movedim(1, -1))
-        return projected.movedim(-1, 1)
+        return _channels_first(projected)
+
+
+def _channels_first(rows: Float[Tensor, "batch ... channels"]) -> Float[Tensor, "batch channels ..."]:
+    """Move the channels to axis 1, in memory too: compiled losses of two orders of axes fail in their backward."""
+    return rows.movedim(-1, 1).contiguous()
 
 
 class OrthogonalProjection(nn.Module):
@@ -79,7 +84,7 @@ class OrthogonalProjection(nn.Module):
 
     def forward(self, feature: Float[Tensor, "batch width ..."]) -> Float[Tensor, "batch target ..."]:
         projected = F.linear(feature.movedim(1, -1), self.matrix.to(feature.dtype))
-        return projected.movedim(-1, 1)
+        return _channels_first(projected)
 
 
 class FixedProjection(nn.Module):

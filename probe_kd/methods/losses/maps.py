@@ -59,8 +59,7 @@ def patch_similarity(
 def _log_similarity(
     map_: Float[Tensor, "batch channels height width"], temperature: float
 ) -> Float[Tensor, "rows positions"]:
-    rows = positions(map_)
-    rows = _unit(rows.flatten(0, 1)).view(rows.shape)
+    rows = _unit(map_.flatten(2)).mT
     return F.log_softmax(rows @ rows.mT / temperature, dim=-1).flatten(0, 1)
 
 
@@ -73,8 +72,8 @@ def _check_maps(loss: str, student: Tensor, teacher: Tensor) -> None:
         )
 
 
-def _unit(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
-    """Scale rows to length 1, without overflow or underflow of their squares. Rows of zeros stay zero."""
+def _unit(rows: Float[Tensor, "rows n ..."]) -> Float[Tensor, "rows n ..."]:
+    """Scale rows along axis 1 to length 1, without overflow or underflow of their squares. Rows of zeros stay zero."""
     return F.normalize(rows / power_of_two(rows.abs().amax(1, keepdim=True)), dim=1)
 
 
