@@ -40,7 +40,8 @@ class FoldingTable(Table):
         if sum(map(_least_width, self.columns)) <= options.max_width:
             yield from super().__rich_console__(console, options)
             return
-        yield Text.from_markup(f"{self.title}\n", style="italic")
+        if self.title:
+            yield Text.from_markup(f"{self.title}\n", style="italic")
         for cells in zip(*(column.cells for column in self.columns), strict=True):
             yield Text.from_markup(str(cells[0]), style="bold")
             named = [(column.header, cell) for column, cell in zip(self.columns[1:], cells[1:], strict=True) if cell]

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from probe_kd.console import amount, table_of
+from probe_kd.console import FoldingTable, amount, table_of
 from probe_kd.errors import RunError, visible
 from probe_kd.files.atomic import put
 from probe_kd.files.run_folder import GENERATOR
@@ -68,10 +68,14 @@ def tables(comparison: RunComparison) -> Iterator[Table | Text | str]:
 
 
 def _table(group: Group) -> Table:
-    """One row per model, in at most 80 columns; the names of the models are printed above the table."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("", no_wrap=True, min_width=13)
+    """One row per model; the names of the models are printed above the table.
+
+    With accuracy and agreement alone it has at most 80 columns. With more it becomes a list in a narrow terminal.
+    """
     measures = columns_of(group)
+    kind = Table if len(measures) <= 2 else FoldingTable
+    table = kind(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True, min_width=13)
     for column in (*(MEASURES[name].title for name in measures), "parameters", "MACs", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in group.summaries:

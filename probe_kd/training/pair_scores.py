@@ -92,6 +92,11 @@ def score_all_stages(models: Models, trained: TrainedModel, folder: Path, batche
 
 
 def means(scores: Sequence[PairScore]) -> dict[str, float]:
-    """The mean of each measure over the pairs that have it, by name; empty if none has."""
-    values = {name: [value for score in scores if (value := getattr(score, name)) is not None] for name in OF_PAIRS}
+    """The mean of each measure over the pairs that have it, by name; empty if none has.
+
+    Of several stages, over the pairs of the last that has any: the student has moved on from the adapters of others.
+    """
+    stages = [score.stage for score in scores if score.cosine is not None]
+    of_stage = [score for score in scores if score.stage == stages[-1]] if stages else []
+    values = {name: [value for score in of_stage if (value := getattr(score, name)) is not None] for name in OF_PAIRS}
     return {name: fmean(of_pairs) for name, of_pairs in values.items() if of_pairs}

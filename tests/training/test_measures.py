@@ -24,6 +24,8 @@ from probe_kd.errors import RecipeError
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import parse
 from probe_kd.results.evaluation import evaluate
+from probe_kd.training.pair_scores import means
+from probe_kd.training.state import PairScore
 
 STUDENT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
 TEACHER = {"channels": [8, 16, 24, 48], "num_classes": 0}
@@ -124,6 +126,17 @@ def test_the_figures_are_those_of_scikit_learn(text: str, trained: Path) -> None
     assert (pair["student"], pair["teacher"], pair["loss"], pair["stage"]) == ("blocks.1", "layer3", "hint", "hint")  # type: ignore[index]
     assert pair["explained_variance"] == pytest.approx(explained, abs=1e-5)  # type: ignore[index]
     assert pair["cosine"] == pytest.approx(cosine, abs=1e-5)  # type: ignore[index]
+
+
+def test_the_mean_is_over_the_pairs_of_the_last_stage_that_compares_features() -> None:
+    def score(stage: str, explained: float | None, cosine: float | None) -> PairScore:
+        return PairScore(stage, "hint", "layer1", "layer1", explained, cosine)
+
+    first, second = score("one", -3.0, 0.1), [score("two", 0.5, 0.2), score("two", None, 0.4), score("two", None, None)]
+    assert means([first, *second, score("three", None, None)]) == pytest.approx(
+        {"explained_variance": 0.5, "cosine": 0.3}
+    )
+    assert means([score("three", None, None)]) == means([]) == {}
 
 
 def test_every_model_is_measured_and_none_has_an_accuracy(trained: Path) -> None:
