@@ -17,7 +17,8 @@ def fit_targets(models: Models, trained: TrainedModel, distiller: Distiller, pro
     """Fit the statistics of `normalize: fitted` and `phi_s`, if a loss has them, on views of training images.
 
     They are views of the first epoch, because augmentation changes the statistics. Which images they are follows from
-    the seed alone, and each process takes a part of them, so the statistics are those of one process.
+    the seed alone, and each process takes a part of them, so they sum up what one process would. A rotation
+    of `phi_s` may differ from that of one process where channels have equal variance.
     """
     if not fitted_norms(distiller.adapters):
         return
