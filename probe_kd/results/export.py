@@ -164,10 +164,11 @@ def export(
         raise RunError(f"cannot look into {folder}: {refusal.strerror}") from refusal
     trained = _read(run, role, ema, root, allow_import)
     if trained.why_not_timm and not onnx:
+        own = packages([str(trained.about["model"])])
+        allowed = f", allow_import={own}" if own else ""
         raise RunError(
-            f"{trained.weights} {trained.why_not_timm}. probe_kd.load_student({str(trained.weights)!r}, "
-            f"allow_import={packages([str(trained.about['model'])])}) builds it; "
-            "--onnx exports it as ONNX alone, which needs neither timm nor your code"
+            f"{trained.weights} {trained.why_not_timm}. probe_kd.load_student({str(trained.weights)!r}{allowed}) "
+            "builds it; --onnx exports it as ONNX alone, which needs none of these libraries and no code"
         )
     sample = _sample(trained, needed=root is not None)
     with _beside(folder) as aside, torch.no_grad():

@@ -14,7 +14,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -81,7 +80,7 @@ def _table(group: Group) -> Table:
     for row in group.summaries:
         size = [amount(value) if value is not None else "" for value in (row.parameters, row.macs)]
         seconds = f"{row.seconds.mean:,.0f} s" if row.seconds else row.unfinished and "so far"
-        table.add_row(escape(row.role), *(cell(row.of(name), name) for name in measures), *size, seconds)
+        table.add_row(row.role, *(cell(row.of(name), name) for name in measures), *size, seconds)
         if any(row.ema_of(name) for name in measures):
             table.add_row("  its average", *(over_seeds(row.ema_of(name), name) for name in measures))
     return table
@@ -94,7 +93,7 @@ def _pairs_table(group: Group) -> Table:
     for pair in group.pair_scores:
         loss = f"{pair.stage}: {pair.loss}" if several_stages else pair.loss
         values = (cell(getattr(pair, name), name) for name in OF_PAIRS)
-        table.add_row(*map(escape, (pair.student, pair.teacher, loss)), *values)
+        table.add_row(pair.student, pair.teacher, loss, *values)
     return table
 
 

@@ -49,7 +49,7 @@ def test_a_student_learns_from_its_features(kind: str, tmp_path: Path, command: 
     assert "has no classifier, and this method reads its classes" in done.stderr
 
 
-def test_the_outputs_of_transformers_are_read_by_name(tmp_path: Path) -> None:
+def test_the_outputs_of_transformers_are_read_by_name(tmp_path: Path, command: Command) -> None:
     model = foreign_models.transformers.ViTForImageClassification(
         foreign_models.transformers.ViTConfig(**foreign_models.SMALL, num_labels=10)
     )
@@ -61,7 +61,9 @@ def test_the_outputs_of_transformers_are_read_by_name(tmp_path: Path) -> None:
     assert float(row["soft"]) > 0
     pooled = text.replace("pairs: auto", "pairs: {global_pool: '[pooler_output]'}").replace(soft, "losses: {")
     dino = foreign_models.dino(tmp_path / "dino")
-    assert str(planned(pooled.replace(name, dino)).pairs[0].teacher) == "[pooler_output]"
+    pooled = pooled.replace(name, dino).replace("holdout", "labels: none, holdout")
+    run(pooled, tmp_path / "pooled")
+    assert "global_pool     [pooler_output]   hint" in command("compare", "pooled").stdout  # and no markup
 
 
 def test_what_a_recipe_cannot_know_is_asked_for(tmp_path: Path) -> None:

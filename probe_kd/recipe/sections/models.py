@@ -245,7 +245,8 @@ def _check_new_classifier(
     mistakes: list[Mistake] = []
     with noting(mistakes, *place):
         names = classifiers(build_on_meta(trace_.model, trace_.model_kwargs))
-        return _describe_new_classifier(side, trace_, names, "timm"), []
+        source = "timm" if ":" not in model.model else model.model
+        return _describe_new_classifier(side, trace_, names, source), []
     return [], mistakes
 
 
