@@ -77,8 +77,8 @@ def measured(name: str, losses: dict[str, Any], wishes: Any) -> list[list[object
         if wishes.profile:
             profiled(arms["cached, every other"])
         seen = interleaved(arms, 1 if wishes.quick else wishes.rounds or 7, 1, str(kept.models.accelerator.device))
-        assert loop.cache is not None
-        size = sum(tap.bytes for tap in loop.cache.taps) / 1000
+        assert loop.caches
+        size = sum(tap.bytes for tap in loop.caches[""].taps) / 1000
         images = loop.steps * loop.batches.loader.total_batch_size
     return [
         [
@@ -130,20 +130,20 @@ def _written(ours: Ours) -> Callable[[], None]:
 
     def epoch() -> None:
         ours.times += 1
-        loop.cache = ours.cache(trained, distiller)
+        loop.caches = ours.caches(trained, distiller)
         one_epoch(loop, 0)
-        assert loop.cache is not None
-        loop.cache.close()
+        assert loop.caches
+        loop.caches[""].close()
 
     return epoch
 
 
 def _read(ours: Ours, stack: ExitStack) -> Arm:
     trained, distiller, loop = ours.stages[0]
-    loop.cache = ours.cache(trained, distiller)
-    assert loop.cache is not None
-    stack.callback(loop.cache.close)
-    while len(loop.cache.some(loop.views.view, loop.cache.count)[0]) < loop.cache.count:
+    loop.caches = ours.caches(trained, distiller)
+    assert loop.caches
+    stack.callback(loop.caches[""].close)
+    while len(loop.caches[""].some(loop.views.view, loop.caches[""].count)[0]) < loop.caches[""].count:
         one_epoch(loop, 0)
         loop.phase = replace(loop.phase, age=loop.phase.age + 1)  # another order
     return lambda: one_epoch(loop, 0)
@@ -152,10 +152,10 @@ def _read(ours: Ours, stack: ExitStack) -> Arm:
 def agree(ours: Ours) -> None:
     """What is read is what the teacher gives, to the bit."""
     _, distiller, loop = ours.stages[0]
-    assert loop.cache is not None
+    assert loop.caches
     loop._begin(0)
     images, _, indices = next(iter(loop.batches))
-    found = loop.cache.find(indices)
+    found = loop.caches[""].find(indices)
     assert found is not None
     for kept, given in zip(found, distiller.teacher_targets(images), strict=True):
         torch.testing.assert_close(kept.to(given.device), given, rtol=1e-5, atol=1e-5)

@@ -81,7 +81,7 @@ class Ours:
         self.stages: list[tuple[TrainedModel, Distiller, Loop]] = []
         for index in range(len(self.plan.recipe.stages)):
             models = {trained.role: trained for trained in self.models.in_turn()}
-            self.models.teacher = models.get("teacher")
+            self.models.teachers |= {"": models["teacher"]} if "teacher" in models else {}
             student = models["student"]
             self.stages.append(self._stage(student, student.phases[index], stops, stack))
 
@@ -92,27 +92,28 @@ class Ours:
         for probe in filter(None, (distiller._student_probe, getattr(distiller._teacher, "probe", None))):
             probe.stop_early = stops
         stack.enter_context(training_only(distiller, reached(self.models, trained, distiller)))
-        return trained, distiller, loop_of(self.models, trained, phase, distiller, None)
+        return trained, distiller, loop_of(self.models, trained, phase, distiller, {})
 
     def __call__(self) -> None:
         """All epochs of all stages; a cache begins empty."""
         self.times += 1
         for trained, distiller, loop in self.stages:
             with ExitStack() as stack:
-                loop.cache = self.cache(trained, distiller)
-                if loop.cache is not None:
-                    stack.callback(loop.cache.close)
+                loop.caches = self.caches(trained, distiller)
+                for cache in loop.caches.values():
+                    stack.callback(cache.close)
                 for epoch in range(loop.phase.epochs):
                     one_epoch(loop, epoch)
 
-    def cache(self, trained: TrainedModel, distiller: Distiller) -> TeacherCache | None:
+    def caches(self, trained: TrainedModel, distiller: Distiller) -> dict[str, TeacherCache]:
         wish = self.plan.recipe.teacher
         if wish is None or wish.cache is None:
-            return None
+            return {}
         fresh = wish.model_copy(update={"cache": str(self.folder / f"cache-{self.times}")})
         recipe = self.plan.recipe.model_copy(update={"teacher": fresh})
         models = replace(self.models, plan=replace(self.plan, recipe=recipe))
-        return open_cache(models, trained, distiller, Progress(Console(), quiet=True))
+        cache = open_cache(models, "", trained, distiller, Progress(Console(), quiet=True))
+        return {} if cache is None else {"": cache}
 
 
 def one_epoch(loop: Loop, epoch: int) -> None:
@@ -120,8 +121,8 @@ def one_epoch(loop: Loop, epoch: int) -> None:
     loop.sums = {}
     for _ in loop.run(epoch):
         pass
-    if loop.cache is not None:
-        loop.cache.flush()
+    for cache in loop.caches.values():
+        cache.flush()
 
 
 def _plan(tree: Tree, folder: Path) -> Plan:

@@ -19,6 +19,10 @@ SECTIONS = {
     "Recipe": ("Top level", "The keys of the recipe file itself."),
     "ModelOptions": ("`student`", ""),
     "TeacherOptions": ("`teacher`", "It also has the keys of `student`."),
+    "NamedTeacherOptions": (
+        "`teachers.NAME`",
+        "One of several teachers. It also has the keys of `teacher`, and `train` as there.",
+    ),
     "TeacherTraining": (
         "`teacher.train`",
         "Trains the teacher on the labels before distillation.",
@@ -61,7 +65,11 @@ SECTIONS = {
     "AverageOptions": ("`model_ema`", "Off unless the section is given."),
 }
 # Keys that two sections have are listed in one of them.
-LISTED_ELSEWHERE = {"TeacherOptions": "ModelOptions", "LinearOptions": "KnnOptions"}
+LISTED_ELSEWHERE = {
+    "TeacherOptions": "ModelOptions",
+    "NamedTeacherOptions": "TeacherOptions",
+    "LinearOptions": "KnnOptions",
+}
 
 REDUCTION = "`mean`, or `sum` over one image; the batch is averaged either way."
 RELATIVE = (

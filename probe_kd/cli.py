@@ -315,7 +315,8 @@ def check(
     from probe_kd.tables import reach_table as reach
 
     planned = plan(load(recipe, sets=sets or (), tolerant=True), allow_import=_allowed(allow_import))
-    console, idle, teacher = _console(), idle_rows(planned), planned.recipe.teacher
+    console, idle = _console(), idle_rows(planned)
+    trains_teacher = any(teacher.options.train is not None for teacher in planned.teachers.values())
     if not as_json:
         console.print(models_table(planned))
         if planned.comparisons:
@@ -341,7 +342,7 @@ def check(
         print(json.dumps(_checked(planned, idle, audited), indent=1))
     elif audited is not None:
         for table in (
-            losses_table(audited.costs, trains_teacher=teacher is not None and teacher.train is not None),
+            losses_table(audited.costs, trains_teacher=trains_teacher),
             costs_table(audited.costs),
             *([reach(audited.reach)] if gradients else []),
         ):
@@ -743,13 +744,6 @@ def compare(
         _print(f"wrote {output}", sys.stderr if as_json else None)
 
 
-class RoleChoice(StrEnum):
-    student = "student"
-    baseline = "baseline"
-    teacher = "teacher"
-    teacher_baseline = "teacher-baseline"
-
-
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
@@ -757,8 +751,15 @@ def export(
         Path | None, typer.Option("--output", "-o", help="The folder to write, which must be new or empty.")
     ] = None,
     role: Annotated[
-        RoleChoice, typer.Option("--role", "--subject", help="The model of the run to export.")
-    ] = RoleChoice.student,
+        str,
+        typer.Option(
+            "--role",
+            "--subject",
+            metavar="ROLE",
+            help="The model of the run to export: student, baseline, teacher, teacher-baseline, or teacher-NAME of "
+            "several.",
+        ),
+    ] = "student",
     ema: Annotated[bool, typer.Option("--ema", help="Export the moving average of its weights.")] = False,
     reparameterize: Annotated[
         bool, typer.Option("--reparameterize", help="Merge the branches and norms that only training needs.")
@@ -797,7 +798,7 @@ def export(
         output = output or Path(push_to_hub.rpartition("/")[2])
     assert output is not None
     options = {"ema": ema, "reparameterize": reparameterize, "onnx": onnx, "overwrite": overwrite}
-    exported = write(run, output, role=role.value, root=root, allow_import=_allowed(allow_import), **options)
+    exported = write(run, output, role=role, root=root, allow_import=_allowed(allow_import), **options)
     address = push(Path(exported.folder), push_to_hub, private=not public) if push_to_hub else None
     if as_json:
         print(json.dumps(asdict(exported) | ({"hub": address} if address else {}), indent=1))
@@ -854,7 +855,7 @@ def _report(planned: "Plan", folder: Path, console: "Console") -> None:
     from probe_kd.results.comparison import measure_layers
     from probe_kd.results.html import tables, write_page
 
-    if planned.teacher is not None:
+    if planned.teachers:
         with (
             _errors_as_notes("the layers are not compared"),
             console.status("comparing the layers of student and teacher"),

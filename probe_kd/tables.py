@@ -20,7 +20,8 @@ from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.measures import MEASURES, OF_LABELLED_SET, OF_PAIRS
 from probe_kd.methods.adapters import Target, adapt
 from probe_kd.methods.targets import make_adapters, targets_of
-from probe_kd.recipe.planner import Plan
+from probe_kd.recipe.planner import Plan, PlannedTeacher
+from probe_kd.recipe.sections.outputs import role_of_teacher
 
 if TYPE_CHECKING:  # what they import takes a second, and `inspect` needs none of it
     from probe_kd.results.evaluation import Evaluation
@@ -179,8 +180,10 @@ def models_table(plan: Plan) -> Table:
     """Return a table of the models of a plan, with the input of each."""
     table = table_of("Models", "", "model", "sees", "parameters>", "MACs>")
     sides = [("student", plan.trained, plan.student_input)]
-    if plan.teacher and plan.teacher_input:
-        sides.append(("teacher", plan.teacher, plan.teacher_input))
+    weights = {name: options.weight for name, options in (plan.recipe.teachers or {}).items()}
+    for name, teacher in plan.teachers.items():
+        weight = f", weight {weights[name]:g}" if weights.get(name, 1.0) != 1 else ""
+        sides.append((teacher.role + weight, teacher.trace, teacher.input))
     for role, trace, input_spec in sides:
         description = (
             f"{'x'.join(map(str, input_spec.size))}, mean {_numbers(input_spec.mean)}, std {_numbers(input_spec.std)}"
@@ -196,14 +199,19 @@ def _numbers(values: Iterable[float]) -> str:
 
 def teacher_lines(plan: Plan) -> list[str]:
     """List the models that get a new classifier, and how a teacher that already has weights is fine-tuned."""
-    teacher, lines = plan.recipe.teacher, list(plan.new_classifiers)
-    if teacher is None or teacher.train is None or not (teacher.pretrained or teacher.checkpoint):
-        return lines
-    train = teacher.train
-    return [
-        *lines,
-        f"the teacher has weights, and is first fine-tuned: {train.epochs} epochs, lr {train.optimizer.lr:g}",
-    ]
+    lines = list(plan.new_classifiers)
+    for teacher in plan.teachers.values():
+        train = teacher.options.train
+        if train is not None and (teacher.options.pretrained or teacher.options.checkpoint):
+            how = f"{train.epochs} epochs, lr {train.optimizer.lr:g}"
+            lines.append(f"the {teacher.role} has weights, and is first fine-tuned: {how}")
+    for stage in plan.recipe.stages:
+        if stage.teacher_dropping is not None:
+            lines.append(
+                f"stage {stage.name}: each step learns from the teacher with the greatest loss, and drops each other "
+                f"with probability {stage.teacher_dropping:g}"
+            )
+    return lines
 
 
 def frozen_lines(plan: Plan) -> list[str]:
@@ -277,10 +285,16 @@ def idle_rows(plan: Plan) -> list[Idle]:
     """Return, for every stage, the layers that do not run because the forward stops at the last tap."""
     rows = []
     for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
-        for index, (side, trace) in enumerate((("student", plan.trained), ("teacher", plan.teacher))):
-            taps = [tap for objective in objectives for tap in objective.taps[index]]
+        taps_of: dict[str, list[Tap]] = {}
+        for objective in objectives:
+            taps_of.setdefault("student", []).extend(objective.taps[0])
+            for tap in objective.taps[1]:
+                taps_of.setdefault(role_of_teacher(tap.model), []).append(tap.local)
+        traces = {"student": plan.trained} | {teacher.role: teacher.trace for teacher in plan.teachers.values()}
+        for side, trace in traces.items():
+            taps = taps_of.get(side, [])
             # With a trunk or a graft, a model also uses layers of the other one, so both run completely.
-            if trace is None or not taps or plan.sharing or any(tap.is_output for tap in taps):
+            if not taps or plan.sharing or any(tap.is_output for tap in taps):
                 continue
             last = max((trace[tap] for tap in taps), key=lambda spec: spec.order)
             above = [module for module in trace.modules.values() if module.first > last.order]
@@ -303,19 +317,25 @@ def idle_table(rows: Iterable[Idle]) -> Table:
 
 
 def cache_lines(plan: Plan) -> list[str]:
-    """Estimate the final size of the teacher's cache, at four bytes per number. Empty if the plan has no cache."""
-    options, teacher = plan.recipe.teacher, plan.teacher
-    if options is None or options.cache is None or teacher is None:
+    """Estimate the final size of each teacher's cache, at four bytes per number. Empty if the plan has no cache."""
+    return [line for teacher in plan.teachers.values() for line in _cache_lines(plan, teacher)]
+
+
+def _cache_lines(plan: Plan, teacher: PlannedTeacher) -> list[str]:
+    options, traces = teacher.options, plan.traces
+    if options.cache is None or traces is None:
         return []
     views: dict[Target, set[int]] = {}
     losses = [objective for objectives in plan.objectives for objective in objectives]
-    outputs = {str(objective.outputs.teacher) for objective in losses if objective.resolved.reads == "outputs"}
+    comparing = [objective for objective in losses if objective.resolved.reads == "outputs"]
+    outputs = {str(tap.local) for objective in comparing for tap in objective.teacher_taps if tap.model == teacher.name}
     age = 0
     for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
         stage_views = {epoch % (plan.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
-        adapters = make_adapters(objectives, plan.trained, teacher, plan.class_map)
-        for target in targets_of(objectives, adapters, teacher).values():
-            views.setdefault(target, set()).update(stage_views)
+        adapters = make_adapters(objectives, plan.trained, traces, plan.class_maps)
+        for target in targets_of(objectives, adapters, traces).values():
+            if target.teacher == teacher.name:
+                views.setdefault(target, set()).update(stage_views)
         age += stage.epochs
     images, total, lines = len(plan.datasets.train), 0.0, []  # type: ignore[arg-type]
     for target, target_views in views.items():
@@ -325,7 +345,8 @@ def cache_lines(plan: Plan) -> list[str]:
         times = f"{images} images x {len(target_views)} views x {numbers} numbers"
         lines.append(f"  {target.name or repr('')}: {times} = {size / 1e9:.3g} GB")
     new = " (every epoch shows new views; `data.views` or `no_aug` bounds them)" * (plan.recipe.data.num_views is None)
-    return [f"The teacher's cache in {options.cache} will hold up to {total / 1e9:.3g} GB{new}:", *lines]
+    whose = f"The cache of the {teacher.role}" if teacher.name else "The teacher's cache"
+    return [f"{whose} in {options.cache} will hold up to {total / 1e9:.3g} GB{new}:", *lines]
 
 
 def reach_table(rows: Iterable["Reach"]) -> Table:
@@ -371,16 +392,22 @@ def scores_table(evaluation: "Evaluation") -> Table:
         return _multilabel_table(evaluation)
     columns = _score_columns(evaluation)
     title = f"{evaluation.run}: {evaluation.images} images ({evaluation.split})"
-    table = table_of(title, "", "model", "weights", *(f"{column}>" for column in columns))
+    teachers = list(dict.fromkeys(name for row in evaluation.scores for name in row.agreements))
+    with_each = [f"with {name}" for name in teachers]
+    table = table_of(title, "", "model", "weights", *(f"{column}>" for column in (*columns, *with_each)))
     for row in evaluation.scores:
         values = [form(getattr(row, name)) for name, form in columns.values()]
         has_any = any(values) or not columns
+        values += [_share(row.agreements.get(name)) for name in teachers]
         table.add_row(row.role, *map(escape, (row.model, row.weights)), *(values if has_any else ["-"] * len(values)))
     table.caption = None
     if "NLL" in columns:
         table.caption = "NLL, and KL(teacher || student), in nats per image; calibration error: expected, 15 bins, l1"
     elif "KL" in columns:
         table.caption = "KL(teacher || student), in nats per image"
+    if teachers:
+        of_mean = f"agreement and KL are with the mean of {', '.join(teachers)}, and then with each"
+        table.caption = f"{table.caption}; {of_mean}" if table.caption else of_mean
     if any(row.role == "teacher baseline" for row in evaluation.scores):
         table.caption = f"{table.caption or ''}; agreement and KL are with the teacher that trained with the student"
     return table
@@ -467,7 +494,7 @@ def print_student(plan: Plan, folder: Path, console: Console) -> None:
 
 def _next_commands(plan: Plan, folder: Path, *, is_timm: bool) -> str:
     """Return the next commands in one line, ready to be copied."""
-    names = [trace.model for trace in (plan.student, plan.teacher) if trace]
+    names = [plan.student.model, *(teacher.trace.model for teacher in plan.teachers.values())]
     allowed = "".join(f" --allow-import {package}" for package in packages(names))
     run = quote(str(folder))
     export = (

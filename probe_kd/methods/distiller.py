@@ -28,7 +28,7 @@ from probe_kd.methods.inputs import (
     trace_teachers,
     view_of_teacher,
 )
-from probe_kd.methods.naming import by_teacher, name_teachers, teachers_by_name
+from probe_kd.methods.naming import by_teacher, compared_alone, name_teachers, teachers_by_name
 from probe_kd.methods.normalisation import fitted_norms
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.outputs import tensor_at
@@ -160,7 +160,7 @@ class Distiller(nn.Module):
             self._teacher = self._make_teacher(teachers, traces, teacher_inputs, student_input)
         self.unread_teachers = tuple(name for name in teachers if name not in self._teacher.models)
         dropping = (
-            TeacherDropping(_compared_alone(self.objectives), teacher_dropping, seed) if teacher_dropping else None
+            TeacherDropping(compared_alone(self.objectives), teacher_dropping, seed) if teacher_dropping else None
         )
         block_gradient = not self._teacher.passes_gradient
         self._terms = Terms(self.objectives, self.adapters, block_gradient=block_gradient, dropping=dropping)
@@ -426,12 +426,6 @@ def _check(
         raise LossError(
             "the teacher is frozen, so it neither shares nor learns; give a gradient `block` to train it too"
         )
-
-
-def _compared_alone(objectives: Iterable[Objective]) -> list[str]:
-    """The teachers that comparisons read alone, without the mean of several."""
-    comparisons = [comparison for objective in objectives for comparison in objective.comparisons]
-    return list(dict.fromkeys(name for comp in comparisons if not comp.is_mean for name in comp.teachers))
 
 
 def _check_block(objectives: Sequence[Objective], teachers: Mapping[str, nn.Module], block: Block) -> None:

@@ -68,7 +68,7 @@ def name_teachers(
     named = []
     for objective in objectives:
         pairs = tuple(replace(pair, teacher=teachers.named(pair.teacher)) for pair in objective.pairs)
-        objective = replace(objective, pairs=pairs, teacher_weights=weights)
+        objective = replace(objective, pairs=pairs, teacher_weights={**objective.teacher_weights, **weights})
         if objective.resolved.reads == "outputs":
             objective = replace(objective, teacher=_output_of(objective, student, teachers, class_maps, outputs or {}))
         named.append(objective)
@@ -121,3 +121,22 @@ def _described(teachers: Traces, tap: Tap) -> str:
         return teachers[tap].describe()
     except TapError:
         return "no single tensor"
+
+
+def localised(objective: Objective, name: str) -> Objective | None:
+    """The part of an objective that one teacher takes part in, as if it was the only one; None if there is none.
+
+    What reads labels alone is part of it.
+    """
+    reads = objective.resolved
+    pairs = [replace(pair, teacher=pair.teacher.local) for pair in objective.pairs if pair.teacher.model == name]
+    taps = [tap.local for tap in objective.teacher_taps if tap.model == name]
+    if (reads.reads_layers and not pairs) or (reads.reads == "outputs" and not taps):
+        return None
+    return replace(objective, pairs=pairs, teacher=taps[0] if taps else "", between=(), teacher_weights={})
+
+
+def compared_alone(objectives: Iterable[Objective]) -> list[str]:
+    """The teachers that comparisons read alone, without the mean of several."""
+    comparisons = [comparison for objective in objectives for comparison in objective.comparisons]
+    return list(dict.fromkeys(name for comp in comparisons if not comp.is_mean for name in comp.teachers))

@@ -356,9 +356,8 @@ class Objective:
             if self.is_dense and comparison.is_mean:
                 raise AdapterError("`dense` compares with one teacher; name it as `teacher` of the loss")
             if comparison.is_mean:
-                return adapt_mean(
-                    student_output, teacher_outputs, [pair.weight for pair in comparison.pairs], class_maps
-                )
+                weights, multilabel = [pair.weight for pair in comparison.pairs], self.resolved.multilabel
+                return adapt_mean(student_output, teacher_outputs, weights, class_maps, multilabel=multilabel)
             own_map = class_maps.get(self.outputs.teacher.model)
             return adapt_outputs(student_output, teacher_outputs[0], own_map, dense=self.is_dense, grid=self.grid)
         student_specs = [student[pair.student] for pair in comparison.pairs]

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from probe_kd.data.options import DataOptions, InputSize, null_as_none_word
-from probe_kd.engine.spec import Schedule, Tap
+from probe_kd.engine.spec import Schedule, Tap, check_model_name
 from probe_kd.errors import LossError, TapError
 from probe_kd.methods.adapters import Activation, Grid, Normalize, Policy, Projector, Tokens
 from probe_kd.methods.sharing import Pattern
@@ -61,6 +61,22 @@ def _tap(text: str) -> str:
 
 
 TapText = Annotated[str, AfterValidator(_tap)]
+
+
+def _teacher_name(name: str) -> str:
+    """Check a name that taps begin with: `dino:blocks.11`."""
+    if name in ("mean", "baseline"):
+        raise ValueError(f"a teacher cannot be called `{name}`, which has a meaning of its own")
+    if not 0 < len(name) <= 64:
+        raise ValueError("a teacher's name has 1 to 64 letters")
+    try:
+        check_model_name(name)
+    except TapError as refusal:
+        raise ValueError(str(refusal)) from None
+    return name
+
+
+TeacherName = Annotated[str, AfterValidator(_teacher_name)]
 
 
 # The branch of a union that a value belongs to, so that pydantic reports one error and not one for each branch.
@@ -218,6 +234,7 @@ class StageOptions(_Section):
         ]
         | None
     ) = None
+    teacher_dropping: float | None = Field(default=None, gt=0, le=1)
 
 
 FINE_TUNING_LR = 1e-4  # a tenth of the default for training from scratch
@@ -291,6 +308,15 @@ class TeacherOptions(ModelOptions):
             train = self.train.model_copy(update={"optimizer": optimizer.model_copy(update={"lr": FINE_TUNING_LR})})
             object.__setattr__(self, "train", train)  # the model is frozen
         return self
+
+
+class NamedTeacherOptions(TeacherOptions):
+    """One of several teachers: the keys of `teacher`, and its weight.
+
+    `weight` multiplies its pairs in every loss, and is its share of the mean of several classifiers.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
 
 
 def classifier_of(options: ModelOptions) -> Literal["same", "new where other", "new"]:
@@ -375,9 +401,21 @@ class PairOptions(_Section):
         return self.model_dump(exclude={"teacher", "weight"}, exclude_none=True)
 
 
-_Pair = Annotated[
+_OnePair = Annotated[
     Annotated[str, Tag("word")] | Annotated[PairOptions, Tag("mapping")],
     Discriminator(_mapping_or_word),
+]
+
+
+def _mapping_several_or_word(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else _mapping_or_word(value)
+
+
+_Pair = Annotated[
+    Annotated[str, Tag("word")]
+    | Annotated[PairOptions, Tag("mapping")]
+    | Annotated[list[_OnePair], Field(min_length=1), Tag("list")],
+    Discriminator(_mapping_several_or_word),
 ]
 Pairs = Annotated[
     Annotated[AutoPairs, BeforeValidator(_auto_as_mapping), Tag("auto")] | Annotated[dict[str, _Pair], Tag("mapping")],
@@ -492,21 +530,23 @@ class Recipe(_Section):
     """A whole recipe.
 
     `pairs` maps student taps to teacher taps, or is `auto`. A tap may be a pattern, `glob:blocks.[0-3]` or
-    `re:layer[12]`, if both sides of a pair match equally many layers. `baseline` also trains the student without a
-    teacher, from the same initial weights, on the same images, with the losses that read only labels. `share` trains
-    both models jointly; before that, the teacher is trained alone, for comparison. `precision` is accelerate's. Not
-    set: accelerate's own configuration, else `bf16` on a GPU that supports it, and `no` elsewhere. `matmul_precision`
-    is that of `torch.set_float32_matmul_precision`. Not set: `high` on a GPU in bf16 or fp16. `channels_last` is the
-    memory format of models and images. Not set: yes if all models are timm's, except in float32 on a GPU, because
-    convolutions are then faster (benchmarks/modes.py, gpu.py); your own model may not support it. `model_ema` also
-    keeps a moving average of the student, which restarts in every stage. A checkpoint is written after every epoch, and
-    every `recovery_interval` batches in between; the newest `checkpoint_hist` are kept. The student is evaluated every
-    `val_interval` epochs, and after the last epoch of a stage. `trackers` are those of accelerate: `tensorboard`,
-    `wandb`.
+    `re:layer[12]`, if both sides of a pair match equally many layers. `teachers` are several teachers by name,
+    instead of `teacher`; taps then begin with the name of a teacher, and a student layer may learn from a list of
+    theirs. `baseline` also trains the student without a teacher, from the same initial weights, on the same images,
+    with the losses that read only labels. `share` trains both models jointly; before that, the teacher is trained
+    alone, for comparison. `precision` is accelerate's. Not set: accelerate's own configuration, else `bf16` on a
+    GPU that supports it, and `no` elsewhere. `matmul_precision` is that of `torch.set_float32_matmul_precision`.
+    Not set: `high` on a GPU in bf16 or fp16. `channels_last` is the memory format of models and images. Not set:
+    yes if all models are timm's, except in float32 on a GPU, because convolutions are then faster
+    (benchmarks/modes.py, gpu.py); your own model may not support it. `model_ema` also keeps a moving average of the
+    student, which restarts in every stage. A checkpoint is written after every epoch, and every `recovery_interval`
+    batches in between; the newest `checkpoint_hist` are kept. The student is evaluated every `val_interval` epochs,
+    and after the last epoch of a stage. `trackers` are those of accelerate: `tensorboard`, `wandb`.
     """
 
     student: ModelOptions
     teacher: TeacherOptions | None = None
+    teachers: dict[TeacherName, NamedTeacherOptions] | None = Field(default=None, min_length=1)
     data: DataOptions
     pairs: Pairs = {}
     share: ShareOptions | None = None
@@ -533,3 +573,18 @@ class Recipe(_Section):
     def loss_names(self) -> set[str]:
         """The names of the losses of all stages."""
         return {name for stage in self.stages for name in stage.losses}
+
+    @property
+    def teachers_by_name(self) -> dict[str, TeacherOptions]:
+        """The teachers by name; that of `teacher` has an empty name."""
+        return {**self.teachers} if self.teachers else {"": self.teacher} if self.teacher else {}
+
+    def with_only(self, name: str) -> Self:
+        """The recipe with one of its teachers as `teacher`."""
+        return self.model_copy(update={"teacher": self.teachers_by_name[name], "teachers": None})
+
+
+def all_pairs(value: str | PairOptions | Sequence[str | PairOptions]) -> list[PairOptions]:
+    """The pairs of one line of `pairs`, in their long form."""
+    values = [value] if isinstance(value, str | PairOptions) else value
+    return [item if isinstance(item, PairOptions) else PairOptions(teacher=item) for item in values]

@@ -10,36 +10,58 @@ from typing import Any, NamedTuple
 
 from probe_kd.data.datasets import Datasets
 from probe_kd.data.record import DataRecord
-from probe_kd.engine.spec import InputSpec, Pair, Tap, Trace
+from probe_kd.engine.spec import InputSpec, Pair, Tap, Trace, Traces
 from probe_kd.measures import OF_LABELLED_SET, OF_PAIRS, headline_of
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
-from probe_kd.recipe.keys import PairOptions, Recipe
+from probe_kd.recipe.keys import PairOptions, Recipe, TeacherOptions
 from probe_kd.recipe.reading import Source
 from probe_kd.recipe.sections.evaluation import check_evaluation, measures_pairs
 from probe_kd.recipe.sections.execution import check_execution
 from probe_kd.recipe.sections.freezing import Frozen, find_frozen
 from probe_kd.recipe.sections.images import check_transforms, open_data
 from probe_kd.recipe.sections.labels import check_label_losses, softmax_remarks
-from probe_kd.recipe.sections.losses import Planned, check_baseline, check_sides, find_adapters, make_objectives
-from probe_kd.recipe.sections.mistakes import Mistake
+from probe_kd.recipe.sections.losses import (
+    Planned,
+    check_baseline,
+    check_dropping,
+    check_sides,
+    find_adapters,
+    make_objectives,
+    resolve_teachers,
+)
+from probe_kd.recipe.sections.mistakes import Mistake, naming, of_teacher, teacher_place
 from probe_kd.recipe.sections.models import (
     Models,
-    Side,
+    check_all_weights,
     check_inputs,
     check_name,
-    check_teacher,
-    check_weights,
+    check_teachers,
     in_body,
     input_of_teacher,
-    read_class_map,
+    read_class_maps,
     trace_models,
 )
-from probe_kd.recipe.sections.outputs import check_outputs, sides_that_classify
+from probe_kd.recipe.sections.outputs import check_outputs, role_of_teacher, roles_that_classify
 from probe_kd.recipe.sections.pairs import Expansion, Paired, check_use, expansions, find_pairs
 from probe_kd.recipe.sections.sharing import check_trunk_inputs, input_of_trained, try_sharing
 from probe_kd.recipe.sections.stages import check_stages, check_warmup
 from probe_kd.recipe.yaml_tree import KeyPath
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """A teacher of the recipe. `name` is empty if it is the only one, and `class_map` None if it needs none."""
+
+    name: str
+    options: TeacherOptions
+    trace: Trace
+    input: InputSpec
+    class_map: tuple[int, ...] | None
+
+    @property
+    def role(self) -> str:
+        return role_of_teacher(self.name)
 
 
 @dataclass(frozen=True)
@@ -49,27 +71,49 @@ class Plan:
     recipe: Recipe
     datasets: Datasets
     student: Trace
-    teacher: Trace | None
     student_input: InputSpec
-    teacher_input: InputSpec | None
+    teachers: Mapping[str, PlannedTeacher]  # a single one has an empty name
     pairs: tuple[Pair, ...]
     objectives: tuple[tuple[Objective, ...], ...]  # of each stage
     comparisons: tuple[Planned, ...]
-    class_map: tuple[int, ...] | None = None
     sharing: Sharing | None = None
     grown: Trace | None = None  # the student as it is trained, if it is a graft
     expansions: tuple[Expansion, ...] = ()
     new_classifiers: tuple[str, ...] = ()  # one sentence for each model with weights
     frozen: tuple[Frozen, ...] = ()  # of each stage
-    classifying: Mapping[Side, Tap] = field(default_factory=dict)  # the outputs on which accuracy is measured
+    classifying: Mapping[str, Tap] = field(default_factory=dict)  # the outputs on which accuracy is measured
     labelled_sets: Mapping[str, Datasets] = field(default_factory=dict)  # by the measure that is taken on it
 
-    def classifies(self, side: Side) -> bool:
-        """Whether the accuracy of this side means something: what no loss reads is not measured.
+    def classifies(self, role: str) -> bool:
+        """Whether the accuracy of the `student`, the `teacher` or one of several (`teacher dino`) means something.
 
-        With several labels an image, this is the mean average precision.
+        What no loss reads is not measured. With several labels an image, this is the mean average precision.
         """
-        return side in self.classifying
+        return role in self.classifying
+
+    @property
+    def teacher(self) -> Trace | None:
+        """The trace of a single teacher; of several, see `teachers`."""
+        return self.teachers[""].trace if "" in self.teachers else None
+
+    @property
+    def teacher_input(self) -> InputSpec | None:
+        return self.teachers[""].input if "" in self.teachers else None
+
+    @property
+    def class_map(self) -> tuple[int, ...] | None:
+        return self.teachers[""].class_map if "" in self.teachers else None
+
+    @property
+    def traces(self) -> Traces | None:
+        """The traces of the teachers, which find a tap by the name of its teacher. None without a teacher."""
+        return Traces({name: teacher.trace for name, teacher in self.teachers.items()}) if self.teachers else None
+
+    @property
+    def class_maps(self) -> dict[str, tuple[int, ...]]:
+        """The class maps by the name of the teacher."""
+        maps = {name: teacher.class_map for name, teacher in self.teachers.items()}
+        return {name: class_map for name, class_map in maps.items() if class_map is not None}
 
     @property
     def trained(self) -> Trace:
@@ -81,10 +125,10 @@ class Plan:
         """The prefix of the student's layers in the student as it is trained, if that is a graft."""
         return "body." if self.grown else ""
 
-    def output_of(self, side: Side) -> Tap:
-        """The tap on which a model is measured, in eval mode."""
-        options = self.recipe.teacher if side == "teacher" else self.recipe.student
-        return self.classifying.get(side) or Tap.parse(options.output if options else "")
+    def output_of(self, role: str) -> Tap:
+        """The tap on which the student, or the teacher with this role, is measured, in eval mode."""
+        options = {teacher.role: teacher.options.output for teacher in self.teachers.values()}
+        return self.classifying.get(role) or Tap.parse(options.get(role, self.recipe.student.output))
 
     @property
     def trained_output(self) -> Tap:
@@ -101,7 +145,7 @@ class Plan:
         """The measures of the student, by their names in `MEASURES`."""
         of_labels = "map" if self.datasets.labels == "multilabel" else "accuracy"
         classified = (of_labels,) * self.classifies("student")
-        agreement = ("agreement",) * (self.agrees_without_labels or len(self.classifying) == 2)
+        agreement = ("agreement",) * (self.agrees_without_labels or {"student"} < self.classifying.keys())
         return (*classified, *self.labelled_sets, *OF_PAIRS * self.measures_pairs, *agreement)
 
     @property
@@ -124,20 +168,22 @@ class Plan:
         )
 
     @property
+    def compared_outputs(self) -> set[str]:
+        """The names of the teachers whose outputs losses compare."""
+        objectives = [objective for stage in self.objectives for objective in stage]
+        comparing = [objective for objective in objectives if objective.resolved.reads == "outputs"]
+        return {tap.model for objective in comparing for tap in objective.teacher_taps}
+
+    @property
     def remarks(self) -> list[str]:
         """Warnings: the recipe can run, but is probably not what was meant."""
-        uses_teacher = self.recipe.share or any(
-            objective.needs_teacher for stage in self.objectives for objective in stage
-        )
         remarks = softmax_remarks(self.recipe)
-        if self.teacher is None or uses_teacher:
+        if self.recipe.share:
             return remarks
-        action = "is trained" if self.recipe.teacher and self.recipe.teacher.train else "is loaded"
-        return [
-            f"no loss reads the teacher: it {action} and compared with, and teaches nothing; add "
-            "`soft: {loss: soft_targets}`, say, or leave `teacher` out",
-            *remarks,
-        ]
+        objectives = [objective for stage in self.objectives for objective in stage]
+        read = {tap.model for objective in objectives for tap in objective.taps[1]}
+        unread = [_remark_on_unread(teacher) for name, teacher in self.teachers.items() if name not in read]
+        return unread + remarks
 
     @property
     def resolved(self) -> Recipe:
@@ -145,27 +191,45 @@ class Plan:
         recipe = self.recipe
         student = recipe.student.model_copy(update={"model_kwargs": dict(self.student.model_kwargs)})
         sections: dict[str, Any] = {"student": student}
-        if recipe.teacher is not None and self.teacher is not None:
-            kwargs = dict(self.teacher.model_kwargs)
-            sections["teacher"] = recipe.teacher.model_copy(update={"model_kwargs": kwargs})
-        sections |= self._normalisation_of_folders(sections)
+        if recipe.student.model.startswith("local-dir:") and not self.grown:
+            sections["data"] = recipe.data.model_copy(update=_normalisation(self.student_input))
+        teachers = {name: _resolved_teacher(teacher) for name, teacher in self.teachers.items()}
+        if recipe.teachers:
+            sections["teachers"] = teachers
+        elif teachers:
+            sections["teacher"] = teachers[""]
         if self.pairs:
-            body = "body." if self.grown else ""
-            sections["pairs"] = {str(pair.student).removeprefix(body): _pair_as_written(pair) for pair in self.pairs}
+            sections["pairs"] = _pairs_as_written(self.pairs, "body." if self.grown else "")
         return recipe.model_copy(update=sections)
 
-    def _normalisation_of_folders(self, sections: Mapping[str, Any]) -> dict[str, Any]:
-        """The sections with the mean and std from the config of a `local-dir:` model, because its folder may vanish."""
-        sides = [("data", self.recipe.student, None if self.grown else self.student_input)]
-        if self.recipe.teacher is not None:
-            sides.append(("teacher", self.recipe.teacher, self.teacher_input))
-        return {
-            key: sections.get(key, getattr(self.recipe, key)).model_copy(
-                update={"mean": input_spec.mean, "std": input_spec.std}
-            )
-            for key, options, input_spec in sides
-            if input_spec is not None and options.model.startswith("local-dir:")
-        }
+
+def _remark_on_unread(teacher: PlannedTeacher) -> str:
+    action = "is trained" if teacher.options.train else "is loaded"
+    return naming(
+        teacher.name,
+        f"no loss reads the teacher: it {action} and compared with, and teaches nothing; add "
+        f"`soft: {{loss: soft_targets}}`, say, or leave `{'.'.join(map(str, teacher_place(teacher.name)))}` out",
+    )
+
+
+def _resolved_teacher(teacher: PlannedTeacher) -> TeacherOptions:
+    update: dict[str, Any] = {"model_kwargs": dict(teacher.trace.model_kwargs)}
+    if teacher.options.model.startswith("local-dir:"):
+        update |= _normalisation(teacher.input)
+    return teacher.options.model_copy(update=update)
+
+
+def _normalisation(input_spec: InputSpec) -> dict[str, Any]:
+    """The mean and std from the config of a `local-dir:` model, because its folder may vanish."""
+    return {"mean": input_spec.mean, "std": input_spec.std}
+
+
+def _pairs_as_written(pairs: Sequence[Pair], body: str) -> dict[str, Any]:
+    """The pairs by the student's layer; a list where one learns from several layers."""
+    by_student: dict[str, list[str | PairOptions]] = {}
+    for pair in pairs:
+        by_student.setdefault(str(pair.student).removeprefix(body), []).append(_pair_as_written(pair))
+    return {name: written[0] if len(written) == 1 else written for name, written in by_student.items()}
 
 
 def _pair_as_written(pair: Pair) -> str | PairOptions:
@@ -180,14 +244,14 @@ class _Sections(NamedTuple):
     datasets: Datasets | None
     models: Models
     new_classifiers: list[str]
-    class_map: tuple[int, ...] | None
+    class_maps: dict[str, tuple[int, ...]]
     grown: Trace | None
     sharing: Sharing | None
     paired: Paired
     objectives: list[list[Objective]]
     comparisons: list[Planned]
     frozen: list[Frozen]
-    classifying: Mapping[Side, Tap]
+    classifying: Mapping[str, Tap]
     labelled_sets: dict[str, Datasets]
 
 
@@ -205,20 +269,18 @@ def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord
     sections, mistakes = _check_sections(recipe, allow_import, record)
     _raise(source, mistakes)
     _raise(source, check_trunk_inputs(recipe, sections.models))
-    student, teacher = sections.models.student, sections.models.teacher
+    student = sections.models.student
     assert sections.datasets is not None
     assert student is not None
     return Plan(
         recipe=recipe,
         datasets=sections.datasets,
         student=student,
-        teacher=teacher,
-        student_input=input_of_trained(recipe, student, teacher),
-        teacher_input=input_of_teacher(recipe, teacher) if teacher else None,
+        student_input=input_of_trained(recipe, student, sections.models.teacher),
+        teachers=_planned_teachers(recipe, sections),
         pairs=sections.paired.pairs or (),
         objectives=tuple(tuple(stage) for stage in sections.objectives),
         comparisons=tuple(sections.comparisons),
-        class_map=sections.class_map,
         sharing=sections.sharing,
         grown=sections.grown,
         expansions=tuple(expansions(recipe, sections.paired)),
@@ -227,6 +289,16 @@ def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord
         classifying=sections.classifying,
         labelled_sets=sections.labelled_sets,
     )
+
+
+def _planned_teachers(recipe: Recipe, sections: _Sections) -> dict[str, PlannedTeacher]:
+    teachers: dict[str, PlannedTeacher] = {}
+    for name, options in recipe.teachers_by_name.items():
+        trace_ = sections.models.teachers[name]
+        assert trace_ is not None
+        own_input = input_of_teacher(recipe.with_only(name), trace_)
+        teachers[name] = PlannedTeacher(name, options, trace_, own_input, sections.class_maps.get(name))
+    return teachers
 
 
 def _raise(source: Source, mistakes: Sequence[Mistake]) -> None:
@@ -240,21 +312,21 @@ def _check_sections(
 ) -> tuple[_Sections, list[Mistake]]:
     datasets, mistakes = open_data(recipe.data, record)
     models, more = trace_models(recipe, datasets.num_classes if datasets else None, allow_import)
-    mistakes += more + check_teacher(recipe)
+    mistakes += more + check_teachers(recipe)
     new_classifiers, more = _check_weights(recipe, models, record)
     mistakes += more + check_baseline(recipe) + check_execution(recipe, models) + check_stages(recipe, models.student)
     mistakes += check_warmup(recipe, datasets) + check_transforms(recipe.data) + check_inputs(recipe, models)
-    class_map, more = read_class_map(recipe, models)
+    class_maps, more = read_class_maps(recipe, models)
     mistakes += more
     (grown, sharing), more = try_sharing(recipe, models)
     mistakes += more
-    paired, objectives, comparisons, more = _plan_losses(recipe, models, grown, class_map, datasets)
+    paired, objectives, comparisons, more = _plan_losses(recipe, models, grown, class_maps, datasets)
     mistakes += more
     frozen, more = find_frozen(recipe, models.student, objectives)
-    classifying = sides_that_classify(recipe, models, grown, objectives, class_map)
+    classifying = roles_that_classify(recipe, models, grown, objectives, class_maps)
     labelled_sets, more = check_evaluation(recipe, models, objectives, classifies="student" in classifying)
     mistakes += more
-    plans = class_map, grown, sharing, paired, objectives, comparisons, frozen, classifying, labelled_sets
+    plans = class_maps, grown, sharing, paired, objectives, comparisons, frozen, classifying, labelled_sets
     sections = _Sections(datasets, models, new_classifiers, *plans)
     return sections, mistakes + more
 
@@ -284,6 +356,8 @@ def _hides_others(place: KeyPath) -> bool:
         return "losses" in rest and (len(place) < 5 or place[4] in ("loss", "of", "between", "student", "teacher"))
     if section == "data":
         return key in _DATA_ITSELF
+    if section == "teachers":
+        return "train" not in rest
     return section in ("student", "pairs", "share") or (section == "teacher" and key != "train")
 
 
@@ -296,24 +370,25 @@ _DATA_ITSELF = {
 def _check_names(recipe: Recipe, allow_import: Sequence[str]) -> list[Mistake]:
     """Check names of models, losses, optimizers and trackers, which needs neither models nor data."""
     mistakes = check_name("student", recipe.student, allow_import)
-    if recipe.teacher is not None:
-        mistakes += check_name("teacher", recipe.teacher, allow_import)
+    for name, options in recipe.teachers_by_name.items():
+        mistakes += of_teacher(name, check_name("teacher", options, allow_import))
     for index in range(len(recipe.stages)):
         mistakes += make_objectives(recipe, index, None, "")[1]
-    unknown = Models(None, None, None)
+    unknown = Models()
     return mistakes + check_execution(recipe, unknown) + check_stages(recipe, None)
 
 
 def _check_weights(recipe: Recipe, models: Models, record: DataRecord | None) -> tuple[list[str], list[Mistake]]:
     # Without data the number of classes is unknown, and not fitting the default of 1000 is no mistake.
-    checkable = models if models.classes is not None else Models(None, None, None)
-    new_of_student, mistakes = check_weights(recipe, "student", checkable.student, record)
-    new_of_teacher, more = check_weights(recipe, "teacher", checkable.teacher, record)
-    return new_of_student + new_of_teacher, mistakes + more
+    return check_all_weights(recipe, models if models.classes is not None else Models(), record)
 
 
 def _plan_losses(
-    recipe: Recipe, models: Models, grown: Trace | None, class_map: Sequence[int] | None, datasets: Datasets | None
+    recipe: Recipe,
+    models: Models,
+    grown: Trace | None,
+    class_maps: Mapping[str, Sequence[int]],
+    datasets: Datasets | None,
 ) -> tuple[Paired, list[list[Objective]], list[Planned], list[Mistake]]:
     """The pairs, the objectives of each stage, and what each of them compares."""
     paired, mistakes = find_pairs(recipe, models, grown)
@@ -324,19 +399,37 @@ def _plan_losses(
         mistakes += more + check_sides(recipe, index, of_stage)
         mistakes += check_label_losses(recipe, index, of_stage, models.classes)
     mistakes += check_use(recipe, paired, objectives)
-    traces = grown or models.student, models.teacher
+    traces = grown or models.student, models.traces if paired.pairs is not None else None
+    objectives, more = _resolve_all_teachers(recipe, objectives, traces, class_maps)
+    mistakes += more
     objectives = _expanded(objectives, *traces)
     of_outputs = check_outputs(recipe, models, grown, objectives)
     mistakes += of_outputs
     # Outputs are compared only where they can be read, and the number of classes is known.
     of_layers = [[objective for objective in stage if objective.resolved.reads != "outputs"] for stage in objectives]
     compared = of_layers if of_outputs or models.classes is None else objectives
-    comparisons, more = find_adapters(recipe, compared, traces, paired, class_map)
+    comparisons, more = find_adapters(recipe, compared, traces, paired, class_maps)
     return paired, objectives, comparisons, mistakes + more
 
 
-def _expanded(stages: list[list[Objective]], student: Trace | None, teacher: Trace | None) -> list[list[Objective]]:
+def _expanded(stages: list[list[Objective]], student: Trace | None, teachers: Traces | None) -> list[list[Objective]]:
     """The objectives with a pair for each part of `tokens: all`, if both models could be traced."""
-    if student is None or teacher is None:
+    if student is None or teachers is None:
         return stages
-    return [[objective.expanded(student, teacher) for objective in stage] for stage in stages]
+    return [[objective.expanded(student, teachers) for objective in stage] for stage in stages]
+
+
+def _resolve_all_teachers(
+    recipe: Recipe,
+    stages: Sequence[Sequence[Objective]],
+    traces: tuple[Trace | None, Traces | None],
+    class_maps: Mapping[str, Sequence[int]],
+) -> tuple[list[list[Objective]], list[Mistake]]:
+    """The objectives of all stages, with the names of the teachers whose outputs they read."""
+    objectives: list[list[Objective]] = []
+    mistakes: list[Mistake] = []
+    for index, of_stage in enumerate(stages):
+        resolved, more = resolve_teachers(recipe, index, of_stage, traces, class_maps)
+        objectives.append(resolved)
+        mistakes += more + check_dropping(recipe, index, resolved)
+    return objectives, mistakes

@@ -21,8 +21,11 @@ DESCRIPTIONS = {
     # the recipe
     "student": "The model to train. It is exported without its adapters.",
     "teacher": "The model that the student learns from. Without it, the student is trained on labels alone.",
+    "teachers": "Several teachers by name, instead of `teacher`, as in `{dino: {...}, siglip: {...}}`. Pairs and "
+    "losses say whose layer they read: `dino:blocks.11`.",
     "data": "The images, their labels and the augmentation.",
-    "pairs": "Student layer: teacher layer, or `auto`. `glob:blocks.[0-3]` and `re:layer[12]` match several layers.",
+    "pairs": "Student layer: teacher layer, or `auto`. `glob:blocks.[0-3]` and `re:layer[12]` match several layers. A "
+    "student layer may have a list of layers of several `teachers`.",
     "share": "Train student and teacher jointly (Rocket Launching), and share these layers.",
     "stages": "The phases of training, run one after the other.",
     "baseline": "Also train the student without the teacher, from the same initial weights, on the same images, "
@@ -64,6 +67,8 @@ DESCRIPTIONS = {
     "cache": "Folder in which the teacher's outputs are stored, so that it does not run twice on the same view of "
     "an image.",
     "cache_top_k": "Cache only the largest so many logits of each image. The rest of the probability is spread evenly.",
+    "NamedTeacher.weight": "Factor on this teacher's pairs in every loss, and its share of the mean of several "
+    "classifiers.",
     "embedding": "The tap whose mean over positions is the vector of an image for `evaluate`. Not set: what the "
     "classifier reads, or the output of a model without one.",
     # evaluate
@@ -89,6 +94,8 @@ DESCRIPTIONS = {
     "but the classifier. Batch norms in them keep their statistics.",
     "keep": "Which weights a stage ends with: those of the `last` epoch, or of the epoch with the `best` (lowest) "
     "weighted loss on the images of `data.holdout`.",
+    "teacher_dropping": "With several teachers: in each step, keep the one with the greatest loss, and drop each other "
+    "with this probability (UNIC). Not set: none is dropped.",
     "label_smoothing": "Share of the label that is spread evenly over all classes (Szegedy et al. 2016).",
     "opt": "timm's name of an optimizer, such as `adamw`, `sgd` or `lamb`.",
     "lr": "Learning rate. It is not scaled by the batch size.",
@@ -127,7 +134,8 @@ DESCRIPTIONS = {
     "between": "For `fsp`: pairs of student layers (from `pairs`) that form the two ends of each FSP matrix.",
     "Loss.student": "For losses of outputs and labels: the student's tap that is read, such as `head_dist`. Not set: "
     "the student's `output`.",
-    "Loss.teacher": "For losses of outputs: the teacher's tap that is read. Not set: the teacher's `output`.",
+    "Loss.teacher": "For losses of outputs: the teacher's tap that is read. Not set: the teacher's `output`; of "
+    "several, `mean`, the mean of the probabilities of all that classify.",
     "start": "Value at the start of the stage.",
     "end": "Value at the end of the schedule.",
     "shape": "Curve from `start` to `end`.",
@@ -246,11 +254,12 @@ def _describe(section: Schema, model: type[BaseModel]) -> None:
 
 def description_of(key: str, model: type[BaseModel]) -> str:
     """The description of a key: from DESCRIPTIONS, else the sentences of the docstrings that name it."""
-    own = f"{model.__name__.removesuffix('Options')}.{key}"
+    own = [f"{kind.__name__.removesuffix('Options')}.{key}" for kind in model.__mro__]
     texts = [" ".join((getdoc(kind) or "").split()) for kind in model.__mro__ if kind.__module__.startswith("probe_kd")]
     sentences = [sentence for text in texts for sentence in re.split(r"(?<=\.) (?=[A-Z`])", text)]
     named = [sentence for sentence in sentences if f"`{key}`" in sentence or f"`{key}:" in sentence]
-    return DESCRIPTIONS.get(own) or DESCRIPTIONS.get(key) or " ".join(dict.fromkeys(named))
+    written = next((DESCRIPTIONS[name] for name in (*own, key) if name in DESCRIPTIONS), "")
+    return written or " ".join(dict.fromkeys(named))
 
 
 def _of_losses(section: Schema) -> None:

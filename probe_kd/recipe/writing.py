@@ -19,12 +19,12 @@ def inputs_of(recipe: Recipe, *, trained: bool = False) -> list[str]:
     With `trained`, only those that are still needed after training: the run has saved the student's weights, but reads
     those of a teacher that it did not train each time the teacher is evaluated.
     """
-    teacher, files = recipe.teacher, list[str | Path]()
-    for model in filter(None, (recipe.student, teacher)):
+    teachers, files = recipe.teachers_by_name.values(), list[str | Path]()
+    for model in (recipe.student, *teachers):
         reads_weights = not trained or (isinstance(model, TeacherOptions) and model.train is None)
         files += [model.checkpoint] if model.checkpoint and reads_weights else []
         files += files_of(model.model, pretrained=model.pretrained and reads_weights)
-    files += [teacher.class_map] if teacher and isinstance(teacher.class_map, str) else []
+    files += [teacher.class_map for teacher in teachers if isinstance(teacher.class_map, str)]
     return list(dict.fromkeys(map(str, files)))
 
 
@@ -37,7 +37,7 @@ def command_to_go_on(folder: Path) -> str:
     """The command that resumes the run in a folder, whose recipe.yaml includes what `--set` and `--seed` changed."""
     try:
         recipe = load(folder / "recipe.yaml").recipe
-        allowed = packages(model.model for model in (recipe.student, recipe.teacher) if model is not None)
+        allowed = packages(model.model for model in (recipe.student, *recipe.teachers_by_name.values()))
     except RecipeError:  # the command reports it
         allowed = []
     options = "".join(f" --allow-import {package}" for package in allowed)

@@ -104,13 +104,13 @@ then normalised by the mean {given.mean} and the standard deviation {given.std},
 
 def teachers_of(recipe: Recipe) -> dict[str, ModelOptions]:
     """Return the teachers of a recipe by name; the name of a single one is empty."""
-    several: Mapping[str, ModelOptions] = getattr(recipe, "teachers", None) or {}
-    return dict(several) or ({"": recipe.teacher} if recipe.teacher is not None else {})
+    return dict(recipe.teachers_by_name)
 
 
 def _origins(card: Card) -> Iterator[str]:
     """Lines on the weights that the model was made from, with their licences as far as their configs state them."""
-    own = teachers_of(card.recipe).get("") if card.role.startswith("teacher") else card.recipe.student
+    name = card.role.removeprefix("teacher-") if card.recipe.teachers else ""
+    own = teachers_of(card.recipe).get(name) if card.role.startswith("teacher") else card.recipe.student
     if own is not None and (own.pretrained or own.checkpoint):
         yield f"- Began as `{_public(own.model)}` ({licence(own)})"
     if card.role == "student":

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -281,10 +281,13 @@ def measure_layers(planned: Plan, run: Path) -> LayerSimilarity:
     is written to the run's folder, for `compare`. Raises RunError for a run without a teacher, and the errors of models
     and images.
     """
-    if planned.teacher is None:
+    if not planned.teachers:
         raise RunError(f"the run in {run} has no teacher")
     student_layers = _layers(planned.trained, [pair.student for pair in planned.pairs])
-    teacher_layers = _layers(planned.teacher, [pair.teacher for pair in planned.pairs])
+    teacher_layers: list[Tap] = []
+    for name, planned_teacher in planned.teachers.items():
+        paired = [pair.teacher.local for pair in planned.pairs if pair.teacher.model == name]
+        teacher_layers += [replace(tap, model=name) for tap in _layers(planned_teacher.trace, paired)]
     student, teacher = vectors(planned, run, student_layers, teacher_layers, images=IMAGES, seconds=SECONDS)
     cells = cka_table(list(student.values()), list(teacher.values()))
     similarity = LayerSimilarity(
@@ -317,12 +320,13 @@ def _layers(trace: Trace, paired: Collection[Tap]) -> list[Tap]:
 
 
 def _layer_name(tap: Tap) -> str:
-    return str(tap) or "output"
+    return tap.label
 
 
 def _measured_now(run: _Run, allow_import: Sequence[str], notes: list[str]) -> LayerSimilarity | None:
-    if "student" not in run.results or "teacher" not in run.recipe:
-        why = "its student is not trained yet" if "teacher" in run.recipe else "it has no teacher"
+    has_teacher = "teacher" in run.recipe or "teachers" in run.recipe
+    if "student" not in run.results or not has_teacher:
+        why = "its student is not trained yet" if has_teacher else "it has no teacher"
         notes.append(f"{run.folder}: layers are not compared, since {why}")
         return None
     record = DataRecord.read(run.folder)
@@ -501,7 +505,7 @@ def _beginning(names: Sequence[str]) -> str:
 
 
 def _group(name: str, members: Sequence[_Run]) -> Group:
-    roles = [role for role in ROLES if any(role in run.results or run.last(role) for run in members)]
+    roles = _roles(members)
     summaries = [_summary_of(role, members) for role in roles]
     headline = members[0].headline
     if headline is None:
@@ -540,6 +544,12 @@ def _place_of(pair: PairScore) -> tuple[str, str, str, str]:
     return pair.stage, pair.loss, pair.student, pair.teacher
 
 
+def _roles(members: Sequence[_Run]) -> list[str]:
+    """The roles of the models that any of the runs has: the student's, then the teachers'."""
+    found = dict.fromkeys(role for run in members for role in (*run.results, *(row["role"] for row in run.rows)))
+    return [role for role in ROLES if role in found] + [role for role in found if role not in ROLES]
+
+
 def _gains(members: Sequence[_Run], headline: str, over: str) -> Iterator[float]:
     for run in members:
         if {"student", over} <= run.results.keys():
@@ -550,9 +560,10 @@ def _gains(members: Sequence[_Run], headline: str, over: str) -> Iterator[float]
 
 def _pairs(pairs: Any) -> Iterator[tuple[str, str]]:
     """The resolved pairs of a run; an edited recipe may say `auto` instead."""
-    for student_layer, teacher_layer in pairs.items() if isinstance(pairs, Mapping) else ():
-        if isinstance(teacher_layer, str):
-            yield _printable(student_layer) or "output", _printable(teacher_layer) or "output"
+    for student_layer, value in pairs.items() if isinstance(pairs, Mapping) else ():
+        for teacher_layer in value if isinstance(value, list) else [value]:
+            if isinstance(teacher_layer, str):
+                yield _printable(student_layer) or "output", _printable(teacher_layer) or "output"
 
 
 def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
@@ -561,7 +572,7 @@ def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
     if not finished:
         rows = [row for row in (run.last(role) for run in members) if row]
         where = f"epoch {min(row['epoch'] for row in rows)} of stage {rows[0]['stage']!r}"
-        side = members[0].recipe.get("teacher" if role.startswith("teacher") else "student", {})
+        side = _section_of(members[0].recipe, role)
         name, spreads = _printable(str(side.get("model"))), _spreads(lambda row, key: row.get(key), rows)
         accuracy, agreement = spreads.pop("accuracy", None), spreads.pop("agreement", None)
         return ModelSummary(role, name, accuracy, agreement, None, None, None, None, where, spreads)
@@ -580,6 +591,14 @@ def _summary_of(role: str, members: Sequence[_Run]) -> ModelSummary:
     )
 
 
+def _section_of(recipe: Mapping[str, Any], role: str) -> Mapping[str, Any]:
+    """What a recipe says of the model with a role."""
+    several: Mapping[str, Any] = recipe.get("teachers", {})
+    named = several.get(role.removeprefix("teacher").strip(), {}) if several else recipe.get("teacher", {})
+    section: Mapping[str, Any] = named if role.startswith("teacher") else recipe.get("student", {})
+    return section
+
+
 def _spreads(value: Callable[[Any, str], float | None], items: Sequence[Any]) -> dict[str, Spread]:
     """Every measure that any of the items has."""
     spreads = {name: _spread([value(item, name) for item in items]) for name in MEASURES}
@@ -596,7 +615,7 @@ def _spread(measured: Iterable[float | None]) -> Spread | None:
 
 def _curves(members: Sequence[_Run]) -> Iterator[Curve]:
     """By epoch of a model, counted over all its stages, over the runs that have reached it."""
-    for role in ROLES:
+    for role in _roles(members):
         series = [[row for row in run.rows if row["role"] == role] for run in members]
         for measure in dict.fromkeys(key for rows in series for row in rows for key in row if key not in UNCOMPARED):
             points = []

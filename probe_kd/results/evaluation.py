@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from probe_kd.data.datasets import Datasets, class_names
+from probe_kd.data.datasets import class_names
 from probe_kd.data.loading import loader, readable
 from probe_kd.data.record import RECORD, DataRecord
 from probe_kd.engine.models import build_model
@@ -32,6 +32,7 @@ from probe_kd.engine.weights import load_weights
 from probe_kd.errors import DataError, RunError, for_all, nearest, short
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
+from probe_kd.methods.ensembles import MeanOfTeachers
 from probe_kd.methods.objectives import Comparison
 from probe_kd.methods.predictions import average_precisions, class_logits, mean_average_precision
 from probe_kd.methods.similarity import (
@@ -47,7 +48,7 @@ from probe_kd.methods.similarity import (
 )
 from probe_kd.methods.targets import compared, make_adapters
 from probe_kd.recipe.keys import Recipe, TeacherOptions
-from probe_kd.recipe.planner import Plan, plan
+from probe_kd.recipe.planner import Plan, PlannedTeacher, plan
 from probe_kd.recipe.reading import load
 from probe_kd.recipe.sections.sharing import join
 from probe_kd.recipe.writing import command_to_go_on, inputs_of
@@ -65,9 +66,10 @@ class Scores:
 
     `top1`, `top5` (None for five classes or fewer) and `agreement` are fractions in 0..1, `nll` and `kl` are in nats
     per image, and `calibration_error` is the expected calibration error. `agreement` and `kl` compare with the teacher;
-    both are None for a teacher, and in a run without one. `weights` is the file in the run's folder, or the other
-    source of the weights. All metrics of a model that does not classify (`Plan.classifies`) are None, but for the
-    agreement and KL of outputs that a loss compares without labels.
+    both are None for a teacher, and in a run without one. With several teachers, they compare with the weighted mean of
+    the probabilities of those that classify, and `agreements` has the agreement with each by name. `weights` is the
+    file in the run's folder, or the other source of the weights. All metrics of a model that does not classify
+    (`Plan.classifies`) are None, but for the agreement and KL of outputs that a loss compares without labels.
     With several labels an image, `map` is the mean average precision in 0..1, `average_precisions` are those of the
     classes (None for a class that no image has), and the other metrics are None.
     """
@@ -83,6 +85,7 @@ class Scores:
     kl: float | None = None
     map: float | None = None
     average_precisions: Mapping[str, float | None] | None = None
+    agreements: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def evaluate(
         place = _place(accelerator, device)
         rows = list(_compared(planned, folder, place))
         entries = [entry.to(place) for entry in _entries(planned, folder, student, rows, ema=ema)]
-        meter = _Meter(entries, rows, planned.datasets, accelerator)
+        meter = _Meter(planned, entries, rows, accelerator)
         precision = mixed_precision(planned.recipe, place.type) or accelerator.mixed_precision
         for views, target in _batches(planned, images, entries, accelerator, batch_size):
             with torch.no_grad():
@@ -190,26 +193,22 @@ def vectors(
     current accelerator. Raises RunError for a run without a teacher or without its weights, and DataError without
     images.
     """
-    options, teacher_trace = planned.recipe.teacher, planned.teacher
-    student_input, teacher_input = planned.student_input, planned.teacher_input
-    if options is None or teacher_trace is None or teacher_input is None:
+    if not planned.teachers:
         raise RunError(f"the run in {run} has no teacher")
     _check_files(run, planned.recipe)
     file = _weights_of_student(run, None, ema=False)
-    trained = planned.recipe.share is not None or options.train is not None
-    teacher, name = _teacher(teacher_trace, options, run, "teacher", trained=trained)
     place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    student, inputs = _student(planned, file), (student_input, teacher_input)
+    student, inputs = _student(planned, file), (planned.student_input, _largest_input(planned))
     entries = [
         _entry("student", planned.trained.model, student, file.name, inputs, of_student).to(place),
-        _entry("teacher", teacher_trace.model, teacher, name, (teacher_input, teacher_input), of_teacher).to(place),
+        *(_teacher_entry(planned, teacher, run, of_teacher).to(place) for teacher in planned.teachers.values()),
     ]
     count = len(planned.datasets.test)  # type: ignore[arg-type]
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:images].tolist()
     if not chosen:
         raise DataError("there are no test images")
-    student_vectors, teacher_vectors = _vectors(planned, entries, chosen, place, seconds)
-    return student_vectors, teacher_vectors
+    student_vectors, *vectors_of_teachers = _vectors(planned, entries, chosen, place, seconds)
+    return student_vectors, {tap: vector for of_one in vectors_of_teachers for tap, vector in of_one.items()}
 
 
 def _recipe_of(folder: Path) -> Path:
@@ -282,6 +281,7 @@ class _Evaluated:
     `images` is the form of the images that it loads, and `output` the tap of its logits. `pools` maps each compared
     feature to the module that pools it to one vector per image. `classes` selects logits, if not all of them count.
     `output` is None for a model that does not classify.
+    `teacher` is the name of one of several teachers, with which the taps of its features begin.
     """
 
     role: str
@@ -293,6 +293,7 @@ class _Evaluated:
     output: Tap | None
     pools: Mapping[Tap, nn.Module]
     classes: tuple[int, ...] | None = None
+    teacher: str = ""
 
     def to(self, place: torch.device) -> Self:
         self.probe.model.to(place)
@@ -300,7 +301,8 @@ class _Evaluated:
         return self
 
     def features(self, images: Tensor) -> dict[Tap, Tensor]:
-        return {tap: feature.float() for tap, feature in self.probe(self.view(images)).items()}
+        features = self.probe(self.view(images))
+        return {replace(tap, model=self.teacher): feature.float() for tap, feature in features.items()}
 
     def logits(self, features: Mapping[Tap, Tensor]) -> Float[Tensor, "batch classes"]:
         assert self.output is not None
@@ -347,9 +349,10 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
     """Every comparison of layers in every stage, and the pairs of the recipe that are in none."""
     used = set[tuple[Tap, Tap]]()
     for index, (stage, objectives) in enumerate(zip(planned.recipe.stages, planned.objectives, strict=True)):
-        if planned.teacher is None or not any(objective.resolved.reads_layers for objective in objectives):
+        traces = planned.traces
+        if traces is None or not any(objective.resolved.reads_layers for objective in objectives):
             continue
-        adapters = make_adapters(objectives, planned.trained, planned.teacher, planned.class_map).to(place).eval()
+        adapters = make_adapters(objectives, planned.trained, traces, planned.class_maps).to(place).eval()
         file = folder / f"adapters-{index}.safetensors"
         if adapters.state_dict() and file.is_file():
             load_weights(adapters, file)
@@ -373,9 +376,9 @@ def _entries(
     """The student, then the baseline, the teacher, and the teacher baseline, as far as the run has them."""
     pairs = [pair for row in rows for pair in (row.pair, *row.pairs)]
     of_student, of_teacher = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
-    student_input, teacher_input = planned.student_input, planned.teacher_input
+    student_input = planned.student_input
     name = student.name if student.parent == folder else str(student)
-    inputs = (student_input, teacher_input or student_input)
+    inputs = (student_input, _largest_input(planned))
     output, plain_output = (
         tap if planned.classifies("student") or planned.agrees_without_labels else None
         for tap in (planned.trained_output, planned.output_of("student"))
@@ -392,20 +395,38 @@ def _entries(
     yield from _teacher_entries(planned, folder, of_teacher)
 
 
+def _largest_input(planned: Plan) -> InputSpec:
+    """The student's input, in the size of the largest model."""
+    largest = planned.student_input
+    for teacher in planned.teachers.values():
+        largest = largest.covering(teacher.input)
+    return largest
+
+
 def _teacher_entries(planned: Plan, folder: Path, taps: Sequence[Tap]) -> Iterator[_Evaluated]:
-    options, teacher, images = planned.recipe.teacher, planned.teacher, planned.teacher_input
-    if options is None or teacher is None or images is None:
-        return
-    trained = planned.recipe.share is not None or options.train is not None
-    model, name = _teacher(teacher, options, folder, "teacher", trained=trained)
-    is_read = planned.classifies("teacher") or planned.agrees_without_labels
-    output = planned.output_of("teacher") if is_read else None
-    entry = _entry("teacher", teacher.model, model, name, (images, images), taps, output)
-    yield replace(entry, classes=planned.class_map)
-    if planned.recipe.share:
-        has_weights = options.pretrained or options.checkpoint is not None
-        model, name = _teacher(teacher, options, folder, "teacher baseline", trained=not has_weights)
-        yield _entry("teacher baseline", teacher.model, model, name, (images, images), [], output)
+    for teacher in planned.teachers.values():
+        entry = _teacher_entry(planned, teacher, folder, taps)
+        yield entry
+        if planned.recipe.share:
+            has_weights = teacher.options.pretrained or teacher.options.checkpoint is not None
+            model, name = _teacher(teacher.trace, teacher.options, folder, "teacher baseline", trained=not has_weights)
+            inputs = teacher.input, teacher.input
+            yield _entry("teacher baseline", teacher.trace.model, model, name, inputs, [], entry.output)
+
+
+def _teacher_entry(planned: Plan, teacher: PlannedTeacher, folder: Path, taps: Sequence[Tap]) -> _Evaluated:
+    """A teacher with the taps that are its own."""
+    trained = planned.recipe.share is not None or teacher.options.train is not None
+    model, name = _teacher(teacher.trace, teacher.options, folder, teacher.role, trained=trained)
+    own_taps = [tap.local for tap in taps if tap.model == teacher.name]
+    is_compared = planned.agrees_without_labels and teacher.name in planned.compared_outputs
+    is_read = planned.classifies(teacher.role) or is_compared
+    output = planned.output_of(teacher.role) if is_read else None
+    inputs = teacher.input, teacher.input
+    entry = _entry(teacher.role, teacher.trace.model, model, name, inputs, own_taps, output)
+    pools = {replace(tap, model=teacher.name): pool for tap, pool in entry.pools.items()}
+    named_output = None if entry.output is None else replace(entry.output, model=teacher.name)
+    return replace(entry, classes=teacher.class_map, teacher=teacher.name, pools=pools, output=named_output)
 
 
 def _entry(
@@ -507,29 +528,34 @@ class _Meter:
     """All sums over the images so far."""
 
     def __init__(
-        self, entries: Sequence[_Evaluated], rows: Sequence[_Compared], datasets: Datasets, accelerator: Accelerator
+        self, planned: Plan, entries: Sequence[_Evaluated], rows: Sequence[_Compared], accelerator: Accelerator
     ) -> None:
-        self.entries, self.rows, self.datasets, self.accelerator = entries, rows, datasets, accelerator
-        self.classes = datasets.num_classes
+        self.entries, self.rows, self.datasets, self.accelerator = entries, rows, planned.datasets, accelerator
+        self.classes = planned.datasets.num_classes
         self.multilabel: dict[str, list[tuple[Tensor, Tensor]]] = {}  # logits and labels by role
         self.images = 0
-        self.sums: dict[str, Sums] = {entry.role: {} for entry in entries if entry.output is not None}
+        self.scored = [entry for entry in entries if entry.output is not None]
+        self.teachers = [entry for entry in self.scored if entry.role == "teacher" or entry.teacher]
+        weights = {name: teacher.weight for name, teacher in (planned.recipe.teachers or {}).items()}
+        self.weights = [weights.get(entry.teacher, 1.0) for entry in self.teachers]
+        self.sums: dict[str, Sums] = {entry.role: {} for entry in self.scored}
         # Logits are gathered before they reach the metric, so it must not gather them again.
         options: dict[str, Any] = {"n_bins": BINS, "norm": "l1", "validate_args": False, "sync_on_compute": False}
-        calibrated = self.sums if datasets.labels == "class" else ()
+        calibrated = self.sums if planned.datasets.labels == "class" else ()
         self.calibration = {role: MulticlassCalibrationError(self.classes, **options) for role in calibrated}
         self.pools = {entry.role: entry.pools for entry in entries}
+        self.teacher_pools = {
+            tap: pool for entry in entries if not entry.is_student for tap, pool in entry.pools.items()
+        }
         self.cka_sums: dict[tuple[str, Pair], Sums] = {
             (entry.role, row.pair): {}
             for row in rows
             for entry in entries
-            if entry.is_student
-            and row.pair.student in entry.pools
-            and row.pair.teacher in self.pools.get("teacher", {})
+            if entry.is_student and row.pair.student in entry.pools and row.pair.teacher in self.teacher_pools
         }
 
     def update(self, features: Mapping[str, Mapping[Tap, Tensor]], target: Int[Tensor, " batch"]) -> None:
-        logits = {entry.role: entry.logits(features[entry.role]) for entry in self.entries if entry.role in self.sums}
+        logits = {entry.role: entry.logits(features[entry.role]) for entry in self.scored}
         logits, all_targets = self.accelerator.gather_for_metrics((logits, target))
         self.images += len(all_targets)
         if self.datasets.labels == "multilabel":
@@ -537,11 +563,14 @@ class _Meter:
         elif logits:
             self._add_logits(logits, all_targets)
         count = own_images(self.accelerator, len(target))
+        # The features of the teacher, or of all; a teacher baseline is compared with nothing.
+        roles = [entry.role for entry in self.entries if entry.role == "teacher" or entry.teacher]
+        of_teachers = {tap: feature for role in roles for tap, feature in features[role].items()}
         for row in self.rows:
-            row.update(features["student"], features["teacher"], count)
+            row.update(features["student"], of_teachers, count)
         for (role, pair), sums in self.cka_sums.items():
             of_student = self.pools[role][pair.student](features[role][pair.student])
-            of_teacher = self.pools["teacher"][pair.teacher](features["teacher"][pair.teacher])
+            of_teacher = self.teacher_pools[pair.teacher](of_teachers[pair.teacher])
             self.cka_sums[role, pair] = added(sums, cka_sums(of_student[:count], of_teacher[:count]))
 
     def _keep_logits(self, logits: Mapping[str, Tensor], target: Tensor) -> None:
@@ -555,19 +584,29 @@ class _Meter:
         wrong = target[(target < 0) | (target >= self.classes)]
         if self.datasets.labels == "class" and len(wrong):
             raise DataError(f"label {int(wrong[0])} of an image is none of the {self.classes} classes")
-        for entry in self.entries:
-            if entry.role not in logits:
-                continue
+        of_teachers = {entry.teacher: exact(class_logits(logits[entry.role])) for entry in self.teachers}
+        for entry in self.scored:
             role, of_student = entry.role, exact(class_logits(logits[entry.role]))
             if not bool(of_student.amax(1).isfinite().all()):  # a class may be ruled out by -inf
                 raise for_all(RunError(_no_numbers(entry)))
-            of_teacher = exact(class_logits(logits["teacher"])) if entry.is_student and "teacher" in logits else None
             labels = target.to(of_student.device) if self.datasets.labels == "class" else None
-            self.sums[role] = added(self.sums[role], _logit_sums(of_student, labels, of_teacher))
+            sums = _logit_sums(of_student, labels)
+            if entry.is_student and of_teachers:
+                sums |= _sums_beside(of_student, self._mean(list(of_teachers.values())))
+            if entry.is_student and len(of_teachers) > 1:
+                sums |= {f"with {name}": _agreeing(of_student, of_one) for name, of_one in of_teachers.items()}
+            self.sums[role] = added(self.sums[role], sums)
             if labels is None:
                 continue
             # As probabilities: logits that happen to lie in 0..1 would be taken for such.
             self.calibration[role].to(of_student.device).update(of_student.softmax(1), target.to(of_student.device))
+
+    def _mean(self, logits: Sequence[Tensor]) -> Tensor:
+        """The teacher's logits, or the logarithm of the mean probabilities of several teachers."""
+        if len(logits) == 1:
+            return logits[0]
+        mean: Tensor = MeanOfTeachers([nn.Identity() for _ in logits], self.weights).to(logits[0].device)(logits)
+        return mean
 
     def result(self, run: str, split: str) -> Evaluation:
         if not self.images:
@@ -586,11 +625,15 @@ class _Meter:
             mean = mean_average_precision(precisions)
             return Scores(entry.role, entry.name, entry.weights, map=mean, average_precisions=by_class)
         sums = self.sums[entry.role]
-        means: dict[str, Any] = {
-            name: float(total / sums["images"]) for name, total in sums.items() if name != "images"
+        values = {name: float(total / sums["images"]) for name, total in sums.items() if name != "images"}
+        agreements = {
+            teacher.teacher: values.pop(f"with {teacher.teacher}")
+            for teacher in self.teachers
+            if f"with {teacher.teacher}" in values
         }
         calibration = self.calibration.get(entry.role)
         error = float(calibration.compute()) if calibration is not None else None
+        means: dict[str, Any] = {**values, "agreements": agreements}
         return Scores(entry.role, entry.name, entry.weights, calibration_error=error, **means)
 
     def _similarity(self, row: _Compared, cka: Mapping[tuple[str, Pair], float | None]) -> Similarity:
@@ -605,7 +648,7 @@ class _Meter:
             notes.append("one of both features is the same for every image")
         elif of_student is None:
             notes.append("one of both is no feature of single images")
-        student, teacher = (str(tap) or "output" for tap in (row.pair.student, row.pair.teacher))
+        student, teacher = row.pair.student.label, row.pair.teacher.label
         cosine = mean_cosine(self.accelerator.reduce(row.cosine_sums, "sum")) if row.cosine_sums else None
         values = of_student, of_baseline, explained, "; ".join(notes), cosine
         return Similarity(row.stage, row.loss, student, teacher, *values)
@@ -618,18 +661,27 @@ def _no_numbers(entry: _Evaluated) -> str:
     )
 
 
-def _logit_sums(of_student: Tensor, target: Tensor | None, of_teacher: Tensor | None) -> Sums:
-    """The sums over a batch of logits that the scores need; `of_teacher` are the teacher's logits."""
-    log = of_student.log_softmax(1)
-    sums = {"images": of_student.new_tensor(len(of_student))}
+def _logit_sums(logits: Tensor, target: Tensor | None) -> Sums:
+    """The sums over a batch of logits that the scores of every model need; without labels, their number alone."""
+    sums = {"images": logits.new_tensor(len(logits))}
     if target is not None:
-        sums |= {"top1": (of_student.argmax(1) == target).sum(), "nll": F.nll_loss(log, target, reduction="sum")}
-    if target is not None and of_student.shape[1] > 5:
-        sums["top5"] = (of_student.topk(5, 1).indices == target[:, None]).sum()
-    if of_teacher is not None:
-        sums["agreement"] = (of_student.argmax(1) == of_teacher.argmax(1)).sum()
-        sums["kl"] = F.kl_div(log, of_teacher.log_softmax(1), reduction="sum", log_target=True)
+        loss = F.nll_loss(logits.log_softmax(1), target, reduction="sum")
+        sums |= {"top1": (logits.argmax(1) == target).sum(), "nll": loss}
+    if target is not None and logits.shape[1] > 5:
+        sums["top5"] = (logits.topk(5, 1).indices == target[:, None]).sum()
     return sums
+
+
+def _sums_beside(of_student: Tensor, of_teacher: Tensor) -> Sums:
+    """The sums over a batch that compare the logits of a student with the teacher's."""
+    log, log_of_teacher = of_student.log_softmax(1), of_teacher.log_softmax(1)
+    divergence = F.kl_div(log, log_of_teacher, reduction="sum", log_target=True)
+    return {"agreement": _agreeing(of_student, of_teacher), "kl": divergence}
+
+
+def _agreeing(of_student: Tensor, of_teacher: Tensor) -> Tensor:
+    """The number of images with equal predictions."""
+    return (of_student.argmax(1) == of_teacher.argmax(1)).sum()
 
 
 def _defined(value: float | None) -> float | None:

@@ -33,6 +33,7 @@ from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.keys import ModelOptions, Recipe
 from probe_kd.recipe.reading import load
+from probe_kd.recipe.sections.outputs import role_of_teacher
 from probe_kd.recipe.writing import command_to_go_on
 from probe_kd.results.card import MARK, Card, card_text
 from probe_kd.training.state import weights_file
@@ -202,22 +203,21 @@ def export(
 
 
 def _read(run: Path, role: str, ema: bool, root: str | Path | None, allow_import: Sequence[str]) -> _Trained:
-    if role not in ROLES:
-        raise RunError(f"role {role!r}; expected one of {', '.join(ROLES)}{nearest(role, ROLES)}")
     if not (run / "recipe.yaml").is_file():
         hint = "; give the folder that its run wrote, as runs/NAME" if run.is_file() else ""
         raise RunError(f"{run} is not the folder of a run: {why_no_run(run)}{hint}")
     sets = () if root is None else (f"data.root={json.dumps(str(root))}",)
     recipe = load(run / "recipe.yaml", sets=sets).recipe
+    role, own_recipe = _with_role(recipe, role)
     check_own(run, (RECIPE, RECORD))
-    models = filter(None, (recipe.student, recipe.teacher))
+    models = (recipe.student, *recipe.teachers_by_name.values())
     configs = [file for model in models for file in files_of(model.model, pretrained=False) if file.is_file()]
     check_inputs(run, configs, "What is exported would be read by another: put the former file back")
-    weights = weights_file(run, role.replace("-", " "), "-ema" * ema)
+    weights = weights_file(run, role.replace("-", " ", 1), "-ema" * ema)
     if not weights.is_file():
         raise RunError(_why_missing(run, weights, role, ema))
     about = read_header(weights)
-    options = recipe.teacher if role.startswith("teacher") else recipe.student
+    options = own_recipe.teacher if role.startswith("teacher") else recipe.student
     _check_header(weights, about, options, role)
     if "graft" in about:
         raise RunError(
@@ -226,8 +226,22 @@ def _read(run: Path, role: str, ema: bool, root: str | Path | None, allow_import
             "into a student that timm knows"
         )
     module = load_student(weights, allow_import=allow_import)
-    given = _evaluated_on(recipe, role, module)
+    given = _evaluated_on(own_recipe, role, module)
     return _Trained(run, recipe, role, weights, about, module, given, _drop_classifier(module, recipe, role))
+
+
+def _with_role(recipe: Recipe, role: str) -> tuple[str, Recipe]:
+    """The role, and the recipe with the teacher of that role as `teacher`, if it has several.
+
+    Raises RunError for a role that the recipe does not have.
+    """
+    roles = [role.replace(" ", "-") for role in (*ROLES[:2], *map(role_of_teacher, recipe.teachers or {}))]
+    roles = roles if recipe.teachers else list(ROLES)
+    role = role.replace(" ", "-")
+    if role not in roles:
+        raise RunError(f"role {role!r}; expected one of {', '.join(roles)}{nearest(role, roles)}")
+    name = role.removeprefix("teacher-")
+    return role, recipe.with_only(name) if recipe.teachers and role.startswith("teacher-") else recipe
 
 
 def _drop_classifier(module: nn.Module, recipe: Recipe, role: str) -> str:
@@ -244,7 +258,8 @@ def _drop_classifier(module: nn.Module, recipe: Recipe, role: str) -> str:
 def _why_missing(run: Path, weights: Path, role: str, ema: bool) -> str:
     if any(run.glob("checkpoint*")):
         return f"{run} is not finished, and has no {weights.name} yet; go on with it: {command_to_go_on(run)}"
-    existing = sorted(file.name for file in run.glob("*.safetensors") if file.stem.removesuffix("-ema") in ROLES)
+    stems = {file.name: file.stem.removesuffix("-ema") for file in run.glob("*.safetensors")}
+    existing = sorted(name for name, stem in stems.items() if stem in ROLES or stem.startswith("teacher-"))
     has = f"it has {', '.join(existing)}" if existing else "it has no weights at all"
     if ema and f"{role}.safetensors" in existing:
         return f"{run} kept no moving average of the {role} ({weights.name}): {has}; leave --ema out"
@@ -476,10 +491,12 @@ def _check_preprocessing(loaded: nn.Module, sample: _Sample, trained: _Trained) 
 
 def _larger_teacher(trained: _Trained) -> list[str]:
     """A note for a larger teacher: training makes one view of its size, and resizes it for the student."""
-    recipe = trained.recipe
-    if recipe.teacher is None or recipe.teacher.input_size is None or trained.role.startswith("teacher"):
+    teachers = trained.recipe.teachers_by_name.values()
+    sizes_of_teachers = [teacher.input_size[1:] for teacher in teachers if teacher.input_size is not None]
+    if not sizes_of_teachers or trained.role.startswith("teacher"):
         return []
-    teacher_size, size = recipe.teacher.input_size[1:], trained.given.size[1:]
+    size = trained.given.size[1:]
+    teacher_size = tuple(max(sides) for sides in zip(*sizes_of_teachers, strict=True))
     if teacher_size[0] <= size[0] and teacher_size[1] <= size[1]:
         return []
     sizes = ["x".join(map(str, size)) for size in (teacher_size, size)]

@@ -118,10 +118,12 @@ def cell(spread: Spread | None, measure: str) -> str:
 
 
 def models_of(group: Group) -> list[str]:
-    """The student's name, and the teacher's."""
+    """The student's name, and the teacher's, or those of several teachers."""
     names = {row.role: row.model for row in group.summaries}
     sides = (("student", "baseline"), ("teacher", "teacher baseline"))  # a run may have come to its baseline only
-    return [next(names[role] for role in roles if role in names) for roles in sides if names.keys() & set(roles)]
+    both = [next(names[role] for role in roles if role in names) for roles in sides if names.keys() & set(roles)]
+    several = [name for role, name in names.items() if role.startswith("teacher ") and role not in sides[1]]
+    return both + [", ".join(several)] * bool(several)
 
 
 def seeds_of(group: Group) -> str:
@@ -303,7 +305,7 @@ def _chart(
         outline = [(place[0], place[3]) for place in places] + [(place[0], place[2]) for place in reversed(places)]
         spread = any(point[2] != point[3] for point in curve.points)
         dots = tuple((place[0], place[1]) for place in places) if len(places) <= 30 else ()
-        style = number % 8 if is_loss else ROLE_STYLES.get(curve.role, number % 8)
+        style = number % 8 if is_loss else ROLE_STYLES.get(curve.role, 5 + number % 3)
         last_value = f"{factor * curve.points[-1][1]:.4g}{unit}"
         line = _way((place[0], place[1]) for place in places)
         series.append(_Series(name(curve), style, line, _way(outline) if spread else "", dots, last_value))

@@ -152,7 +152,7 @@ def _cost(
                 "try a smaller one"
             )
     distiller.load_state_dict(initial_state)
-    teacher = distiller.frozen_teacher
+    of_teachers = [parameter for model in distiller.frozen_teachers.values() for parameter in model.parameters()]
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
     adapters = {
         f"Distiller.adapters.{name}"
@@ -166,7 +166,7 @@ def _cost(
         images=len(images),
         steps=phase.epochs * steps,
         seconds=seconds,
-        weights=_bytes([*distiller.parameters(), *(teacher.parameters() if teacher else ())]),
+        weights=_bytes([*distiller.parameters(), *of_teachers]),
         gradients=_bytes(trained_parameters),
         optimizer=_bytes(state),
         activations=sum(saved_bytes.values()),

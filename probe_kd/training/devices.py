@@ -70,7 +70,7 @@ def memory_format(recipe: Recipe, device: torch.device) -> torch.memory_format:
     """
     channels_last = recipe.channels_last
     if channels_last is None:
-        models = [options.model for options in (recipe.student, recipe.teacher) if options is not None]
+        models = [options.model for options in (recipe.student, *recipe.teachers_by_name.values())]
         faster = device.type == "cpu" or (device.type == "cuda" and _in_half(recipe, "cuda"))
         channels_last = faster and all(map(built_by_timm, models))
         channels_last = channels_last and not (device.type == "cpu" and unsafe_layer(recipe))

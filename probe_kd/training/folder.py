@@ -27,13 +27,14 @@ from probe_kd.files.run_folder import (
 from probe_kd.recipe.keys import Recipe
 from probe_kd.recipe.planner import Plan
 from probe_kd.recipe.reading import load, parse
+from probe_kd.recipe.sections.mistakes import teacher_place
 from probe_kd.recipe.writing import dump, inputs_of, rewritten
 from probe_kd.training import checkpoints
 from probe_kd.training.processes import TRACKERS
 from probe_kd.training.progress import Progress
 from probe_kd.training.state import JOURNAL, TrainState
 
-_WEIGHTS = r"(student|teacher|baseline|teacher-baseline|student-alone|teacher-alone)(-ema)?|adapters-\d+"
+_WEIGHTS = r"(student|teacher|baseline|teacher-[^\W\d][\w-]*|student-alone)(-ema)?|adapters-\d+"
 _TABLE_OR_PARTIAL = (
     r"(manifest|data|summary|layers)\.json|recipe\.yaml|(metrics|summary)\.csv|curves\.png|report\.html"
     rf"|({_WEIGHTS}|metrics|summary)\.partial|(manifest\.json|layers\.json|report\.html)\.partial"
@@ -205,12 +206,12 @@ def _is_old_run(folder: Path) -> bool:
 def _check_inputs_outside(plan: Plan, folder: Path, *, resume: bool) -> None:
     """Raise RunError if a run in this folder would delete what the recipe reads."""
     real_folder = Path(os.path.realpath(folder))
-    cache = plan.recipe.teacher.cache if plan.recipe.teacher else None
-    if cache and Path(os.path.realpath(cache)).is_relative_to(real_folder):
-        raise RunError(
-            f"the teacher's cache {cache} lies in the folder of results, {folder}, which a run must have for itself; "
-            "give another folder as `teacher.cache`"
-        )
+    for name, teacher in plan.recipe.teachers_by_name.items():
+        if teacher.cache and Path(os.path.realpath(teacher.cache)).is_relative_to(real_folder):
+            raise RunError(
+                f"the teacher's cache {teacher.cache} lies in the folder of results, {folder}, which a run must have "
+                f"for itself; give another folder as `{'.'.join(map(str, teacher_place(name)))}.cache`"
+            )
     for name in inputs_of(plan.recipe):
         if not resume and Path(os.path.realpath(name)).is_relative_to(real_folder):
             raise RunError(

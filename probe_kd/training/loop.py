@@ -3,7 +3,8 @@
 It is the loop of timm's training script: the same order of operations, and the same parts of timm.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,7 +17,7 @@ from probe_kd.data.cache import TeacherCache, lengthen, shorten
 from probe_kd.data.loading import Views, loader, mixer, readable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
-from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.distiller import CachedTargets, Distiller
 from probe_kd.recipe.keys import CompileOptions, Recipe
 from probe_kd.training.devices import memory_format
 from probe_kd.training.optimizers import make_optimizer, make_scheduler
@@ -42,9 +43,9 @@ class Loop:
         num_classes: int,
         balanced: Any = None,
         averaged: bool = False,
-        cache: TeacherCache | None = None,
+        caches: Mapping[str, TeacherCache] | None = None,
     ) -> None:
-        self.cache = cache
+        self.caches = caches or {}
         self.accelerator, self.distiller, self.phase = accelerator, distiller, phase
         batches = loader(images, recipe.data, image_input, training=True, seed=recipe.seed, balanced=balanced)
         assert isinstance(batches.sampler, Views)
@@ -68,7 +69,8 @@ class Loop:
         self.schedule = make_scheduler(self.optimizer, phase, self.updates)
         self.mix, self.unlabelled = mixer(recipe.data, num_classes), recipe.data.labels == "none"
         self.sums: dict[str, Tensor] = {}
-        self.recalled = self.computed = 0  # images whose targets were read from the cache, or computed for it
+        # Images whose targets were read from the cache of a teacher, or computed for it, by its name.
+        self.recalled, self.computed = Counter[str](), Counter[str]()
         self.finished: int | None = None  # batches done; None while an update is incomplete
 
     def run(self, epoch: int, first: int = 0) -> Iterator[int]:
@@ -89,50 +91,63 @@ class Loop:
 
     def _begin(self, age: int) -> None:
         self.views.begin(age)
-        if self.cache is None:
-            return
-        if self.cache.writes and self.accelerator.is_main_process:
-            self.cache.prepare(self.views.view)
-        self.accelerator.wait_for_everyone()
-        self.cache.begin(self.views.view)
+        for cache in self.caches.values():
+            if cache.writes and self.accelerator.is_main_process:
+                cache.prepare(self.views.view)
+        if self.caches:
+            self.accelerator.wait_for_everyone()
+        for cache in self.caches.values():
+            cache.begin(self.views.view)
 
-    def _targets(self, images: Tensor, indices: Tensor) -> list[Tensor] | None:
-        """The teacher's targets for these images: read from the cache, or computed and stored in it."""
-        if self.cache is None:
+    def _targets(self, images: Tensor, indices: Tensor) -> CachedTargets | None:
+        """The targets of the teachers with a cache for these images. The other teachers run in the step."""
+        if not self.caches:
             return None
-        cached = self.cache.find(indices)
+        targets: dict[str, Tensor] = {}
+        for name, cache in self.caches.items():
+            features = self._targets_of(name, cache, images, indices)
+            targets |= zip(self.distiller.targets_of(name), features, strict=True)
+        in_order = [targets[name] for name in self.distiller.targets if name in targets]
+        return in_order if len(in_order) == len(self.distiller.targets) else targets
+
+    def _targets_of(self, name: str, cache: TeacherCache, images: Tensor, indices: Tensor) -> list[Tensor]:
+        """A teacher's targets for these images: read from its cache, or computed and stored in it."""
+        cached = cache.find(indices)
         if cached is not None:
-            self.recalled += len(indices)
+            self.recalled[name] += len(indices)
             return [feature.to(images.device) for feature in cached]
-        self.computed += len(indices)
+        self.computed[name] += len(indices)
         with self.accelerator.autocast():
-            features = self.distiller.teacher_targets(images)
-        return self.cache.keep(indices, features)
+            features = self.distiller.teacher_targets(images, [name])
+        return cache.keep(indices, features)
+
+    def check_caches(self) -> None:
+        """Compare a few cached targets of each teacher with its own. Raises RunError if they differ."""
+        for name, cache in self.caches.items():
+            self._check_cache(name, cache)
 
     @torch.no_grad()
-    def check_cache(self) -> None:
-        """Compare a few cached targets with the teacher's. Raises RunError if they differ."""
-        assert self.cache is not None
+    def _check_cache(self, name: str, cache: TeacherCache) -> None:
         self.views.begin(self.phase.age)
-        indices, cached = self.cache.some(self.views.view, 8)
+        indices, cached = cache.some(self.views.view, 8)
         if not len(indices):
             return
         images, *_ = self.batches.take(self.views.of(indices.tolist()))
         with self.accelerator.autocast():
-            features = self.distiller.teacher_targets(images)
-        for tap, cached_feature, feature in zip(self.cache.taps, cached, features, strict=True):
+            features = self.distiller.teacher_targets(images, [name])
+        for tap, cached_feature, feature in zip(cache.taps, cached, features, strict=True):
             expected = lengthen(shorten(feature, tap.top_k), tap.shape[-1]) if tap.top_k else feature
             difference = (cached_feature.float() - expected.float().cpu()).norm()
             deviation = difference / expected.float().norm().cpu().clamp_min(1e-12)
             if not deviation < (1e-3 if tap.dtype == torch.float32 else 3e-2):
                 raise RunError(
-                    f"the teacher's cache in {self.cache.folder} holds at `{tap.tap}` what is {float(deviation):.1%} "
+                    f"the teacher's cache in {cache.folder} holds at `{tap.tap}` what is {float(deviation):.1%} "
                     "away from what the teacher gives for the same images; something that it depends on has changed "
                     "without its noticing. Delete that folder"
                 )
 
     def _step(
-        self, epoch: int, step: int, images: Tensor, target: Tensor | None, cached_targets: list[Tensor] | None
+        self, epoch: int, step: int, images: Tensor, target: Tensor | None, cached_targets: CachedTargets | None
     ) -> bool:
         """Run the forward and backward of one batch. Return whether the weights were updated."""
         self.finished = None

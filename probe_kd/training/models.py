@@ -1,7 +1,9 @@
 """The models that a run trains, in which order and in which phases. Each is built when its turn comes."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+from zlib import crc32
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -10,17 +12,22 @@ from torch import nn
 from probe_kd.engine.models import build_model, checkpoint_gradients
 from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.weights import load_weights, renew_classifier
+from probe_kd.methods.adapters import ImageView
 from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.ensembles import Ensemble, MeanOfTeachers
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
+from probe_kd.methods.steps import Classes
 from probe_kd.recipe.keys import ModelOptions, classifier_of
 from probe_kd.recipe.planner import Plan
+from probe_kd.recipe.sections.outputs import role_of_teacher
 from probe_kd.recipe.sections.sharing import join
 from probe_kd.training.devices import memory_format
 from probe_kd.training.phase import Phase
 
-TEACHER_BASELINE, BASELINE = "teacher baseline", "baseline"
+TEACHER_BASELINE, BASELINE, ENSEMBLE = "teacher baseline", "baseline", "teachers"
 UNTRAINED = "untrained student"  # the student as it is before training
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +42,17 @@ class TrainedModel:
     output: Tap  # on which it is measured
     partner: "TrainedModel | None" = None
     sharing: Sharing | None = None
+    name: str = ""  # of one of several teachers
 
     @property
     def is_teacher(self) -> bool:
-        """Whether this is the teacher, alone or trained with the student."""
-        return self.role in ("teacher", TEACHER_BASELINE)
+        """Whether this is a teacher, alone or trained with the student."""
+        return self.role.startswith("teacher")
+
+    @property
+    def side(self) -> str:
+        """The role by which the plan knows whether the model classifies: `student`, `teacher` or `teacher NAME`."""
+        return role_of_teacher(self.name) if self.is_teacher else "student"
 
     @property
     def learns_from_teacher(self) -> bool:
@@ -48,17 +61,51 @@ class TrainedModel:
 
 @dataclass
 class Models:
-    """The models of one run on their device. `teacher` is the model that the others learn from, once it is built."""
+    """The models of one run on their device.
+
+    `teachers` are the models that the others learn from, by name, once they are built; a single one has an empty name.
+    """
 
     plan: Plan
     accelerator: Accelerator
-    teacher: TrainedModel | None = None
+    teachers: dict[str, TrainedModel] = field(default_factory=dict)
+
+    @property
+    def teacher(self) -> TrainedModel | None:
+        """The single teacher."""
+        return self.teachers.get("")
+
+    @property
+    def reference(self) -> TrainedModel | None:
+        """The model with which students are compared: the teacher, or the mean of the teachers that classify."""
+        if not self.plan.recipe.teachers:
+            return self.teacher
+        classifying = [teacher for teacher in self.teachers.values() if self.plan.classifies(teacher.side)]
+        if self.plan.agrees_without_labels:
+            classifying = [teacher for teacher in self.teachers.values() if teacher.name in self.plan.compared_outputs]
+        return classifying[0] if len(classifying) == 1 else self._ensemble(classifying) if classifying else None
+
+    def _ensemble(self, teachers: Sequence[TrainedModel]) -> TrainedModel:
+        """The mean of several teachers as one model, which sees the images of the largest."""
+        images = self.plan.student_input
+        for teacher in teachers:
+            images = images.covering(teacher.input)
+        weights = {name: options.weight for name, options in (self.plan.recipe.teachers or {}).items()}
+        maps = [self.plan.class_maps.get(teacher.name) for teacher in teachers]
+        selections = [nn.Identity() if indices is None else Classes(indices) for indices in maps]
+        multilabel = self.plan.datasets.labels == "multilabel"
+        mean = MeanOfTeachers(selections, [weights[teacher.name] for teacher in teachers], multilabel=multilabel)
+        views = [ImageView(images, teacher.input) for teacher in teachers]
+        outputs = [teacher.output for teacher in teachers]
+        ensemble = Ensemble([teacher.model for teacher in teachers], views, outputs, mean)
+        ensemble = ensemble.to(self.accelerator.device)
+        return TrainedModel(ENSEMBLE, ensemble, teachers[0].trace, images, (), Tap(""))
 
     def in_turn(self) -> Iterator[TrainedModel]:
         """Yield the models in the order of training. Each is built when its turn comes."""
         plan, recipe = self.plan, self.plan.recipe
-        if recipe.teacher is not None:
-            yield self._teacher(TEACHER_BASELINE if recipe.share else "teacher")
+        for name in plan.teachers:
+            yield self._teacher(name, TEACHER_BASELINE if recipe.share else role_of_teacher(name))
         if recipe.baseline:
             model = self._build(recipe.student, plan.student, recipe.seed)
             phases = self._stages(alone="student")
@@ -66,7 +113,7 @@ class Models:
             yield TrainedModel(BASELINE, model, plan.student, self._input_alone(), phases, output)
         model, partner, sharing = self._build(recipe.student, plan.student, recipe.seed), None, None
         if recipe.share and plan.teacher:
-            self.teacher = partner = self._teacher("teacher")
+            self.teachers[""] = partner = self._teacher("", "teacher")
             set_seed(recipe.seed)  # of a graft's adapter
             model, sharing = join(recipe.share, model, partner.model, plan.student, plan.teacher)
             self._to_device(model)
@@ -75,18 +122,21 @@ class Models:
 
     def distiller(self, trained: TrainedModel, phase: Phase) -> Distiller:
         needed = trained.partner or any(objective.needs_teacher for objective in phase.objectives)
-        teacher = self.teacher if needed else None
+        teachers = self.teachers if needed else {}
+        class_maps = {name: indices for name, indices in self.plan.class_maps.items() if name in teachers}
         share = self.plan.recipe.share
         set_seed(self.plan.recipe.seed)  # of the adapters
         distiller = Distiller(
             trained.model,
-            teacher.model if teacher else None,
+            _alone({name: teacher.model for name, teacher in teachers.items()}),
             phase.objectives,
             student_input=trained.input,
-            teacher_input=teacher.input if teacher else None,
+            teacher_input=_alone({name: teacher.input for name, teacher in teachers.items()}),
             student_trace=trained.trace if trained.trace.training else None,
-            teacher_trace=teacher.trace if teacher else None,
-            class_map=self.plan.class_map,
+            teacher_trace=_alone({name: teacher.trace for name, teacher in teachers.items()}),
+            class_map=class_maps or None,
+            teacher_dropping=phase.teacher_dropping,
+            seed=self.plan.recipe.seed,
             block=share.block if share and trained.partner else None,
             sharing=trained.sharing,
             freeze=phase.freeze,
@@ -98,19 +148,18 @@ class Models:
 
         Each model converts them to its own size.
         """
-        other = self.teacher.input if self.teacher and trained.role != "teacher" else trained.input
-        return trained.input.covering(other)
+        images = trained.input
+        for teacher in () if trained.is_teacher else self.teachers.values():
+            images = images.covering(teacher.input)
+        return images
 
     def options_of(self, trained: TrainedModel) -> ModelOptions:
         """What the recipe says of a model."""
-        teacher = self.plan.recipe.teacher
-        return teacher if trained.is_teacher and teacher is not None else self.plan.recipe.student
+        return self.plan.recipe.teachers_by_name[trained.name] if trained.is_teacher else self.plan.recipe.student
 
-    def _teacher(self, role: str) -> TrainedModel:
-        plan, options = self.plan, self.plan.recipe.teacher
-        assert options is not None
-        assert plan.teacher is not None
-        assert plan.teacher_input is not None
+    def _teacher(self, name: str, role: str) -> TrainedModel:
+        plan, planned = self.plan, self.plan.teachers[name]
+        options = planned.options
         phases: tuple[Phase, ...] = ()
         if options.train is not None:
             train_options = options.train
@@ -123,9 +172,9 @@ class Models:
             )
         elif role == TEACHER_BASELINE and not (options.pretrained or options.checkpoint):
             phases = self._stages(alone="teacher")
-        seed = plan.recipe.seed if options.same_init else teacher_seed(plan.recipe.seed)
-        model, output = self._build(options, plan.teacher, seed), plan.output_of("teacher")
-        return TrainedModel(role, model, plan.teacher, plan.teacher_input, phases, output)
+        seed = plan.recipe.seed if options.same_init else teacher_seed(plan.recipe.seed, name)
+        model, output = self._build(options, planned.trace, seed), plan.output_of(role_of_teacher(name))
+        return TrainedModel(role, model, planned.trace, planned.input, phases, output, name=name)
 
     def _input_alone(self) -> InputSpec:
         """The input of the baseline: the size in the recipe, even if a graft has the size of the teacher."""
@@ -147,6 +196,7 @@ class Models:
                 grad_accum_steps=stage.grad_accum_steps,
                 keep=stage.keep,
                 freeze=frozen.layers,
+                teacher_dropping=(not alone and stage.teacher_dropping) or 0.0,
                 age=age,
             )
             phases += [phase] * bool(own_objectives)
@@ -170,13 +220,20 @@ class Models:
         return model.to(memory_format=memory_format(self.plan.recipe, self.accelerator.device))
 
 
-def teacher_seed(seed: int) -> int:
+def _alone(values: Mapping[str, T]) -> T | Mapping[str, T] | None:
+    """The value of a single teacher, the values of several by name, or None without a teacher."""
+    return values.get("", values) if values else None
+
+
+def teacher_seed(seed: int, name: str = "") -> int:
     """The seed of a teacher's initial weights, far from the seeds of students, which are small numbers.
+
+    Each of several teachers has its own, which does not depend on the others.
 
     With the same seed, a teacher and a student of one architecture would have the same initial weights, and their
     agreement would be no evidence.
     """
-    return (seed + 2**31) % 2**32
+    return (seed + 2**31 + crc32(name.encode())) % 2**32
 
 
 def _labels_only(objectives: Sequence[Objective], side: str, body: str) -> tuple[Objective, ...]:

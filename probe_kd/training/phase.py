@@ -18,5 +18,6 @@ class Phase:
     clip_grad: float | None = None
     grad_accum_steps: int = 1
     keep: str = "last"
+    teacher_dropping: float = 0.0
     freeze: tuple[str, ...] = ()
     age: int = 0

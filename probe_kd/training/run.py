@@ -9,7 +9,7 @@ the last is the student together with a teacher that begins with the same weight
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from probe_kd.files.run_folder import Claim, claim, record
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import training_only
 from probe_kd.recipe.planner import Plan
+from probe_kd.recipe.sections.outputs import role_of_teacher
 from probe_kd.recipe.writing import dump
 from probe_kd.training import checkpoints
 from probe_kd.training.devices import describe_device
@@ -42,7 +43,7 @@ from probe_kd.training.records import TABLES, write_report
 from probe_kd.training.saving import Saver
 from probe_kd.training.scoring import Score, Scorer
 from probe_kd.training.state import Result, Row, TrainState
-from probe_kd.training.teacher_cache import open_cache, tell_of_damage
+from probe_kd.training.teacher_cache import open_caches
 from probe_kd.training.trial import check_student, reached, too_large
 from probe_kd.version import __version__
 
@@ -179,7 +180,7 @@ class Run:
             elif result.weights and not trained.learns_from_teacher:
                 _load_again(trained.model, self.saver.folder / result.weights)
             if trained.is_teacher:
-                self.models.teacher = trained
+                self.models.teachers[trained.name] = trained
 
     def _train_model(self, trained: TrainedModel) -> None:
         if trained.partner is not None:
@@ -222,21 +223,18 @@ class Run:
             cleanup.callback(distiller.close)
             # The optimizer must not change parameters that no loss reaches, by weight decay say, nor DDP wait for them.
             cleanup.enter_context(training_only(distiller, reached(self.models, trained, distiller)))
-            cache = open_cache(self.models, trained, distiller, self.progress)
-            if cache is not None:
-                cleanup.callback(cache.close)
-                cleanup.callback(tell_of_damage, cache, self.progress)
-            loop = loop_of(self.models, trained, phase, distiller, cache)
+            caches = open_caches(self.models, trained, distiller, self.progress, cleanup)
+            loop = loop_of(self.models, trained, phase, distiller, caches)
             cleanup.callback(loop.close)
-            if cache is not None:
-                loop.check_cache()
+            loop.check_caches()
             yield loop
 
     def _finish_phase(self, trained: TrainedModel, loop: Loop) -> None:
-        """Report on the cache, restore the best epoch, and write the student's adapters."""
-        if loop.cache is not None:
-            counts = f"{loop.computed} images asked of the teacher, {loop.recalled} known from its cache"
-            self.progress.tell(f"{trained.role}: {loop.phase.name}: {counts} in {loop.cache.folder}")
+        """Report on the caches, restore the best epoch, and write the student's adapters."""
+        for name, cache in loop.caches.items():
+            computed, recalled = loop.computed[name], loop.recalled[name]
+            counts = f"{computed} images asked of the {role_of_teacher(name)}, {recalled} known from its cache"
+            self.progress.tell(f"{trained.role}: {loop.phase.name}: {counts} in {cache.folder}")
         if self.saver.take_best(loop):
             self.scorer.latest.clear()
         adapters = loop.distiller.adapters
@@ -337,7 +335,7 @@ class Run:
                 self.saver.keep_if_best(loop, -value)
 
     def _finish(self, trained: TrainedModel, average: nn.Module | None = None) -> None:
-        if trained.partner is not None or trained is self.models.teacher:
+        if trained.partner is not None or trained in self.models.teachers.values():
             self.scorer.forget_teacher()  # `keep: best` may have gone back to other weights
         if trained.partner is not None:
             self._finish(replace(trained.partner, phases=trained.phases))
@@ -379,7 +377,7 @@ def _no_number(what: str, became: str) -> str:
 
 
 def loop_of(
-    models: Models, trained: TrainedModel, phase: Phase, distiller: Distiller, cache: TeacherCache | None
+    models: Models, trained: TrainedModel, phase: Phase, distiller: Distiller, caches: Mapping[str, TeacherCache]
 ) -> Loop:
     """Make the loop of a phase, over the training images in the form for this model."""
     return Loop(
@@ -392,5 +390,5 @@ def loop_of(
         num_classes=models.plan.datasets.num_classes,
         balanced=models.plan.datasets.balanced,
         averaged=trained.role in ("student", BASELINE),
-        cache=cache,
+        caches=caches,
     )

@@ -56,8 +56,8 @@ class Saver:
     def save(self, loop: Loop) -> None:
         """Write a checkpoint. Raises RunError if it cannot be written; the previous checkpoint stays valid."""
         accelerator = self.accelerator
-        if loop.cache is not None:
-            loop.cache.flush()
+        for cache in loop.caches.values():
+            cache.flush()
         try:
             if self.claimed is not None:
                 self.claimed.check()

@@ -19,7 +19,7 @@ from probe_kd.methods.predictions import average_precisions, class_logits, mean_
 from probe_kd.training.devices import memory_format
 from probe_kd.training.labelled_sets import LabelledSets
 from probe_kd.training.loop import Loop
-from probe_kd.training.models import TEACHER_BASELINE, Models, TrainedModel
+from probe_kd.training.models import ENSEMBLE, TEACHER_BASELINE, Models, TrainedModel
 from probe_kd.training.pair_scores import means, score_all_stages, score_pairs
 from probe_kd.training.state import PairScore
 
@@ -76,13 +76,13 @@ class Scorer:
 
     def _has_predictions(self, trained: TrainedModel) -> bool:
         """Whether the class of a model's largest output means something."""
-        return self.plan.agrees_without_labels or self.plan.classifies("teacher" if trained.is_teacher else "student")
+        return self.plan.agrees_without_labels or trained.role == ENSEMBLE or self.plan.classifies(trained.side)
 
     def _measure(self, models: Sequence[TrainedModel], split: MeasuredSplit) -> list[Score]:
         predicting = list(models)
-        teacher = self.models.teacher if split not in self.teacher_predictions else None
+        teacher = self.models.reference if split not in self.teacher_predictions else None
         teacher = teacher if teacher is not None and self._has_predictions(teacher) else None
-        if teacher is not None and any(model is not teacher and model.role != "teacher" for model in models):
+        if teacher is not None and any(model is not teacher and not _is_alone(model) for model in models):
             predicting += [teacher] * (teacher not in predicting)
         predicted = self._predict(predicting, split)
         if teacher in predicting:
@@ -139,7 +139,7 @@ class Scorer:
         if trained is self.models.teacher or trained.role == TEACHER_BASELINE:  # while it trains, its answers change
             self.teacher_predictions[split] = answers
             return Score(accuracy, None, classes)
-        if self.models.teacher is None or split not in self.teacher_predictions or trained.role == "teacher":
+        if not self.models.teachers or split not in self.teacher_predictions or _is_alone(trained):
             return Score(accuracy, None, classes)
         return Score(accuracy, (answers == self.teacher_predictions[split]).double().mean().item(), classes)
 
@@ -202,8 +202,9 @@ class Scorer:
 
         With several labels an image, its logits, and the number of images of which one is no number.
         """
-        if self.plan.class_map is not None and trained.role == "teacher":
-            logits = logits[:, list(self.plan.class_map)]
+        class_map = self.plan.class_maps.get(trained.name) if _is_alone(trained) else None
+        if class_map is not None:
+            logits = logits[:, list(class_map)]
         if self.plan.datasets.labels == "multilabel":
             return logits.float(), logits.isnan().any(1).sum()
         logits = class_logits(logits)
@@ -233,6 +234,11 @@ class Scorer:
                     loss = distiller(images, None if dataset_has_no_labels else target)["loss"]
                 losses.append(accelerator.gather_for_metrics(loss.repeat(len(target))).cpu())
         return torch.cat(losses).double().mean().item()
+
+
+def _is_alone(trained: TrainedModel) -> bool:
+    """Whether this is a teacher, which is compared with no other."""
+    return trained.is_teacher and trained.role != TEACHER_BASELINE
 
 
 def _check_finite(trained: TrainedModel, missing: int) -> None:

@@ -1,5 +1,6 @@
 """The teacher's cache of one phase: which features it holds, and what they depend on."""
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,52 @@ UNSEEN = {
 }
 
 
-def open_cache(models: Models, trained: TrainedModel, distiller: Distiller, progress: Progress) -> TeacherCache | None:
-    """Open the teacher's cache if the recipe has one and the phase uses a frozen teacher; otherwise return None."""
-    options, accelerator = models.plan.recipe.teacher, models.accelerator
-    if options is None or options.cache is None or not distiller.targets or models.teacher is None:
+def open_caches(
+    models: Models, trained: TrainedModel, distiller: Distiller, progress: Progress, cleanup: ExitStack
+) -> dict[str, TeacherCache]:
+    """Open the caches of the frozen teachers that the phase uses, by the names of the teachers.
+
+    They are closed with `cleanup`, which then tells of damaged rows.
+    """
+    caches: dict[str, TeacherCache] = {}
+    for name in models.teachers:
+        cache = open_cache(models, name, trained, distiller, progress)
+        if cache is not None:
+            cleanup.callback(cache.close)
+            cleanup.callback(tell_of_damage, cache, progress)
+            caches[name] = cache
+    return caches
+
+
+def open_cache(
+    models: Models, name: str, trained: TrainedModel, distiller: Distiller, progress: Progress
+) -> TeacherCache | None:
+    """Open a teacher's cache if the recipe has one and the phase reads this teacher; otherwise return None."""
+    options, accelerator = models.plan.recipe.teachers_by_name[name], models.accelerator
+    targets = distiller.targets_of(name)
+    if options.cache is None or not targets:
         return None
     image_input = models.images_for(trained)
     # The shapes and precisions of the targets are measured, and not guessed.
     with torch.no_grad(), accelerator.autocast():
-        features = distiller.teacher_targets(torch.zeros(2, *image_input.size, device=accelerator.device))
-    outputs = {str(item.outputs.teacher) for item in distiller.objectives if item.resolved.reads == "outputs"}
+        features = distiller.teacher_targets(torch.zeros(2, *image_input.size, device=accelerator.device), [name])
+    comparing = [item for item in distiller.objectives if item.resolved.reads == "outputs"]
+    outputs = {str(tap.local) for item in comparing for tap in item.teacher_taps if tap.model == name}
+    # Without the teacher's name, under which another recipe may not know it.
     taps = [
-        Stored(name, tuple(feature.shape[1:]), feature.dtype, options.cache_top_k if name in outputs else None)
-        for name, feature in zip(distiller.targets, features, strict=True)
+        Stored(
+            target.name,
+            tuple(feature.shape[1:]),
+            feature.dtype,
+            options.cache_top_k if target.name in outputs else None,
+        )
+        for target, feature in zip(targets.values(), features, strict=True)
     ]
     opened: list[Any] = [None]
     cache = TeacherCache(Path(options.cache), taps, len(models.plan.datasets.train))  # type: ignore[arg-type]
     if accelerator.is_main_process:
-        key, depends = key_of(models.teacher.model, models.plan.datasets.train, _depends_on(models, image_input))
+        depends_on = _depends_on(models, models.teachers[name], image_input)
+        key, depends = key_of(models.teachers[name].model, models.plan.datasets.train, depends_on)
         cache.folder = cache.folder / key
         try:
             opened = [(cache.folder, cache.lock())]
@@ -52,10 +81,9 @@ def open_cache(models: Models, trained: TrainedModel, distiller: Distiller, prog
     return cache
 
 
-def _depends_on(models: Models, image_input: InputSpec) -> dict[str, Any]:
-    """All settings on which the teacher's targets depend."""
-    recipe, teacher = models.plan.recipe, models.teacher
-    assert teacher is not None
+def _depends_on(models: Models, teacher: TrainedModel, image_input: InputSpec) -> dict[str, Any]:
+    """All settings on which a teacher's targets depend."""
+    recipe = models.plan.recipe
     data = recipe.data.model_dump(mode="json", exclude=UNSEEN)
     model, kwargs = portable(teacher.trace.model, teacher.trace.model_kwargs)
     return {

@@ -75,7 +75,7 @@ def student_of(models: Models) -> TrainedModel:
         if trained.phases and trained.is_teacher:
             reach_of(models, trained, *first_batch(models, trained, most=MOST_TRIED))
         if trained.is_teacher and not models.plan.recipe.share:
-            models.teacher = trained
+            models.teachers[trained.name] = trained
         if trained.role == "student":
             return trained
     raise AssertionError("every recipe has a student")

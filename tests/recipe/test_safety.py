@@ -151,7 +151,7 @@ FORM = [
     ("baseline: true", "share: {modules: [1]}", "`share.modules.0`: expected text, got 1"),
     ("baseline: true", "share: {form: graft, at: {}}", "`share.at`: expected at least 1, got 0"),
     ("normalize: layer", "policy: 3", "`stages.0.losses.hint.policy`: expected"),
-    ("  blocks.1: layer3", "  blocks.1: [layer3]", "`pairs.blocks.1`: expected text, got a list"),
+    ("  blocks.1: layer3", "  blocks.1: [[layer3]]", "`pairs.blocks.1.0`: expected text, got a list"),
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from probe_kd.measures import MEASURES, OF_PAIRS
 from probe_kd.methods.adapters import pooled
 from probe_kd.methods.objectives import Objective
 from probe_kd.recipe.keys import ModelOptions, Recipe
-from probe_kd.recipe.sections.mistakes import Mistake, noting
+from probe_kd.recipe.sections.mistakes import Mistake, noting, of_teacher
 from probe_kd.recipe.sections.models import Models
 
 
@@ -25,11 +25,10 @@ def check_evaluation(
     `classifies` says whether the accuracy of the student means something.
     """
     sets, mistakes = open_labelled_sets(recipe)
-    for side, options, traced in (
-        ("student", recipe.student, models.student),
-        ("teacher", recipe.teacher, models.teacher),
-    ):
-        mistakes += check_embedding(side, options, traced, used=bool(recipe.probes))
+    mistakes += check_embedding("student", recipe.student, models.student, used=bool(recipe.probes))
+    for name, options in recipe.teachers_by_name.items():
+        of_one = check_embedding("teacher", options, models.teachers.get(name), used=bool(recipe.probes))
+        mistakes += of_teacher(name, of_one)
     of_pairs = OF_PAIRS * measures_pairs(recipe, objectives, classifies=classifies)
     mistakes += check_choice(recipe, sets) + check_loss_names(recipe, (*recipe.probes, *of_pairs))
     return sets, mistakes

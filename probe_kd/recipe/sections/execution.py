@@ -36,7 +36,8 @@ def _check_layout(recipe: Recipe, models: Models) -> Iterator[Mistake]:
     """Refuse `channels_last: true` where torch would corrupt memory, because the run would crash without a message."""
     if not recipe.channels_last or torch.cuda.is_available():
         return
-    for side, trace_ in (("student", models.student), ("teacher", models.teacher)):
+    teachers = [(f"teacher {name}".strip(), trace_) for name, trace_ in models.teachers.items()]
+    for side, trace_ in (("student", models.student), *teachers):
         layer = breaks_channels_last(build_on_meta(trace_.model, trace_.model_kwargs)) if trace_ else ""
         if layer:
             message = (
@@ -75,5 +76,5 @@ def _check_compiled(recipe: Recipe, options: CompileOptions) -> Iterator[Mistake
             "constants for a while, which compiled code does not notice; leave `torchcompile` out"
         )
         yield ("torchcompile",), message
-    if options.target == "teacher" and recipe.teacher is None:
+    if options.target == "teacher" and not recipe.teachers_by_name:
         yield ("torchcompile", "target"), "there is no teacher to compile"

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from probe_kd.data.datasets import Datasets
-from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, value_at
+from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, Traces, value_at
 from probe_kd.errors import LossError
+from probe_kd.methods.dropping import TeacherDropping
 from probe_kd.methods.fitting import refuse_moving_target
 from probe_kd.methods.losses.table import LOSSES
+from probe_kd.methods.naming import compared_alone, name_teachers
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, schedule
 from probe_kd.recipe.sections.labels import with_class_weights
@@ -70,13 +72,49 @@ def _make_objective(
     return [objective] if objective else [], mistakes
 
 
+def resolve_teachers(
+    recipe: Recipe,
+    index: int,
+    objectives: Sequence[Objective],
+    traces: tuple[Trace | None, Traces | None],
+    class_maps: Mapping[str, Sequence[int]],
+) -> tuple[list[Objective], list[Mistake]]:
+    """The objectives with the names of the teachers whose outputs they read, and with the teachers' weights."""
+    student, teachers = traces
+    if not recipe.teachers or student is None or teachers is None:
+        return list(objectives), []
+    weights = {name: teacher.weight for name, teacher in recipe.teachers.items()}
+    outputs = {name: Tap.parse(teacher.output) for name, teacher in recipe.teachers.items()}
+    resolved: list[Objective] = []
+    mistakes: list[Mistake] = []
+    for objective in objectives:
+        given = recipe.stages[index].losses[objective.name].teacher is not None
+        place: KeyPath = ("stages", index, "losses", objective.name, *(["teacher"] if given else []))
+        with noting(mistakes, *place):
+            resolved += name_teachers(
+                [objective], student, teachers, class_maps=class_maps, weights=weights, outputs=outputs
+            )
+    return resolved, mistakes
+
+
+def check_dropping(recipe: Recipe, index: int, objectives: Sequence[Objective]) -> list[Mistake]:
+    """Check that `teacher_dropping` has several teachers to choose from."""
+    stage = recipe.stages[index]
+    if stage.teacher_dropping is None or len(objectives) < len(stage.losses):
+        return []
+    mistakes: list[Mistake] = []
+    with noting(mistakes, "stages", index, "teacher_dropping"):
+        TeacherDropping(compared_alone(objectives), stage.teacher_dropping, recipe.seed)
+    return mistakes
+
+
 def check_sides(recipe: Recipe, index: int, objectives: Sequence[Objective]) -> list[Mistake]:
     """Check that losses that read or train a teacher have one, and with `share` that both models are trained."""
     place: KeyPath = ("stages", index, "losses")
     mistakes: list[Mistake] = []
     for objective in objectives:
         name = objective.name
-        if objective.needs_teacher and recipe.teacher is None:
+        if objective.needs_teacher and not recipe.teachers_by_name:
             message = f"loss `{name}` needs a teacher, and the recipe has no `teacher:`"
             mistakes.append(((*place, name), message))
         elif objective.of == "teacher" and recipe.share is None:
@@ -176,9 +214,9 @@ def check_baseline(recipe: Recipe) -> list[Mistake]:
 def find_adapters(
     recipe: Recipe,
     stages: Sequence[Sequence[Objective]],
-    traces: tuple[Trace | None, Trace | None],
+    traces: tuple[Trace | None, Traces | None],
     paired: Paired,
-    class_map: Sequence[int] | None,
+    class_maps: Mapping[str, Sequence[int]],
 ) -> tuple[list[Planned], list[Mistake]]:
     """The adapter of every comparison, as text. Empty if models or pairs could not be determined."""
     student, teacher = traces
@@ -194,7 +232,7 @@ def find_adapters(
                 place = paired.line_of(comparison) or ("stages", index, "losses", objective.name)
                 # The meta device needs no memory, however wide the layers are. Only the adapter's text is needed.
                 with noting(mistakes, *place), torch.device("meta"):
-                    adapter = objective.adapter(comparison, student, teacher, class_map)
+                    adapter = objective.adapter(comparison, student, teacher, class_maps)
                     if recipe.share:
                         refuse_moving_target(adapter)
                     planned.append(Planned(recipe.stages[index].name, objective, comparison, str(adapter)))

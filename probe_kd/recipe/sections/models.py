@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from torch import nn
 from probe_kd.data.record import DataRecord
 from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, check_import, check_kwargs, checkpoint_gradients
-from probe_kd.engine.spec import InputSpec, Tap, Trace
+from probe_kd.engine.spec import InputSpec, Tap, Trace, Traces
 from probe_kd.engine.tracing import trace
 from probe_kd.engine.weights import classifiers, load_weights, read_weights
 from probe_kd.errors import AdapterError, ProbeKDError, TapError, TraceError, WeightsError, nearest
@@ -22,48 +22,76 @@ from probe_kd.methods.adapters import check_class_map
 from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.outputs import output_spec
 from probe_kd.recipe.keys import ModelOptions, Recipe, TeacherOptions, classifier_of
-from probe_kd.recipe.sections.mistakes import Mistake, noting
+from probe_kd.recipe.sections.mistakes import Mistake, naming, noting, of_teacher
 
 Side = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
 class Models:
-    """The traces of both models and the number of the data's classes; None for what could not be determined."""
+    """The traces of all models and the number of the data's classes; None for what could not be determined.
 
-    student: Trace | None
-    teacher: Trace | None
-    classes: int | None
+    `teachers` has the traces by name. That of a single teacher, without a name, is `teacher`.
+    """
+
+    student: Trace | None = None
+    teachers: Mapping[str, Trace | None] = field(default_factory=dict)
+    classes: int | None = None
+
+    @property
+    def teacher(self) -> Trace | None:
+        return self.teachers.get("")
+
+    @property
+    def traces(self) -> Traces | None:
+        """The traces of the teachers; None if there are none, or if one of them could not be made."""
+        traces = {name: trace_ for name, trace_ in self.teachers.items() if trace_ is not None}
+        return Traces(traces) if traces and len(traces) == len(self.teachers) else None
+
+    def with_only(self, name: str) -> "Models":
+        """The models with one of the teachers as `teacher`."""
+        return Models(self.student, {"": self.teachers.get(name)}, self.classes)
 
 
 def trace_models(recipe: Recipe, classes: int | None, allow_import: Sequence[str]) -> tuple[Models, list[Mistake]]:
-    size, teacher = recipe.data.input_size, recipe.teacher
-    teacher_trace, of_teacher = None, list[Mistake]()
-    if teacher is not None:
+    size, training = recipe.data.input_size, recipe.share is not None
+    teachers: dict[str, Trace | None] = {}
+    mistakes_of_teachers: list[Mistake] = []
+    for name, teacher in recipe.teachers_by_name.items():
         of_data = (classes or None) if teacher.class_map is None or teacher.train else None
-        teacher_trace, of_teacher = _trace(
-            "teacher", teacher, teacher.input_size or size, of_data, allow_import, training=recipe.share is not None
-        )
-    of_student = _outputs_without_labels(recipe, teacher_trace) if classes == 0 else classes
+        own_size = teacher.input_size or size
+        teachers[name], more = _trace("teacher", teacher, own_size, of_data, allow_import, training=training)
+        mistakes_of_teachers += of_teacher(name, more)
+    of_student = _outputs_without_labels(recipe, teachers) if classes == 0 else classes
     student, mistakes = _trace("student", recipe.student, size, of_student, allow_import, training=True)
-    return Models(student, teacher_trace, classes), mistakes + of_teacher
+    return Models(student, teachers, classes), mistakes + mistakes_of_teachers
 
 
-def _outputs_without_labels(recipe: Recipe, teacher: Trace | None) -> int | None:
+def _outputs_without_labels(recipe: Recipe, teachers: Mapping[str, Trace | None]) -> int | None:
     """How many outputs the student gets where there are no classes; None for as many as it has by itself.
 
-    As many as the teacher's, if a loss compares outputs; else none, unless they belong to its weights.
+    As many as the teacher's, if a loss compares outputs; else none, unless they belong to its weights. Of several
+    teachers, those come first that a loss names.
     """
     if _compares_outputs(recipe):
-        if recipe.teacher is None or teacher is None:
-            return None
-        with suppress(ProbeKDError):
-            if recipe.teacher.class_map is not None:
-                return len(_class_indices(recipe.teacher.class_map))
-            return output_spec(teacher, Tap.parse(recipe.teacher.output), "teacher").channels
-        return None
+        losses = [loss for stage in recipe.stages for loss in stage.losses.values()]
+        named = [Tap.parse(loss.teacher).model for loss in losses if loss.teacher]
+        names = [name for name in dict.fromkeys([*named, *teachers]) if name in teachers]
+        widths = [_width_of_teacher(recipe.teachers_by_name[name], teachers[name]) for name in names]
+        return next((width for width in widths if width), None)
     of_timm = ":" not in recipe.student.model
     return 0 if of_timm and recipe.student.checkpoint is None else None
+
+
+def _width_of_teacher(teacher: TeacherOptions, trace_: Trace | None) -> int | None:
+    """The number of a teacher's outputs that are compared; None if it cannot be told."""
+    if trace_ is None:
+        return None
+    with suppress(ProbeKDError):
+        if teacher.class_map is not None:
+            return len(_class_indices(teacher.class_map))
+        return output_spec(trace_, Tap.parse(teacher.output), "teacher").channels
+    return None
 
 
 def _compares_outputs(recipe: Recipe) -> bool:
@@ -122,10 +150,19 @@ def _trace_checkpointing(plain: Trace) -> Trace:
     return replace(checkpointed, model=plain.model, model_kwargs=plain.model_kwargs)
 
 
-def check_teacher(recipe: Recipe) -> list[Mistake]:
-    teacher = recipe.teacher
-    if teacher is None:
-        return []
+def check_teachers(recipe: Recipe) -> list[Mistake]:
+    mistakes: list[Mistake] = []
+    if recipe.teacher and recipe.teachers:
+        mistakes.append((("teacher",), "the recipe has `teachers` too; move this one there, with a name"))
+    if recipe.teachers and recipe.share:
+        message = "`share` trains one teacher with the student, and `teachers` names several; give one as `teacher`"
+        mistakes.append((("share",), message))
+    for name in recipe.teachers_by_name:
+        mistakes += of_teacher(name, _check_teacher(recipe, recipe.teachers_by_name[name]))
+    return mistakes
+
+
+def _check_teacher(recipe: Recipe, teacher: TeacherOptions) -> list[Mistake]:
     mistakes = _check_cache(recipe, teacher)
     if recipe.share and teacher.train:
         message = "with `share` the stages train the teacher too, alone and with the student; leave `train` out"
@@ -166,6 +203,16 @@ def _unwritable(folder: Path) -> str:
     if not existing.is_dir():
         return f"{str(existing)!r} is no folder"
     return "" if os.access(existing, os.W_OK | os.X_OK) else f"{str(existing)!r} cannot be written"
+
+
+def check_all_weights(recipe: Recipe, models: Models, record: DataRecord | None) -> tuple[list[str], list[Mistake]]:
+    """A sentence for each new classifier, and the mistakes in the weights that the recipe names."""
+    sentences, mistakes = check_weights(recipe, "student", models.student, record)
+    for name in recipe.teachers_by_name:
+        of_one, more = check_weights(recipe.with_only(name), "teacher", models.teachers.get(name), record)
+        sentences += [naming(name, sentence) for sentence in of_one]
+        mistakes += of_teacher(name, more)
+    return sentences, mistakes
 
 
 def check_weights(
@@ -259,7 +306,19 @@ def _describe_new_classifier(side: Side, trace_: Trace, names: Sequence[str], so
     return [sentence] * bool(names)
 
 
-def read_class_map(recipe: Recipe, models: Models) -> tuple[tuple[int, ...] | None, list[Mistake]]:
+def read_class_maps(recipe: Recipe, models: Models) -> tuple[dict[str, tuple[int, ...]], list[Mistake]]:
+    """The class maps by the name of the teacher."""
+    class_maps: dict[str, tuple[int, ...]] = {}
+    mistakes: list[Mistake] = []
+    for name in recipe.teachers_by_name:
+        class_map, more = _read_class_map_of(recipe.with_only(name), models.with_only(name))
+        mistakes += of_teacher(name, more)
+        if class_map is not None:
+            class_maps[name] = class_map
+    return class_maps, mistakes
+
+
+def _read_class_map_of(recipe: Recipe, models: Models) -> tuple[tuple[int, ...] | None, list[Mistake]]:
     options, place = recipe.teacher, ("teacher", "class_map")
     if options is None or options.class_map is None:
         return None, []
@@ -308,9 +367,12 @@ def check_inputs(recipe: Recipe, models: Models) -> list[Mistake]:
     with noting(mistakes, "data"):
         if models.student is not None:
             input_of_student(recipe, models.student)
-    with noting(mistakes, "teacher"):
-        if models.teacher is not None:
-            input_of_teacher(recipe, models.teacher)
+    for name, trace_ in models.teachers.items():
+        of_one: list[Mistake] = []
+        with noting(of_one, "teacher"):
+            if trace_ is not None:
+                input_of_teacher(recipe.with_only(name), trace_)
+        mistakes += of_teacher(name, of_one)
     return mistakes
 
 

@@ -4,7 +4,7 @@ What no loss reads is not checked. So a teacher without a classifier may teach b
 from them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import get_args
@@ -13,10 +13,11 @@ from probe_kd.engine.models import build_on_meta
 from probe_kd.engine.spec import FeatureSpec, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import ProbeKDError
+from probe_kd.methods.naming import localised
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.outputs import output_spec
 from probe_kd.recipe.keys import ModelOptions, Recipe
-from probe_kd.recipe.sections.mistakes import Mistake, noting
+from probe_kd.recipe.sections.mistakes import Mistake, noting, of_teacher
 from probe_kd.recipe.sections.models import Models, Side, in_body
 from probe_kd.recipe.yaml_tree import KeyPath
 
@@ -41,6 +42,23 @@ class _Read:
 
 
 def check_outputs(recipe: Recipe, models: Models, grown: Trace | None, stages: Stages) -> list[Mistake]:
+    """Check the outputs that are read of the student and of each teacher, and those that the recipe names."""
+    if not recipe.teachers:
+        return _check_outputs(recipe, models, grown, stages)
+    mistakes: list[Mistake] = []
+    for name in recipe.teachers:
+        of_one = _check_outputs(recipe.with_only(name), models.with_only(name), grown, _stages_of(stages, name))
+        mistakes += of_teacher(name, of_one)
+    return list(dict.fromkeys(mistakes))
+
+
+def _stages_of(stages: Stages, name: str) -> Stages:
+    """What one of several teachers takes part in, as if it was the only one."""
+    parts = [[localised(objective, name) for objective in stage] for stage in stages]
+    return [[part for part in stage if part is not None] for stage in parts]
+
+
+def _check_outputs(recipe: Recipe, models: Models, grown: Trace | None, stages: Stages) -> list[Mistake]:
     """Check that every output that is read is one vector per image, of the data's classes if these are read.
 
     Also that every output which the recipe names exists, and that the losses can do with what `cache_top_k` keeps.
@@ -84,7 +102,8 @@ def _outputs_read(recipe: Recipe, stages: Stages) -> Iterator[_Read]:
 def _place(recipe: Recipe, index: int, name: str, side: Side) -> KeyPath:
     """The key that names the tap which a loss reads; the model, if none does."""
     loss, model = recipe.stages[index].losses[name], getattr(recipe, side)
-    if getattr(loss, side) is not None:
+    text = getattr(loss, side)
+    if text is not None and not (recipe.teacher and Tap.parse(text).model and Tap.parse(text).local == Tap("")):
         return ("stages", index, "losses", name, side)
     return (side, "output") if model is not None and model.output else (side, "model")
 
@@ -223,7 +242,30 @@ def _measured_output(options: ModelOptions, trace_: Trace, side: Side) -> Featur
     return output_spec(seen, tap, side)
 
 
-def sides_that_classify(
+def roles_that_classify(
+    recipe: Recipe, models: Models, grown: Trace | None, stages: Stages, class_maps: Mapping[str, Sequence[int]]
+) -> dict[str, Tap]:
+    """The roles of the models whose accuracy means something, and the outputs that it is measured on.
+
+    The roles are `student`, `teacher`, or `teacher NAME` of several.
+    """
+    if not recipe.teachers:
+        sides = _sides_that_classify(recipe, models, grown, stages, class_maps.get(""))
+        return {side: output for side, output in sides.items()}  # noqa: C416 - of roles, which are any text
+    roles: dict[str, Tap] = {}
+    for name in recipe.teachers:
+        alone = recipe.with_only(name), models.with_only(name)
+        sides = _sides_that_classify(*alone, grown, _stages_of(stages, name), class_maps.get(name))
+        roles |= {role_of_teacher(name) if side == "teacher" else side: output for side, output in sides.items()}
+    return roles
+
+
+def role_of_teacher(name: str) -> str:
+    """The role of a teacher in a run, as in `teacher dino`; a single one has no name."""
+    return f"teacher {name}".strip()
+
+
+def _sides_that_classify(
     recipe: Recipe, models: Models, grown: Trace | None, stages: Stages, class_map: Sequence[int] | None
 ) -> dict[Side, Tap]:
     """The sides whose accuracy means something, and the outputs that it is measured on.

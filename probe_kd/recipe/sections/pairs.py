@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from probe_kd.engine.matching import expand, is_pattern, listed, match
-from probe_kd.engine.spec import Pair, Tap, Trace
+from probe_kd.engine.spec import Pair, Tap, Trace, Traces
 from probe_kd.errors import TapError
 from probe_kd.methods.objectives import Comparison, Objective
-from probe_kd.recipe.keys import AutoPairs, PairOptions, Recipe
+from probe_kd.recipe.keys import AutoPairs, PairOptions, Recipe, all_pairs
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.models import Models
 from probe_kd.recipe.yaml_tree import KeyPath
@@ -31,11 +31,12 @@ class Expansion:
 class Paired:
     """The pairs. None if they could not be determined, so that a loss without pairs is no further mistake.
 
-    `lines` maps each line of `pairs` to its pairs. `unknown` contains the pairs with layers that do not exist.
+    `lines` maps the place of each entry of `pairs` to its pairs: the student's layer, and an index if its value is a
+    list. `unknown` contains the pairs with layers that do not exist.
     """
 
     pairs: tuple[Pair, ...] | None = ()
-    lines: Mapping[str, Sequence[Pair]] = field(default_factory=dict)
+    lines: Mapping[KeyPath, Sequence[Pair]] = field(default_factory=dict)
     unknown: frozenset[Pair] = frozenset()
 
     @property
@@ -46,65 +47,77 @@ class Paired:
     def line_of(self, comparison: Comparison) -> KeyPath:
         """The line of `pairs` that sets the adapter of a comparison; empty if only the loss does."""
         pair = comparison.pairs[-1]
-        for key, line in self.lines.items():
+        for place, line in self.lines.items():
             if any(own.adapter and (own.student, own.teacher) == (pair.student, pair.teacher) for own in line):
-                return "pairs", key
+                return ("pairs", *place)
         return ()
 
 
 def find_pairs(recipe: Recipe, models: Models, grown: Trace | None) -> tuple[Paired, list[Mistake]]:
-    options, student, teacher = recipe.pairs, models.student, models.teacher
+    options, student, teachers = recipe.pairs, models.student, models.traces
     if not options:
         return Paired(), []
     mistakes: list[Mistake] = []
-    if recipe.teacher is None:
+    if not recipe.teachers_by_name:
         mistakes.append((("pairs",), "there is no `teacher:` with layers to pair"))
-    if student is None or teacher is None:
+    if student is None or teachers is None:
         return Paired(None), mistakes
     if isinstance(options, AutoPairs):
         with noting(mistakes, "pairs"):
-            pairs = match(student, teacher, level=options.level, num_pairs=options.num_pairs)
-            return Paired(pairs if grown is None else _above_the_cut(pairs, grown)), mistakes
+            return Paired(tuple(_match_all(options, student, teachers, grown))), mistakes
         return Paired(None), mistakes
-    lines: dict[str, list[Pair]] = {}
+    lines: dict[KeyPath, list[Pair]] = {}
     unknown = set[Pair]()
     for name, value in options.items():
-        pair_options = value if isinstance(value, PairOptions) else PairOptions(teacher=value)
-        lines[name], missing, more = _read_line(name, pair_options, student, teacher, grown)
-        unknown |= {*lines[name]} if missing else set()
-        mistakes += more
+        for index, pair_options in enumerate(all_pairs(value)):
+            place: KeyPath = (name, index) if isinstance(value, list) else (name,)
+            lines[place], missing, more = _read_line(place, pair_options, student, teachers, grown)
+            unknown |= {*lines[place]} if missing else set()
+            mistakes += more
     pairs = tuple(pair for line in lines.values() for pair in line)
     return Paired(pairs or None, lines, frozenset(unknown)), mistakes + list(_in_two_pairs(lines))
 
 
-def _in_two_pairs(lines: Mapping[str, Sequence[Pair]]) -> Iterator[Mistake]:
-    line_of: dict[Tap, str] = {}
-    for name, line in lines.items():
+def _match_all(options: AutoPairs, student: Trace, teachers: Traces, grown: Trace | None) -> Iterator[Pair]:
+    """The pairs that `match` finds with each teacher. Raises MatchError."""
+    for name, trace_ in teachers.by_model.items():
+        pairs = match(student, trace_, level=options.level, num_pairs=options.num_pairs)
+        pairs = tuple(replace(pair, teacher=replace(pair.teacher, model=name)) for pair in pairs)
+        yield from pairs if grown is None else _above_the_cut(pairs, grown)
+
+
+def _in_two_pairs(lines: Mapping[KeyPath, Sequence[Pair]]) -> Iterator[Mistake]:
+    """One layer of the student may learn from several teachers, but from one layer of each."""
+    line_of: dict[tuple[Tap, str], KeyPath] = {}
+    for place, line in lines.items():
         for pair in line:
-            if pair.student in line_of:
-                message = f"{str(pair.student)!r} is in two pairs: `{line_of[pair.student]}` has it too"
-                yield ("pairs", name), message
-            line_of.setdefault(pair.student, name)
+            key = pair.student, pair.teacher.model
+            if key in line_of:
+                other = f"`{line_of[key][0]}`" if line_of[key][0] != place[0] else "the same line"
+                of_teacher = f" with {key[1]}" if key[1] else ""
+                yield ("pairs", *place), f"{str(pair.student)!r} is in two pairs{of_teacher}: {other} has it too"
+            line_of.setdefault(key, place)
 
 
 def _read_line(
-    name: str, options: PairOptions, student: Trace, teacher: Trace, grown: Trace | None
+    place: KeyPath, options: PairOptions, student: Trace, teachers: Traces, grown: Trace | None
 ) -> tuple[list[Pair], bool, list[Mistake]]:
     """The pairs of one line of `pairs`, whether layers are missing, and the mistakes in the line."""
     mistakes: list[Mistake] = []
     taps_of_sides: list[Sequence[Tap]] = []
-    sides = ((grown or student, name, "body." if grown else ""), (teacher, options.teacher, ""))
-    for trace_, text, prefix in sides:
-        with noting(mistakes, "pairs", name):
-            taps = expand(trace_, text, prefix)
-            present = [tap for tap in taps if not (grown and prefix and _is_idle(grown, tap))]
-            if not present:
-                raise TapError(f"{name!r}: the graft puts the teacher's layers in the place of these")
-            taps_of_sides.append(present)
+    name = str(place[0])
+    with noting(mistakes, "pairs", *place):
+        taps = expand(grown or student, name, "body." if grown else "")
+        present = [tap for tap in taps if not (grown and _is_idle(grown, tap))]
+        if not present:
+            raise TapError(f"{name!r}: the graft puts the teacher's layers in the place of these")
+        taps_of_sides.append(present)
+    with noting(mistakes, "pairs", *place):
+        taps_of_sides.append(_expand_teacher(teachers, options.teacher))
     keywords: dict[str, Any] = {"weight": options.weight, "adapter": options.adapter}
     if len(taps_of_sides) < 2:  # a loss that names it is no second mistake
         with suppress(TapError):
-            pair = Pair(Tap.parse(name), Tap.parse(options.teacher), **keywords)
+            pair = Pair(Tap.parse(name), teachers.named(Tap.parse(options.teacher)), **keywords)
             return [_in_body(pair) if grown else pair], True, mistakes
         return [], True, mistakes
     if len(taps_of_sides[0]) == len(taps_of_sides[1]):
@@ -112,7 +125,28 @@ def _read_line(
     texts = zip((name, options.teacher), taps_of_sides, strict=True)
     counts = "; and ".join(f"{text!r} finds {len(taps)}: {listed(taps)}" for text, taps in texts)
     message = f"both sides of a pair have to find equally many layers; {counts}"
-    return [], False, [*mistakes, (("pairs", name), message)]
+    return [], False, [*mistakes, (("pairs", *place), message)]
+
+
+def _expand_teacher(teachers: Traces, text: str) -> tuple[Tap, ...]:
+    """The teacher's taps that a name or a pattern stands for, as in `dino:glob:blocks.*`. Raises TapError."""
+    name, _, pattern = text.strip().partition(":")
+    if is_pattern(text):
+        name, pattern = "", text.strip()
+    elif not is_pattern(pattern):
+        tap = teachers.named(Tap.parse(text))
+        teachers[tap]
+        return (tap,)
+    names = tuple(teachers.by_model)
+    if not name and len(names) > 1:
+        listed_names = ", ".join(names)
+        raise TapError(
+            f"{text!r} does not say whose layers; the teachers: {listed_names}; write '{names[0]}:{pattern}'"
+        )
+    if name and names == ("",):
+        raise TapError(f"{text!r} names a teacher, and `teacher` is a single one without a name; write {pattern!r}")
+    whose = teachers.named(Tap("", model=name)).model
+    return tuple(replace(tap, model=whose) for tap in expand(teachers.by_model[whose], pattern))
 
 
 def check_use(recipe: Recipe, paired: Paired, stages: Sequence[Sequence[Objective]]) -> list[Mistake]:
@@ -121,7 +155,7 @@ def check_use(recipe: Recipe, paired: Paired, stages: Sequence[Sequence[Objectiv
         return []  # a loss with mistakes might compare them
     objectives = [objective for stage in stages for objective in stage]
     mistakes: list[Mistake] = []
-    for name, line in paired.lines.items():
+    for place, line in paired.lines.items():
         users = [
             objective
             for objective in objectives
@@ -129,21 +163,22 @@ def check_use(recipe: Recipe, paired: Paired, stages: Sequence[Sequence[Objectiv
         ]
         if line and line[0].weight and not users:
             message = f"no loss compares {line[0]}; take it out, or write `weight: 0` to have it measured only"
-            mistakes.append((("pairs", name), message))
+            mistakes.append((("pairs", *place), message))
         adaptable = set[str]().union(*(objective.adaptable for objective in users))
         for key in line[0].adapter if line and users else ():
             if key not in adaptable:
                 names = ", ".join(f"`{loss}`" for loss in dict.fromkeys(objective.name for objective in users))
                 message = f"`{key}` means nothing to the losses that compare this pair ({names}); leave it out"
-                mistakes.append((("pairs", name, key), message))
+                mistakes.append((("pairs", *place, key), message))
     return mistakes
 
 
 def expansions(recipe: Recipe, paired: Paired) -> Iterator[Expansion]:
-    for name, line in paired.lines.items():
-        value = recipe.pairs[name] if isinstance(recipe.pairs, dict) else name
-        teacher = value.teacher if isinstance(value, PairOptions) else value
-        if is_pattern(name) or is_pattern(teacher):
+    for place, line in paired.lines.items():
+        name, *rest = map(str, place)
+        values = all_pairs(recipe.pairs[name]) if isinstance(recipe.pairs, dict) else [PairOptions(teacher=name)]
+        teacher = values[int(rest[0]) if rest else 0].teacher
+        if is_pattern(name) or is_pattern(teacher) or is_pattern(teacher.partition(":")[2]):
             yield Expansion(name, teacher, tuple(line))
 
 

@@ -17,7 +17,7 @@ Joined = tuple[Trace | None, Sharing | None]  # trace of the student as a graft;
 
 def try_sharing(recipe: Recipe, models: Models) -> tuple[Joined, list[Mistake]]:
     share, student, teacher = recipe.share, models.student, models.teacher
-    if share is None:
+    if share is None or recipe.teachers:  # which it cannot train, and is refused by `check_teachers`
         return (None, None), []
     mistakes: list[Mistake] = []
     if recipe.teacher is None:

@@ -14,7 +14,7 @@ from probe_kd.engine.surgery import in_pattern
 from probe_kd.errors import RunError, TapError, nearest, short
 from probe_kd.recipe.keys import OptimizerOptions, Recipe, SchedulerOptions
 from probe_kd.recipe.sections.losses import check_loss_weights
-from probe_kd.recipe.sections.mistakes import Mistake, noting
+from probe_kd.recipe.sections.mistakes import Mistake, noting, teacher_place
 from probe_kd.recipe.yaml_tree import KeyPath
 
 
@@ -45,10 +45,11 @@ def _check_lr_scale(index: int, optimizer: OptimizerOptions, student: Trace) -> 
 
 
 def _with_optimizer(recipe: Recipe) -> list[tuple[KeyPath, Any]]:
-    """The stages and `teacher.train`, each with its place in the recipe."""
+    """The stages and `train` of each teacher, each with its place in the recipe."""
     stages: list[tuple[KeyPath, Any]] = [(("stages", index), stage) for index, stage in enumerate(recipe.stages)]
-    if recipe.teacher and recipe.teacher.train:
-        stages.append((("teacher", "train"), recipe.teacher.train))
+    for name, teacher in recipe.teachers_by_name.items():
+        if teacher.train:
+            stages.append(((*teacher_place(name), "train"), teacher.train))
     return stages
 
 
