@@ -323,6 +323,7 @@ def _check_sections(
     paired, objectives, comparisons, more = _plan_losses(recipe, models, grown, class_maps, datasets)
     mistakes += more
     frozen, more = find_frozen(recipe, models.student, objectives)
+    mistakes += more
     classifying = roles_that_classify(recipe, models, grown, objectives, class_maps)
     labelled_sets, more = check_evaluation(recipe, models, objectives, classifies="student" in classifying)
     mistakes += more
