@@ -2,6 +2,7 @@
 
 import csv
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
@@ -106,7 +107,7 @@ def _rows(file: Path, key: str) -> Iterator[_Row]:
                 row = _Row(
                     reader.line_num,
                     os.path.normpath(os.path.join(file.parent, path)),
-                    tuple(label for label in labels if label),
+                    tuple(unicodedata.normalize("NFC", label) for label in labels if label),  # as names of folders
                 )
                 if number or not _is_header(row.path):
                     yield row
@@ -132,10 +133,11 @@ def _is_header(path: str) -> bool:
 
 
 def _check_files(file: Path, rows: Sequence[_Row], key: str) -> None:
-    missing = [row for row in rows if not os.path.exists(row.path)]
+    missing = [row for row in rows if not os.path.isfile(row.path)]
     if not missing:
         return
     first = missing[0]
+    are = "are not files" if os.path.exists(first.path) else "are not there"
     separated = next((name for name, mark in (("semicolons", ";"), ("tabs", "\t")) if mark in first.path), "")
     advice = (
         f"its columns are separated by {separated}: separate them by commas"
@@ -143,7 +145,7 @@ def _check_files(file: Path, rows: Sequence[_Row], key: str) -> None:
         else f"paths are relative to {file.parent}; mend it, or leave such images out by `data: {{on_error: skip}}`"
     )
     raise DataError(
-        f"{len(missing)} of {len(rows)} images of {file} are not there, the first in line {first.line}: "
+        f"{len(missing)} of {len(rows)} images of {file} {are}, the first in line {first.line}: "
         f"{printable(first.path)!r}; {advice}",
         key,
     )
@@ -164,7 +166,8 @@ def _check_labels(file: Path, rows: Sequence[_Row], labels: str, key: str) -> No
         cells = {label for row in rows for label in row.labels}
         if not cells:
             raise DataError(f"no image of {file} has a label; a row is `path,label,label`", key)
-        if cells <= {"0", "1"} and any(len(row.labels) > 2 for row in rows):
+        repeats = any(len({*row.labels}) < len(row.labels) for row in rows)
+        if cells <= {"0", "1"} and (repeats or all(len(row.labels) > 1 for row in rows)):
             raise DataError(
                 f"the labels in {file} are 0 and 1 in several columns; name the labels that each image has instead, as "
                 "in `a.png,cat,outdoors`",

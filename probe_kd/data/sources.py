@@ -187,7 +187,9 @@ def _split_folder(options: DataOptions, key: str, split: str) -> str:
         )
     if folder := _existing_folder(root, split):
         return folder
-    subfolders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    subfolders = sorted(  # a link to itself is no folder, and `entry.is_dir` raises for it
+        entry.name for entry in os.scandir(root) if os.path.isdir(entry.path) and not entry.name.startswith(".")
+    )
     listing = f"there are {quoted(subfolders)}{nearest(split, subfolders)}" if subfolders else "it holds no folders"
     if key == "train_split":
         advice = (

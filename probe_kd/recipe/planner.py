@@ -329,7 +329,7 @@ def _check_sections(
     mistakes += more
     plans = class_maps, grown, sharing, paired, objectives, comparisons, frozen, classifying, labelled_sets
     sections = _Sections(datasets, models, new_classifiers, *plans)
-    return sections, mistakes + more
+    return sections, mistakes
 
 
 def _check_despite_form(source: Source, allow_import: Sequence[str], record: DataRecord | None) -> list[Mistake]:

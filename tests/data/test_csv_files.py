@@ -62,6 +62,12 @@ def test_one_list_in_every_form_that_people_write_it_in(text: str, images: Path)
     assert any("repeat an image" in note for note in data.notes) == (text.count("images/0") == 2)
 
 
+def test_labels_that_two_systems_write_are_one_class(images: Path) -> None:
+    data = opened(images, rows("caf\u00e9", "cafe\u0301", "tea"), rows("cafe\u0301", start=8))
+    assert data.classes == ("caf\u00e9", "tea")
+    assert targets(data.train) == [0, 0, 1]
+
+
 def test_paths_may_be_quoted_and_lead_out_of_the_folder(images: Path) -> None:
     data = opened(images, '"a, b.png",a\n../outside.png,b\n')
     assert data.train[0][0].getpixel((0, 0)) == (8, ord("a"), ord(","))
@@ -94,6 +100,8 @@ def test_paths_may_be_quoted_and_lead_out_of_the_folder(images: Path) -> None:
         ),
         (rows("", ""), {"labels": "multilabel"}, "no image of .* has a label"),
         (rows("0,1,0", "1,1,0"), {"labels": "multilabel"}, "name the labels that each image has"),
+        (rows("0,1", "1,0"), {"labels": "multilabel"}, "name the labels that each image has"),  # in two columns
+        (rows("a", "b") + "images,a\n", {}, "1 of 3 images .* are not files, the first in line 3"),
     ],
     ids=str,
 )

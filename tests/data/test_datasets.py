@@ -79,6 +79,13 @@ def test_a_class_that_is_a_link_to_another_is_told_where_it_is_missed(tmp_path: 
         open_datasets(options(tmp_path, train_split="alone", val_split=None, holdout=0.5))
 
 
+def test_a_link_to_itself_is_no_folder_of_a_split(tmp_path: Path) -> None:
+    pictures(tmp_path, train_cat=2, train_dog=2)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(DataError, match=r"there is no folder 'validation' .* there are 'train'; "):
+        open_datasets(options(tmp_path))
+
+
 def test_the_classes_of_a_run_serve_data_that_have_lost_one(tmp_path: Path) -> None:
     pictures(tmp_path, train_a=2, train_b=2, train_c=2, validation_b=1, validation_c=1)
     before = open_datasets(options(tmp_path))

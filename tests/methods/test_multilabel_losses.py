@@ -78,6 +78,7 @@ def test_logits_of_any_size_have_a_loss_and_a_gradient() -> None:
         (torch.zeros(4, 2), {}, r"expected \(4, 3\) numbers between 0 and 1"),
         (torch.zeros(4, 3), {"pos_weight": [1.0, 2.0]}, "pos_weight has 2 numbers, and there are 3 classes"),
         (torch.zeros(4, 3), {"pos_weight": -1.0}, "expected positive numbers"),
+        (torch.zeros(4, 3), {"pos_weight": True}, "pos_weight True; expected positive numbers"),
         (torch.zeros(4, 3), {"label_smoothing": 2}, "expected a share"),
         (torch.zeros(4, 3), {"reduction": "max"}, "expected 'sum' or 'mean'"),
     ],

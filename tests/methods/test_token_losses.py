@@ -88,6 +88,8 @@ def test_half_precision_large_numbers_and_zeros_stay_numbers() -> None:
         (TOKEN, ((2, 4, 3), (2, 5, 3)), {}, "differ in shape"),
         (TOKEN, ((3,), (3,)), {}, r"expected \(batch, channels, ...\)"),
         (TOKEN, ((2, 4), (2, 4)), {"beta": 0.0}, "beta 0.0; it has to be positive"),
+        (TOKEN, ((2, 4), (2, 4)), {"cosine": -0.1}, "expected factors from 0 on, and one above it"),
+        (TOKEN, ((2, 4), (2, 4)), {"cosine": 0.0, "smooth_l1": 0.0}, "expected factors from 0 on, and one above it"),
         (PATCH, ((2, 4, 3, 3), (2, 4, 3, 2)), {}, "two maps .* of one batch and grid"),
         (PATCH, ((2, 4, 3, 3), (2, 5, 3, 3)), {"temperature": -1.0}, "temperature -1.0; it has to be positive"),
     ],

@@ -75,6 +75,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("task: {loss: binary_cross_entropy}", "class", "`data: {labels: class}` has one; take `cross_entropy`"),
         ("task: {loss: binary_cross_entropy, pos_weight: [1, 2]}", "multilabel", "has 2 numbers, and the data have 3"),
         ("task: {loss: cross_entropy, class_weights: [1, 2]}", "class", "has 2 numbers, and the data have 10 classes"),
+        ("task: {loss: cross_entropy, class_weights: [1]}", "class", "has 1 numbers, and the data have 10 classes"),
+        ("task: {loss: binary_cross_entropy, pos_weight: balanced}", "multilabel", "'balanced'; expected positive"),
         ("task: {loss: cross_entropy, class_weights: even}", "class", "expected a number for each class"),
         ("task: {loss: cross_entropy, class_weights: [1, -1]}", "class", "expected numbers from 0 on"),
     ],

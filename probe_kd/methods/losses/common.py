@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
+from math import isfinite
 from typing import Any, Literal, ParamSpec
 
 import torch
@@ -37,6 +38,11 @@ def _promote(value: Any) -> Any:
     if value.dtype == torch.float32 or not value.is_floating_point():
         return value
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def check_reduction(reduction: Reduction) -> None:

@@ -50,5 +50,9 @@ def token_match(
         raise LossError(f"token_match: expected (batch, channels, ...), got {tuple(student.shape)}")
     if not beta > 0:
         raise LossError(f"token_match: beta {beta}; it has to be positive")
+    if min(cosine, smooth_l1) < 0 or not (cosine or smooth_l1):
+        raise LossError(
+            f"token_match: cosine {cosine}, smooth_l1 {smooth_l1}; expected factors from 0 on, and one above it"
+        )
     angles = 1 - F.cosine_similarity(student, teacher, dim=1)
     return cosine * angles.mean() + smooth_l1 * F.smooth_l1_loss(student, teacher, beta=beta)

@@ -1,7 +1,6 @@
 """Losses of a model's outputs and the labels."""
 
 from collections.abc import Sequence
-from math import isfinite
 from typing import Literal
 
 import torch
@@ -10,7 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import check_rows, check_tensors, has_values, loss_function, of_positions
+from probe_kd.methods.losses.common import (
+    check_rows,
+    check_tensors,
+    has_values,
+    is_number,
+    loss_function,
+    of_positions,
+)
 
 
 @loss_function
@@ -77,7 +83,7 @@ def _checked_weights(weights: Sequence[float] | str, classes: int) -> list[float
         )
     if len(weights) != classes:
         raise LossError(f"cross_entropy: class_weights has {len(weights)} numbers, and there are {classes} classes")
-    legal = all(isinstance(weight, int | float) and isfinite(weight) and weight >= 0 for weight in weights)
+    legal = all(is_number(weight) and weight >= 0 for weight in weights)
     if not legal or not any(weights):
         raise LossError(f"cross_entropy: class_weights {list(weights)}; expected numbers from 0 on, and one above it")
     return [float(weight) for weight in weights]

@@ -1,7 +1,6 @@
 """Losses of outputs with a probability for each class: several labels an image, or one output for two classes."""
 
 from collections.abc import Sequence
-from math import isfinite
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from probe_kd.methods.losses.common import (
     check_tensors,
     has_values,
     in_float64,
+    is_number,
     loss_function,
 )
 
@@ -126,12 +126,12 @@ def _check_shares(target: Float[Tensor, "batch classes"]) -> None:
 
 
 def _weights(pos_weight: float | Sequence[float], student: Tensor) -> Tensor | None:
-    numbers = [pos_weight] if isinstance(pos_weight, int | float) else list(pos_weight)
-    if len(numbers) not in (1, student.shape[1]) or isinstance(pos_weight, str):
+    numbers = list(pos_weight) if isinstance(pos_weight, list | tuple) else [pos_weight]
+    if len(numbers) not in (1, student.shape[1]):
         raise LossError(
             f"binary_cross_entropy: pos_weight has {len(numbers)} numbers, and there are {student.shape[1]} classes; "
             "give one number, or one for each class"
         )
-    if not all(isinstance(number, int | float) and isfinite(number) and number > 0 for number in numbers):
-        raise LossError(f"binary_cross_entropy: pos_weight {pos_weight}; expected positive numbers")
+    if not all(is_number(number) and number > 0 for number in numbers):
+        raise LossError(f"binary_cross_entropy: pos_weight {pos_weight!r}; expected positive numbers")
     return None if numbers == [1.0] else student.new_tensor(numbers)

@@ -47,7 +47,7 @@ def check_label_losses(
         place: KeyPath = ("stages", index, "losses", objective.name)
         if message := _why_unreadable(recipe, loss, classes):
             mistakes.append(((*place, "loss"), f"loss `{objective.name}` ({loss}) {message}"))
-        elif message := _why_other_weights(objective, classes):
+        elif message := _why_other_weights(recipe, objective, classes):
             mistakes.append(((*place, "class_weights"), message))
     return mistakes
 
@@ -70,11 +70,11 @@ def _why_unreadable(recipe: Recipe, loss: str, classes: int | None) -> str:
     return ""
 
 
-def _why_other_weights(objective: Objective, classes: int | None) -> str:
+def _why_other_weights(recipe: Recipe, objective: Objective, classes: int | None) -> str:
     for option in ("class_weights", "pos_weight"):
         weights = objective.options.get(option)
-        outputs = 1 if objective.resolved.multilabel and classes == 2 else classes
-        if classes and isinstance(weights, list | tuple) and len(weights) not in (1, classes, outputs):
+        legal = (classes,) if option == "class_weights" else (1,) if recipe.data.labels == "class" else (1, classes)
+        if classes and isinstance(weights, list | tuple) and len(weights) not in legal:
             return f"`{option}` of `{objective.name}` has {len(weights)} numbers, and the data have {classes} classes"
     return ""
 
