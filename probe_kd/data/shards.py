@@ -152,8 +152,8 @@ def open_shards(
     folder = Path(root or "")
     if not root or not folder.is_dir():
         raise DataError(
-            f"there is no folder {root or ''!r} to read shards from; set `root` to a local folder (an address is not enough: "
-            "images are read at their places in the files, so fetch these first)"
+            f"there is no folder {root or ''!r} to read shards from; set `root` to a local folder (an address is not "
+            "enough: images are read at their places in the files, so fetch these first)"
         )
     splits = _info(folder).splits
     if split in splits:

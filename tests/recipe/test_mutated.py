@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
+from small_recipes import SMALL, small_recipe
 
 from probe_kd.errors import RecipeError
 from probe_kd.recipe.planner import plan
@@ -23,6 +24,19 @@ SECONDS, MEGABYTES = 30, 2000  # that one recipe may take of a process, and add 
 WORDS = [
     *("auto", "none", "hint", "fsp", "soft_targets", "layer1", "blocks.0", "layer1@input", "layer2#0", "[logits]", ""),
     *("glob:*", "glob:layer?", "re:(.*)*x", "re:(", "resnet10t", "local-dir:.", "hf-hub:", "os:system", "x.y:z", "a.b"),
+    *(
+        "backbone",
+        "balanced",
+        "multilabel",
+        "fitted",
+        "phi_s",
+        "all",
+        "head_dist",
+        "[0]",
+        "dino:blocks.0",
+        "dino:",
+        "mean",
+    ),
     *("/dev/zero", "/", "..", "~", "<<", "2001-01-01", "true", "no", "-1", "=1+1", "[red]", "\x1b[31m", "\ud800", "‮"),
 ]
 scalars = st.one_of(
@@ -68,8 +82,9 @@ def at(tree: Any, way: tuple[Any, ...]) -> Any:
 
 @st.composite
 def mutated(draw: st.DrawFn) -> Any:
-    """A tree of the project's own recipes, changed in one to four places."""
-    tree = small(draw(st.sampled_from(RECIPES)).read_text())
+    """A tree of the project's own recipes or of `SMALL`, changed in one to four places."""
+    recipe = draw(st.sampled_from([*RECIPES, *SMALL]))
+    tree = small(recipe.read_text()) if isinstance(recipe, Path) else small_recipe(recipe)
     for _ in range(draw(st.integers(1, 4))):
         inner = places(tree)[1:]
         if not inner:
