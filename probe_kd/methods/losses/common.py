@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from math import isfinite
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def _promote(value: Any) -> Any:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether an option is a finite number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
