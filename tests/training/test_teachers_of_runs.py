@@ -95,6 +95,8 @@ def test_the_plan_says_whose_layers_are_compared_and_with_which_weight(two: str)
     both = planned(classifiers(two))
     assert both.comparisons[0].adapter.endswith("log of the mean: 0.667 dino output + 0.333 res output")
     automatic = planned(two.replace(two[two.index("pairs:") : two.index("baseline:")], "pairs: auto\n"))
+    resolved = plan(parse(json.dumps(automatic.resolved.model_dump(mode="json", exclude_none=True))))
+    assert resolved.pairs == automatic.pairs  # in this order, by which adapters are saved
     taught = [(pair.student, pair.teacher.model) for pair in automatic.pairs]
     assert {name for _, name in taught} == {"dino", "res"}
     assert len(taught) == len(set(taught)) > len({student for student, _ in taught})

@@ -1,6 +1,6 @@
 """`pairs`: which layers of the student learn from which layers of the teacher."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,7 +64,7 @@ def find_pairs(recipe: Recipe, models: Models, grown: Trace | None) -> tuple[Pai
         return Paired(None), mistakes
     if isinstance(options, AutoPairs):
         with noting(mistakes, "pairs"):
-            return Paired(tuple(_match_all(options, student, teachers, grown))), mistakes
+            return Paired(_by_student(_match_all(options, student, teachers, grown))), mistakes
         return Paired(None), mistakes
     lines: dict[KeyPath, list[Pair]] = {}
     unknown = set[Pair]()
@@ -74,8 +74,19 @@ def find_pairs(recipe: Recipe, models: Models, grown: Trace | None) -> tuple[Pai
             lines[place], missing, more = _read_line(place, pair_options, student, teachers, grown)
             unknown |= {*lines[place]} if missing else set()
             mistakes += more
-    pairs = tuple(pair for line in lines.values() for pair in line)
+    pairs = _by_student(pair for line in lines.values() for pair in line)
     return Paired(pairs or None, lines, frozenset(unknown)), mistakes + list(_in_two_pairs(lines))
+
+
+def _by_student(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
+    """The pairs in the order of the resolved recipe, which lists the teachers' layers of each layer of the student.
+
+    The adapters of a run are saved by their number, and read with the resolved recipe.
+    """
+    of_student: dict[Tap, list[Pair]] = {}
+    for pair in pairs:
+        of_student.setdefault(pair.student, []).append(pair)
+    return tuple(pair for own_pairs in of_student.values() for pair in own_pairs)
 
 
 def _match_all(options: AutoPairs, student: Trace, teachers: Traces, grown: Trace | None) -> Iterator[Pair]:
