@@ -61,6 +61,24 @@ student: {{{_RESNET}, num_classes: 1}}}}
 data: {{dataset: csv/FOLDER/one.csv, val_split: val, num_classes: 2, input_size: [3, 32, 32]}}
 stages: [{{epochs: 1, losses: {{labels: {{loss: binary_cross_entropy, pos_weight: 2.0}}}}}}]
 """,
+    "several teachers": f"""
+student: {{{_RESNET}}}}}
+teachers:
+  vit: {{{_VIT}}}, train: {{epochs: 1}}, weight: 2.0}}
+  net: {{{_RESNET}}}, train: {{epochs: 1}}, output: fc, input_size: [3, 32, 32], mean: [0.5]}}
+data: {{{_DIGITS}}}
+pairs:
+  layer3: [vit:blocks.0, {{teacher: net:layer3, weight: 0.5, normalize: fitted}}]
+  layer4: net:layer4
+stages:
+  - epochs: 1
+    teacher_dropping: 0.5
+    losses:
+      labels: {{loss: cross_entropy, label_smoothing: 0.1}}
+      mean: {{loss: soft_targets, teacher: mean}}
+      one: {{loss: soft_targets, teacher: "net:fc"}}
+      hint: {{loss: hint, tokens: all}}
+""",
     "a linear probe, then fine-tuning": f"""
 student: {{{_RESNET}}}, new_classifier: true, pretrained: true}}
 teacher: {{{_VIT}}}, train: {{epochs: 1}}}}

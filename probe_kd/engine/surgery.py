@@ -226,7 +226,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         matches = [name for name in names if in_pattern(name, pattern)]
         if not matches:
-            near = nearest(pattern, [*names, *(name for name, _ in model.named_modules())])
+            near = nearest(pattern, [*names, *(name for name, _ in model.named_modules() if name)])
             raise TapError(f"no parameter of {type(model).__name__} matches {pattern!r}{near}")
         matching += matches
     frozen = [name for name in dict.fromkeys(matching) if model.get_parameter(name).requires_grad]

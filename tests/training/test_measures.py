@@ -188,6 +188,13 @@ stages:
 """
 
 
+def test_pairs_are_not_asked_for_where_no_loss_compares_any() -> None:
+    alone = LABELLED.replace("pairs:", "# pairs:").replace(", hint: {loss: hint}, attention: {loss: attention}", "")
+    assert plan(parse(alone + "evaluate: {pairs: false}\n")).measures == ("accuracy", "agreement")
+    with pytest.raises(RecipeError, match=r"8:12: .* measures what losses of features compare"):
+        plan(parse(alone + "evaluate: {pairs: true}\n"))
+
+
 def test_with_labels_measuring_more_changes_no_bit_of_the_rest(tmp_path: Path) -> None:
     more = LABELLED + "evaluate: {pairs: true, knn: {dataset: sklearn/digits, fraction: 0.1}}\n"
     run(LABELLED, tmp_path / "plain")

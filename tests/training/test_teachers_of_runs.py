@@ -179,6 +179,7 @@ SOFT = "soft: {loss: soft_targets,"
         (SOFT, f"{SOFT} teacher: 'dno:',", "no teacher 'dno'; did you mean 'dino"),
         ("  res:\n", "  mean:\n", "a teacher cannot be called `mean`"),
         ("  res:\n", "  baseline:\n", "a teacher cannot be called `baseline`"),
+        ("  res:\n", "  Dino:\n", "the names 'dino' and 'Dino' differ only in case"),
         ("  res:\n", "  glob:\n", "'glob:' begins a pattern"),
         ("    weight: 2.0\n", "    weight: 0\n", "`teachers.dino.weight`: expected a number greater than 0"),
         ("    train: {epochs: 1}\n", "", "the teacher res has random weights"),

@@ -11,6 +11,7 @@ from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError
 from probe_kd.measures import MEASURES, OF_PAIRS
 from probe_kd.methods.adapters import pooled
+from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.objectives import Objective
 from probe_kd.recipe.keys import ModelOptions, Recipe
 from probe_kd.recipe.sections.mistakes import Mistake, noting, of_teacher
@@ -31,7 +32,18 @@ def check_evaluation(
         mistakes += of_teacher(name, of_one)
     of_pairs = OF_PAIRS * measures_pairs(recipe, objectives, classifies=classifies)
     mistakes += check_choice(recipe, sets) + check_loss_names(recipe, (*recipe.probes, *of_pairs))
-    return sets, mistakes
+    return sets, mistakes + _check_pairs(recipe)
+
+
+def _check_pairs(recipe: Recipe) -> list[Mistake]:
+    """Check that there are pairs to measure, if the recipe asks for it."""
+    losses = [LOSSES.get(loss.loss) for stage in recipe.stages for loss in stage.losses.values()]
+    if not (recipe.evaluate and recipe.evaluate.pairs) or any(
+        loss is None or loss.reads == "features" for loss in losses
+    ):
+        return []
+    message = "`pairs: true` measures what losses of features compare (`hint`, `token_match`), and there are none"
+    return [(("evaluate", "pairs"), f"{message}; leave it out, or add one")]
 
 
 def open_labelled_sets(recipe: Recipe) -> tuple[dict[str, Datasets], list[Mistake]]:

@@ -157,7 +157,14 @@ def check_teachers(recipe: Recipe) -> list[Mistake]:
     if recipe.teachers and recipe.share:
         message = "`share` trains one teacher with the student, and `teachers` names several; give one as `teacher`"
         mistakes.append((("share",), message))
+    first: dict[str, str] = {}
     for name in recipe.teachers_by_name:
+        other = first.setdefault(name.casefold(), name)
+        if other != name:
+            message = (
+                f"the names '{other}' and '{name}' differ only in case, and on some disks their files would be one"
+            )
+            mistakes.append((("teachers", name), message))
         mistakes += of_teacher(name, _check_teacher(recipe, recipe.teachers_by_name[name]))
     return mistakes
 
