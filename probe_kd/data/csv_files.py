@@ -19,6 +19,19 @@ from probe_kd.data.options import DataOptions
 from probe_kd.data.split import Split, quoted
 from probe_kd.errors import DataError, nearest
 
+_HEADERS = (
+    "path",
+    "paths",
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "image",
+    "images",
+    "image_path",
+    "img",
+    "name",
+)
 MOST_BYTES = 2_000_000_000  # of one file: some 30 million images
 
 
@@ -66,14 +79,14 @@ def open_csv(options: DataOptions, key: str, split: str) -> Split:
     them out), and for rows with another number of labels than `labels` says.
     """
     file = csv_file(options, key, split)
-    rows = [*_rows(file, key)]
+    rows, notes = _without_header(file, [*_rows(file, key)])
     if not rows:
         raise DataError(f"there are no images in {file}; a row is `path,label`", key)
     root = str(file.parent)
     if options.on_error == "raise":
         _check_files(file, rows, key)
     _check_labels(file, rows, options.labels, key)
-    labels, notes = _labels_by_path(file, rows, options.labels, key)
+    labels, more_notes = _labels_by_path(file, rows, options.labels, key)
     names = tuple(sorted({label for of_image in labels.values() for label in of_image}, key=natural_order))
     number = {name: index for index, name in enumerate(names)}
     sets = [[number[label] for label in of_image] for of_image in labels.values()]
@@ -85,7 +98,7 @@ def open_csv(options: DataOptions, key: str, split: str) -> Split:
         names=names,
         sources=frozenset({os.path.realpath(file)}),
         targets=np.array(targets) if options.labels == "class" else None,
-        notes=tuple(notes),
+        notes=(*notes, *more_notes),
         linked=True,  # files that two lists have in common are looked for
         labelled=options.labels != "none",
         sets=LabelSets.of(sets) if options.labels == "multilabel" else None,
@@ -93,24 +106,22 @@ def open_csv(options: DataOptions, key: str, split: str) -> Split:
 
 
 def _rows(file: Path, key: str) -> Iterator[_Row]:
-    """The rows with an image; the first is left out if it is a header. Raises DataError for what is no CSV."""
+    """The rows that are not empty, a header too. Raises DataError for what is no CSV."""
     try:
         _check_size(file, key)
         with file.open("rb") as binary, TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
             reader = csv.reader(text, skipinitialspace=True, strict=True)
-            for number, cells in enumerate(reader):
+            for cells in reader:
                 path, *labels = (cell.strip() for cell in cells) if cells else [""]
                 if not path and not any(labels):
                     continue
                 if not path:
                     raise DataError(f"line {reader.line_num} of {file} has labels and no path", key)
-                row = _Row(
+                yield _Row(
                     reader.line_num,
                     os.path.normpath(os.path.join(file.parent, path)),
                     tuple(unicodedata.normalize("NFC", label) for label in labels if label),  # as names of folders
                 )
-                if number or not _is_header(row.path):
-                    yield row
     except OSError as refusal:
         raise DataError(f"cannot read {file}: {refusal.strerror}", key) from None
     except UnicodeDecodeError:
@@ -127,9 +138,14 @@ def _check_size(file: Path, key: str) -> None:
         raise DataError(f"{file} is larger than {MOST_BYTES // 1_000_000} MB", key)
 
 
-def _is_header(path: str) -> bool:
-    """Whether the first row names columns: its path is neither a file nor called like an image."""
-    return not os.path.isfile(path) and not path.lower().endswith(EXTENSIONS)
+def _without_header(file: Path, rows: list[_Row]) -> tuple[list[_Row], list[str]]:
+    """The rows without a first one that names columns, and a note on it if its name for the paths is unusual."""
+    if not rows or os.path.isfile(rows[0].path) or rows[0].path.lower().endswith(EXTENSIONS):
+        return rows, []
+    name = os.path.basename(rows[0].path)
+    if name.lower() in _HEADERS:
+        return rows[1:], []
+    return rows[1:], [f"line {rows[0].line} of {file} is read as a header: {printable(name)!r} is no image"]
 
 
 def _check_files(file: Path, rows: Sequence[_Row], key: str) -> None:

@@ -442,7 +442,7 @@ class AverageOptions(_Section):
 
 
 class LabelledSet(_Section):
-    """A labelled data set beside the run's images. Its keys are those of `data`, and its images are never trained on.
+    """A labelled data set beside the run's images. Its keys are those of `data`. The run does not train on its labels.
 
     The vectors of a frozen model are classified: those of the training images are the neighbours, or what a probe is
     fitted to. While the student trains, the images of `holdout`, else of `val_split`, are classified, and at the end

@@ -186,3 +186,11 @@ def test_a_list_that_has_moved_is_found_by_its_new_folder(
     root = moved if dataset else moved / "all.csv"
     given = {"dataset": dataset.format(here=images), "root": str(root), "val_split": "none", "holdout": 0.25}
     assert len(open_datasets(DataOptions(**given, input_size=(3, 8, 8))).train) == 6  # type: ignore[arg-type]
+
+
+def test_a_first_row_that_is_no_image_is_a_header_and_an_unusual_one_is_said(images: Path) -> None:
+    plain = opened(images, "\n,\nPath,Label\n" + rows("a", "b"))
+    assert (len(plain.train), plain.notes) == (2, opened(images, rows("a", "b")).notes)
+    odd = opened(images, "img001,a\n" + rows("a", "b"))
+    assert len(odd.train) == 2
+    assert any("line 1" in note and "'img001'" in note for note in odd.notes)
