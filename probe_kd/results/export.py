@@ -25,7 +25,7 @@ from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, built_by_timm, files_of, packages, portable
 from probe_kd.engine.probe import Probe, reader
 from probe_kd.engine.spec import InputSpec, Tap
-from probe_kd.engine.weights import read_header, save_weights
+from probe_kd.engine.weights import classifiers, read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError, TapError, TraceError, WeightsError, nearest, short
 from probe_kd.files.atomic import whole_bytes
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
@@ -249,10 +249,17 @@ def _drop_classifier(module: nn.Module, recipe: Recipe, role: str) -> str:
     losses = [LOSSES.get(loss.loss) for stage in recipe.stages for loss in stage.losses.values()]
     read = {loss.reads for loss in losses if loss is not None}
     has_classifier = getattr(module, "num_classes", 0) and hasattr(module, "reset_classifier")
-    if role != "student" or read & {"labels", "outputs"} or not has_classifier:
+    if role != "student" or read & {"labels", "outputs"} or not has_classifier or _pairs_classifier(module, recipe):
         return ""
     module.reset_classifier(0)  # type: ignore[operator]
     return "no loss has trained its classifier: it is a backbone, which gives features (num_classes=0)"
+
+
+def _pairs_classifier(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a pair reads what the classifier gives, so that a loss of features may have trained it."""
+    taps = [Tap.parse(name) for name in recipe.pairs] if isinstance(recipe.pairs, dict) else []
+    names = {"", *classifiers(module)}
+    return any(tap.port == "output" and tap.module in names for tap in taps)
 
 
 def _why_missing(run: Path, weights: Path, role: str, ema: bool) -> str:

@@ -27,7 +27,9 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_run(folder: Path, name: str, *, teacher: str = "resnet10t", loss: str = "hint") -> nn.Module:
+def write_run(
+    folder: Path, name: str, *, teacher: str = "resnet10t", loss: str = "hint", layer: str = "layer4"
+) -> nn.Module:
     """A finished run without labels, of hints alone."""
     kwargs = STUDENTS[name]
     folder.mkdir(parents=True)
@@ -38,7 +40,7 @@ def write_run(folder: Path, name: str, *, teacher: str = "resnet10t", loss: str 
 student: {{model: {name}, model_kwargs: {json.dumps(kwargs)}}}
 teacher: {{model: '{teacher}', pretrained: true}}
 data: {{root: {folder.parent / "images"}, labels: none, holdout: 0.5, input_size: [3, 32, 32]}}
-pairs: {{{"layer4" if name == "resnet10t" else "x"}: layer4}}
+pairs: {{{json.dumps(layer) if name == "resnet10t" else "x"}: layer4}}
 stages: [{{epochs: 1, losses: {{it: {{loss: {loss}}}}}}}]
 """)
     torch.manual_seed(0)
@@ -63,8 +65,9 @@ def test_a_classifier_that_nothing_trained_is_left_out(name: str, tmp_path: Path
     assert timm.data.resolve_model_data_config(tuned)["input_size"] == (3, 32, 32)
 
 
-def test_a_classifier_that_a_loss_trains_without_labels_stays(tmp_path: Path) -> None:
-    model = write_run(tmp_path / "run", "resnet10t", loss="soft_targets")
+@pytest.mark.parametrize(("loss", "layer"), [("soft_targets", "layer4"), ("hint", "fc"), ("hint", "")])
+def test_a_classifier_that_a_loss_trains_without_labels_stays(tmp_path: Path, loss: str, layer: str) -> None:
+    model = write_run(tmp_path / "run", "resnet10t", loss=loss, layer=layer)
     done = export(tmp_path / "run", tmp_path / "out")
     images = torch.randn(2, 3, 32, 32)
     assert done.outputs == "logits"
