@@ -3,7 +3,7 @@
 import csv
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,15 @@ class Outcome:
 Command = Callable[..., Outcome]
 
 
+def forget_modules_of(folder: Path) -> None:
+    """Modules of a user that a command has imported from this folder: another test has others of the same name."""
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder):
+            del sys.modules[name]
+
+
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """`command("inspect", "resnet18")` as in a shell in `tmp_path`, without the seconds of a new process."""
 
     def call(*arguments: str) -> Outcome:
@@ -117,7 +124,8 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             code = int(end.code or 0)
         return Outcome(code, *capsys.readouterr())
 
-    return call
+    yield call
+    forget_modules_of(tmp_path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

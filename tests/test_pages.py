@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from conftest import forget_modules_of
 
 from probe_kd.cli import main
 from probe_kd.results.evaluation import Evaluation, Scores
@@ -52,6 +53,7 @@ def test_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: 
                 run_here(line, monkeypatch)
     for file in tmp_path.glob("*.py"):
         compile(file.read_text(), file.name, "exec")
+    forget_modules_of(tmp_path)
 
 
 def test_the_search_of_the_page_finds_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
