@@ -11,10 +11,7 @@ from ruamel.yaml import YAML
 from probe_kd.data.datasets import open_datasets
 from probe_kd.data.options import DataOptions
 from probe_kd.engine.spec import Pair, Trace
-from probe_kd.errors import Problem, RecipeError
-from probe_kd.files.atomic import reason
-from probe_kd.recipe.reading import parse
-from probe_kd.recipe.scaffold import FEATURES, data_lines, model_lines, quoted, word
+from probe_kd.recipe.scaffold import FEATURES, data_lines, model_lines, quoted, word, write_lines
 
 UPDATES = 10_000  # of the student's weights, by default
 MOST_EPOCHS = 100
@@ -85,13 +82,7 @@ def write_distillation(
         *([f"evaluate: {{knn: {{root: {word(knn)}}}}}"] if knn else []),
         f"seed: {seed}",
     ]
-    text = "\n".join(parts) + "\n"
-    parse(text, str(path))  # what is written can be read
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as refusal:
-        raise RecipeError(str(path), [Problem(f"cannot write the recipe: {reason(refusal)}")]) from None
+    write_lines(parts, path)
 
 
 def _teacher_lines(student: Trace, teachers: Sequence[TeacherChoice]) -> list[str]:

@@ -190,7 +190,12 @@ def write_recipe(
         _stages_for(chosen_method, teacher),
         "seed: 0",
     ]
-    text = "\n".join(parts) + "\n"
+    write_lines(parts, path)
+
+
+def write_lines(lines: Sequence[str], path: Path) -> None:
+    """Write these lines as a recipe, in a folder that is made for it. Raises RecipeError."""
+    text = "\n".join(lines) + "\n"
     parse(text, str(path))  # what is written can be read
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
