@@ -359,7 +359,7 @@ def _checked(planned: "Plan", idle: "list[Idle]", audited: "Audit | None") -> di
         for item in planned.comparisons
     ]
     return {
-        "data": {"measured_on": planned.datasets.measured_on, "notes": list(planned.datasets.notes)},
+        "data": {"measured_on": planned.datasets.measured_on, "notes": list(planned.notes)},
         "weights": list(planned.new_classifiers),
         "frozen": [list(frozen.layers) for frozen in planned.frozen],
         "pairs": [{"student": str(pair.student), "teacher": str(pair.teacher)} for pair in planned.pairs],
@@ -453,7 +453,7 @@ def _train(
             if timed:
                 _print_costs(planned, console)
         elif _is_first_process():  # notes explain the results, so --quiet keeps them
-            for remark in (*planned.remarks, *planned.datasets.notes):
+            for remark in (*planned.remarks, *planned.notes):
                 progress.say(f"note: {remark}")
         try:
             run(planned, folder, progress, resume=resume, overwrite=overwrite, claimed=claimed)

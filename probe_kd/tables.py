@@ -226,7 +226,7 @@ def frozen_lines(plan: Plan) -> list[str]:
 
 def data_lines(plan: Plan) -> list[str]:
     """List the images that a run measures on, and the notes on its data."""
-    return [f"data: {text}" for text in (plan.datasets.measured_on, *plan.datasets.notes)]
+    return [f"data: {text}" for text in (plan.datasets.measured_on, *plan.notes)]
 
 
 def evaluation_lines(plan: Plan) -> list[str]:

@@ -58,16 +58,31 @@ def with_note_of_copies(split: Split, train: Split) -> Split:
     return replace(split, notes=(*split.notes, note))
 
 
+def shared_with_training(split: Split, train: Split) -> str:
+    """How many images of a split of another data set a run trains on, in a sentence; empty if none are found.
+
+    Files and rows are compared as by `overlap`, and the bytes of up to 100 images as by `with_note_of_copies`.
+    """
+    if overlap(split, train):
+        return f"{split.label} has images that the run trains on"
+    compared = spread(split.images.samples, 100) if isinstance(split.images, FolderImages) else []
+    copies = _copies(compared, split.names, train)
+    if not copies:
+        return ""
+    return f"{len(copies)} of {len(compared)} sampled images of {split.label} are images that the run trains on"
+
+
 def _copies(compared: Sequence[tuple[str, int]], names: Sequence[str], train: Split) -> list[str]:
     """The paths that are also training images: the same name, class and bytes, or a hard link."""
     if not isinstance(train.images, FolderImages):
         return []
+    by_class = bool(names) and train.labelled
     compared_names = {os.path.basename(path) for path, _ in compared}
     train_paths: dict[tuple[str, str], list[str]] = {}
     for path, target in train.images.samples:
         name = path.rpartition(os.sep)[2]
         if name in compared_names:
-            label = train.names[target] if train.labelled else ""
+            label = train.names[target] if by_class else ""
             train_paths.setdefault((label, name), []).append(path)
     inode_of = _inodes_of_hard_links(path for path, _ in compared)
     linked = set(_inodes_of_hard_links(path for path, _ in train.images.samples).values()) if inode_of else set()
@@ -76,7 +91,7 @@ def _copies(compared: Sequence[tuple[str, int]], names: Sequence[str], train: Sp
         for path, target in compared
         if any(
             _same_bytes(path, other)
-            for other in train_paths.get((names[target] if names else "", os.path.basename(path)), ())[:20]
+            for other in train_paths.get((names[target] if by_class else "", os.path.basename(path)), ())[:20]
         )
         or inode_of.get(path) in linked
     ]

@@ -149,6 +149,12 @@ class Plan:
         return (*classified, *self.labelled_sets, *OF_PAIRS * self.measures_pairs, *agreement)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the run's images, and of the labelled sets."""
+        notes = [note for datasets in self.labelled_sets.values() for note in datasets.notes]
+        return (*self.datasets.notes, *(f"labelled set: {note}" for note in dict.fromkeys(notes)))
+
+    @property
     def headline(self) -> str:
         """The measure that the run is about; empty if it takes none."""
         return headline_of(self.measures)
@@ -325,7 +331,7 @@ def _check_sections(
     frozen, more = find_frozen(recipe, models.student, objectives)
     mistakes += more
     classifying = roles_that_classify(recipe, models, grown, objectives, class_maps)
-    labelled_sets, more = check_evaluation(recipe, models, objectives, classifies="student" in classifying)
+    labelled_sets, more = check_evaluation(recipe, datasets, models, objectives, classifies="student" in classifying)
     mistakes += more
     plans = class_maps, grown, sharing, paired, objectives, comparisons, frozen, classifying, labelled_sets
     sections = _Sections(datasets, models, new_classifiers, *plans)

@@ -36,7 +36,7 @@ def write_report(results: Sequence[Result], rows: Sequence[Row], plan: Plan, fol
         "classes": class_names(plan.datasets),
         "measured_on": plan.datasets.measured_on,
         "skipped_images": {split: len(names) for split, names in plan.datasets.skipped.items()},
-        "notes": list(plan.datasets.notes),
+        "notes": list(plan.notes),
         **_labelled_sets(plan),
         "results": [asdict(result) for result in results],
     }

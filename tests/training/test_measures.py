@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from io import StringIO
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from running import After, planned, run, run_by_two, stop
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import explained_variance_score
@@ -264,3 +266,33 @@ def test_check_says_what_is_wrong(text: str, old: str, new: str, said: str) -> N
     changed = text.replace(old, new, 1).replace("fraction: 0.15", "fraction: 0.15, val_split: none, holdout: 0.2")
     with pytest.raises(RecipeError, match=said):
         plan(parse(changed))
+
+
+@pytest.mark.parametrize(("images", "says"), [("knn/validation", "has images"), ("copies", "4 of 4"), ("others", "")])
+def test_a_labelled_set_of_images_that_the_run_trains_on_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: str, says: str
+) -> None:
+    """Without labels too, k-NN on images that were trained on says less: by one folder, and by copies of its files."""
+    monkeypatch.chdir(tmp_path)
+    files = [f"{kind}/{kind}{index}.png" for kind in "ab" for index in "01"]
+    places = [f"knn/{split}/{file}" for split in ("train", "validation") for file in files]
+    for seed, place in enumerate([*places, *(f"others/{index}.png" for index in range(4))]):
+        pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    shutil.copytree("knn/validation", "copies")
+    save_file(timm.create_model("resnet18", **TEACHER).state_dict(), "t.safetensors")
+    recipe = plan(
+        parse(f"""\
+student: {{model: resnet10t, model_kwargs: {{channels: [8, 16, 24, 32]}}}}
+teacher: {{model: resnet18, model_kwargs: {json.dumps(TEACHER)}, checkpoint: t.safetensors}}
+data: {{root: {images}, labels: none, input_size: [3, 16, 16], holdout: 0.5}}
+pairs: {{layer2: layer2}}
+stages: [{{epochs: 1, losses: {{hint: {{loss: hint}}}}}}]
+evaluate: {{knn: {{root: knn}}, linear: {{}}}}
+""")
+    )
+    notes = [note for note in recipe.notes if "that the run trains on" in note]
+    assert len(notes) == bool(says)
+    assert all(note.startswith("labelled set: ") and says in note for note in notes)
+    assert recipe.labelled_sets["knn"] is recipe.labelled_sets["linear"]  # embedded once

@@ -1,9 +1,11 @@
 """`evaluate`: labelled sets beside the run's images, and the vectors by which their images are classified."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from probe_kd.data.datasets import Datasets, open_datasets
 from probe_kd.data.options import DataOptions
+from probe_kd.data.overlap import shared_with_training
 from probe_kd.engine.embedding import embedding_spec
 from probe_kd.engine.models import build_on_meta
 from probe_kd.engine.spec import Trace
@@ -19,13 +21,18 @@ from probe_kd.recipe.sections.models import Models
 
 
 def check_evaluation(
-    recipe: Recipe, models: Models, objectives: Sequence[Sequence[Objective]], *, classifies: bool
+    recipe: Recipe,
+    datasets: Datasets | None,
+    models: Models,
+    objectives: Sequence[Sequence[Objective]],
+    *,
+    classifies: bool,
 ) -> tuple[dict[str, Datasets], list[Mistake]]:
     """Open the labelled sets, and check all that depends on them and on the measures that the run takes.
 
     `classifies` says whether the accuracy of the student means something.
     """
-    sets, mistakes = open_labelled_sets(recipe)
+    sets, mistakes = open_labelled_sets(recipe, datasets)
     mistakes += check_embedding("student", recipe.student, models.student, used=bool(recipe.probes))
     for name, options in recipe.teachers_by_name.items():
         of_one = check_embedding("teacher", options, models.teachers.get(name), used=bool(recipe.probes))
@@ -46,7 +53,7 @@ def _check_pairs(recipe: Recipe) -> list[Mistake]:
     return [(("evaluate", "pairs"), f"{message}; leave it out, or add one")]
 
 
-def open_labelled_sets(recipe: Recipe) -> tuple[dict[str, Datasets], list[Mistake]]:
+def open_labelled_sets(recipe: Recipe, trained_on: Datasets | None) -> tuple[dict[str, Datasets], list[Mistake]]:
     """Open the labelled set of every probe, by the name of its measure. Equal sets are opened once."""
     opened: list[tuple[DataOptions, Datasets]] = []
     sets: dict[str, Datasets] = {}
@@ -57,7 +64,9 @@ def open_labelled_sets(recipe: Recipe) -> tuple[dict[str, Datasets], list[Mistak
             continue
         options = probe.data(recipe.data)
         try:
-            datasets = next((there for other, there in opened if other == options), None) or open_datasets(options)
+            datasets = next((there for other, there in opened if other == options), None) or _opened(
+                options, trained_on
+            )
         except DataError as refusal:
             key = refusal.key or ("dataset" if probe.dataset else "root")
             mistakes.append((("evaluate", name, key), str(refusal)))
@@ -65,6 +74,20 @@ def open_labelled_sets(recipe: Recipe) -> tuple[dict[str, Datasets], list[Mistak
         opened.append((options, datasets))
         sets[name] = datasets
     return sets, mistakes
+
+
+def _opened(options: DataOptions, trained_on: Datasets | None) -> Datasets:
+    """A labelled set, with a note if the run trains on images that it is measured on. Raises DataError."""
+    labelled = open_datasets(options)
+    if trained_on is None:
+        return labelled
+    train = trained_on.whole[0]
+    measured = [split for split in labelled.whole if split.key != "train_split"] or list(labelled.whole)
+    shared = next(filter(None, (shared_with_training(split, train) for split in measured)), "")
+    if not shared:
+        return labelled
+    note = f"{shared}, so the figures say less about images that it has not seen"
+    return replace(labelled, notes=(*labelled.notes, note))
 
 
 def check_embedding(side: str, options: ModelOptions | None, traced: Trace | None, *, used: bool) -> list[Mistake]:
