@@ -270,12 +270,17 @@ def _trace_both(
     student_kwargs: list[str] | None,
     teacher_kwargs: list[str] | None,
 ) -> "tuple[Trace, Trace]":
-    """Trace both models. The teacher gets the student's size; if no size was given and it refuses, its own size."""
+    """Trace a student, and a teacher as `_trace_teacher` does."""
     student_trace = _trace(student, size, student_kwargs, training=True)
-    requested_size = teacher_size or size or "x".join(map(str, student_trace.input_size))
-    return student_trace, _trace(
-        teacher, requested_size, teacher_kwargs, or_own_size=teacher_size is None and size is None
-    )
+    return student_trace, _trace_teacher(teacher, student_trace, size, teacher_size, teacher_kwargs)
+
+
+def _trace_teacher(
+    teacher: str, student: "Trace", size: str | None, teacher_size: str | None, teacher_kwargs: list[str] | None
+) -> "Trace":
+    """Trace a teacher at the student's size; if no size was given and it refuses, at its own."""
+    requested_size = teacher_size or size or "x".join(map(str, student.input_size))
+    return _trace(teacher, requested_size, teacher_kwargs, or_own_size=teacher_size is None and size is None)
 
 
 @app.command()
@@ -614,9 +619,10 @@ def _write_distillation(
     student_kwargs = kwargs[0] or []
     if not labels and built_by_timm(student) and not any(text.startswith("num_classes=") for text in student_kwargs):
         student_kwargs = [*student_kwargs, "num_classes=0"]
+    student_trace = _trace(student, sizes[0], student_kwargs, training=True)
     choices = []
     for name, file in teachers:
-        student_trace, teacher_trace = _trace_both(student, name, *sizes, student_kwargs, kwargs[1])
+        teacher_trace = _trace_teacher(name, student_trace, *sizes, kwargs[1])
         pairs = features_pairs(student_trace, teacher_trace, match_layers(student_trace, teacher_trace))
         choices.append(TeacherChoice(teacher_trace, pairs, file))
     count = count_images(images, student_trace, labels=labels)

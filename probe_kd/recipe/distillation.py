@@ -1,8 +1,8 @@
 """Write the recipe of `probe-kd distill`: a student learns the features of one or several teachers from images."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -64,13 +64,15 @@ def write_distillation(
     command: str = "",
 ) -> None:
     """Write the recipe. Raises RecipeError."""
+    several = teacher_names([teacher.trace.model for teacher in teachers]) if len(teachers) > 1 else [""]
+    named = dict(zip(several, teachers, strict=True))
     parts = [
         f"# Written by: {command}" if command else "# Features of a teacher, learned from images",
         "student:",
         model_lines(student),
-        *_teacher_lines(student, teachers),
+        *_teacher_lines(student, named),
         *data_lines(images, None, student.input_size, labels=labels, batch_size=batch_size),
-        *_pair_lines(teachers),
+        *_pair_lines(named),
         "stages:",
         "  - name: distil",
         f"    epochs: {epochs}",
@@ -85,11 +87,12 @@ def write_distillation(
     write_lines(parts, path)
 
 
-def _teacher_lines(student: Trace, teachers: Sequence[TeacherChoice]) -> list[str]:
-    if len(teachers) == 1:
-        return ["teacher:", *_of_teacher(student, teachers[0], "  ")]
+def _teacher_lines(student: Trace, teachers: Mapping[str, TeacherChoice]) -> list[str]:
+    """The section of one teacher, which has an empty name, or of several."""
+    if "" in teachers:
+        return ["teacher:", *_of_teacher(student, teachers[""], "  ")]
     lines = ["teachers:"]
-    for name, teacher in zip(teacher_names([it.trace.model for it in teachers]), teachers, strict=True):
+    for name, teacher in teachers.items():
         lines += [f"  {name}:", *_of_teacher(student, teacher, "    ")]
     return lines
 
@@ -101,14 +104,14 @@ def _of_teacher(student: Trace, teacher: TeacherChoice, indent: str) -> list[str
     return [indent + line.strip() for line in [*model_lines(trace).splitlines(), weights, *size]]
 
 
-def _pair_lines(teachers: Sequence[TeacherChoice]) -> list[str]:
+def _pair_lines(teachers: Mapping[str, TeacherChoice]) -> list[str]:
     """One line for each layer of the student, with the layers of all teachers that it learns from."""
-    names = [""] if len(teachers) == 1 else [f"{it}:" for it in teacher_names([it.trace.model for it in teachers])]
     lines = ["pairs:                          # student layer: teacher layer"]
     layers: dict[str, list[tuple[str, str]]] = {}
-    for name, teacher in zip(names, teachers, strict=True):
+    for name, teacher in teachers.items():
         for pair in teacher.pairs:
-            layers.setdefault(quoted(pair.student), []).append((word(f"{name}{pair.teacher}"), pair.reason))
+            target = quoted(replace(pair.teacher, model=name))
+            layers.setdefault(quoted(pair.student), []).append((target, pair.reason))
     for student, targets in layers.items():
         if len(targets) == 1:
             lines.append(f"  {student}: {targets[0][0]}  # {targets[0][1]}")

@@ -114,3 +114,24 @@ def test_teachers_have_short_names_of_their_own() -> None:
         "ViT_B_16_SigLIP",
     ]
     assert teacher_names(["resnet18", "resnet18"]) == ["resnet18_1", "resnet18_2"]
+
+
+def test_one_layer_of_the_student_learns_from_every_teacher(
+    command: Command, images: Callable[[str, int], None], tmp_path: Path
+) -> None:
+    images("photos", 24)
+    teachers = ["--teacher", VIT, "--checkpoint", "teacher.safetensors"] * 2
+    arguments = ["distill", *STUDENT, *teachers, *TEACHER_KWARGS, "--images", "photos", "-o", "out", "--epochs", "0"]
+    assert command(*arguments).returncode == 2  # no epochs are no distillation
+    missing = command(*arguments[:-1], "1", "--set", "data.root=nowhere")  # the recipe is written, and cannot run
+    assert "nowhere" in missing.stderr
+    recipe = load(tmp_path / "out" / "recipe.yaml").recipe
+    assert recipe.teachers is not None
+    assert [(name, teacher.checkpoint) for name, teacher in recipe.teachers.items()] == [
+        (f"{VIT}_1", "teacher.safetensors"),
+        (f"{VIT}_2", "teacher.safetensors"),
+    ]
+    assert recipe.pairs == {
+        "": [f"{VIT}_1:", f"{VIT}_2:"],
+        "layer4": [f"{VIT}_1:blocks.1", f"{VIT}_2:blocks.1"],
+    }
