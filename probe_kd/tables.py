@@ -236,10 +236,9 @@ def evaluation_lines(plan: Plan) -> list[str]:
         return []
     titles = ", ".join(MEASURES[name].title for name in beside)
     lines = [f"measured: {titles}; the run is about its {MEASURES[plan.headline].title}"]
-    sets = {id(datasets): name for name, datasets in plan.labelled_sets.items()}
     lines += [
-        f"labelled set: {plan.recipe.probes[name].label}: {plan.labelled_sets[name].measured_on}"
-        for name in sets.values()
+        f"labelled set: {plan.recipe.probes[name].label}: {datasets.measured_on}"
+        for name, datasets in plan.distinct_sets.items()
     ]
     if plan.chosen_by and any(stage.keep == "best" for stage in plan.recipe.stages):
         title = MEASURES[plan.chosen_by].title
@@ -252,8 +251,8 @@ def _cost_of_evaluation(plan: Plan) -> list[str]:
     student, teacher = plan.trained.macs, plan.teacher.macs if plan.teacher else 0
     images = len(plan.datasets.test if plan.datasets.val is None else plan.datasets.val)  # type: ignore[arg-type]
     work = images * (student + teacher) * plan.measures_pairs
-    for name in {id(datasets): name for name, datasets in plan.labelled_sets.items()}.values():
-        sets, every = plan.labelled_sets[name], plan.recipe.probes[name].every
+    for name, sets in plan.distinct_sets.items():
+        every = plan.recipe.probes[name].every
         tested = sets.test if sets.to_choose_by is None else sets.to_choose_by
         work += (len(sets.train) + len(tested)) * student * (every != 0)  # type: ignore[arg-type]
     # A backward is twice a forward.

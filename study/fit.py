@@ -29,9 +29,9 @@ from probe_kd.data.loading import loader
 from probe_kd.engine.matching import stages
 from probe_kd.engine.models import build_model
 from probe_kd.engine.spec import Layout
+from probe_kd.methods.similarity import explained_variance, variance_sums
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import load
-from probe_kd.results.evaluation import explained_variance, variance_sums
 from probe_kd.training.records import write_metrics
 from study import (
     ALLOWED,

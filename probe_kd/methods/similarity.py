@@ -4,7 +4,9 @@ Each is computed from sums in float64 that are added batch by batch, so memory d
 and the sums of several processes are those of one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, nan
 
 import torch
 from jaxtyping import Float
@@ -124,3 +126,27 @@ def mean_cosine(sums: Mapping[str, Tensor]) -> float:
     cosine with a vector of zeros is 0.
     """
     return float(sums["cosine"] / sums["images"])
+
+
+@dataclass
+class PairSums:
+    """The sums of one pair of features over the images so far, from which both of its scores follow."""
+
+    variance: Sums = field(default_factory=dict)
+    cosine: Sums = field(default_factory=dict)
+
+    def add(self, predicted: Tensor, target: Tensor, *, of_matrices: bool = False) -> None:
+        """Add a batch. Matrices of channels have no cosine per position."""
+        predicted, target = exact(predicted), exact(target)  # once for both
+        self.variance = added(self.variance, variance_sums(predicted, target))
+        if not of_matrices:
+            self.cosine = added(self.cosine, cosine_sums(predicted, target))
+
+    def scores(self, reduce: Callable[[Sums, str], Sums]) -> tuple[float | None, float | None]:
+        """The explained variance and the mean cosine; None for one without images, and for one that is no number.
+
+        `reduce(sums, "sum")` adds over all processes.
+        """
+        explained = explained_variance(reduce(self.variance, "sum")) if self.variance else nan
+        cosine = mean_cosine(reduce(self.cosine, "sum")) if self.cosine else nan
+        return explained if isfinite(explained) else None, cosine if isfinite(cosine) else None

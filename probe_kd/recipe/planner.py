@@ -151,8 +151,14 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the run's images, and of the labelled sets."""
-        notes = [note for datasets in self.labelled_sets.values() for note in datasets.notes]
-        return (*self.datasets.notes, *(f"labelled set: {note}" for note in dict.fromkeys(notes)))
+        notes = [note for datasets in self.distinct_sets.values() for note in datasets.notes]
+        return (*self.datasets.notes, *(f"labelled set: {note}" for note in notes))
+
+    @property
+    def distinct_sets(self) -> dict[str, Datasets]:
+        """The labelled sets, each once, by the name of a measure that is taken on it."""
+        names = {id(datasets): name for name, datasets in self.labelled_sets.items()}
+        return {name: self.labelled_sets[name] for name in names.values()}
 
     @property
     def headline(self) -> str:

@@ -35,17 +35,7 @@ from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.ensembles import MeanOfTeachers
 from probe_kd.methods.objectives import Comparison
 from probe_kd.methods.predictions import average_precisions, class_logits, mean_average_precision
-from probe_kd.methods.similarity import (
-    Sums,
-    added,
-    cka_sums,
-    cosine_sums,
-    exact,
-    explained_variance,
-    linear_cka,
-    mean_cosine,
-    variance_sums,
-)
+from probe_kd.methods.similarity import PairSums, Sums, added, cka_sums, exact, linear_cka
 from probe_kd.methods.targets import compared, make_adapters
 from probe_kd.recipe.keys import Recipe, TeacherOptions
 from probe_kd.recipe.planner import Plan, PlannedTeacher, plan
@@ -326,8 +316,7 @@ class _Compared:
     of_matrices: bool = False
     adapter: Adapter | None = None
     why: str = "no loss compares it"
-    sums: Sums = field(default_factory=dict)
-    cosine_sums: Sums = field(default_factory=dict)
+    sums: PairSums = field(default_factory=PairSums)
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -340,9 +329,7 @@ class _Compared:
         student_features = self.comparison.features("student", of_student, matrices=self.of_matrices)
         teacher_features = self.comparison.features("teacher", of_teacher, matrices=self.of_matrices)
         predicted, target = self.adapter(student_features, teacher_features)
-        self.sums = added(self.sums, variance_sums(predicted[:count], target[:count]))
-        if not self.of_matrices:
-            self.cosine_sums = added(self.cosine_sums, cosine_sums(predicted[:count], target[:count]))
+        self.sums.add(predicted[:count], target[:count], of_matrices=self.of_matrices)
 
 
 def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Compared]:
@@ -638,18 +625,17 @@ class _Meter:
 
     def _similarity(self, row: _Compared, cka: Mapping[tuple[str, Pair], float | None]) -> Similarity:
         of_student, of_baseline = (cka.get((role, row.pair)) for role in ("student", "baseline"))
-        explained = _defined(explained_variance(self.accelerator.reduce(row.sums, "sum"))) if row.sums else None
+        explained, cosine = row.sums.scores(self.accelerator.reduce)
         notes = [row.why] * bool(row.why)
-        if row.sums and explained is None:
+        if row.sums.variance and explained is None:
             notes.append("the teacher's side is the same for every image")
-        elif row.sums and row.of_matrices:
+        elif row.sums.variance and row.of_matrices:
             notes.append(f"explains the matrix of {row.comparison}")
         if of_student is None and ("student", row.pair) in cka:
             notes.append("one of both features is the same for every image")
         elif of_student is None:
             notes.append("one of both is no feature of single images")
         student, teacher = row.pair.student.label, row.pair.teacher.label
-        cosine = mean_cosine(self.accelerator.reduce(row.cosine_sums, "sum")) if row.cosine_sums else None
         values = of_student, of_baseline, explained, "; ".join(notes), cosine
         return Similarity(row.stage, row.loss, student, teacher, *values)
 

@@ -37,6 +37,10 @@ class LabelledSets:
         are computed once for all its probes. In several processes, all return the same. Raises RunError for vectors
         that are no numbers.
         """
+        if not names:
+            return {}
+        trained.model.eval()
+        embedding = _embedding(trained, self.models.options_of(trained))
         embedded: dict[int, tuple[Vectors, Vectors]] = {}
         scores: dict[str, float] = {}
         for name in names:
@@ -44,7 +48,7 @@ class LabelledSets:
             if id(datasets) not in embedded:
                 chosen_by = datasets.to_choose_by
                 tested = datasets.test if final or chosen_by is None else chosen_by
-                train, test = (self._vectors(trained, images, probe) for images in (datasets.train, tested))
+                train, test = (self._vectors(trained, *embedding, images, probe) for images in (datasets.train, tested))
                 embedded[id(datasets)] = train, test
             score: list[float] = [0.0]
             if self.accelerator.is_main_process:
@@ -53,12 +57,12 @@ class LabelledSets:
         return scores
 
     @torch.no_grad()
-    def _vectors(self, trained: TrainedModel, images: Dataset[Any], probe: LabelledSet) -> Vectors:
+    def _vectors(
+        self, trained: TrainedModel, embed: Probe, pool: nn.Module, images: Dataset[Any], probe: LabelledSet
+    ) -> Vectors:
         """One vector of every image, which the model sees as it does when its accuracy is measured."""
         accelerator = self.accelerator
         view = ImageView(trained.input, trained.input).to(accelerator.device)
-        trained.model.eval()
-        embed, pool = _embedding(trained, self.models.options_of(trained))
         rows = []
         for pixels, labels in readable(self._batches_of(images, self.models.images_for(trained), probe), "evaluation"):
             with accelerator.autocast():

@@ -1,8 +1,6 @@
 """How much of the teacher's features the student's explain, pair by pair, on images that are not trained on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from statistics import fmean
 
@@ -15,24 +13,11 @@ from probe_kd.engine.weights import load_weights
 from probe_kd.measures import OF_PAIRS
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.objectives import Comparison, Objective
-from probe_kd.methods.similarity import (
-    Sums,
-    added,
-    cosine_sums,
-    explained_variance,
-    mean_cosine,
-    variance_sums,
-)
+from probe_kd.methods.similarity import PairSums
 from probe_kd.methods.targets import compared
 from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.processes import own_images
 from probe_kd.training.state import PairScore
-
-
-@dataclass
-class _Sums:
-    variance: Sums = field(default_factory=dict)
-    cosine: Sums = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -47,32 +32,26 @@ def score_pairs(distiller: Distiller, batches: Batches, accelerator: Accelerator
         for objective, comparison, _ in compared(distiller.objectives, distiller.adapters)
         if objective.resolved.reads_layers
     ]
-    sums: dict[tuple[str, Comparison], _Sums] = {}
+    sums: dict[tuple[str, Comparison], PairSums] = {}
     distiller.eval()
     for images, *_ in readable(batches, "evaluation"):
         count = own_images(accelerator, len(images))
         with accelerator.autocast():
             sides = distiller.feature_sides(images)
         for objective, comparison, student, teacher in sides:
-            of_pair = sums.setdefault((objective.name, comparison), _Sums())
-            of_pair.variance = added(of_pair.variance, variance_sums(student[:count], teacher[:count]))
-            of_pair.cosine = added(of_pair.cosine, cosine_sums(student[:count], teacher[:count]))
+            sums.setdefault((objective.name, comparison), PairSums()).add(student[:count], teacher[:count])
     return [
-        _score(stage, objective, comparison, sums.get((objective.name, comparison)), accelerator)
+        _score(stage, objective, comparison, sums.get((objective.name, comparison), PairSums()), accelerator)
         for objective, comparison in rows
     ]
 
 
 def _score(
-    stage: str, objective: Objective, comparison: Comparison, sums: _Sums | None, accelerator: Accelerator
+    stage: str, objective: Objective, comparison: Comparison, sums: PairSums, accelerator: Accelerator
 ) -> PairScore:
     pair = comparison.pairs[-1]
     student, teacher = (str(tap) or "output" for tap in (pair.student, pair.teacher))
-    values: list[float | None] = [None, None]
-    if sums is not None:
-        variance, cosine = (accelerator.reduce(of_pair, "sum") for of_pair in (sums.variance, sums.cosine))
-        values = [value if isfinite(value) else None for value in (explained_variance(variance), mean_cosine(cosine))]
-    return PairScore(stage, objective.name, student, teacher, *values)
+    return PairScore(stage, objective.name, student, teacher, *sums.scores(accelerator.reduce))
 
 
 def score_all_stages(models: Models, trained: TrainedModel, folder: Path, batches: Batches) -> list[PairScore]:

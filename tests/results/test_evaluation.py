@@ -29,18 +29,11 @@ from probe_kd.engine.models import build_model
 from probe_kd.engine.weights import save_weights
 from probe_kd.errors import DataError, RunError
 from probe_kd.files.run_folder import Manifest, digests_of, is_measured
+from probe_kd.methods.similarity import Sums, cka_sums, explained_variance, linear_cka, variance_sums
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import parse
 from probe_kd.recipe.writing import dump
-from probe_kd.results.evaluation import (
-    Evaluation,
-    Scores,
-    Sums,
-    cka_sums,
-    explained_variance,
-    linear_cka,
-    variance_sums,
-)
+from probe_kd.results.evaluation import Evaluation, Scores
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
 
