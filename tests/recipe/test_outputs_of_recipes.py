@@ -102,6 +102,7 @@ CLASSIFYING = {  # the recipe, and whether the accuracy of the student and of th
         recipe(BACKBONE.replace("16]", "24]"), TRAINED, "{loss: logits, teacher: global_pool}"),
         "t",
     ),
+    "a classifier that learns features": (recipe(RESNET, HEADLESS, HINT, pairs='{fc: ""}'), ""),
     "the output as the layer of a pair": (recipe(RESNET, TRAINED, HINT, pairs="{fc: fc}"), "st"),
     "soft targets alone": (recipe(RESNET, TRAINED, SOFT), "st"),
     "items": (

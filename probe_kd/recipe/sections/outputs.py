@@ -270,24 +270,29 @@ def _sides_that_classify(
 ) -> dict[Side, Tap]:
     """The sides whose accuracy means something, and the outputs that it is measured on.
 
-    Labels are classes, and the output of the model is a vector of these. The student classifies if a loss reads its
-    labels, or compares its classes; the teacher if it is trained on the labels, or has weights with a classifier.
+    Labels are classes, and the output of the model is a vector of these. The teacher classifies if it is trained on the
+    labels, or has weights with a classifier; the student if a loss reads labels, or compares its classes with those of
+    such a teacher: features that are as many as the classes are none.
     """
     classes, teacher = models.classes, recipe.teacher
     if not classes:
         return {}
     widths = {classes, 1} if classes == 2 and recipe.data.labels == "class" else {classes}  # one output tells two
+    trains = teacher is not None and (teacher.train is not None or recipe.share is not None)
+    has_classes = trains or _has_classifier(models.teacher)
     sides: dict[Side, Tap] = {}
     measured = _measured(recipe.student, models.student, "student")
     if models.student is not None and measured is not None and measured.channels in widths:
         trained, output = grown or models.student, in_body(Tap.parse(recipe.student.output), "body." if grown else "")
-        if any(_reads_classes(objective, trained, output, widths) for stage in stages for objective in stage):
+        objectives = [objective for stage in stages for objective in stage]
+        if not has_classes:
+            objectives = [objective for objective in objectives if objective.resolved.reads == "labels"]
+        if any(_reads_classes(objective, trained, output, widths) for objective in objectives):
             sides["student"] = measured.tap
     measured = _measured(teacher, models.teacher, "teacher")
     if teacher is not None and measured is not None:
         width = measured.channels if class_map is None else len(class_map)
-        trains = teacher.train is not None or recipe.share is not None
-        if width in widths and (trains or _has_classifier(models.teacher)):
+        if width in widths and has_classes:
             sides["teacher"] = measured.tap
     return sides
 
