@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart example test check test-zoo bench gpu study docs recipe-keys wheel clean
+.PHONY: help quickstart example test check test-zoo bench gpu study docs recipe-keys certificates wheel clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ docs: $(READY)  ## the site, in site/
 
 recipe-keys: $(READY)  ## docs/recipe_keys.md, from the recipe schema
 	$(BIN)/python docs/recipe_keys.py
+
+certificates: $(READY)  ## docs/certificates.md, losses beside public code, from golden numbers
+	$(BIN)/python docs/certificates.py
 
 wheel: $(READY)  ## sdist and wheel in dist/, tried in a fresh environment
 	$(BIN)/python .ci/wheel.py
