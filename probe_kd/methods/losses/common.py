@@ -210,6 +210,17 @@ def in_float64(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.double() if temperature > 20 and tensor.device.type != "mps" else tensor for tensor in logits)
 
 
+def divergence(log_p: Float[Tensor, "batch classes"], log_q: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
+    """KL(q || p), averaged over the batch. A class with q = 0 (-inf) adds 0 log 0 = 0, whatever p is."""
+    log_p = log_p.masked_fill(log_q == -torch.inf, 0.0)
+    return F.kl_div(log_p, log_q.clamp_min(torch.finfo(log_q.dtype).min), reduction="batchmean", log_target=True)
+
+
+def check_temperature(loss: str, temperature: float) -> None:
+    if not is_number(temperature) or temperature <= 0:
+        raise LossError(f"{loss}: temperature {temperature}; it has to be positive, and finite")
+
+
 def power_of_two(numbers: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
     """The power of two above each positive number, and 1 for zero. Dividing by it causes no rounding error."""
     numbers = numbers.detach().masked_fill(numbers == 0, 0.5)

@@ -45,7 +45,7 @@ def cross_entropy(
         _check_target_map(student.shape, target)
         student, target = of_positions(student), target.flatten()
     check_rows("cross_entropy", student)
-    _check_target(student.shape, target)
+    check_target("cross_entropy", student.shape, target)
     if not 0 <= label_smoothing <= 1:
         raise LossError(f"cross_entropy: label_smoothing {label_smoothing}; expected a share between 0 and 1")
     if has_values(target):
@@ -89,13 +89,13 @@ def _checked_weights(weights: Sequence[float] | str, classes: int) -> list[float
     return [float(weight) for weight in weights]
 
 
-def _check_target(logits: Sequence[int], target: Tensor) -> None:
+def check_target(loss: str, logits: Sequence[int], target: Tensor) -> None:
     """Raise LossError if shape and type of the target are neither those of class indices nor of distributions."""
     kind = "probabilities" if target.is_floating_point() else "class indices"
     expected = tuple(logits) if target.is_floating_point() else tuple(logits[:1])
     if target.dtype == torch.bool or target.is_complex() or tuple(target.shape) != expected:
         raise LossError(
-            f"cross_entropy: logits {tuple(logits)} with a target {tuple(target.shape)} of {target.dtype}; expected "
+            f"{loss}: logits {tuple(logits)} with a target {tuple(target.shape)} of {target.dtype}; expected "
             f"{tuple(logits[:1])} class indices (whole numbers) or {tuple(logits)} probabilities"
             + (f", and {kind} are {expected}" if target.dtype != torch.bool else "")
         )
@@ -119,11 +119,11 @@ def check_labels(logits: Tensor, target: Tensor, ignore_index: int | None = None
         _check_target_map(logits.shape, target)
         logits, target = of_positions(logits), target.flatten()
     check_rows("cross_entropy", logits)
-    _check_target(logits.shape, target)
+    check_target("cross_entropy", logits.shape, target)
     check_values(logits.shape[1], target, ignore_index)
 
 
-def check_values(classes: int, target: Tensor, ignore_index: int | None = None) -> None:
+def check_values(classes: int, target: Tensor, ignore_index: int | None = None, loss: str = "cross_entropy") -> None:
     """Raise LossError for class indices out of range, and for rows that are not a distribution over the classes.
 
     On a GPU, this waits for the values.
@@ -132,9 +132,7 @@ def check_values(classes: int, target: Tensor, ignore_index: int | None = None) 
         wrong = (target < 0) | (target >= classes)
         out_of_range = target[wrong if ignore_index is None else wrong & (target != ignore_index)]
         if len(out_of_range):
-            raise LossError(
-                f"cross_entropy: label {out_of_range[0].item()} of {classes} classes; expected 0 to {classes - 1}"
-            )
+            raise LossError(f"{loss}: label {out_of_range[0].item()} of {classes} classes; expected 0 to {classes - 1}")
         return
     sums = target.sum(1, dtype=torch.promote_types(target.dtype, torch.float32))
     tolerance = 1e-3 if target.dtype in (torch.float32, torch.float64) else 2e-2
@@ -142,7 +140,7 @@ def check_values(classes: int, target: Tensor, ignore_index: int | None = None) 
     if len(rows):
         row = int(rows[0])
         raise LossError(
-            f"cross_entropy: row {row} of the target sums to {sums[row].item():.4g}, least "
+            f"{loss}: row {row} of the target sums to {sums[row].item():.4g}, least "
             f"{target[row].min().item():.4g}; expected a distribution, which is not "
             "negative and sums to 1. Several labels an image are "
             "none: `target / target.sum(1, keepdim=True)` is one"

@@ -13,6 +13,7 @@ from probe_kd.methods.losses.common import (
     check_outputs,
     check_reduction,
     check_rows,
+    check_temperature,
     check_tensors,
     has_values,
     in_float64,
@@ -74,8 +75,7 @@ def multilabel_soft_targets(
     """
     check_outputs("multilabel_soft_targets", student, teacher)
     check_reduction(reduction)
-    if not isinstance(temperature, int | float) or not 0 < temperature < torch.inf:
-        raise LossError(f"multilabel_soft_targets: temperature {temperature}; it has to be positive, and finite")
+    check_temperature("multilabel_soft_targets", temperature)
     dtype = student.dtype
     student, teacher = (logits / temperature for logits in in_float64(temperature, student, teacher))
     total = _bernoulli(student, teacher).sum() + _bernoulli(-student, -teacher).sum()

@@ -11,7 +11,9 @@ from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import (
     Reduction,
     check_outputs,
+    check_temperature,
     dense_outputs,
+    divergence,
     in_float64,
     loss_function,
     power_of_two,
@@ -47,17 +49,14 @@ def soft_targets(
     if dense:
         student, teacher = dense_outputs("soft_targets", student, teacher)
     check_outputs("soft_targets", student, teacher)
-    _check_temperature("soft_targets", temperature)
+    check_temperature("soft_targets", temperature)
     if standardize:
         student, teacher = _standardize(student), _standardize(teacher)
     dtype = student.dtype
     student, teacher = in_float64(temperature, student, teacher)
     log_p = F.log_softmax(student / temperature, dim=1)
     log_q = F.log_softmax(teacher / temperature, dim=1)
-    # A class that the teacher masks (-inf) adds 0 log 0 = 0, whatever the student's logit.
-    log_p = log_p.masked_fill(log_q == -torch.inf, 0.0)
-    log_q = log_q.clamp_min(torch.finfo(log_q.dtype).min)
-    return (temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)).to(dtype)
+    return (temperature**2 * divergence(log_p, log_q)).to(dtype)
 
 
 @loss_function
@@ -128,7 +127,7 @@ def dist(
     probabilities, as from a classifier that is initialised to zero, have r = 0.
     """
     check_outputs("dist", student, teacher)
-    _check_temperature("dist", temperature)
+    check_temperature("dist", temperature)
     if intra and len(student) < 2:
         raise LossError(
             "dist: `intra` compares the images of a batch with each other, and this one has a single image; give "
@@ -141,11 +140,6 @@ def dist(
     if intra:
         value = value + intra * (1 - _pearson(p.T, q.T, temperature)).mean()
     return (temperature**2 * value).to(dtype)
-
-
-def _check_temperature(loss: str, temperature: float) -> None:
-    if not isinstance(temperature, int | float) or not 0 < temperature < torch.inf:
-        raise LossError(f"{loss}: temperature {temperature}; it has to be positive, and finite")
 
 
 def _standardize(logits: Float[Tensor, "batch classes"], eps: float = 1e-7) -> Float[Tensor, "batch classes"]:

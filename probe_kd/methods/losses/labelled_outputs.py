@@ -1,0 +1,129 @@
+"""Losses of both models' outputs and the labels."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from probe_kd.errors import LossError
+from probe_kd.methods.losses.common import (
+    check_outputs,
+    check_temperature,
+    divergence,
+    has_values,
+    in_float64,
+    is_number,
+    loss_function,
+)
+from probe_kd.methods.losses.labels import check_target, check_values
+
+
+@loss_function
+def dkd(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
+    /,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Float[Tensor, ""]:
+    """Compute T^2 (alpha KL of (p_y, 1 - p_y) + beta KL of p over the other classes), averaged over the batch.
+
+    Decoupled knowledge distillation, Zhao et al. 2022 (arXiv 2203.08679), eq. 7. p is the softmax at temperature T, y
+    the label, and p over the other classes is divided by its sum. `soft_targets` is alpha = 1 with beta = 1 - p_y of
+    the teacher, so that a confident teacher says little about the other classes. The defaults are the paper's for
+    CIFAR-100 with ResNets (its ImageNet: 1, 0.5 and T = 1, beside cross entropy), and its first 20 epochs raise the
+    weight from 0. Of labels that are a distribution, y is the largest. Classes that the teacher masks by -inf do not
+    count. Raises LossError for a single class.
+    """
+    index = _index("dkd", student, teacher, labels)
+    check_temperature("dkd", temperature)
+    dtype = student.dtype
+    student, teacher = (logits / temperature for logits in in_float64(temperature, student, teacher))
+    of_label = divergence(*(_label_or_not(logits, index) for logits in (student, teacher)))
+    of_others = divergence(*(_others(logits, index) for logits in (student, teacher)))
+    return (temperature**2 * (alpha * of_label + beta * of_others)).to(dtype)
+
+
+@loss_function
+def nkd(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
+    /,
+    *,
+    gamma: float = 1.5,
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Compute -p_t(y) log p_s(y) - gamma T^2 sum over the other classes of q_t log q_s, averaged over the batch.
+
+    Normalised knowledge distillation, Yang et al. 2023 (arXiv 2303.13005). p is the softmax at T = 1, y the
+    label, and q the softmax at temperature T over the other classes. The defaults are the paper's for ImageNet, beside
+    cross entropy. It is a cross entropy, and not 0 for equal outputs. Of labels that are a distribution, y is the
+    largest. Classes that the teacher masks by -inf do not count. Raises LossError for a single class.
+    """
+    index = _index("nkd", student, teacher, labels)
+    check_temperature("nkd", temperature)
+    dtype = student.dtype
+    student, teacher = in_float64(temperature, student, teacher)
+    p_y = teacher.softmax(1).gather(1, index)
+    of_label = -(p_y * F.log_softmax(student, dim=1).gather(1, index).masked_fill(p_y == 0, 0.0)).mean()
+    log_p, log_q = (_others(logits / temperature, index) for logits in (student, teacher))
+    of_others = -(log_q.exp() * log_p.masked_fill(log_q == -torch.inf, 0.0)).sum(1).mean()
+    return (of_label + gamma * temperature**2 * of_others).to(dtype)
+
+
+@loss_function
+def ofa(
+    student: Float[Tensor, "batch classes"],
+    teacher: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
+    /,
+    *,
+    eps: float = 1.5,
+    temperature: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Compute -sum over the classes of ((p_t + m)^eps - m) log p_s, averaged over the batch; m is 1 for the label.
+
+    One-for-all, Hao et al. 2023 (arXiv 2310.19444), for models of unlike architectures; p is the softmax at
+    temperature T, and there is no factor T^2. eps = 1 is the cross entropy with the teacher's probabilities; a larger
+    one raises the label's share, the more the surer the teacher is. 1.5 is the paper's for ImageNet, where it was best
+    of 1 to 2, and 1 for CIFAR-100. It is no divergence, and not 0 for equal outputs. Of labels that are a distribution,
+    m is 1 for the largest. Classes that the teacher masks by -inf do not count.
+    """
+    index = _index("ofa", student, teacher, labels, least=1)
+    check_temperature("ofa", temperature)
+    if not is_number(eps) or eps < 1:
+        raise LossError(f"ofa: eps {eps}; expected a number from 1 on")
+    mask = torch.zeros_like(teacher).scatter(1, index, 1.0)
+    shares = ((teacher / temperature).softmax(1) + mask) ** eps - mask
+    log_p = F.log_softmax(student / temperature, dim=1)
+    return -(shares * log_p.masked_fill(shares == 0, 0.0)).sum(1).mean()
+
+
+def _index(loss: str, student: Tensor, teacher: Tensor, labels: Tensor, least: int = 2) -> Int[Tensor, "batch 1"]:
+    """The class of each image. Raises LossError for outputs and labels that do not fit, and fewer classes than `least`.
+
+    Of a distribution, as Mixup makes them, it is the class with the largest share.
+    """
+    check_outputs(loss, student, teacher)
+    check_target(loss, student.shape, labels)
+    if has_values(labels):
+        check_values(student.shape[1], labels, loss=loss)
+    if student.shape[1] < least:
+        raise LossError(f"{loss}: it compares the classes beside the label, and the logits have a single class")
+    return labels.argmax(1, keepdim=True) if labels.is_floating_point() else labels.long()[:, None]
+
+
+def _label_or_not(logits: Float[Tensor, "batch classes"], index: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch 2"]:
+    """log p_y and log (1 - p_y). The second is summed over the other classes, so p_y = 1 does not make it log 0."""
+    log_p = F.log_softmax(logits, dim=1)
+    others = log_p.scatter(1, index, -torch.inf).logsumexp(1, keepdim=True)
+    return torch.cat([log_p.gather(1, index), others], dim=1)
+
+
+def _others(logits: Float[Tensor, "batch classes"], index: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch classes"]:
+    """The log of the softmax over the classes beside the label, whose entry is -inf."""
+    return F.log_softmax(logits.scatter(1, index, -torch.inf), dim=1)
