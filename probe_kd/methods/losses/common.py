@@ -8,8 +8,8 @@ from typing import Any, Literal, ParamSpec, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Float, Shaped
+from torch import Tensor, distributed, nn
 
 from probe_kd.errors import LossError
 
@@ -225,3 +225,51 @@ def power_of_two(numbers: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
     """The power of two above each positive number, and 1 for zero. Dividing by it causes no rounding error."""
     numbers = numbers.detach().masked_fill(numbers == 0, 0.5)
     return numbers / torch.frexp(numbers).mantissa
+
+
+def unit(rows: Float[Tensor, "rows n ..."]) -> Float[Tensor, "rows n ..."]:
+    """Scale rows along axis 1 to length 1, without overflow or underflow of their squares. Rows of zeros stay zero."""
+    return F.normalize(rows / power_of_two(rows.abs().amax(1, keepdim=True)), dim=1)
+
+
+def check_batch_norm(loss: str, student: Float[Tensor, "batch channels ..."]) -> None:
+    """Raise LossError for features that a batch normalisation would make a figure of that means nothing.
+
+    Those are a single number for each channel, which has no variance, and on the CPU numbers whose squares overflow.
+    """
+    if student.numel() <= student.shape[1]:
+        raise LossError(
+            f"{loss}: it standardises each channel over the batch, and of {tuple(student.shape)} there is one number a "
+            "channel; give larger batches"
+        )
+    largest = float(student.detach().abs().max()) if has_values(student) else 0.0
+    if torch.finfo(student.dtype).max ** 0.5 / student.shape[1] < largest < torch.inf:
+        raise LossError(
+            f"{loss}: the student's side {tuple(student.shape)} has numbers up to {largest:.0e}, whose squares "
+            f"{student.dtype} does not hold; try a smaller learning rate"
+        )
+
+
+def drawn(
+    draw: Callable[..., Tensor], shape: Sequence[int], device: torch.device, *bounds: int, training: bool
+) -> Tensor:
+    """Draw random numbers by `torch.rand` or `torch.randint`; in evaluation, the same ones in every call.
+
+    So two evaluations of one model agree, and the training between them does not depend on how often there was one.
+    """
+    generator = None if training else torch.Generator(device).manual_seed(0)
+    return draw(*bounds, shape, generator=generator, device=device)
+
+
+def gathered(rows: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "all_rows ..."]:
+    """The rows of all processes, which have equally many, one after the other and without gradient.
+
+    A buffer that each process would fill by itself would be overwritten by that of the first one (DDP broadcasts it
+    before every step), and what the others saw would be lost.
+    """
+    rows = rows.detach()
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import loss_function, power_of_two
+from probe_kd.methods.losses.common import loss_function, unit
 
 
 @loss_function
@@ -26,7 +26,7 @@ def attention(
     with weight beta (1000 by default). The channels of the two models may differ, but not their grids.
     """
     _check_maps("attention", student, teacher)
-    student_map, teacher_map = (_unit(map_.square().mean(1).flatten(1)) for map_ in (student, teacher))
+    student_map, teacher_map = (unit(map_.square().mean(1).flatten(1)) for map_ in (student, teacher))
     if form == "code":
         return (student_map - teacher_map).square().mean()
     if form != "paper":
@@ -59,7 +59,7 @@ def patch_similarity(
 def _log_similarity(
     map_: Float[Tensor, "batch channels height width"], temperature: float
 ) -> Float[Tensor, "rows positions"]:
-    rows = _unit(map_.flatten(2)).mT
+    rows = unit(map_.flatten(2)).mT
     return F.log_softmax(rows @ rows.mT / temperature, dim=-1).flatten(0, 1)
 
 
@@ -70,11 +70,6 @@ def _check_maps(loss: str, student: Tensor, teacher: Tensor) -> None:
             f"{loss}: expected two maps (batch, channels, height, width) of one batch and grid, got student "
             f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}"
         )
-
-
-def _unit(rows: Float[Tensor, "rows n ..."]) -> Float[Tensor, "rows n ..."]:
-    """Scale rows along axis 1 to length 1, without overflow or underflow of their squares. Rows of zeros stay zero."""
-    return F.normalize(rows / power_of_two(rows.abs().amax(1, keepdim=True)), dim=1)
 
 
 def to_one_grid(*maps: Float[Tensor, "batch _ _ _"]) -> list[Tensor]:
