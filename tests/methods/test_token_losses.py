@@ -76,7 +76,7 @@ def test_half_precision_large_numbers_and_zeros_stay_numbers() -> None:
     for function in (TOKEN, PATCH):
         function(zeros, map_).backward()
         assert zeros.grad is not None
-        assert zeros.grad.isfinite().all()
+        assert zeros.grad.abs().max() < 1e4  # with torch's own eps of 1e-8 it is 1e7, which AdamW does not forget
         exact = function(map_, map_.flip(0))
         torch.testing.assert_close(function(map_.bfloat16(), map_.flip(0).bfloat16()), exact, rtol=0.05, atol=0.01)
     torch.testing.assert_close(PATCH(map_ * 1e30, map_.flip(0) * 1e-30), PATCH(map_, map_.flip(0)))

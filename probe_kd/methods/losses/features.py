@@ -42,8 +42,8 @@ def token_match(
     Theia, Shang et al. 2024 (arXiv 2407.20179), with a = 0.9 and b = 0.1; UNIC, Sariyildiz et al. 2024 (arXiv
     2408.05088), with 0.5 and 0.5. u is the student's adapted vector of channels at a position, v the teacher's, which
     both papers standardise by statistics of the training images (`normalize: fitted`). `cosine` is a, `smooth_l1` is b,
-    and `beta` is the difference below which the second part is quadratic: d^2 / (2 beta), and |d| - beta / 2 above. A
-    vector of zeros has the cosine 0.
+    and `beta` is the difference below which the second part is quadratic: d^2 / (2 beta), and |d| - beta / 2 above. In
+    the cosine, a vector counts as no shorter than 1e-4, so that one of zeros has the cosine 0 and a bounded gradient.
     """
     check_same_shape(student, teacher, "token_match")
     if student.ndim < 2:
@@ -54,5 +54,5 @@ def token_match(
         raise LossError(
             f"token_match: cosine {cosine}, smooth_l1 {smooth_l1}; expected factors from 0 on, and one above it"
         )
-    angles = 1 - F.cosine_similarity(student, teacher, dim=1)
+    angles = 1 - F.cosine_similarity(student, teacher, dim=1, eps=1e-4)
     return cosine * angles.mean() + smooth_l1 * F.smooth_l1_loss(student, teacher, beta=beta)
