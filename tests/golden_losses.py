@@ -21,6 +21,8 @@ first eight numbers, `samples`). `factor` is theirs over ours, 1 where it is lef
 A loss with parameters is built for the inputs' shapes. Its parameters are drawn after the inputs, in the order of
 `named_parameters`, with a tenth of the scale. `state` sets entries of its `state_dict` by inputs of the same form, and
 `construct` gives the keyword arguments that the package fills in: `num_images`, and `classifier: [in, out]`.
+`activation` is the nonlinearity that made the teacher's feature. What a loss draws in a step, such as a mask, torch
+draws from the case's seed.
 """
 
 import json
@@ -87,19 +89,14 @@ def inputs_of(case: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(draw(numbers, drawn) for drawn in case["inputs"])
 
 
-def spec_of(tensor: Tensor) -> FeatureSpec:
-    grid = tuple(tensor.shape[2:]) if tensor.ndim == 4 else None
-    return FeatureSpec(
-        Tap("x"),
-        LAYOUTS[tensor.ndim],
-        tuple(tensor.shape),
-        channels=tensor.shape[1],
-        grid=grid,  # type: ignore[arg-type]
-    )
+def spec_of(tensor: Tensor, activation: str = "") -> FeatureSpec:
+    grid = (tensor.shape[2], tensor.shape[3]) if tensor.ndim == 4 else None
+    layout, shape = LAYOUTS[tensor.ndim], tuple(tensor.shape)
+    return FeatureSpec(Tap("x"), layout, shape, tensor.shape[1], grid, activation=activation)
 
 
-def specs_of(given: Tensor | tuple[Tensor, ...]) -> Any:
-    return tuple(map(spec_of, given)) if isinstance(given, tuple) else spec_of(given)
+def specs_of(given: Tensor | tuple[Tensor, ...], activation: str = "") -> Any:
+    return tuple(map(spec_of, given)) if isinstance(given, tuple) else spec_of(given, activation)
 
 
 def loss_of(name: str, case: Mapping[str, Any]) -> Callable[..., Tensor]:
@@ -111,8 +108,9 @@ def loss_of(name: str, case: Mapping[str, Any]) -> Callable[..., Tensor]:
     given = inputs_of(case)
     construct = dict(case.get("construct", {}))
     if "classifier" in construct:
-        construct["classifier"] = nn.Linear(*construct["classifier"])
-    module: nn.Module = loss.function(*map(specs_of, given[:2]), **options, **construct)
+        construct["classifier"] = nn.Linear(*construct["classifier"]).requires_grad_(False)
+    specs = specs_of(given[0]), specs_of(given[1], case.get("activation", ""))
+    module: nn.Module = loss.function(*specs, **options, **construct)
     return set_state(module.double(), case)
 
 
@@ -162,7 +160,10 @@ def as_numbers(result: Measured) -> dict[str, Any]:
 
 def errors(name: str, case: Mapping[str, Any]) -> tuple[float, float]:
     """The relative errors of value and gradient between ours, times the factor, and theirs."""
-    ours = measured(loss_of(name, case), inputs_of(case))
+    loss = loss_of(name, case)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(case["seed"])
+        ours = measured(loss, inputs_of(case))
     factor, theirs = case.get("factor", 1.0), case["student_gradient"]
     row = factor * ours.gradient
     samples = torch.tensor(theirs["samples"], dtype=torch.float64)

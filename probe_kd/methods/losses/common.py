@@ -239,14 +239,14 @@ def check_batch_norm(loss: str, student: Float[Tensor, "batch channels ..."]) ->
     """
     if student.numel() <= student.shape[1]:
         raise LossError(
-            f"{loss}: it standardises each channel over the batch, and of {tuple(student.shape)} there is one number a "
-            "channel; give larger batches"
+            f"{loss}: it standardises each channel over the batch, and {tuple(student.shape)} is one position of one "
+            "image; give larger batches"
         )
     largest = float(student.detach().abs().max()) if has_values(student) else 0.0
     if torch.finfo(student.dtype).max ** 0.5 / student.shape[1] < largest < torch.inf:
         raise LossError(
-            f"{loss}: the student's side {tuple(student.shape)} has numbers up to {largest:.0e}, whose squares "
-            f"{student.dtype} does not hold; try a smaller learning rate"
+            f"{loss}: the student's side {tuple(student.shape)} has numbers up to {largest:.0e}, whose squares are "
+            f"larger than {student.dtype} holds; try a smaller learning rate"
         )
 
 

@@ -1,8 +1,7 @@
 """Losses with parameters of their own, which are trained with the student and are not part of it."""
 
-from collections.abc import Callable
 from math import expm1, isfinite, log, prod
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,8 @@ from probe_kd.methods.losses.common import (
     check_reduction,
     check_same_shape,
     drawn,
-    power_of_two,
     squared_error,
+    unit,
 )
 
 
@@ -139,7 +138,7 @@ class SRRL(nn.Module):
     normalisation, and a ReLU if the teacher's feature is the output of one. Read the teacher where its classifier
     reads: at the last map of a CNN, and with `tokens: cls` at the last normalisation of a transformer.
 
-    Shapes: two features (batch, channels, ...) of one shape. The core fills in `classifier`.
+    Shapes: two features (batch, channels, ...) of one shape. The core fills in `classifier`, a frozen copy.
     """
 
     def __init__(
@@ -159,9 +158,13 @@ class SRRL(nn.Module):
         self.features, self.logits = features, logits
         self.norm = nn.BatchNorm1d(teacher.channels)
         self.activation = nn.ReLU() if teacher.activation == "relu" else nn.Identity()
-        # A method is no submodule, so the teacher's classifier is in no optimizer and in no state_dict.
-        self.classify: Callable[[Tensor], Tensor] = classifier.forward
+        self.classifier = classifier
         _check_classifier(classifier, teacher)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.classifier.eval()
+        return self
 
     def forward(
         self, student: Float[Tensor, "batch channels ..."], teacher: Float[Tensor, "batch channels ..."]
@@ -171,7 +174,7 @@ class SRRL(nn.Module):
             check_batch_norm("srrl", student)
         student, teacher = (side.reshape(*side.shape[:2], -1) for side in (student, teacher))
         student, teacher = self.activation(self.norm(student)).mean(2), teacher.mean(2)
-        value = self.logits * F.mse_loss(self.classify(student), self.classify(teacher))
+        value = self.logits * F.mse_loss(self.classifier(student), self.classifier(teacher))
         return value + self.features * F.mse_loss(student, teacher) if self.features else value
 
 
@@ -226,14 +229,12 @@ class RSD(nn.Module):
 
     def forward(self, student: Float[Tensor, "batch c1"], teacher: Float[Tensor, "batch c2"]) -> Float[Tensor, ""]:
         check_batch_norm("rsd", student)
-        teacher = teacher / power_of_two(teacher.abs().amax(0, keepdim=True))  # so that no square overflows
-        correlations = _standardized(teacher).mT @ _standardized(self.head(student)) / len(student)
+        head: Tensor = self.head(student)
+        deviation, mean = torch.std_mean(head, 0, correction=0)
+        z_s = (head - mean) / (deviation + 1e-5)  # as the authors do, so that a constant has a bounded gradient
+        z_t = unit((teacher - teacher.mean(0)).mT)
+        correlations = z_t @ z_s / len(student) ** 0.5
         diagonal = correlations.diagonal()
         others = correlations.square().sum() - diagonal.square().sum()
         value = (1 - diagonal).square().sum() + self.kappa * others
         return value / len(diagonal) if self.reduction == "mean" else value
-
-
-def _standardized(rows: Float[Tensor, "batch channels"], eps: float = 1e-5) -> Float[Tensor, "batch channels"]:
-    deviation, mean = torch.std_mean(rows, 0, correction=0)
-    return (rows - mean) / (deviation + eps)

@@ -32,7 +32,7 @@ class ReviewKD(nn.Module):
         super().__init__()
         if width < 1:
             raise LossError(f"review: width {width}; expected a number of channels, from 1 on")
-        self.order = sorted(range(len(student)), key=lambda place: student[place].order, reverse=True)
+        self.order = sorted(range(len(student)), key=lambda place: (student[place].order, place), reverse=True)
         width = min(width, student[self.order[0]].channels)
         self.fusions = nn.ModuleList(
             Fusion(student[place], teacher[place], width, fuses=place != self.order[0]) for place in self.order
