@@ -236,5 +236,5 @@ class RSD(nn.Module):
         correlations = z_t @ z_s / len(student) ** 0.5
         diagonal = correlations.diagonal()
         others = correlations.square().sum() - diagonal.square().sum()
-        value = (1 - diagonal).square().sum() + self.kappa * others
+        value: Tensor = (1 - diagonal).square().sum() + self.kappa * others
         return value / len(diagonal) if self.reduction == "mean" else value
