@@ -105,6 +105,8 @@ LOSS_OPTIONS = {
     "token_match.smooth_l1": "Factor on the smooth L1 distance.",
     "token_match.beta": "Difference up to which the distance is quadratic; above it is linear.",
     "patch_similarity.temperature": "Temperature of the softmax over the similarities of a position.",
+    "smooth_l1.beta": "Difference up to which the distance is quadratic; above it is linear.",
+    "cwd.temperature": "Temperature T of the softmax over the positions of a channel; the loss is multiplied by T^2.",
 }
 
 

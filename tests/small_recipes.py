@@ -27,6 +27,7 @@ stages:
     losses:
       match: {{loss: token_match, normalize: fitted, projector: mlp, cosine: 0.9, smooth_l1: 0.1, beta: 1.0}}
       patches: {{loss: patch_similarity, temperature: 0.07, grid: teacher}}
+      channels: {{loss: cwd, temperature: 2.0, projector: orthogonal}}
 evaluate:
   knn: {{dataset: sklearn/digits, holdout: 0.1, k: 20, temperature: 0.07, every: 1}}
   linear: {{C: auto}}

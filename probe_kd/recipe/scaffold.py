@@ -27,9 +27,9 @@ SMALL = 96  # pixels; larger images are treated as photographs
 class Method:
     """The stages of a method in a recipe, and what else the recipe needs.
 
-    `pairs` says which pairs the method reads: `all`, the `middle` one, those of `several` positions, the `last` one and
-    the vectors of an image, or none (empty). A method without `labels` needs a teacher that has weights, and trains no
-    baseline.
+    `pairs` says which pairs the method reads: `all`, the `middle` one, those of `several` positions, the `vector` of an
+    image, this and the `last` one, or none (empty). A method without `labels` needs a teacher that has weights, and
+    trains no baseline.
     """
 
     about: str
@@ -119,6 +119,16 @@ METHODS = {
         "Attention transfer (Zagoruyko and Komodakis 2017): where the features are large, beside the labels",
         _stage("distil", 10, _TASK, "attention: {loss: attention, form: paper, weight: 1.0}"),
         pairs="several",
+    ),
+    "vkd": Method(
+        "VkD (Miles et al. 2024): the vector of an image through an orthogonal projector, beside the labels",
+        _stage(
+            "distil",
+            10,
+            _TASK,
+            "vector: {loss: smooth_l1, tokens: pool, projector: orthogonal, normalize: layer, weight: 1.0}",
+        ),
+        pairs="vector",
     ),
     "rocket": Method(
         "Rocket Launching (Zhou et al. 2018): both train together and have layers in common",
@@ -359,14 +369,16 @@ def _layer_lines(method: Method, student: Trace, teacher: Trace, pairs: Sequence
     used = list(pairs)
     if method.pairs == "middle":
         used = [pairs[(len(pairs) - 1) // 2]]
-    if method.pairs == "last":
-        used = features_pairs(student, teacher, pairs)
+    if method.pairs in ("vector", "last"):
+        used = features_pairs(student, teacher, pairs)[: 1 if method.pairs == "vector" else 2]
     if method.pairs == "several":  # attention needs several positions
         used = [pair for pair in pairs if (1, 1) not in (student[pair.student].grid, teacher[pair.teacher].grid)]
     lines = [f"  {quoted(pair.student)}: {quoted(pair.teacher)}  # {pair.reason}" for pair in used]
-    why_unused = {"several": "one position, and nothing to attend to", "last": "not the last"}.get(
-        method.pairs, "not in the middle"
-    )
+    why_unused = {
+        "several": "one position, and nothing to attend to",
+        "last": "not the last",
+        "vector": "not the vector of an image",
+    }.get(method.pairs, "not in the middle")
     lines += [
         f"  # {quoted(pair.student)}: {quoted(pair.teacher)}  # {why_unused}" for pair in pairs if pair not in used
     ]

@@ -204,6 +204,10 @@ CASES: dict[str, Callable[[int], Tensor]] = {
     "attention": lambda seed: draw(5, 3, 4, 4, seed=seed),
     "token_match": lambda seed: draw(5, 3, 4, 4, seed=seed),
     "patch_similarity": lambda seed: draw(5, 3, 4, 4, seed=seed),
+    **{
+        name: lambda seed: draw(5, 3, 4, 4, seed=seed)
+        for name in ("smooth_l1", "pkd", "cwd", "ickd", "nst", "gram_tokens")
+    },
 }
 
 

@@ -227,9 +227,28 @@ def power_of_two(numbers: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
     return numbers / torch.frexp(numbers).mantissa
 
 
-def unit(rows: Float[Tensor, "rows n ..."]) -> Float[Tensor, "rows n ..."]:
-    """Scale rows along axis 1 to length 1, without overflow or underflow of their squares. Rows of zeros stay zero."""
-    return F.normalize(rows / power_of_two(rows.abs().amax(1, keepdim=True)), dim=1)
+def unit(numbers: Float[Tensor, "..."], dim: int | tuple[int, ...] = 1) -> Float[Tensor, "..."]:
+    """Scale to length 1 along `dim`, without overflow or underflow of the squares. Zeros stay zeros.
+
+    The gradient of zeros is that of the numbers themselves.
+    """
+    scaled = numbers / power_of_two(numbers.abs().amax(dim, keepdim=True))
+    length = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
+    result: Tensor = scaled / length.masked_fill(length == 0, 1.0)
+    return result
+
+
+def unit_deviation(numbers: Float[Tensor, "..."], dim: int | tuple[int, ...]) -> Float[Tensor, "..."]:
+    """Subtract the mean along `dim` and scale to length 1. Equal numbers become zeros, within rounding.
+
+    The gradient of equal numbers is that of the numbers over their size.
+    """
+    scaled = numbers / power_of_two(numbers.abs().amax(dim, keepdim=True))
+    deviation = scaled - scaled.mean(dim, keepdim=True)
+    length = torch.linalg.vector_norm(deviation, dim=dim, keepdim=True)
+    rounding = 4 * torch.finfo(numbers.dtype).eps * (numbers.numel() / length.numel()) ** 0.5
+    result: Tensor = deviation / length.masked_fill(length <= rounding, 1.0)
+    return result
 
 
 def check_batch_norm(loss: str, student: Float[Tensor, "batch channels ..."]) -> None:

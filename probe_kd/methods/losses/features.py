@@ -2,12 +2,21 @@
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import Reduction, check_same_shape, loss_function, squared_error
+from probe_kd.methods.losses.common import (
+    Reduction,
+    check_same_shape,
+    in_float64,
+    loss_function,
+    squared_error,
+    unit,
+    unit_deviation,
+)
 
 
 @partial(loss_function, promote=False)
@@ -56,3 +65,121 @@ def token_match(
         )
     angles = 1 - F.cosine_similarity(student, teacher, dim=1, eps=1e-4)
     return cosine * angles.mean() + smooth_l1 * F.smooth_l1_loss(student, teacher, beta=beta)
+
+
+@loss_function
+def smooth_l1(
+    student: Float[Tensor, "batch ..."],
+    teacher: Float[Tensor, "batch ..."],
+    /,
+    *,
+    beta: float = 1.0,
+) -> Float[Tensor, ""]:
+    """Compute the mean of d^2 / (2 beta) where |d| < beta, and of |d| - beta / 2 elsewhere, d = student - teacher.
+
+    It is the distance of VkD, Miles et al. 2024 (arXiv 2403.06213), which a recipe writes as `{loss: smooth_l1,
+    tokens: pool, projector: orthogonal, normalize: layer}`: the mean over the student's positions through a projector
+    with orthonormal rows or columns, against the teacher's, standardised over its channels. `beta` is 1 there.
+    """
+    check_same_shape(student, teacher, "smooth_l1")
+    if not beta > 0:
+        raise LossError(f"smooth_l1: beta {beta}; it has to be positive")
+    # The number that torch gives still holds the memory of all distances.
+    return F.smooth_l1_loss(student, teacher, beta=beta).clone()
+
+
+@loss_function
+def pkd(
+    student: Float[Tensor, "batch channels ..."],
+    teacher: Float[Tensor, "batch channels ..."],
+    /,
+) -> Float[Tensor, ""]:
+    """Compute 1 - r, averaged over the channels, where r is Pearson's correlation over the batch and all positions.
+
+    PKD, Cao et al. 2022 (arXiv 2207.02039): half of the mean squared difference of both features, each channel
+    standardised over the batch and the positions, which is 1 - r. Its weight is 6 for two-stage detectors in MMRazor's
+    configurations. A channel may have any scale and offset. The standardised values of a constant channel are zeros, so
+    that it counts 1/2, and 0 if it is constant on both sides.
+    """
+    check_same_shape(student, teacher, "pkd")
+    if student.ndim < 2:
+        raise LossError(f"pkd: expected (batch, channels, ...), got {tuple(student.shape)}")
+    if student.numel() == student.shape[1]:
+        raise LossError(
+            "pkd compares how each channel varies over the images and positions of a batch, and this one has a single "
+            "image and position; give larger batches, or pair layers with positions"
+        )
+    over = (0, *range(2, student.ndim))
+    difference = unit_deviation(student, over) - unit_deviation(teacher, over)
+    return difference.square().sum() / (2 * student.shape[1])
+
+
+@loss_function
+def cwd(
+    student: Float[Tensor, "batch channels positions ..."],
+    teacher: Float[Tensor, "batch channels positions ..."],
+    /,
+    *,
+    temperature: float = 4.0,
+) -> Float[Tensor, ""]:
+    """Compute T^2 KL(softmax(teacher / T) || softmax(student / T)) over the positions, averaged over the channels.
+
+    Channel-wise distillation, Shu et al. 2021 (arXiv 2011.13256): each channel of a map is a distribution over the
+    positions. The batch is averaged. T is 4 in the paper. An offset of a whole channel does not matter.
+    """
+    check_same_shape(student, teacher, "cwd")
+    if student.ndim < 3:
+        raise LossError(
+            f"cwd: expected (batch, channels, positions ...), got {tuple(student.shape)}: a vector has no positions to "
+            "attend to; pair layers with positions, and leave `tokens` at `drop`"
+        )
+    if not 0 < temperature < torch.inf:
+        raise LossError(f"cwd: temperature {temperature}; it has to be positive, and finite")
+    dtype = student.dtype
+    rows = (side.flatten(2).flatten(0, 1) for side in in_float64(temperature, student, teacher))
+    log_p, log_q = (F.log_softmax(row / temperature, dim=1) for row in rows)
+    return (temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)).to(dtype)
+
+
+@loss_function
+def ickd(
+    student: Float[Tensor, "batch channels positions ..."],
+    teacher: Float[Tensor, "batch channels positions ..."],
+    /,
+) -> Float[Tensor, ""]:
+    """Compute ||g_S - g_T||^2 of each row g of the channels' Gram matrices, scaled to length 1; averaged over the rows.
+
+    Inter-channel correlation, Liu et al. 2021 (ICCV), ICKD-C: G = F F^T holds the inner products of the channels of one
+    image. The rows are scaled to length 1 as in the authors' code, which has a weight of 2.5 for CIFAR-100; without
+    that, and over all entries, it is `gram`. A row of zeros counts 1, and 0 if it is zero in both. The batch is
+    averaged.
+
+    Where the channels are more than the positions, 2 - 2 cos(g_S, g_T), which is the same, is computed from products of
+    positions. Either kind of matrix is no larger than the features.
+    """
+    check_same_shape(student, teacher, "ickd")
+    if student.ndim < 3:
+        raise LossError(
+            f"ickd: expected (batch, channels, positions ...), got {tuple(student.shape)}: a vector has no positions "
+            "over which its channels correlate; pair layers with positions, and leave `tokens` at `drop`"
+        )
+    student, teacher = student.flatten(2), teacher.flatten(2)
+    # Each row of F F^T in its direction: a channel of length 1 times all channels, together of length 1, so that no
+    # square overflows.
+    sides = [(unit(side, 2), unit(side, (1, 2))) for side in (student, teacher)]
+    if student.shape[1] <= student.shape[2]:
+        student_rows, teacher_rows = (unit(channels @ channels_all.mT, 2) for channels, channels_all in sides)
+        return (student_rows - teacher_rows).square().sum(2).mean()
+    squares = [_row_products(side, side) for side in sides]
+    student_lengths, teacher_lengths = (square.masked_fill(square <= 0, 1.0).sqrt() for square in squares)
+    cosines = _row_products(*sides) / (student_lengths * teacher_lengths)
+    ones = sum((square.detach() > 0).to(cosines.dtype) for square in squares)
+    return (ones - 2 * cosines).mean()
+
+
+def _row_products(
+    first: tuple[Float[Tensor, "batch channels positions"], ...],
+    second: tuple[Float[Tensor, "batch channels positions"], ...],
+) -> Float[Tensor, "batch channels"]:
+    """The products g h of the rows of two Gram matrices, each given by its two factors, without these matrices."""
+    return ((first[0] @ (first[1].mT @ second[1])) * second[0]).sum(2)

@@ -63,6 +63,57 @@ def _log_similarity(
     return F.log_softmax(rows @ rows.mT / temperature, dim=-1).flatten(0, 1)
 
 
+@loss_function
+def nst(
+    student: Float[Tensor, "batch c1 height width"],
+    teacher: Float[Tensor, "batch c2 height width"],
+    /,
+) -> Float[Tensor, ""]:
+    """Compute the squared maximum mean discrepancy between the channels of two maps, with the kernel k(x, y) = (x y)^2.
+
+    Neuron selectivity transfer, Huang and Wang 2017 (arXiv 1707.01219), with the polynomial kernel of degree 2 and
+    constant 0, the best of three kernels there: mean of k(s_i, s_j) + mean of k(t_i, t_j) - 2 mean of k(s_i, t_j). The
+    samples s_i and t_j are the channels of one image, each a vector over the positions, scaled to length 1. The batch
+    is averaged. RepDistiller's weight is 50. Channels of zeros stay zeros.
+
+    It is computed as the distance of the matrices S S^T / c1 and T T^T / c2 over the positions, which is the same, or
+    from products of channels, whichever is smaller; either is smaller than the features.
+    """
+    _check_maps("nst", student, teacher)
+    student_rows, teacher_rows = (unit(map_.flatten(2), 2).mT / map_.shape[1] ** 0.5 for map_ in (student, teacher))
+    return _distance_of_products(student_rows, teacher_rows).mean()
+
+
+@loss_function
+def gram_tokens(
+    student: Float[Tensor, "batch c1 height width"],
+    teacher: Float[Tensor, "batch c2 height width"],
+    /,
+) -> Float[Tensor, ""]:
+    """Compute the mean square of S S^T - T T^T, where a row of S and T is the vector of a position, of length 1.
+
+    The Gram loss of DINOv3, Simeoni et al. 2025 (arXiv 2508.10104), where the equation has the sum over the matrix and
+    the authors' code the mean. Their configuration of the 7B model has a weight that ends at 2. Entry (i, j) is the
+    cosine of positions i and j of one image, so each model keeps its width. Vectors of zeros stay zeros.
+
+    It is computed from products of positions or, where these are more than the channels of both, of channels. Either is
+    smaller than the features.
+    """
+    _check_maps("gram_tokens", student, teacher)
+    student_rows, teacher_rows = (unit(map_.flatten(2), 1).mT for map_ in (student, teacher))
+    return (_distance_of_products(student_rows, teacher_rows) / student_rows.shape[1] ** 2).mean()
+
+
+def _distance_of_products(
+    student: Float[Tensor, "batch positions c1"], teacher: Float[Tensor, "batch positions c2"]
+) -> Float[Tensor, " batch"]:
+    """||S S^T - T T^T||_F^2, which is ||S^T S||^2 + ||T^T T||^2 - 2 ||S^T T||^2, of each image."""
+    if student.shape[1] <= student.shape[2] + teacher.shape[2]:
+        return (student @ student.mT - teacher @ teacher.mT).square().sum((1, 2))
+    own, other, between = student.mT @ student, teacher.mT @ teacher, student.mT @ teacher
+    return own.square().sum((1, 2)) + other.square().sum((1, 2)) - 2 * between.square().sum((1, 2))
+
+
 def _check_maps(loss: str, student: Tensor, teacher: Tensor) -> None:
     batch_and_height_agree = student.ndim == teacher.ndim == 4 and student.shape[::2] == teacher.shape[::2]
     if not batch_and_height_agree or student.shape[3] != teacher.shape[3] or not student.numel() * teacher.numel():

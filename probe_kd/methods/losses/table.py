@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 from torch import Tensor
 
 from probe_kd.errors import LossError, nearest, nearest_truth
-from probe_kd.methods.losses.features import hint, token_match
+from probe_kd.methods.losses.features import cwd, hint, ickd, pkd, smooth_l1, token_match
 from probe_kd.methods.losses.labels import cross_entropy
-from probe_kd.methods.losses.maps import attention, patch_similarity
+from probe_kd.methods.losses.maps import attention, gram_tokens, nst, patch_similarity
 from probe_kd.methods.losses.matrices import fsp, gram
 from probe_kd.methods.losses.multilabel import binary_cross_entropy, multilabel_soft_targets
 from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
@@ -106,5 +106,11 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
         "attention": Loss(attention, "maps"),
         "token_match": Loss(token_match, "features"),
         "patch_similarity": Loss(patch_similarity, "maps"),
+        "smooth_l1": Loss(smooth_l1, "features"),
+        "pkd": Loss(pkd, "features"),
+        "cwd": Loss(cwd, "features"),
+        "ickd": Loss(ickd, "features"),
+        "nst": Loss(nst, "maps"),
+        "gram_tokens": Loss(gram_tokens, "maps"),
     }
 )

@@ -1,0 +1,231 @@
+"""Losses of the relations between the images of a batch: each model has one vector an image, of its own width."""
+
+from collections.abc import Callable
+from math import exp, factorial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from probe_kd.errors import LossError
+from probe_kd.methods.losses.common import loss_function, power_of_two, unit
+
+_SMALL = 2**20  # numbers that a matrix may hold, however small the features are
+
+
+@loss_function
+def rkd(
+    student: Float[Tensor, "batch c1"],
+    teacher: Float[Tensor, "batch c2"],
+    /,
+    *,
+    distance: float = 1.0,
+    angle: float = 2.0,
+) -> Float[Tensor, ""]:
+    """Compute a (Huber loss of the distances of pairs) + b (Huber loss of the cosines of the angles of triplets).
+
+    RKD, Park et al. 2019 (arXiv 1904.05068), eq. 5 to 10, with a = `distance` and b = `angle`. A distance is divided by
+    the mean of the distances of all pairs of different images; the angle of (i, j, k) is that between z_i - z_j and
+    z_k - z_j, and cos = 0 if one of these is zero. As in the authors' code, the mean is that of all n^2 pairs and n^3
+    triplets of n images, of which those without two or three different images count 0. The paper has 25 and 50 for
+    classification (`{weight: 25, distance: 1, angle: 2}`), and 1 and 2 for metric learning.
+
+    Scale, offset and rotation of the vectors do not matter. Of two images, the loss is always 0. The products are taken
+    in float64, because the difference of two similar vectors is lost in the rounding of their products in float32. The
+    time grows with n^2 (c1 + c2) + n^3, the memory with n^2: the cosines are computed in parts that are no larger than
+    the vectors, and once more in the backward.
+    """
+    largest = _check_vectors("rkd", student, teacher)
+    if min(distance, angle) < 0 or not (distance or angle):
+        raise LossError(f"rkd: distance {distance}, angle {angle}; expected factors from 0 on, and one above it")
+    images, dtype = len(student), student.dtype
+    student, teacher = (_products(side) for side in (student, teacher))
+    lengths = [_distances(side) for side in (student, teacher)]
+    value = student.new_zeros(())
+    if distance:
+        own, other = (side / _or_one(side.sum() / (images * (images - 1))) for side in lengths)
+        value = value + distance * F.smooth_l1_loss(own, other)
+    if angle:
+
+        def part(vertices: slice) -> Tensor:
+            own, other = _cosines(student, lengths[0], vertices), _cosines(teacher, lengths[1], vertices)
+            return F.smooth_l1_loss(own, other, reduction="sum")
+
+        value = value + angle / images**3 * _in_parts(part, images, images**2, largest)
+    return value.to(dtype)
+
+
+def _products(vectors: Float[Tensor, "batch c"]) -> Float[Tensor, "batch batch"]:
+    """The inner products of the vectors less their mean, up to a factor."""
+    exact = _exact(_to_one(vectors))
+    centred = exact - exact.mean(0)
+    return centred @ centred.mT
+
+
+def _distances(products: Float[Tensor, "batch batch"]) -> Float[Tensor, "batch batch"]:
+    """The distance of each pair, and exactly zero for vectors that are equal within rounding."""
+    squares = products.diagonal()
+    both = squares[:, None] + squares
+    difference = both - 2 * products
+    equal = (difference <= 64 * torch.finfo(both.dtype).eps * both).fill_diagonal_(True)
+    return difference.masked_fill(equal, 1.0).sqrt().masked_fill(equal, 0.0)
+
+
+def _cosines(
+    products: Float[Tensor, "batch batch"], distances: Float[Tensor, "batch batch"], vertices: slice
+) -> Float[Tensor, "vertices batch batch"]:
+    """The cosine between z_i - z_j and z_k - z_j for each vertex j and all i and k."""
+    at_vertex = products[vertices]
+    square = products.diagonal()[vertices, None, None]
+    between = products - at_vertex[:, :, None] - at_vertex[:, None, :] + square
+    lengths = _or_one(distances[vertices])
+    absent = distances[vertices] == 0
+    cosines = between / (lengths[:, :, None] * lengths[:, None, :])
+    return cosines.masked_fill(absent[:, :, None] | absent[:, None, :], 0.0)
+
+
+@loss_function
+def sp(
+    student: Float[Tensor, "batch c1"],
+    teacher: Float[Tensor, "batch c2"],
+    /,
+) -> Float[Tensor, ""]:
+    """Compute ||G_S - G_T||_F^2 / n^2, where G = Z Z^T of n images' vectors Z, each row scaled to length 1.
+
+    SP, Tung and Mori 2019 (arXiv 1907.09682), eq. 1 to 4. The paper's vectors are whole maps (`tokens: flatten`), and
+    its weight is 3000. The scale of all vectors of a model does not matter. Rows of zeros stay zeros. Time and memory
+    grow with n^2: the matrix is computed in parts where it is larger than the vectors.
+    """
+    largest = _check_vectors("sp", student, teacher)
+    student, teacher = (_to_one(side) for side in (student, teacher))
+
+    def part(rows: slice) -> Tensor:
+        own, other = (unit(side[rows] @ side.mT, 1) for side in (student, teacher))
+        return (own - other).square().sum()
+
+    return _in_parts(part, len(student), len(student), largest) / len(student) ** 2
+
+
+@loss_function
+def pkt(
+    student: Float[Tensor, "batch c1"],
+    teacher: Float[Tensor, "batch c2"],
+    /,
+    *,
+    form: Literal["paper", "code"] = "paper",
+) -> Float[Tensor, ""]:
+    """Compute KL(p_i || q_i), averaged over the images i: how similar the others are to it, as two distributions.
+
+    PKT, Passalis and Tefas 2018 (arXiv 1803.10837), with its cosine kernel K = (cos + 1) / 2: p_i(j) is the teacher's
+    K(i, j), divided by the sum over all j other than i, and q_i(j) the student's. `form="code"` includes j = i, as the
+    authors' code does. Its loss is the mean over all pairs, so that its weights are n times as large for n images: the
+    30000 of RepDistiller for 64 images is about 470 here. Vectors of zeros have the cosine 0, and K is at least 1e-7.
+    The scale of each vector does not matter. Of two images, the loss of the paper's form is always 0. It is computed in
+    float64, as both distributions are nearly equal. Time and memory grow with n^2: the matrix is computed in parts
+    where it is larger than the vectors.
+    """
+    largest = _check_vectors("pkt", student, teacher)
+    if form not in ("paper", "code"):
+        raise LossError(f"pkt: form {form!r}; expected 'paper' or 'code'")
+    images, dtype = len(student), student.dtype
+    student, teacher = (unit(_exact(side), 1) for side in (student, teacher))
+
+    def part(rows: slice) -> Tensor:
+        own = torch.arange(images, device=student.device)
+        left_out = (own[rows, None] == own) & (form == "paper")
+        log_p, log_q = (_log_shares(side[rows] @ side.mT, left_out) for side in (student, teacher))
+        return F.kl_div(log_p, log_q, reduction="none", log_target=True).masked_fill(left_out, 0.0).sum()
+
+    return _in_parts(part, images, images, largest).to(dtype) / images
+
+
+def _log_shares(cosines: Float[Tensor, "rows batch"], left_out: Tensor) -> Float[Tensor, "rows batch"]:
+    """The logarithm of K divided by its sum over a row."""
+    kernel = ((cosines + 1) / 2).clamp_min(1e-7)
+    return kernel.log() - kernel.masked_fill(left_out, 0.0).sum(1, keepdim=True).log()
+
+
+@loss_function
+def cc(
+    student: Float[Tensor, "batch c1"],
+    teacher: Float[Tensor, "batch c2"],
+    /,
+    *,
+    gamma: float = 0.4,
+    order: int = 2,
+) -> Float[Tensor, ""]:
+    """Compute the mean over all pairs of images of (C_S - C_T)^2, C the correlation of their vectors by a kernel.
+
+    Correlation congruence, Peng et al. 2019 (arXiv 1904.01802): the Gaussian kernel exp(-gamma ||x - y||^2) of vectors
+    of length 1 by its Taylor series, exp(-2 gamma) times the sum of (2 gamma)^p / p! (x y)^p for p from 0 to `order`,
+    here with gamma = 0.4 and order 2 as in the paper. The paper reads both models through a linear layer of one width.
+    The kernel compares the images within a model, so here each model keeps its width, and nothing is projected. The
+    scale of each vector does not matter. Time and memory grow with n^2 for n images: the matrix is computed in parts
+    where it is larger than the vectors.
+    """
+    largest = _check_vectors("cc", student, teacher)
+    if not gamma > 0 or order < 1:
+        raise LossError(f"cc: gamma {gamma}, order {order}; expected a gamma above 0 and an order from 1 on")
+    student, teacher = (unit(side, 1) for side in (student, teacher))
+
+    def part(rows: slice) -> Tensor:
+        own, other = (_taylor(side[rows] @ side.mT, gamma, order) for side in (student, teacher))
+        return (own - other).square().sum()
+
+    return _in_parts(part, len(student), len(student), largest) / len(student) ** 2
+
+
+def _taylor(cosines: Float[Tensor, "rows batch"], gamma: float, order: int) -> Float[Tensor, "rows batch"]:
+    """The sum of exp(-2 gamma) (2 gamma)^p / p! cos^p for p from 1 to `order`; p = 0 gives the same in both models."""
+    factors = [exp(-2 * gamma) * (2 * gamma) ** power / factorial(power) for power in range(1, order + 1)]
+    total = torch.full_like(cosines, factors[-1])
+    for factor in reversed(factors[:-1]):
+        total = total * cosines + factor
+    return total * cosines
+
+
+def _check_vectors(loss: str, student: Tensor, teacher: Tensor) -> int:
+    """Return how many numbers a part of a matrix may hold. Raises LossError for other than vectors of some images."""
+    if not student.ndim == teacher.ndim == 2 or len(student) != len(teacher) or not student.numel() * teacher.numel():
+        raise LossError(
+            f"{loss}: expected one vector an image of both models, (batch, c1) and (batch, c2), got student "
+            f"{tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        )
+    if not teacher.is_floating_point():
+        raise LossError(f"{loss}: the teacher's side {tuple(teacher.shape)} is {teacher.dtype}; expected real numbers")
+    if len(student) < 2:
+        raise LossError(
+            f"{loss} compares the images of a batch with each other, and this one has a single image; give larger "
+            "batches"
+        )
+    return max(student.numel(), teacher.numel(), _SMALL)
+
+
+def _to_one(numbers: Float[Tensor, "batch c"]) -> Float[Tensor, "batch c"]:
+    """Divide all by one power of two, so that the largest is about 1."""
+    return numbers / power_of_two(numbers.abs().amax())
+
+
+def _exact(numbers: Tensor) -> Tensor:
+    """In float64, for what is left of a difference of products. (Apple's GPUs have no float64.)"""
+    return numbers if numbers.device.type == "mps" else numbers.double()
+
+
+def _or_one(numbers: Tensor) -> Tensor:
+    return numbers.masked_fill(numbers == 0, 1.0)
+
+
+def _in_parts(part: Callable[[slice], Tensor], images: int, numbers: int, largest: int) -> Tensor:
+    """Add up `part(rows)` over slices of the images, of `numbers` each, that hold at most `largest` numbers.
+
+    The parts are computed once more in the backward if there are several, so that none stays in memory.
+    """
+    size = max(1, largest // numbers)
+    if size >= images:
+        return part(slice(0, images))
+    slices = [slice(start, start + size) for start in range(0, images, size)]
+    parts = [checkpoint(part, rows, use_reentrant=False, preserve_rng_state=False) for rows in slices]
+    return torch.stack(parts).sum()
