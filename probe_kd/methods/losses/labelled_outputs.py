@@ -1,10 +1,11 @@
-"""Losses of both models' outputs and the labels."""
+"""Losses of both models' outputs and the labels, and of exits from the student's layers."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from probe_kd.engine.spec import FeatureSpec
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import (
     check_outputs,
@@ -93,14 +94,55 @@ def ofa(
     of 1 to 2, and 1 for CIFAR-100. It is no divergence, and not 0 for equal outputs. Of labels that are a distribution,
     m is 1 for the largest. Classes that the teacher masks by -inf do not count.
     """
-    index = _index("ofa", student, teacher, labels, least=1)
-    check_temperature("ofa", temperature)
-    if not is_number(eps) or eps < 1:
-        raise LossError(f"ofa: eps {eps}; expected a number from 1 on")
+    return _ofa("ofa", student, teacher, labels, eps, temperature)
+
+
+class OFAExits(nn.Module):
+    """Compute the loss `ofa` between a linear classifier on a layer of the student and the teacher's output.
+
+    One-for-all, Hao et al. 2023 (arXiv 2310.19444): early exits bring the features of unlike architectures into one
+    space, that of the classes. Each pair is a layer of the student with the output of the teacher, as in
+    `pairs: {blocks.2: ""}`, and has an exit of its own. Here an exit is one linear layer on the mean over positions,
+    which is what the paper's has for the last stage of a CNN; for other stages it puts convolutions or a transformer
+    block before the mean. The classifier begins as there, with a deviation of 0.02. In the paper, the loss has the
+    weight 1 beside `ofa` of the outputs and the labels. `eps` and `temperature` are those of `ofa`.
+
+    Shapes: vectors (batch, channels) of the student, logits (batch, classes) of the teacher, class indices (batch,) or
+    one distribution an image. Raises LossError if there are labels which are no class of the teacher.
+    """
+
+    def __init__(
+        self, student: FeatureSpec, teacher: FeatureSpec, *, eps: float = 1.5, temperature: float = 1.0
+    ) -> None:
+        super().__init__()
+        _check_ofa("ofa_exits", eps, temperature)
+        self.eps, self.temperature = eps, temperature
+        self.exit = nn.Linear(student.channels, teacher.channels)
+        nn.init.trunc_normal_(self.exit.weight, std=0.02)
+        nn.init.zeros_(self.exit.bias)
+
+    def forward(
+        self,
+        student: Float[Tensor, "batch channels"],
+        teacher: Float[Tensor, "batch classes"],
+        labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
+    ) -> Float[Tensor, ""]:
+        return _ofa("ofa_exits", self.exit(student), teacher, labels, self.eps, self.temperature)
+
+
+def _ofa(loss: str, student: Tensor, teacher: Tensor, labels: Tensor, eps: float, temperature: float) -> Tensor:
+    _check_ofa(loss, eps, temperature)
+    index = _index(loss, student, teacher, labels, least=1)
     mask = torch.zeros_like(teacher).scatter(1, index, 1.0)
     shares = ((teacher / temperature).softmax(1) + mask) ** eps - mask
     log_p = F.log_softmax(student / temperature, dim=1)
     return -(shares * log_p.masked_fill(shares == 0, 0.0)).sum(1).mean()
+
+
+def _check_ofa(loss: str, eps: float, temperature: float) -> None:
+    check_temperature(loss, temperature)
+    if not is_number(eps) or eps < 1:
+        raise LossError(f"{loss}: eps {eps}; expected a number from 1 on")
 
 
 def _index(loss: str, student: Tensor, teacher: Tensor, labels: Tensor, least: int = 2) -> Int[Tensor, "batch 1"]:

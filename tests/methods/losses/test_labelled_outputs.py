@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from probe_kd.engine.spec import FeatureSpec, Layout, Tap
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.labelled_outputs import dkd, nkd, ofa
+from probe_kd.methods.losses.labelled_outputs import OFAExits, dkd, nkd, ofa
 from probe_kd.methods.losses.labels import cross_entropy
 from probe_kd.methods.losses.outputs import soft_targets
 
@@ -168,3 +169,20 @@ def test_one_class_and_options_that_mean_nothing_are_refused(name: str) -> None:
     for temperature in (0.0, torch.nan, True):
         with pytest.raises(LossError, match=f"{name}: temperature .* has to be positive, and finite"):
             LOSSES[name](torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0, 1, 1]), temperature=temperature)
+
+
+def test_an_exit_is_ofa_of_a_linear_classifier_that_trains_with_the_layers_below() -> None:
+    specs = [FeatureSpec(Tap("x"), Layout.NC, (2, channels), channels) for channels in (5, 7)]
+    module = OFAExits(*specs, eps=1.4).double()
+    assert module.exit.weight.std().item() == pytest.approx(0.02, rel=0.4)
+    z, v, y = draw(4, 5).requires_grad_(), draw(4, 7, seed=1), torch.tensor([0, 6, 3, 3])
+    weight, bias = (parameter.detach().numpy() for parameter in (module.exit.weight, module.exit.bias))
+    rows = zip(z.detach().numpy() @ weight.T + bias, v.numpy(), y.tolist(), strict=True)
+    value = module(z, v, y)
+    expected = np.mean([of_one_image("ofa", *row, temperature=1.0, eps=1.4) for row in rows])
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(value, (z, *module.parameters())))
+    with pytest.raises(LossError, match="ofa_exits: label 7 of 7 classes"):
+        module(z, v, torch.tensor([0, 1, 2, 7]))
+    with pytest.raises(LossError, match=r"ofa_exits: eps 0\.9"):
+        OFAExits(*specs, eps=0.9)
