@@ -839,7 +839,7 @@ def _write(text: str, path: Path, *, overwrite: bool) -> None:
 
 def _pair_lines(planned: "Plan") -> list[str]:
     """List the taps that each pattern stands for, and the pairs that are in no loss."""
-    measured = ", ".join(str(pair) for pair in planned.pairs if not pair.weight)
+    measured = ", ".join(str(pair) for pair in planned.every_pair if not pair.weight)
     return [*map(str, planned.expansions), *([f"measured only: {measured}"] if measured else [])]
 
 

@@ -170,12 +170,97 @@ def schedule(value: Any) -> Any:
     return Schedule(**value.model_dump()) if isinstance(value, ScheduleOptions) else value
 
 
+class AutoPairs(_Section):
+    """`pairs: auto`, or with arguments for `match`."""
+
+    level: Literal["stage", "block"] = "stage"
+    num_pairs: int | None = Field(default=None, ge=1)
+
+
+def _auto_as_mapping(value: Any) -> Any:
+    return _read_auto(value, "`auto`, or a mapping of student layers to teacher layers")
+
+
+def _auto_of_loss_as_mapping(value: Any) -> Any:
+    return _read_auto(value, "`auto`, a mapping of student layers to teacher layers, or a list of student layers")
+
+
+def _read_auto(value: Any, expected: str) -> Any:
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"{value!r}: expected {expected}")
+        return {}
+    return value
+
+
+def _kind_of_pairs(value: Any) -> str:
+    is_mapping = isinstance(value, Mapping) and not set(value) & set(AutoPairs.model_fields)
+    return "mapping" if is_mapping else "auto"
+
+
+def _kind_of_pairs_of_loss(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else _kind_of_pairs(value)
+
+
+class PairOptions(_Section):
+    """One pair in its long form.
+
+    `teacher` is the layer that the student's layer learns from. `weight` multiplies the pair's share of every loss. A
+    pair of weight 0 is in no loss, and only `probe-kd eval` measures it. `policy`, `tokens`, `normalize`, `projector`,
+    `activation` and `grid` override those of a loss that has them.
+    """
+
+    teacher: str
+    weight: float = Field(default=1.0, ge=0)
+    policy: Policy | None = None
+    tokens: Tokens | None = None
+    normalize: Normalize | None = None
+    projector: Projector | None = None
+    activation: Activation | None = None
+    grid: Grid | None = None
+
+    @property
+    def adapter(self) -> dict[str, str]:
+        return self.model_dump(exclude={"teacher", "weight"}, exclude_none=True)
+
+
+_OnePair = Annotated[
+    Annotated[str, Tag("word")] | Annotated[PairOptions, Tag("mapping")],
+    Discriminator(_mapping_or_word),
+]
+
+
+def _mapping_several_or_word(value: Any) -> str:
+    return "list" if isinstance(value, list | tuple) else _mapping_or_word(value)
+
+
+_Pair = Annotated[
+    Annotated[str, Tag("word")]
+    | Annotated[PairOptions, Tag("mapping")]
+    | Annotated[list[_OnePair], Field(min_length=1), Tag("list")],
+    Discriminator(_mapping_several_or_word),
+]
+Pairs = Annotated[
+    Annotated[AutoPairs, BeforeValidator(_auto_as_mapping), Tag("auto")] | Annotated[dict[str, _Pair], Tag("mapping")],
+    Discriminator(_kind_of_pairs),
+]
+PairsOfLoss = Annotated[
+    Annotated[AutoPairs, BeforeValidator(_auto_of_loss_as_mapping), Tag("auto")]
+    | Annotated[dict[str, _Pair], Field(min_length=1), Tag("mapping")]
+    | Annotated[list[str], Field(min_length=1), Tag("list")],
+    Discriminator(_kind_of_pairs_of_loss),
+]
+
+
 class LossOptions(BaseModel):
     """One loss: its name in `LOSSES`, its weight, how features are adapted, and the arguments of the loss function.
 
     `student` and `teacher` are the taps that a loss of outputs or labels reads, by default the `output` of the model.
 
     `weight` and any number among the arguments may be a schedule: `{start: 4, end: 1, epochs: 400}`.
+
+    `pairs` are pairs of the loss's own, in the forms of the recipe's `pairs`, or a list of student layers, which
+    selects among those.
     """
 
     # Other keys are arguments of the loss function, and are checked against its signature.
@@ -190,6 +275,7 @@ class LossOptions(BaseModel):
     activation: Activation = "none"
     grid: Grid = "smaller"
     of: Literal["student", "teacher"] = "student"
+    pairs: PairsOfLoss | None = None
     between: list[tuple[str, str]] = []
     student: TapText | None = None
     teacher: TapText | None = None
@@ -359,70 +445,6 @@ class ShareOptions(_Section):
         return Tap.parse(student_cut), Tap.parse(teacher_cut)
 
 
-class AutoPairs(_Section):
-    """`pairs: auto`, or with arguments for `match`."""
-
-    level: Literal["stage", "block"] = "stage"
-    num_pairs: int | None = Field(default=None, ge=1)
-
-
-def _auto_as_mapping(value: Any) -> Any:
-    if isinstance(value, str):
-        if value != "auto":
-            raise ValueError(f"{value!r}: expected `auto`, or a mapping of student layers to teacher layers")
-        return {}
-    return value
-
-
-def _kind_of_pairs(value: Any) -> str:
-    is_mapping = isinstance(value, Mapping) and not set(value) & set(AutoPairs.model_fields)
-    return "mapping" if is_mapping else "auto"
-
-
-class PairOptions(_Section):
-    """One pair in its long form.
-
-    `teacher` is the layer that the student's layer learns from. `weight` multiplies the pair's share of every loss. A
-    pair of weight 0 is in no loss, and only `probe-kd eval` measures it. `policy`, `tokens`, `normalize`, `projector`,
-    `activation` and `grid` override those of a loss that has them.
-    """
-
-    teacher: str
-    weight: float = Field(default=1.0, ge=0)
-    policy: Policy | None = None
-    tokens: Tokens | None = None
-    normalize: Normalize | None = None
-    projector: Projector | None = None
-    activation: Activation | None = None
-    grid: Grid | None = None
-
-    @property
-    def adapter(self) -> dict[str, str]:
-        return self.model_dump(exclude={"teacher", "weight"}, exclude_none=True)
-
-
-_OnePair = Annotated[
-    Annotated[str, Tag("word")] | Annotated[PairOptions, Tag("mapping")],
-    Discriminator(_mapping_or_word),
-]
-
-
-def _mapping_several_or_word(value: Any) -> str:
-    return "list" if isinstance(value, list | tuple) else _mapping_or_word(value)
-
-
-_Pair = Annotated[
-    Annotated[str, Tag("word")]
-    | Annotated[PairOptions, Tag("mapping")]
-    | Annotated[list[_OnePair], Field(min_length=1), Tag("list")],
-    Discriminator(_mapping_several_or_word),
-]
-Pairs = Annotated[
-    Annotated[AutoPairs, BeforeValidator(_auto_as_mapping), Tag("auto")] | Annotated[dict[str, _Pair], Tag("mapping")],
-    Discriminator(_kind_of_pairs),
-]
-
-
 class CompileOptions(_Section):
     """`torch.compile` of the whole `step` (both models, adapters and losses), or of one model.
 
@@ -573,6 +595,12 @@ class Recipe(_Section):
     def loss_names(self) -> set[str]:
         """The names of the losses of all stages."""
         return {name for stage in self.stages for name in stage.losses}
+
+    @property
+    def paired_layers(self) -> set[str]:
+        """The student's layers in the pairs of the recipe and of its losses, as they are written."""
+        of_losses = [loss.pairs for stage in self.stages for loss in stage.losses.values()]
+        return {name for pairs in (self.pairs, *of_losses) if isinstance(pairs, dict) for name in pairs}
 
     @property
     def teachers_by_name(self) -> dict[str, TeacherOptions]:

@@ -6,6 +6,7 @@ and raises one RecipeError with all problems, each with its line.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from probe_kd.data.datasets import Datasets
@@ -14,7 +15,7 @@ from probe_kd.engine.spec import InputSpec, Pair, Tap, Trace, Traces
 from probe_kd.measures import OF_LABELLED_SET, OF_PAIRS, headline_of
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
-from probe_kd.recipe.keys import PairOptions, Recipe, TeacherOptions
+from probe_kd.recipe.keys import PairOptions, Recipe, StageOptions, TeacherOptions
 from probe_kd.recipe.reading import Source
 from probe_kd.recipe.sections.evaluation import check_evaluation, measures_pairs
 from probe_kd.recipe.sections.execution import check_execution
@@ -43,7 +44,7 @@ from probe_kd.recipe.sections.models import (
     trace_models,
 )
 from probe_kd.recipe.sections.outputs import check_outputs, role_of_teacher, roles_that_classify
-from probe_kd.recipe.sections.pairs import Expansion, Paired, check_use, expansions, find_pairs
+from probe_kd.recipe.sections.pairs import AllPaired, Expansion, check_use, expansions, find_all_pairs
 from probe_kd.recipe.sections.sharing import check_trunk_inputs, input_of_trained, try_sharing
 from probe_kd.recipe.sections.stages import check_stages, check_warmup
 from probe_kd.recipe.yaml_tree import KeyPath
@@ -73,7 +74,7 @@ class Plan:
     student: Trace
     student_input: InputSpec
     teachers: Mapping[str, PlannedTeacher]  # a single one has an empty name
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Pair, ...]  # of the recipe
     objectives: tuple[tuple[Objective, ...], ...]  # of each stage
     comparisons: tuple[Planned, ...]
     sharing: Sharing | None = None
@@ -83,6 +84,8 @@ class Plan:
     frozen: tuple[Frozen, ...] = ()  # of each stage
     classifying: Mapping[str, Tap] = field(default_factory=dict)  # the outputs on which accuracy is measured
     labelled_sets: Mapping[str, Datasets] = field(default_factory=dict)  # by the measure that is taken on it
+    # The pairs of the losses that have `pairs`, by the number of the stage and the name of the loss.
+    own_pairs: Mapping[tuple[int, str], tuple[Pair, ...]] = field(default_factory=dict)
 
     def classifies(self, role: str) -> bool:
         """Whether the accuracy of the `student`, the `teacher` or one of several (`teacher dino`) means something.
@@ -134,6 +137,16 @@ class Plan:
     def trained_output(self) -> Tap:
         """The tap on which the student is measured, in the student as it is trained."""
         return in_body(self.output_of("student"), self.body)
+
+    @property
+    def every_pair(self) -> tuple[Pair, ...]:
+        """The pairs of the recipe and of its losses. Two layers are paired once: with a weight, if any has one."""
+        by_layers: dict[tuple[Tap, Tap], Pair] = {}
+        for pair in chain(self.pairs, *self.own_pairs.values()):
+            layers = pair.student, pair.teacher
+            if layers not in by_layers or (pair.weight and not by_layers[layers].weight):
+                by_layers[layers] = pair
+        return tuple(by_layers.values())
 
     @property
     def measures_pairs(self) -> bool:
@@ -211,8 +224,20 @@ class Plan:
         elif teachers:
             sections["teacher"] = teachers[""]
         if self.pairs:
-            sections["pairs"] = _pairs_as_written(self.pairs, "body." if self.grown else "")
+            sections["pairs"] = _pairs_as_written(self.pairs, self.body)
+        if self.own_pairs:
+            sections["stages"] = [self._with_own_pairs(index, stage) for index, stage in enumerate(recipe.stages)]
         return recipe.model_copy(update=sections)
+
+    def _with_own_pairs(self, index: int, stage: StageOptions) -> StageOptions:
+        """A stage with explicit pairs in each loss that has its own, or with the layers of those that it selects."""
+        losses = dict(stage.losses)
+        for name, options in losses.items():
+            if options.pairs is not None:
+                written = _pairs_as_written(self.own_pairs[index, name], self.body)
+                explicit = list(written) if isinstance(options.pairs, list) else written
+                losses[name] = options.model_copy(update={"pairs": explicit})
+        return stage.model_copy(update={"losses": losses})
 
 
 def _remark_on_unread(teacher: PlannedTeacher) -> str:
@@ -259,7 +284,7 @@ class _Sections(NamedTuple):
     class_maps: dict[str, tuple[int, ...]]
     grown: Trace | None
     sharing: Sharing | None
-    paired: Paired
+    paired: AllPaired
     objectives: list[list[Objective]]
     comparisons: list[Planned]
     frozen: list[Frozen]
@@ -290,7 +315,8 @@ def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord
         student=student,
         student_input=input_of_trained(recipe, student, sections.models.teacher),
         teachers=_planned_teachers(recipe, sections),
-        pairs=sections.paired.pairs or (),
+        pairs=sections.paired.shared.pairs or (),
+        own_pairs={place: paired.pairs or () for place, paired in sections.paired.own.items()},
         objectives=tuple(tuple(stage) for stage in sections.objectives),
         comparisons=tuple(sections.comparisons),
         sharing=sections.sharing,
@@ -366,7 +392,7 @@ def _hides_others(place: KeyPath) -> bool:
     """Whether models, data, pairs or losses change without the value at this place."""
     section, key, *rest = (*place, "", "")
     if section == "stages":
-        return "losses" in rest and (len(place) < 5 or place[4] in ("loss", "of", "between", "student", "teacher"))
+        return "losses" in rest and (len(place) < 5 or place[4] in _LOSS_ITSELF)
     if section == "data":
         return key in _DATA_ITSELF
     if section == "teachers":
@@ -374,6 +400,7 @@ def _hides_others(place: KeyPath) -> bool:
     return section in ("student", "pairs", "share") or (section == "teacher" and key != "train")
 
 
+_LOSS_ITSELF = {"loss", "of", "pairs", "between", "student", "teacher"}
 _DATA_ITSELF = {
     *("dataset", "root", "train_split", "val_split", "test_split", "num_classes", "input_size", "holdout", "fraction"),
     "labels",
@@ -402,17 +429,17 @@ def _plan_losses(
     grown: Trace | None,
     class_maps: Mapping[str, Sequence[int]],
     datasets: Datasets | None,
-) -> tuple[Paired, list[list[Objective]], list[Planned], list[Mistake]]:
+) -> tuple[AllPaired, list[list[Objective]], list[Planned], list[Mistake]]:
     """The pairs, the objectives of each stage, and what each of them compares."""
-    paired, mistakes = find_pairs(recipe, models, grown)
+    paired, mistakes = find_all_pairs(recipe, models, grown)
     objectives: list[list[Objective]] = []
     for index in range(len(recipe.stages)):
-        of_stage, more = make_objectives(recipe, index, paired.compared, "body." if grown else "", datasets)
+        of_stage, more = make_objectives(recipe, index, paired, "body." if grown else "", datasets)
         objectives.append(of_stage)
         mistakes += more + check_sides(recipe, index, of_stage)
         mistakes += check_label_losses(recipe, index, of_stage, models.classes)
     mistakes += check_use(recipe, paired, objectives)
-    traces = grown or models.student, models.traces if paired.pairs is not None else None
+    traces = grown or models.student, models.traces if paired.is_known else None
     objectives, more = _resolve_all_teachers(recipe, objectives, traces, class_maps)
     mistakes += more
     objectives = _expanded(objectives, *traces)

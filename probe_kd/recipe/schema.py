@@ -131,6 +131,8 @@ DESCRIPTIONS = {
     "`teacher`.",
     "activation": "Activation after the projector. `tap` is the activation of the teacher's layer.",
     "of": "In joint training: which model a loss on labels trains.",
+    "Loss.pairs": "Pairs of this loss, in the forms of the recipe's `pairs`, or a list of student layers that selects "
+    "among those. Not set: all pairs of the recipe.",
     "between": "For `fsp`: pairs of student layers (from `pairs`) that form the two ends of each FSP matrix.",
     "Loss.student": "For losses of outputs and labels: the student's tap that is read, such as `head_dist`. Not set: "
     "the student's `output`.",
@@ -203,7 +205,8 @@ def schema() -> Schema:
     _of_losses(sections["LossOptions"])
     base = {"type": "string", "title": "extends", "description": "A recipe to begin with, from this one's folder."}
     whole["properties"] = {"extends": base, **whole["properties"]}
-    whole["properties"]["pairs"]["anyOf"].insert(0, {"const": "auto"})
+    for section in (whole, sections["LossOptions"]):
+        section["properties"]["pairs"]["anyOf"].insert(0, {"const": "auto"})
     parts = {f"Part{name}": _part(section) for name, section in sections.items()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -283,10 +284,10 @@ def measure_layers(planned: Plan, run: Path) -> LayerSimilarity:
     """
     if not planned.teachers:
         raise RunError(f"the run in {run} has no teacher")
-    student_layers = _layers(planned.trained, [pair.student for pair in planned.pairs])
+    student_layers = _layers(planned.trained, [pair.student for pair in planned.every_pair])
     teacher_layers: list[Tap] = []
     for name, planned_teacher in planned.teachers.items():
-        paired = [pair.teacher.local for pair in planned.pairs if pair.teacher.model == name]
+        paired = [pair.teacher.local for pair in planned.every_pair if pair.teacher.model == name]
         teacher_layers += [replace(tap, model=name) for tap in _layers(planned_teacher.trace, paired)]
     student, teacher = vectors(planned, run, student_layers, teacher_layers, images=IMAGES, seconds=SECONDS)
     cells = cka_table(list(student.values()), list(teacher.values()))
@@ -295,7 +296,7 @@ def measure_layers(planned: Plan, run: Path) -> LayerSimilarity:
         student=tuple(map(_layer_name, student)),
         teacher=tuple(map(_layer_name, teacher)),
         cka=tuple(map(tuple, cells)),
-        pairs=tuple((_layer_name(pair.student), _layer_name(pair.teacher)) for pair in planned.pairs),
+        pairs=tuple((_layer_name(pair.student), _layer_name(pair.teacher)) for pair in planned.every_pair),
     )
     aside = run / f"{LAYERS}.partial"
     aside.write_text(json.dumps(asdict(similarity), indent=1) + "\n", encoding="utf-8")
@@ -520,7 +521,7 @@ def _group(name: str, members: Sequence[_Run]) -> Group:
         curves=tuple(_curves(members)),
         classes=tuple(_classes(members)),
         similarity=_mean_similarity([run.similarity for run in members if run.similarity]),
-        pairs=tuple(_pairs(members[0].recipe.get("pairs"))),
+        pairs=tuple(dict.fromkeys(chain.from_iterable(map(_pairs, _paired_in(members[0].recipe))))),
         recipe=members[0].text,
         headline=headline,
         gain_over=gain_over,
@@ -558,10 +559,19 @@ def _gains(members: Sequence[_Run], headline: str, over: str) -> Iterator[float]
                 yield student - other
 
 
+def _paired_in(recipe: Mapping[str, Any]) -> Iterator[Any]:
+    """The `pairs` of a resolved recipe, and those of its losses."""
+    yield recipe.get("pairs")
+    for stage in recipe.get("stages") or ():
+        for loss in stage.get("losses", {}).values():
+            yield loss.get("pairs")
+
+
 def _pairs(pairs: Any) -> Iterator[tuple[str, str]]:
     """The resolved pairs of a run; an edited recipe may say `auto` instead."""
     for student_layer, value in pairs.items() if isinstance(pairs, Mapping) else ():
-        for teacher_layer in value if isinstance(value, list) else [value]:
+        for pair in value if isinstance(value, list) else [value]:
+            teacher_layer = pair.get("teacher") if isinstance(pair, Mapping) else pair
             if isinstance(teacher_layer, str):
                 yield _printable(student_layer) or "output", _printable(teacher_layer) or "output"
 

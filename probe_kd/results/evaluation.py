@@ -333,7 +333,7 @@ class _Compared:
 
 
 def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Compared]:
-    """Every comparison of layers in every stage, and the pairs of the recipe that are in none."""
+    """Every comparison of layers in every stage, and the pairs that are in none."""
     used = set[tuple[Tap, Tap]]()
     for index, (stage, objectives) in enumerate(zip(planned.recipe.stages, planned.objectives, strict=True)):
         traces = planned.traces
@@ -354,7 +354,7 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
                 why = f"the run has no {file.name}"
             row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, matrices, adapter, why)
             yield replace(row, adapter=None) if why else row
-    yield from (_Compared(pair) for pair in planned.pairs if (pair.student, pair.teacher) not in used)
+    yield from (_Compared(pair) for pair in planned.every_pair if (pair.student, pair.teacher) not in used)
 
 
 def _entries(

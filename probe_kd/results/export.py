@@ -257,7 +257,7 @@ def _drop_classifier(module: nn.Module, recipe: Recipe, role: str) -> str:
 
 def _pairs_classifier(module: nn.Module, recipe: Recipe) -> bool:
     """Whether a pair reads what the classifier gives, so that a loss of features may have trained it."""
-    taps = [Tap.parse(name) for name in recipe.pairs] if isinstance(recipe.pairs, dict) else []
+    taps = map(Tap.parse, recipe.paired_layers)
     names = {"", *classifiers(module)}
     return any(tap.port == "output" and tap.module in names for tap in taps)
 

@@ -65,7 +65,10 @@ def test_a_classifier_that_nothing_trained_is_left_out(name: str, tmp_path: Path
     assert timm.data.resolve_model_data_config(tuned)["input_size"] == (3, 32, 32)
 
 
-@pytest.mark.parametrize(("loss", "layer"), [("soft_targets", "layer4"), ("hint", "fc"), ("hint", "")])
+@pytest.mark.parametrize(
+    ("loss", "layer"),
+    [("soft_targets", "layer4"), ("hint", "fc"), ("hint", ""), ("hint, pairs: {fc: layer4}", "layer4")],
+)
 def test_a_classifier_that_a_loss_trains_without_labels_stays(tmp_path: Path, loss: str, layer: str) -> None:
     model = write_run(tmp_path / "run", "resnet10t", loss=loss, layer=layer)
     done = export(tmp_path / "run", tmp_path / "out")

@@ -19,7 +19,7 @@ from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, sc
 from probe_kd.recipe.sections.labels import with_class_weights
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.models import in_body
-from probe_kd.recipe.sections.pairs import Paired
+from probe_kd.recipe.sections.pairs import AllPaired
 from probe_kd.recipe.yaml_tree import KeyPath
 
 _UNKNOWN = Pair(Tap(""), Tap(""))  # stands for pairs that could not be determined
@@ -36,16 +36,17 @@ class Planned:
 
 
 def make_objectives(
-    recipe: Recipe, index: int, pairs: Sequence[Pair] | None, body: str, datasets: Datasets | None = None
+    recipe: Recipe, index: int, paired: AllPaired | None, body: str, datasets: Datasets | None = None
 ) -> tuple[list[Objective], list[Mistake]]:
     """The objectives of one stage. `body` is the prefix of the student's layers in `between`, if it is a graft.
 
-    `datasets` give the numbers of class weights.
+    `paired` is None if no pairs could be determined. `datasets` give the numbers of class weights.
     """
     stage = recipe.stages[index]
     objectives: list[Objective] = []
     mistakes: list[Mistake] = []
     for name in stage.losses:
+        pairs = paired.of(index, name).compared if paired else None
         compared = [_UNKNOWN] if pairs is None else pairs
         of_loss, more = _make_objective(recipe, index, name, compared, body, datasets)
         objectives += of_loss
@@ -215,21 +216,22 @@ def find_adapters(
     recipe: Recipe,
     stages: Sequence[Sequence[Objective]],
     traces: tuple[Trace | None, Traces | None],
-    paired: Paired,
+    paired: AllPaired,
     class_maps: Mapping[str, Sequence[int]],
 ) -> tuple[list[Planned], list[Mistake]]:
     """The adapter of every comparison, as text. Empty if models or pairs could not be determined."""
     student, teacher = traces
     planned: list[Planned] = []
     mistakes: list[Mistake] = []
-    if student is None or teacher is None or paired.pairs is None:
+    if student is None or teacher is None or not paired.is_known:
         return planned, mistakes
     for index, objectives in enumerate(stages):
         for objective in objectives:
+            of_loss = paired.of(index, objective.name)
             for comparison in objective.comparisons:
-                if paired.unknown & {*comparison.pairs}:
+                if of_loss.unknown & {*comparison.pairs}:
                     continue
-                place = paired.line_of(comparison) or ("stages", index, "losses", objective.name)
+                place = of_loss.line_of(comparison) or ("stages", index, "losses", objective.name)
                 # The meta device needs no memory, however wide the layers are. Only the adapter's text is needed.
                 with noting(mistakes, *place), torch.device("meta"):
                     adapter = objective.adapter(comparison, student, teacher, class_maps)
