@@ -124,8 +124,8 @@ def explained(bench: Bench, distiller: Distiller, objective: Objective) -> tuple
     shares, raw = [], []
     for comparison, adapter in zip(objective.comparisons, adapters.children(), strict=True):  # type: ignore[arg-type]
         matrices = objective.resolved.reads_matrices
-        mine = comparison.features("student", seen, matrices=matrices)
-        predicted, target = adapter(mine, comparison.features("teacher", wanted, matrices=matrices))
+        mine = comparison.features("student", seen, several=matrices)
+        predicted, target = adapter(mine, comparison.features("teacher", wanted, several=matrices))
         if objective.resolved.reads == "maps":  # the attention maps, which are what is compared
             predicted, target = (F.normalize(it.square().mean(1).flatten(1), dim=1) for it in (predicted, target))
         shares.append(explained_variance(variance_sums(predicted, target)))

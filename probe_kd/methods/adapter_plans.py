@@ -22,7 +22,7 @@ from probe_kd.methods.projectors import (
 )
 from probe_kd.methods.steps import ClassToken, Mean, Resize, ToMap
 
-Tokens = Literal["drop", "cls", "pool", "all"]
+Tokens = Literal["drop", "cls", "pool", "all", "flatten"]
 Grid = Literal["smaller", "student", "teacher"]
 
 
@@ -72,6 +72,12 @@ class FeaturePlan:
         else:
             self.add(Mean(self.spec.layout, self.spec.prefix_tokens), "mean")
         self.shape = (self.spec.channels,)
+
+    def flatten(self) -> None:
+        """The vectors of all positions as one."""
+        self.to_map(self.spec.grid)
+        self.add(nn.Flatten(), "flat")
+        self.shape = (prod(self.shape),)
 
     def project(self, width: int, target: int, kernel: tuple[int, int] | None, projector: Projector) -> None:
         if projector == "mlp":

@@ -16,7 +16,7 @@ from probe_kd.errors import AdapterError
 from probe_kd.methods.adapter_plans import FeaturePlan, Grid, MatrixPlan, Tokens
 from probe_kd.methods.normalisation import Normalize, Standardize, fitted_norms
 from probe_kd.methods.projectors import Activation, Projector, semi_orthogonal
-from probe_kd.methods.steps import Classes, ClassToken, Mean, Resize, ToMap
+from probe_kd.methods.steps import Classes, ClassToken, Each, Mean, Resize, ToMap
 from probe_kd.methods.views import ImageView
 
 __all__ = [
@@ -35,9 +35,11 @@ __all__ = [
     "ToMap",
     "Tokens",
     "adapt",
+    "adapt_all",
     "adapt_maps",
     "adapt_matrices",
     "adapt_outputs",
+    "adapt_vectors",
     "check_class_map",
     "check_logits",
     "pooled",
@@ -149,6 +151,11 @@ def adapt(
     _check_choices(policy=(policy, Policy), tokens=(tokens, Tokens), normalize=(normalize, Normalize))
     _check_choices(projector=(projector, Projector), activation=(activation, Activation), grid=(grid, Grid))
     _check_features(student, teacher)
+    if tokens == "flatten":
+        raise AdapterError(
+            f"tokens 'flatten' of {student.tap} <- {teacher.tap} is for losses of vectors; use 'drop', which compares "
+            "the grids"
+        )
     if tokens == "all":
         raise AdapterError(
             f"tokens 'all' of {student.tap} <- {teacher.tap} needs an adapter for class tokens and one for grids, "
@@ -200,6 +207,49 @@ def adapt_maps(student: FeatureSpec, teacher: FeatureSpec, *, grid: Grid = "smal
     for plan in (student_plan, teacher_plan):
         plan.to_map(common)
     return _adapter(student_plan, teacher_plan)
+
+
+def adapt_vectors(student: FeatureSpec, teacher: FeatureSpec, *, tokens: Tokens = "pool") -> Adapter:
+    """Return the adapter that converts both features to one vector per image, each of its own width.
+
+    Losses of the relations in a batch compare such vectors. `tokens`: `pool` (or `drop`) is the mean over positions,
+    without prefix tokens; `cls` is the class token, and the mean of a model that has none; `flatten` is the vectors of
+    all positions as one, without prefix tokens.
+
+    Raises AdapterError for a feature that is none of single images, and for `cls` if neither model has a class token.
+    """
+    _check_choices(tokens=(tokens, Tokens))
+    _check_features(student, teacher)
+    if tokens == "cls" and not (student.prefix_tokens or teacher.prefix_tokens):
+        raise AdapterError(f"tokens 'cls': neither '{student.tap}' nor '{teacher.tap}' has a class token; use 'pool'")
+    plans = FeaturePlan(student, tokens), FeaturePlan(teacher, tokens)
+    for plan in plans:
+        if tokens == "flatten" and plan.spec.spatial:
+            plan.flatten()
+        else:
+            plan.to_vector()
+    return _adapter(*plans)
+
+
+def adapt_all(student: Sequence[FeatureSpec], teacher: Sequence[FeatureSpec]) -> Adapter:
+    """Return the adapter that converts the features of all pairs to maps, or to vectors where they have no positions.
+
+    It takes and returns a tuple of features of each model. Each keeps its own grid and width.
+
+    Raises AdapterError for a feature that is none of single images.
+    """
+    plans: list[list[FeaturePlan]] = [[], []]
+    for student_spec, teacher_spec in zip(student, teacher, strict=True):
+        _check_features(student_spec, teacher_spec)
+        for side, spec in zip(plans, (student_spec, teacher_spec), strict=True):
+            side.append(FeaturePlan(spec, "drop"))
+            if spec.spatial:
+                side[-1].to_map(spec.grid)
+            else:
+                side[-1].to_vector()
+    student_steps, teacher_steps = (Each(nn.Sequential(*plan.steps) for plan in side) for side in plans)
+    student_text, teacher_text = (", ".join(map(str, side)) for side in plans)
+    return Adapter(student_steps, teacher_steps, f"{student_text} | teacher {teacher_text}")
 
 
 def adapt_matrices(

@@ -1,8 +1,8 @@
 """One training step as one module: the student, its adapters and the objectives, and the teacher beside them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Tap, Trace, Traces
 from probe_kd.engine.surgery import freeze as freeze_layers
 from probe_kd.engine.surgery import norms_in
-from probe_kd.engine.tracing import refuse_lazy, trace
-from probe_kd.errors import LossError, demand, nearest
+from probe_kd.engine.tracing import trace
+from probe_kd.errors import LossError, nearest
 from probe_kd.methods.adapters import ImageView, Target
+from probe_kd.methods.consistency import check_models, check_objectives, refuse_shared
 from probe_kd.methods.dropping import TeacherDropping
 from probe_kd.methods.fitting import fit_statistics, refuse_moving_target
 from probe_kd.methods.inputs import (
@@ -28,24 +29,32 @@ from probe_kd.methods.inputs import (
     trace_teachers,
     view_of_teacher,
 )
+from probe_kd.methods.loss_modules import make_losses
 from probe_kd.methods.naming import by_teacher, compared_alone, name_teachers, teachers_by_name
 from probe_kd.methods.normalisation import fitted_norms
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.outputs import tensor_at
 from probe_kd.methods.sharing import Sharing
 from probe_kd.methods.targets import (
+    CachedTargets,
+    by_target,
     compared,
+    expanded,
     make_adapters,
     module_key,
-    target_of,
+    targets_from,
     targets_of,
-    teacher_side,
-    unfitted_side,
 )
-from probe_kd.methods.teachers import Block, FrozenTeacher, JointTeacher, NoTeacher, Teacher, Teachers
+from probe_kd.methods.teachers import (
+    Block,
+    FrozenTeacher,
+    JointTeacher,
+    NoTeacher,
+    Teacher,
+    TeacherFeatures,
+    Teachers,
+)
 from probe_kd.methods.terms import Terms
-
-CachedTargets = Sequence[Tensor] | Mapping[str, Tensor]
 
 
 class Distiller(nn.Module):
@@ -87,6 +96,9 @@ class Distiller(nn.Module):
     `freeze` names layers of the student, by name or glob, that do not train until `close()`: their parameters get no
     gradient, and their batch norms keep their statistics.
 
+    The modules of losses with parameters are in `losses`. Some need `num_images`, the number of training images, and
+    the step's `index`, the number of each image among them.
+
     `sharing` says what the two models share, as returned by `share_convolutions`, `share_trunk` and `graft`. A weight
     or an option that is a `Schedule` changes when `set_epoch` is called. The hooks stay on until `close()`.
 
@@ -113,16 +125,15 @@ class Distiller(nn.Module):
         sharing: Sharing | None = None,
         freeze: Sequence[str] = (),
         output: str | Tap = "",
+        num_images: int | None = None,
     ) -> None:
         super().__init__()
         teachers = teachers_by_name(teacher)
-        for side, model in (("student", student), *((f"teacher {name}".strip(), teachers[name]) for name in teachers)):
-            demand(model, nn.Module, f"the {side}", LossError, "an nn.Module, as timm.create_model(name) gives")
-            refuse_lazy(model, f"the {side}")
+        check_models(student, teachers)
         self.objectives = (objectives,) if isinstance(objectives, Objective) else tuple(objectives)
-        _check(self.objectives, teachers, block, sharing)
+        check_objectives(self.objectives, teachers, block, sharing)
         for name, model in teachers.items():
-            _refuse_shared(student, model, name, frozen=block is None)
+            refuse_shared(student, model, name, frozen=block is None)
         self.block, self.sharing = block, sharing
         self.student = student
         self.teacher = teachers[""] if block else None
@@ -134,26 +145,22 @@ class Distiller(nn.Module):
         self.student_view = ImageView(student_input, student_input) if resizes else AsTraced(student_input.size)
         self._channels = student_input.size[0]
         self.output = Tap.parse(output)
-        named = [self.output] * (self.output != Tap(""))
-        taps = dict.fromkeys([*(tap for objective in self.objectives for tap in objective.taps[0]), *named])
-        self._student_probe = Probe(
-            student, [replace(tensor_at(student_trace, tap, "student"), tap=tap) for tap in taps]
-        )
+        self._student_probe = self._probe_student(student_trace)
         self._run_student: Callable[[Tensor], dict[Tap, Tensor]] = self._student_probe
         self._teacher: Teacher = NoTeacher()
-        self.adapters = nn.ModuleDict()
-        self.teacher_views = nn.ModuleDict()
+        self.adapters, self.losses, self.teacher_views = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self._targets: dict[str, Target] = {}
         if teachers and (block or any(objective.needs_teacher for objective in self.objectives)):
             given_traces = by_teacher("teacher_trace", teacher_trace, teachers)
             traces = trace_teachers(teachers, teacher_inputs, given_traces, student_input, training=bool(block))
             class_maps = by_teacher("class_map", class_map, teachers)
             weights: dict[str, float] = by_teacher("teacher_weight", teacher_weight, teachers)
-            self.objectives = name_teachers(
-                self.objectives, student_trace, traces, class_maps=class_maps, weights=weights
-            )
-            self.objectives = tuple(objective.expanded(student_trace, traces) for objective in self.objectives)
+            named = name_teachers(self.objectives, student_trace, traces, class_maps=class_maps, weights=weights)
+            self.objectives = tuple(expanded(objective, student_trace, traces) for objective in named)
             self.adapters = make_adapters(self.objectives, student_trace, traces, class_maps)
+            self.losses = make_losses(
+                self.objectives, self.adapters, student_trace, traces, teachers=teachers, num_images=num_images
+            )
             if block:
                 refuse_moving_target(self.adapters)
             self._targets = targets_of(self.objectives, self.adapters, traces)
@@ -163,13 +170,20 @@ class Distiller(nn.Module):
             TeacherDropping(compared_alone(self.objectives), teacher_dropping, seed) if teacher_dropping else None
         )
         block_gradient = not self._teacher.passes_gradient
-        self._terms = Terms(self.objectives, self.adapters, block_gradient=block_gradient, dropping=dropping)
+        self._terms = Terms(
+            self.objectives, self.adapters, self.losses, block_gradient=block_gradient, dropping=dropping
+        )
         self._frozen = [student.get_parameter(name) for name in freeze_layers(student, freeze)]
         self._frozen_norms = norms_in(student, freeze)
         self.train(self.training)
         # Last, when nothing can be refused any more: a constructor that raises leaves no hook behind.
         self._student_probe.attach()
         self._teacher.attach()
+
+    def _probe_student(self, student: Trace) -> Probe:
+        named = [self.output] * (self.output != Tap(""))
+        taps = dict.fromkeys([*(tap for objective in self.objectives for tap in objective.taps[0]), *named])
+        return Probe(self.student, [replace(tensor_at(student, tap, "student"), tap=tap) for tap in taps])
 
     def _make_teacher(
         self,
@@ -202,41 +216,42 @@ class Distiller(nn.Module):
             self._terms.dropping.begin(epoch, device)
 
     def forward(
-        self, images: Tensor, target: Tensor | None = None, cached_targets: CachedTargets | None = None
+        self,
+        images: Tensor,
+        target: Tensor | None = None,
+        cached_targets: CachedTargets | None = None,
+        index: Tensor | None = None,
     ) -> dict[str, Tensor | None]:
-        check_images(images, self._channels)
-        self._check_numbers(images)
+        self._check(images)
         if torch.compiler.is_compiling() or len(images) > 1:
-            return self._step(images, target, cached_targets)
+            return self._step(images, target, cached_targets, index)
         with explaining_one_image():
-            return self._step(images, target, cached_targets)
+            return self._step(images, target, cached_targets, index)
+
+    def features(
+        self, images: Tensor, cached_targets: CachedTargets | None = None
+    ) -> tuple[dict[Tap, Tensor], TeacherFeatures]:
+        """Run the models, or the student alone with cached targets, and return the features of both by tap.
+
+        Neither mode nor weights change: call `eval()` before, and compute under `no_grad`.
+        """
+        teacher = self._teacher.features(images, by_target(cached_targets, self._targets))
+        with self._teacher.around_student(teacher.own):
+            return self._run_student(self.student_view(images)), teacher
 
     def _step(
-        self, images: Tensor, target: Tensor | None, cached_targets: CachedTargets | None
+        self, images: Tensor, target: Tensor | None, cached_targets: CachedTargets | None, index: Tensor | None
     ) -> dict[str, Tensor | None]:
-        teacher = self._teacher.features(images, self._by_target(cached_targets))
-        with self._teacher.around_student(teacher.own):
-            student = self._run_student(self.student_view(images))
+        student, teacher = self.features(images, cached_targets)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.block != "trunk":
             check_gradients(student, self.student)
         drop = self.training and torch.is_grad_enabled()
-        loss, terms = self._terms(student, teacher, target, drop=drop)
+        loss, terms = self._terms(student, teacher, target, index, drop=drop)
         return {"loss": loss, "output": student.get(self.output), **terms}
 
-    def _by_target(self, cached: CachedTargets | None) -> dict[str, Tensor] | None:
-        if cached is None:
-            return None
-        if not isinstance(cached, Mapping):
-            return dict(zip(self.targets, cached, strict=True))
-        for name in cached:
-            if name not in self._targets:
-                raise LossError(
-                    f"cached_targets has {name!r}{nearest(name, self.targets)}; the targets: {self.targets}"
-                )
-        return dict(cached)
-
-    def _check_numbers(self, images: Tensor) -> None:
-        """Check dtypes in every step, and values in every step on the CPU, but only in the first on a GPU."""
+    def _check(self, images: Tensor) -> None:
+        """Check types in every step, and values in every step on the CPU, but only in the first on a GPU."""
+        check_images(images, self._channels)
         check_type(images, "student", self.student)
         for name, model in self._teacher.models.items():
             check_type(images, f"teacher {name}".strip(), model)
@@ -261,6 +276,11 @@ class Distiller(nn.Module):
                 layers |= {f"{side}.{name}": layer for name, layer in _layers(model, coarse).items()}
         last = max((layer for name, layer in layers.items() if name.startswith("student.")), default=0)
         return lambda name: layers.get(name, last)
+
+    @property
+    def reads_index(self) -> bool:
+        """Whether a loss reads the `index` of the images."""
+        return any("index" in objective.resolved.also for objective in self.objectives)
 
     @property
     def shared(self) -> list[nn.Parameter]:
@@ -305,11 +325,7 @@ class Distiller(nn.Module):
         features: dict[Tap, Tensor] = {}
         for name in names:
             features |= self._teacher_named(name).features(images).compared
-        targets = {target_of(tap): feature for tap, feature in features.items()}
-        for objective, comparison, adapter in compared(self.objectives, self.adapters):
-            if adapter.target is not None and adapter.target.teacher in names:
-                key = str(adapter.target)
-                targets[key] = unfitted_side(objective, comparison, adapter, features, targets)
+        targets = targets_from(self.objectives, self.adapters, features, names)
         return [targets[key] for key, target in self._targets.items() if target.teacher in names]
 
     def _teacher_named(self, name: str) -> Teacher:
@@ -340,29 +356,8 @@ class Distiller(nn.Module):
 
     def _teacher_features(self, batch: Tensor | Sequence[Any]) -> Mapping[Tap, Tensor]:
         images = batch if isinstance(batch, Tensor) else batch[0]
-        check_images(images, self._channels)
-        self._check_numbers(images)
+        self._check(images)
         return self._teacher.features(images).compared
-
-    def feature_sides(self, images: Tensor) -> list[tuple[Objective, Comparison, Tensor, Tensor]]:
-        """The student's and the teacher's side of every comparison of features, after its adapter, as its loss sees it.
-
-        Losses of maps and of matrices compare none. Neither mode nor weights change: call `eval()` before, and compute
-        under `no_grad`.
-        """
-        teacher = self._teacher.features(images)
-        with self._teacher.around_student(teacher.own):
-            student = self._run_student(self.student_view(images))
-        return [
-            (
-                objective,
-                comparison,
-                adapter.student_steps(comparison.features("student", student, matrices=False)),
-                teacher_side(objective, comparison, adapter, teacher.compared, {}),
-            )
-            for objective, comparison, adapter in compared(self.objectives, self.adapters)
-            if objective.resolved.reads == "features"
-        ]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the student.
@@ -404,77 +399,6 @@ class Distiller(nn.Module):
             (objective.name, comparison, str(adapter))
             for objective, comparison, adapter in compared(self.objectives, self.adapters)
         ]
-
-
-def _check(
-    objectives: Sequence[Objective], teachers: Mapping[str, nn.Module], block: Block | None, sharing: Sharing | None
-) -> None:
-    for objective in objectives:
-        demand(objective, Objective, "an objective", LossError, 'an Objective, such as Objective("soft_targets")')
-    if not objectives:
-        raise LossError("a Distiller needs at least one objective")
-    names = [module_key(objective.name)[:-1] for objective in objectives]
-    duplicates = sorted({name for name in names if names.count(name) > 1})
-    if duplicates:
-        raise LossError(f"two objectives are named {', '.join(map(repr, duplicates))}; give each a name of its own")
-    comparing = [objective.name for objective in objectives if objective.needs_teacher]
-    if not teachers and (comparing or block):
-        raise LossError(f"{', '.join(map(repr, comparing)) or 'block'} need a teacher, and there is none")
-    if block is not None:
-        _check_block(objectives, teachers, block)
-    elif sharing or any(objective.of == "teacher" for objective in objectives):
-        raise LossError(
-            "the teacher is frozen, so it neither shares nor learns; give a gradient `block` to train it too"
-        )
-
-
-def _check_block(objectives: Sequence[Objective], teachers: Mapping[str, nn.Module], block: Block) -> None:
-    if block not in get_args(Block):
-        raise LossError(f"block {block!r}: expected one of {', '.join(map(repr, get_args(Block)))}")
-    if "" not in teachers:
-        raise LossError(
-            f"a gradient `block` trains a single teacher, and {', '.join(teachers)} have names; give the model itself "
-            "as `teacher`, or leave `block` out"
-        )
-    if not any(objective.of == "teacher" for objective in objectives):
-        raise LossError(
-            "the teacher trains too, and no objective is its own; add one of the labels with `of='teacher'`"
-        )
-
-
-def _refuse_shared(student: nn.Module, teacher: nn.Module, name: str, *, frozen: bool) -> None:
-    """Raise LossError if the models are one object, or if the student shares a tensor with a frozen teacher."""
-    side = f"teacher {name}".strip()
-    if student is teacher:
-        raise LossError(f"the student and the {side} are one object; give copy.deepcopy(model) as one of them")
-    if not frozen:
-        return
-    teacher_names = {_place(tensor): key for key, tensor in _tensors(teacher)}
-    for key, tensor in _tensors(student):
-        if _place(tensor) in teacher_names:
-            raise LossError(
-                f"'{key}' of the student is '{teacher_names[_place(tensor)]}' of the {side}, which is frozen, and "
-                "would be trained with the student; give the student a copy (copy.deepcopy), or train both by a "
-                "gradient `block`"
-            )
-    teacher_modules = {id(module): key for key, module in teacher.named_modules()}
-    for key, module in student.named_modules():
-        if id(module) in teacher_modules and "drop" in type(module).__name__.lower():
-            raise LossError(
-                f"'{key}' of the student is '{teacher_modules[id(module)]}' of the {side}; give it one of its own"
-            )
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _place(tensor: Tensor) -> tuple[str, int]:
-    """Identify a tensor by its memory, which two parameters may share, or by its object on the meta device."""
-    if tensor.device.type == "meta" or not tensor.numel():
-        return "object", id(tensor)
-    return str(tensor.device), tensor.data_ptr()
 
 
 def _layers(model: nn.Module, coarse: bool) -> dict[str, float]:

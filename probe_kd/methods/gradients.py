@@ -11,16 +11,18 @@ from probe_kd.engine.surgery import buffers_aside
 from probe_kd.methods.distiller import Distiller
 
 
-def gradient_norms(distiller: Distiller, images: Tensor, target: Tensor | None = None) -> dict[str, dict[str, float]]:
+def gradient_norms(
+    distiller: Distiller, images: Tensor, target: Tensor | None = None, index: Tensor | None = None
+) -> dict[str, dict[str, float]]:
     """Return `{objective: {parameter: gradient norm}}` of the unweighted objectives.
 
     A parameter that an objective does not reach is left out. Parameters are named as by `named_parameters()`. The
-    gradients, the buffers and the state of the random numbers do not change.
+    gradients, the buffers and the state of the random numbers do not change. `index` is that of a step.
     """
     parameters = {name: parameter for name, parameter in distiller.named_parameters() if parameter.requires_grad}
     norms: dict[str, dict[str, float]] = {}
     with RandomState(distiller).again(), buffers_aside(distiller):
-        result = distiller(images, target)
+        result = distiller(images, target, index=index)
         for objective in distiller.objectives:
             term = result[objective.name]
             assert term is not None

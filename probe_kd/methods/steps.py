@@ -80,6 +80,13 @@ class ClassToken(nn.Module):
         return feature[:, 0] if self.layout is Layout.NLC else feature[:, :, 0]
 
 
+class Each(nn.ModuleList):
+    """Apply a module of its own to each of several features."""
+
+    def forward(self, features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(steps(feature) for steps, feature in zip(self, features, strict=True))
+
+
 class Classes(nn.Module):
     """Select classes of the logits, in the order of `indices`."""
 

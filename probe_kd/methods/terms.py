@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from probe_kd.engine.spec import Tap, value_at
 from probe_kd.errors import LossError
 from probe_kd.methods.dropping import TeacherDropping
-from probe_kd.methods.losses.common import check_finite
+from probe_kd.methods.losses.common import call_loss, check_finite
 from probe_kd.methods.losses.labels import check_labels
 from probe_kd.methods.losses.multilabel import check_shares
 from probe_kd.methods.objectives import Objective
-from probe_kd.methods.targets import compared, teacher_side
+from probe_kd.methods.targets import compared, module_key, teacher_side
 from probe_kd.methods.teachers import TeacherFeatures
 
 Parts = list[tuple[str | None, Tensor]]
+Given = Mapping[str, Tensor | None]  # what a step got beside the images: `labels` and `index`
 
 
 class Terms:
@@ -30,11 +31,13 @@ class Terms:
         self,
         objectives: Sequence[Objective],
         adapters: nn.ModuleDict,
+        losses: nn.ModuleDict,
         *,
         block_gradient: bool,
         dropping: TeacherDropping | None = None,
     ) -> None:
-        self.objectives, self.adapters, self.block_gradient = objectives, adapters, block_gradient
+        self.objectives, self.adapters, self.losses = objectives, adapters, losses
+        self.block_gradient = block_gradient
         self.dropping = dropping
         self.checked = False
         self.set_epoch(0, 1)
@@ -48,10 +51,20 @@ class Terms:
         ]
 
     def __call__(
-        self, student: Mapping[Tap, Tensor], teacher: TeacherFeatures, target: Tensor | None, *, drop: bool = False
+        self,
+        student: Mapping[Tap, Tensor],
+        teacher: TeacherFeatures,
+        target: Tensor | None,
+        index: Tensor | None = None,
+        *,
+        drop: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted sum and the unweighted terms. With `drop`, the sum is without the dropped teachers."""
-        parts = [self._parts(index, student, teacher, target) for index in range(len(self.objectives))]
+        """Return the weighted sum and the unweighted terms. With `drop`, the sum is without the dropped teachers.
+
+        `index` is the number of each image among the training images, if a loss reads it.
+        """
+        given = {"labels": target, "index": index}
+        parts = [self._parts(position, student, teacher, given) for position in range(len(self.objectives))]
         if not torch.compiler.is_compiling():
             self.checked = True
         totals = [_total([part for _, part in of_objective]) for of_objective in parts]
@@ -74,43 +87,72 @@ class Terms:
             for of_objective in parts
         ]
 
-    def _parts(
-        self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures, target: Tensor | None
-    ) -> Parts:
+    def _parts(self, position: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures, given: Given) -> Parts:
         """The summands of one objective, each with the name of the one teacher that it compares with."""
-        objective = self.objectives[index]
+        objective = self.objectives[position]
         if objective.resolved.reads != "labels":
-            return self._comparisons(index, student, teacher)
+            return self._comparisons(position, student, teacher, given)
         if objective.of == "student":
-            return [(None, self._labels(index, student[objective.outputs.student], target))]
-        return [(None, self._labels(index, teacher.own[objective.outputs.teacher], target))]
+            return [(None, self._labels(position, student[objective.outputs.student], given))]
+        return [(None, self._labels(position, teacher.own[objective.outputs.teacher], given))]
 
-    def _labels(self, index: int, output: Tensor, target: Tensor | None) -> Tensor:
-        objective = self.objectives[index]
-        if target is None:
-            raise LossError(f"'{objective.name}' compares with labels, and the step got no target")
-        if isinstance(objective.loss, str) and self._checks_values(output):
-            if objective.resolved.multilabel:
-                check_shares(output, target)
-            else:
-                ignored: Any = self.options[index].get("ignore_index")
-                check_labels(output, target, ignored)
-        return objective.resolved.function(output, target, **self.options[index])
+    def _labels(self, position: int, output: Tensor, given: Given) -> Tensor:
+        objective, options = self.objectives[position], self.options[position]
+        target, *also = self._given(objective, ("labels", *objective.resolved.also), given)
+        if isinstance(objective.loss, str):
+            if self._checks_values(output):
+                if objective.resolved.multilabel:
+                    check_shares(output, target)
+                else:
+                    ignored: Any = options.get("ignore_index")
+                    check_labels(output, target, ignored)
+            value: Tensor = objective.resolved.function(output, target, *also, **options)
+            return value
+        function = objective.resolved.function
+        return call_loss(function, objective.name, output, target, *also, options=options)
 
-    def _comparisons(self, index: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures) -> Parts:
-        objective, options = self.objectives[index], self.options[index]
-        if not self.block_gradient and isinstance(objective.loss, str):  # one of the user's detaches otherwise
-            options = {**options, "block_gradient": False}
+    @staticmethod
+    def _given(objective: Objective, names: Sequence[str], given: Given) -> list[Tensor]:
+        """The labels and indices that a loss reads. Raises LossError for one that the step did not get."""
+        values = []
+        for name in names:
+            value = given[name]
+            if value is None:
+                argument = {"labels": "target", "index": "index"}[name]
+                what = {"labels": "compares with labels", "index": "reads the indices of the images"}[name]
+                raise LossError(f"'{objective.name}' {what}, and the step got no {argument}")
+            values.append(value)
+        return values
+
+    def _comparisons(
+        self, position: int, student: Mapping[Tap, Tensor], teacher: TeacherFeatures, given: Given
+    ) -> Parts:
+        objective = self.objectives[position]
+        also = self._given(objective, objective.resolved.also, given)
         parts: Parts = []
-        for _, comparison, adapter in compared([objective], self.adapters):
-            student_features = comparison.features("student", student, matrices=objective.resolved.reads_matrices)
+        for number, (_, comparison, adapter) in enumerate(compared([objective], self.adapters)):
+            student_features = comparison.features("student", student, several=objective.resolved.reads_several)
             target = teacher_side(objective, comparison, adapter, teacher.compared, teacher.targets)
             sides = adapter.student_steps(student_features), target
-            term = objective.resolved.function(*sides, **options)
+            term = self._term(position, number, *sides, *also)
             if self._checks_values(term):
                 check_finite(objective.name, term, *sides)
             parts.append((None if comparison.is_mean else comparison.teachers[0], _weighted(comparison.weight, term)))
         return parts
+
+    def _term(self, position: int, number: int, *sides: Any) -> Tensor:
+        """The loss of one comparison of an objective, the `number`-th."""
+        objective, options = self.objectives[position], self.options[position]
+        if objective.resolved.builds_module:
+            modules: Any = self.losses[module_key(objective.name)]
+            return call_loss(modules[number], objective.name, *sides, block_gradient=self.block_gradient)
+        function = objective.resolved.function
+        if not isinstance(objective.loss, str):
+            return call_loss(function, objective.name, *sides, options=options, block_gradient=self.block_gradient)
+        if not self.block_gradient:
+            options = {**options, "block_gradient": False}
+        term: Tensor = function(*sides, **options)
+        return term
 
     def _checks_values(self, tensor: Tensor) -> bool:
         """Whether to check values that the losses do not check themselves: in the first step on a GPU."""

@@ -99,16 +99,19 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
         return inner.student if isinstance(inner, Distiller) else eval_model
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """The parameters of the student and of the adapters; `exclude_head` leaves out the student's last two."""
+        """All parameters that train; `exclude_head` leaves out the last two of the student."""
         student_parameters = list(self.distiller.student.parameters())
         return [
             *(student_parameters[:-2] if exclude_head else student_parameters),
             *self.distiller.adapters.parameters(),
+            *self.distiller.losses.parameters(),
         ]
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        state = self.distiller.adapters.state_dict()
-        return {"adapters": state} if state and not ema else {}  # the average is of the student alone
+        if ema:  # the average is of the student alone
+            return {}
+        states = {name: getattr(self.distiller, name).state_dict() for name in ("adapters", "losses")}
+        return {name: state for name, state in states.items() if state}
 
     def load_task_state(
         self,
@@ -118,4 +121,5 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
         ema: bool = False,
     ) -> None:
         if state and not ema:
-            self.distiller.adapters.load_state_dict(state["adapters"], strict=strict)
+            for name in ("adapters", "losses"):
+                getattr(self.distiller, name).load_state_dict(state.get(name, {}), strict=strict)

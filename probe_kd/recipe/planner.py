@@ -15,6 +15,7 @@ from probe_kd.engine.spec import InputSpec, Pair, Tap, Trace, Traces
 from probe_kd.measures import OF_LABELLED_SET, OF_PAIRS, headline_of
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
+from probe_kd.methods.targets import expanded
 from probe_kd.recipe.keys import PairOptions, Recipe, StageOptions, TeacherOptions
 from probe_kd.recipe.reading import Source
 from probe_kd.recipe.sections.evaluation import check_evaluation, measures_pairs
@@ -456,7 +457,7 @@ def _expanded(stages: list[list[Objective]], student: Trace | None, teachers: Tr
     """The objectives with a pair for each part of `tokens: all`, if both models could be traced."""
     if student is None or teachers is None:
         return stages
-    return [[objective.expanded(student, teachers) for objective in stage] for stage in stages]
+    return [[expanded(objective, student, teachers) for objective in stage] for stage in stages]
 
 
 def _resolve_all_teachers(

@@ -305,6 +305,13 @@ class _Evaluated:
         return not self.role.startswith("teacher")
 
 
+_NOT_ADAPTED = {  # losses that bring the two models to no common shape
+    "maps": "each side keeps its own channels",
+    "vectors": "each side keeps its own channels",
+    "all_pairs": "all pairs are compared at once",
+}
+
+
 @dataclass
 class _Compared:
     """One row of the table of pairs, with its sums. `why` is the reason for a missing adapter."""
@@ -326,8 +333,8 @@ class _Compared:
         """Add the first `count` images of a batch."""
         if self.adapter is None or self.comparison is None:
             return
-        student_features = self.comparison.features("student", of_student, matrices=self.of_matrices)
-        teacher_features = self.comparison.features("teacher", of_teacher, matrices=self.of_matrices)
+        student_features = self.comparison.features("student", of_student, several=self.of_matrices)
+        teacher_features = self.comparison.features("teacher", of_teacher, several=self.of_matrices)
         predicted, target = self.adapter(student_features, teacher_features)
         self.sums.add(predicted[:count], target[:count], of_matrices=self.of_matrices)
 
@@ -348,8 +355,8 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
                 continue
             used |= {(pair.student, pair.teacher) for pair in comparison.pairs}
             why, matrices = "", objective.resolved.reads_matrices
-            if objective.resolved.reads == "maps":
-                why = "each side keeps its own channels"
+            if objective.resolved.reads in _NOT_ADAPTED:
+                why = _NOT_ADAPTED[objective.resolved.reads]
             elif (adapter.parameter_count or not adapter.is_fitted) and not file.is_file():
                 why = f"the run has no {file.name}"
             row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, matrices, adapter, why)

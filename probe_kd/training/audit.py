@@ -22,7 +22,16 @@ from probe_kd.training.models import Models
 from probe_kd.training.optimizers import make_optimizer
 from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating
-from probe_kd.training.trial import Norms, complaints, first_batch, one_step, student_of, too_large, untrained
+from probe_kd.training.trial import (
+    Norms,
+    TrialBatch,
+    complaints,
+    first_batch,
+    one_step,
+    student_of,
+    too_large,
+    untrained,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def audit(plan: Plan) -> Audit:
 
 def _audit(plan: Plan, models: Models) -> Audit:
     trained = student_of(models)
-    images, target = first_batch(models, trained)
+    batch = first_batch(models, trained)
     reaches: list[Reach] = []
     costs: list[StepCost] = []
     reach: list[tuple[str, Norms]] = []
@@ -103,24 +112,23 @@ def _audit(plan: Plan, models: Models) -> Audit:
     steps = len(loader(plan.datasets.train, plan.recipe.data, models.images_for(trained), training=True))
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
-        fit_for_trial(distiller, images)
-        norms = gradient_norms(distiller.train(), images, target)
+        fit_for_trial(distiller, batch.images)
+        norms = gradient_norms(distiller.train(), *batch)
         reach.append((phase.name, norms))
         reaches += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
         reached_names = {name for loss in norms.values() for name in loss}
         if reached_names:
-            costs.append(_cost(models, phase, distiller, images, target, reached_names, steps, remarks))
+            costs.append(_cost(models, phase, distiller, batch, reached_names, steps, remarks))
         distiller.close()
     wrong = (*_no_numbers(costs), *complaints(reach))
-    return Audit(tuple(reaches), tuple(costs), wrong, (*untrained(models, trained, reach, images), *remarks))
+    return Audit(tuple(reaches), tuple(costs), wrong, (*untrained(models, trained, reach, batch.images), *remarks))
 
 
 def _cost(
     models: Models,
     phase: Phase,
     distiller: Distiller,
-    images: Tensor,
-    target: Tensor | None,
+    batch: TrialBatch,
     reached_names: set[str],
     steps: int,
     remarks: list[str],
@@ -139,11 +147,11 @@ def _cost(
             _counting(distiller, saved_bytes),
             models.accelerator.autocast(),
         ):
-            result = distiller(images, target)
+            result = distiller(batch.images, batch.target, index=batch.indices)
         _update(optimizer, result["loss"], models)
         started = time.perf_counter()
         with models.accelerator.autocast():
-            loss = distiller(images, target)["loss"]
+            loss = distiller(batch.images, batch.target, index=batch.indices)["loss"]
         _update(optimizer, loss, models)
         seconds = time.perf_counter() - started
         if loss is not None and not loss.isfinite():
@@ -163,7 +171,7 @@ def _cost(
     return StepCost(
         phase.name,
         {name: float(value.detach()) for name, value in result.items() if name != "output" and value is not None},
-        images=len(images),
+        images=len(batch.images),
         steps=phase.epochs * steps,
         seconds=seconds,
         weights=_bytes([*distiller.parameters(), *of_teachers]),
@@ -171,7 +179,7 @@ def _cost(
         optimizer=_bytes(state),
         activations=sum(saved_bytes.values()),
         adapter_parameters=sum(parameter.numel() for parameter in distiller.adapters.parameters()),
-        adapter_macs=macs // len(images),
+        adapter_macs=macs // len(batch.images),
     )
 
 

@@ -17,7 +17,8 @@ from probe_kd.data.cache import TeacherCache, lengthen, shorten
 from probe_kd.data.loading import Views, loader, mixer, readable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
-from probe_kd.methods.distiller import CachedTargets, Distiller
+from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.targets import CachedTargets
 from probe_kd.recipe.keys import CompileOptions, Recipe
 from probe_kd.training.devices import memory_format
 from probe_kd.training.optimizers import make_optimizer, make_scheduler
@@ -86,7 +87,8 @@ class Loop:
                 images, target = self.mix(images, target)
             if self.unlabelled:
                 target = None
-            if self._step(epoch, step, images, target, self._targets(images, indices)):
+            index = indices.to(images.device) if self.distiller.reads_index else None
+            if self._step(epoch, step, images, target, self._targets(images, indices), index):
                 yield step + 1
 
     def _begin(self, age: int) -> None:
@@ -147,7 +149,13 @@ class Loop:
                 )
 
     def _step(
-        self, epoch: int, step: int, images: Tensor, target: Tensor | None, cached_targets: CachedTargets | None
+        self,
+        epoch: int,
+        step: int,
+        images: Tensor,
+        target: Tensor | None,
+        cached_targets: CachedTargets | None,
+        index: Tensor | None,
     ) -> bool:
         """Run the forward and backward of one batch. Return whether the weights were updated."""
         self.finished = None
@@ -161,7 +169,7 @@ class Loop:
             self.schedule.step_update(update)
         self.distiller.set_epoch(epoch + step / self.steps, self.phase.epochs)
         with nullcontext() if updates else self.accelerator.no_sync(self.module):
-            result = self.module(images, target, cached_targets)
+            result = self.module(images, target, cached_targets, index)
             self.accelerator.backward(result["loss"] / group)
         for name in result.keys() - {"output"}:
             self.sums[name] = self.sums.get(name, 0.0) + result[name].detach()

@@ -140,6 +140,7 @@ class Models:
             block=share.block if share and trained.partner else None,
             sharing=trained.sharing,
             freeze=phase.freeze,
+            num_images=len(self.plan.datasets.train),  # type: ignore[arg-type]
         )
         return distiller.to(self.accelerator.device)
 

@@ -23,7 +23,8 @@ def make_optimizer(distiller: Distiller, options: OptimizerOptions) -> torch.opt
             new_parameters = [parameter for parameter in group["params"] if id(parameter) not in grouped_ids]
             grouped_ids |= {id(parameter) for parameter in new_parameters}
             groups += _scaled({**group, "params": new_parameters}, distiller.student, options.lr_scale)
-    groups += param_groups_weight_decay(distiller.adapters, decay)
+    for own in (distiller.adapters, distiller.losses):
+        groups += param_groups_weight_decay(own, decay)
     groups = [group for group in groups if group["params"]]
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         groups,

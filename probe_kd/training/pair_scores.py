@@ -1,20 +1,22 @@
 """How much of the teacher's features the student's explain, pair by pair, on images that are not trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from probe_kd.data.batches import Batches
 from probe_kd.data.loading import readable
 from probe_kd.engine.weights import load_weights
 from probe_kd.measures import OF_PAIRS
+from probe_kd.methods.comparisons import Comparison
 from probe_kd.methods.distiller import Distiller
-from probe_kd.methods.objectives import Comparison, Objective
+from probe_kd.methods.objectives import Objective
 from probe_kd.methods.similarity import PairSums
-from probe_kd.methods.targets import compared
+from probe_kd.methods.targets import compared, teacher_side
 from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.processes import own_images
 from probe_kd.training.state import PairScore
@@ -37,13 +39,22 @@ def score_pairs(distiller: Distiller, batches: Batches, accelerator: Accelerator
     for images, *_ in readable(batches, "evaluation"):
         count = own_images(accelerator, len(images))
         with accelerator.autocast():
-            sides = distiller.feature_sides(images)
+            sides = list(_sides(distiller, images))
         for objective, comparison, student, teacher in sides:
             sums.setdefault((objective.name, comparison), PairSums()).add(student[:count], teacher[:count])
     return [
         _score(stage, objective, comparison, sums.get((objective.name, comparison), PairSums()), accelerator)
         for objective, comparison in rows
     ]
+
+
+def _sides(distiller: Distiller, images: Tensor) -> Iterator[tuple[Objective, Comparison, Tensor, Tensor]]:
+    """Both sides of every comparison of features, after its adapter, as its loss sees them."""
+    student, teacher = distiller.features(images)
+    for objective, comparison, adapter in compared(distiller.objectives, distiller.adapters):
+        if objective.resolved.reads == "features":
+            predicted = adapter.student_steps(comparison.features("student", student, several=False))
+            yield objective, comparison, predicted, teacher_side(objective, comparison, adapter, teacher.compared, {})
 
 
 def _score(

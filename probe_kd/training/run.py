@@ -238,8 +238,9 @@ class Run:
         if self.saver.take_best(loop):
             self.scorer.latest.clear()
         adapters = loop.distiller.adapters
-        if not all(bool(tensor.isfinite().all()) for tensor in adapters.parameters()):
-            raise for_all(RunError(_no_number(f"the adapters of stage {loop.phase.name!r}", "no numbers")))
+        for name, own in (("adapters", adapters), ("losses", loop.distiller.losses)):
+            if not all(bool(tensor.isfinite().all()) for tensor in own.parameters()):
+                raise for_all(RunError(_no_number(f"the {name} of stage {loop.phase.name!r}", "no numbers")))
         if trained.role == "student" and self.accelerator.is_main_process and adapters.state_dict():
             metadata = {"stage": loop.phase.name, "probe_kd": __version__}
             self.saver.write(adapters, f"adapters-{self.state.phase}.safetensors", metadata)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +28,14 @@ MOST_TRIED = 16  # images of the batch that is tried before training
 Norms = dict[str, dict[str, float]]  # of the gradient, by loss and parameter
 
 
+class TrialBatch(NamedTuple):
+    """Images, their labels if the data have any, and the number of each among the training images."""
+
+    images: Tensor
+    target: Tensor | None
+    indices: Tensor
+
+
 def check_student(plan: Plan, accelerator: Accelerator, progress: Progress) -> None:
     """Make the checks of `probe-kd check` on a batch before training, which may begin with hours for a teacher.
 
@@ -35,9 +44,9 @@ def check_student(plan: Plan, accelerator: Accelerator, progress: Progress) -> N
     models = Models(plan, accelerator)
     with one_step():
         trained = student_of(models)
-        images, target = first_batch(models, trained, most=MOST_TRIED)
-        reach = reach_of(models, trained, images, target)
-        wrong_and_remarks = complaints(reach), untrained(models, trained, reach, images)
+        batch = first_batch(models, trained, most=MOST_TRIED)
+        reach = reach_of(models, trained, batch)
+        wrong_and_remarks = complaints(reach), untrained(models, trained, reach, batch.images)
     accelerator.free_memory()
     wrong, remarks = broadcast_object_list([wrong_and_remarks])[0]  # so that all processes end, or none
     if wrong:
@@ -58,13 +67,13 @@ def one_step() -> Iterator[None]:
         raise RunError(f"a step on the first batch of images fails: {short(refusal)}") from refusal
 
 
-def reach_of(models: Models, trained: TrainedModel, images: Tensor, target: Tensor | None) -> list[tuple[str, Norms]]:
+def reach_of(models: Models, trained: TrainedModel, batch: TrialBatch) -> list[tuple[str, Norms]]:
     """The gradient norms of the losses of each stage on these images."""
     reach = []
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
-        fit_for_trial(distiller, images)
-        reach.append((phase.name, gradient_norms(distiller.train(), images, target)))
+        fit_for_trial(distiller, batch.images)
+        reach.append((phase.name, gradient_norms(distiller.train(), *batch)))
         distiller.close()
     return reach
 
@@ -73,7 +82,7 @@ def student_of(models: Models) -> TrainedModel:
     """The student before training. A teacher that is to be trained is tried first, too."""
     for trained in models.in_turn():
         if trained.phases and trained.is_teacher:
-            reach_of(models, trained, *first_batch(models, trained, most=MOST_TRIED))
+            reach_of(models, trained, first_batch(models, trained, most=MOST_TRIED))
         if trained.is_teacher and not models.plan.recipe.share:
             models.teachers[trained.name] = trained
         if trained.role == "student":
@@ -81,10 +90,8 @@ def student_of(models: Models) -> TrainedModel:
     raise AssertionError("every recipe has a student")
 
 
-def first_batch(models: Models, trained: TrainedModel, *, most: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return the images and labels of the first batch, in the form of the loop, with at most `most` images.
-
-    The labels are None if the data have none.
+def first_batch(models: Models, trained: TrainedModel, *, most: int | None = None) -> TrialBatch:
+    """Return the first batch, in the form of the loop, with at most `most` images.
 
     Raises DataError if an image cannot be read.
     """
@@ -93,8 +100,8 @@ def first_batch(models: Models, trained: TrainedModel, *, most: int | None = Non
     options = data.model_copy(update={"workers": 0, "batch_size": min(data.batch_size, most or data.batch_size)})
     batches = loader(models.plan.datasets.train, options, models.images_for(trained), training=True)
     placed = batches.on(device, memory_format=memory_format(models.plan.recipe, device))
-    images, target, _ = next(readable(placed))
-    return images, None if models.plan.datasets.labels == "none" else target
+    images, target, index = next(readable(placed))
+    return TrialBatch(images, None if models.plan.datasets.labels == "none" else target, index.to(device))
 
 
 def untrained(models: Models, trained: TrainedModel, reach: Sequence[tuple[str, Norms]], images: Tensor) -> list[str]:
@@ -160,5 +167,6 @@ def reached(models: Models, trained: TrainedModel, distiller: Distiller) -> set[
     target = placeholder(models.plan.datasets, 2)
     target = None if target is None else target.to(models.accelerator.device)
     with without_statistics(distiller.adapters):
-        norms_of_losses = gradient_norms(distiller.train(), images, target)
+        index = torch.arange(2, device=models.accelerator.device)
+        norms_of_losses = gradient_norms(distiller.train(), images, target, index)
     return {name for norms in norms_of_losses.values() for name in norms}

@@ -14,6 +14,7 @@ from probe_kd import Distiller, FeatureSpec, InputSpec, Layout, Objective, Tap, 
 from probe_kd.errors import AdapterError, LossError
 from probe_kd.methods.adapters import adapt_maps
 from probe_kd.methods.projectors import Mlp, OrthogonalProjection
+from probe_kd.methods.targets import expanded
 
 SPATIAL = [kind for kind in KINDS if kind[0] is not Layout.NC]
 
@@ -178,8 +179,8 @@ def test_all_tokens_are_two_terms_with_an_adapter_each(prefixes: tuple[int, int]
 
 def test_all_tokens_of_one_pair_and_where_they_mean_nothing() -> None:
     traces = [trace(Tokens(width, 1), (3, 28, 28)) for width in (6, 8)]
-    objective = Objective("hint", pairs={"layer": "layer"}, tokens="all").expanded(*traces)
-    assert objective.expanded(*traces) is objective
+    objective = expanded(Objective("hint", pairs={"layer": "layer"}, tokens="all"), *traces)
+    assert expanded(objective, *traces) is objective
     with pytest.raises(LossError, match="`tokens` means nothing for 'attention', which compares maps"):
         Objective("attention", pairs={"layer": "layer"}, tokens="all")
     spec = FeatureSpec(Tap("x"), Layout.NC, (2, 4), 4)

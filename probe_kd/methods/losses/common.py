@@ -1,9 +1,12 @@
 """Shared by all losses: float32, the gradient block, reductions, and checks of types and shapes."""
 
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from math import isfinite
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, TypeGuard
 
 import torch
@@ -11,10 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, distributed, nn
 
-from probe_kd.errors import LossError
+from probe_kd.errors import LossError, ProbeKDError
 
 Reduction = Literal["sum", "mean"]
 P = ParamSpec("P")
+
+
+Compared = Tensor | tuple[Tensor, ...]  # one side of a comparison, or that side of all pairs
 
 
 def in_float32(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
@@ -25,7 +31,7 @@ def in_float32(function: Callable[P, Tensor], *, promote: bool = True) -> Callab
 
     @wraps(function)
     def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        device: str = args[0].device.type  # type: ignore[attr-defined]
+        device: str = flat(args[0])[0].device.type
         # Where there is none to leave, the context is left out: entering one takes longer than a small kernel.
         outside = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
         with outside:
@@ -34,7 +40,20 @@ def in_float32(function: Callable[P, Tensor], *, promote: bool = True) -> Callab
     return computed
 
 
-def _promote(value: Any) -> Any:
+def flat(side: Any) -> tuple[Tensor, ...]:
+    """One side of a comparison as a tuple, whether it is one tensor or those of all pairs."""
+    return side if isinstance(side, tuple) else (side,)
+
+
+def _mapped(function: Callable[[Any], Any], side: Any) -> Any:
+    return tuple(map(function, side)) if isinstance(side, tuple) else function(side)
+
+
+def _promote(side: Any) -> Any:
+    return _mapped(_promoted, side)
+
+
+def _promoted(value: Any) -> Any:
     if value.dtype == torch.float32 or not value.is_floating_point():
         return value
     return value.to(torch.promote_types(value.dtype, torch.float32))
@@ -90,33 +109,98 @@ def loss_function(function: Callable[P, Tensor], *, promote: bool = True) -> Cal
     """Decorate a loss: compute it in float32, and detach all tensors but the first, the student's.
 
     The decorated loss also takes `block_gradient`; False does not detach. A function with `promote=False` gets its
-    tensors as they are, and has to compute in float32 itself.
+    tensors as they are, and has to compute in float32 itself. A loss of all pairs takes a tuple of tensors for each
+    side.
     """
     computed = in_float32(function, promote=promote)
 
     @wraps(function)
-    def blocked(student: Tensor, *targets: Tensor, block_gradient: bool = True, **options: Any) -> Tensor:
-        check_tensors(function.__name__, student, targets)
-        detached = [target.detach() for target in targets] if block_gradient else targets
-        value = computed(student, *detached, **options)  # type: ignore[arg-type]
-        if has_values(value):
-            check_finite(function.__name__, value, student, *targets)
-        return value
+    def blocked(student: Compared, *targets: Compared, block_gradient: bool = True, **options: Any) -> Tensor:
+        return _call(computed, function.__name__, student, targets, block_gradient, options)
 
+    blocked.is_loss_function = True  # type: ignore[attr-defined]
     return blocked  # type: ignore[return-value]
 
 
-def check_tensors(loss: str, *tensors: Tensor | Sequence[Tensor]) -> None:
-    student, targets = tensors
-    for side, tensor in (("student", student), *(("target", target) for target in targets)):
-        if not isinstance(tensor, Tensor):
-            raise LossError(f"{loss}: the {side} is a {type(tensor).__name__}; expected a torch.Tensor")
-    assert isinstance(student, Tensor)
-    if not student.is_floating_point():
-        raise LossError(f"{loss}: the student's side {tuple(student.shape)} is {student.dtype}; expected real numbers")
+def call_loss(
+    function: Callable[..., Any],
+    name: str,
+    student: Compared,
+    *targets: Compared,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    block_gradient: bool = True,
+) -> Tensor:
+    """Call a custom loss, a function or a module, as `loss_function` calls one of ours.
+
+    Raises LossError if it raises, or returns anything but one real number.
+    """
+    if getattr(function, "is_loss_function", False):
+        return _scalar(name, function(student, *targets, block_gradient=block_gradient, **options))
+
+    def explained(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _scalar(name, function(*args, **kwargs))
+        try:
+            value = function(*args, **kwargs)
+        except ProbeKDError:
+            raise
+        except Exception as error:  # of code that is not ours, of any type
+            raise LossError(f"the loss {name!r} raised {_described(error)}") from error
+        return _scalar(name, value)
+
+    return _call(in_float32(explained), name, student, targets, block_gradient, options)
+
+
+def _call(
+    function: Callable[..., Tensor],
+    name: str,
+    student: Compared,
+    targets: Sequence[Compared],
+    block_gradient: bool,
+    options: Mapping[str, Any],
+) -> Tensor:
+    check_tensors(name, student, targets)
+    detached = [_mapped(Tensor.detach, target) for target in targets] if block_gradient else targets
+    value = function(student, *detached, **options)
+    if has_values(value):
+        check_finite(name, value, student, *targets)
+    return value
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise LossError(f"the loss {name!r} returned a {type(value).__name__}; expected one number, as a torch.Tensor")
+    if value.ndim or not value.is_floating_point():
+        raise LossError(
+            f"the loss {name!r} returned a tensor {tuple(value.shape)} of {value.dtype}; expected one real number: the "
+            "mean over the batch, as `.mean()` gives"
+        )
+    return value
+
+
+def _described(error: Exception) -> str:
+    """The error and the line of its origin."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+
+
+def check_tensors(loss: str, student: Compared, targets: Sequence[Compared]) -> None:
+    sides = [("student", student), *(("target", target) for target in targets)]
+    for side, value in sides:
+        for tensor in flat(value):
+            if not isinstance(tensor, Tensor):
+                raise LossError(f"{loss}: the {side} is a {type(tensor).__name__}; expected a torch.Tensor")
+    for tensor in flat(student):
+        if not tensor.is_floating_point():
+            raise LossError(
+                f"{loss}: the student's side {tuple(tensor.shape)} is {tensor.dtype}; expected real numbers"
+            )
+    device = flat(student)[0].device
     for target in targets:
-        if target.device != student.device:
-            raise LossError(f"{loss}: the student is on {student.device} and the target on {target.device}")
+        for tensor in flat(target):
+            if tensor.device != device:
+                raise LossError(f"{loss}: the student is on {device} and the target on {tensor.device}")
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -125,15 +209,19 @@ def has_values(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_finite(loss: str, value: Tensor, student: Tensor, *targets: Tensor) -> None:
+def check_finite(loss: str, value: Tensor, student: Compared, *targets: Compared) -> None:
     """Raise LossError for a loss that is not finite, unless the student's values are not: then its training diverged.
 
     A student that masks the same classes as its teacher has not diverged. If the loss is not defined for masked
     classes, LossError is raised too. On a GPU, this waits for the values.
     """
-    if value.isfinite() or not (student.isfinite().all() or (value.isnan() and _masked_alike(student, *targets))):
+    if value.isfinite():
         return
-    for target in targets:
+    of_student, of_targets = flat(student), [tensor for target in targets for tensor in flat(target)]
+    diverged = not all(bool(tensor.isfinite().all()) for tensor in of_student)
+    if diverged and not (value.isnan() and all(_masked_alike(tensor, *of_targets) for tensor in of_student)):
+        return
+    for target in of_targets:
         if not target.isfinite().all():
             number = target[~target.isfinite()][0].item()
             raise LossError(
@@ -141,7 +229,7 @@ def check_finite(loss: str, value: Tensor, student: Tensor, *targets: Tensor) ->
                 "(-inf), whether or not the student masks them too, are for `soft_targets` without `standardize` and "
                 "for `dist`; for others leave them out by a `class_map`"
             )
-    largest = max(float(side.abs().max()) for side in (student, *targets))
+    largest = max(float(side.detach().abs().max()) for side in (*of_student, *of_targets))
     raise LossError(
         f"{loss} is {value.item()}: with numbers up to {largest:.0e} it is larger than {value.dtype} holds; "
         "standardise what it compares (`normalize: layer`), or try a smaller learning rate"

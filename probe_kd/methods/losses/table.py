@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import Parameter, signature
+from inspect import Parameter, Signature, signature
 from math import isfinite
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
-from torch import Tensor
+from torch import nn
 
 from probe_kd.errors import LossError, nearest, nearest_truth
 from probe_kd.methods.losses.features import cwd, hint, ickd, pkd, smooth_l1, token_match
@@ -17,24 +17,63 @@ from probe_kd.methods.losses.matrices import fsp, gram
 from probe_kd.methods.losses.multilabel import binary_cross_entropy, multilabel_soft_targets
 from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
 
-Reads = Literal["labels", "outputs", "features", "maps", "grams", "flows"]
+Reads = Literal["labels", "outputs", "features", "vectors", "maps", "grams", "flows", "all_pairs"]
+Also = Literal["labels", "index"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss function and the kind of tensors that it reads.
+    """A loss and the kind of tensors that it reads: `function(student, teacher, *, options)` returns one number.
 
     - `labels`: the student's logits and the target; with `multilabel`, the target is a multi-hot vector per image
     - `outputs`: the logits of both models
     - `features`: for each pair of layers, both features in one shape
+    - `vectors`: for each pair, one vector per image of each model, each of its own width
     - `maps`: for each pair, both maps at one grid, each with its own channels
     - `grams`: for each pair, the matrix of each feature with itself
     - `flows`: for each pair, the matrix between the input and the output of the two modules
+    - `all_pairs`: the features of all pairs at once, as two tuples of maps (or of vectors, where there are no
+      positions), each of its own grid and width
+
+    `also` names further arguments, which follow the teacher's in this order: `labels` are the target of the step, and
+    `index` is the number of each image among the training images.
+
+    A loss with parameters or state is a class that inherits from `nn.Module`, or a function that returns a module and
+    says so by `builds_module`. It is called with the FeatureSpecs of what the loss will see of both models (for
+    `all_pairs`, with two tuples of them) and with the options, once for each comparison. The Distiller owns the module:
+    an optimizer and a checkpoint see it, an export does not. A keyword `classifier` without a default is the teacher's
+    classifier, a copy that does not train, and `num_images` the number of training images.
+
+    The options are the keyword-only parameters. The tensors of a call are float32 at least, outside autocast, and those
+    of the teacher are detached unless both models train together.
+
+    Raises LossError for a value of `reads` or `also` that does not exist.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
     reads: Reads
     multilabel: bool = False
+    also: tuple[Also, ...] = ()
+    builds_module: bool = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise LossError(f"a loss is a {type(self.function).__name__}; expected a function or a class of modules")
+        if self.reads not in get_args(Reads):
+            legal = ", ".join(get_args(Reads))
+            near = nearest(str(self.reads), get_args(Reads))
+            raise LossError(f"a loss reads {self.reads!r}{near}; expected one of {legal}")
+        for name in self.also:
+            if name not in get_args(Also) or self.reads == name:
+                raise LossError(f"a loss of {self.reads} cannot also read {name!r}; expected `labels` or `index`")
+        if isinstance(self.function, type):
+            if not issubclass(self.function, nn.Module):
+                raise LossError(f"the class {self.function.__name__} of a loss does not inherit from nn.Module")
+            object.__setattr__(self, "builds_module", True)
+
+    @property
+    def name(self) -> str:
+        return _name(self.function)
 
     @property
     def reads_layers(self) -> bool:
@@ -47,10 +86,45 @@ class Loss:
         return self.reads in ("flows", "grams")
 
     @property
+    def reads_several(self) -> bool:
+        """Whether one comparison takes a tuple of features of each model."""
+        return self.reads_matrices or self.reads == "all_pairs"
+
+    @property
     def options(self) -> tuple[str, ...]:
-        """The names of the function's keyword-only parameters."""
-        parameters = signature(self.function).parameters.items()
-        return tuple(name for name, value in parameters if value.kind is Parameter.KEYWORD_ONLY)
+        """The names of the keyword-only parameters, without those that the Distiller fills in."""
+        return tuple(name for name in self._keywords if name not in self.needs)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the Distiller fills in when it builds the module."""
+        return tuple(name for name in ("classifier", "num_images") if self.builds_module and name in self._keywords)
+
+    @property
+    def _keywords(self) -> Mapping[str, Parameter]:
+        parameters = _parameters(self.function).items()
+        return {name: value for name, value in parameters if value.kind is Parameter.KEYWORD_ONLY}
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What the loss is called with."""
+        sides = ("logits", "target") if self.reads == "labels" else ("student", "teacher")
+        return (*sides, *self.also)
+
+    def check_call(self, name: str, function: Callable[..., Any] | None = None) -> None:
+        """Raise LossError if the loss, or the `function` that it built, cannot be called with its `arguments`."""
+        called = function or self.function
+        arguments = ("student", "teacher") if self.builds_module and function is None else self.arguments
+        try:
+            _signature(called).bind(*arguments, **dict.fromkeys(self._keywords if function is None else ()))
+        except TypeError as error:
+            means = "specs of the student and of the teacher" if called is self.function and self.builds_module else ""
+            raise LossError(
+                f"the loss {name!r} is called with ({', '.join(arguments)}){f', {means},' if means else ''} and cannot "
+                f"be: {error}; its options come after a `*`"
+            ) from None
+        except ValueError:  # some functions that are written in C have no signature
+            return
 
     def check_options(self, name: str, options: Mapping[str, Any], beside: Sequence[str] = ()) -> None:
         """Raise LossError for options that the function does not have, and suggest the nearest, also from `beside`."""
@@ -59,6 +133,9 @@ class Loss:
         if unknown:
             hints = [f"{option!r}{nearest(option, (*self.options, *beside))}" for option in unknown]
             raise LossError(f"loss {name!r} has no option {'; and none '.join(hints)}{existing}")
+        for option in self.options:
+            if option not in options and self._keywords[option].default is Parameter.empty:
+                raise LossError(f"loss {name!r} needs a value of its option `{option}`, which has no default")
 
     def check_values(self, name: str, options: Mapping[str, Any]) -> None:
         """Raise LossError for a value that is not of the option's type."""
@@ -73,8 +150,52 @@ class Loss:
         Only booleans, numbers and Literals are checked. (A string would silently count as a true boolean.) The function
         checks other types itself.
         """
-        parameters = signature(self.function).parameters
+        parameters = _parameters(self.function)
         return _refusal(value, parameters[option].annotation) if option in parameters else ""
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, Parameter]:
+    try:
+        return _signature(function).parameters
+    except ValueError:  # some functions that are written in C have no signature
+        return {}
+
+
+def _signature(function: Callable[..., Any]) -> Signature:
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        return signature(called, eval_str=True)
+    except NameError:  # annotations that exist for type checkers alone
+        return signature(called)
+
+
+def as_loss(value: Any, reads: Any = None) -> Loss:
+    """Convert a custom loss: a Loss, or a function or class whose `reads` is given, or is its attribute.
+
+    `reads` is one of the kinds of `Loss`, or a list that begins with one and goes on with what the loss `also` reads,
+    as in `[outputs, labels]`. The attributes `multilabel` and `builds_module` of the function are those of `Loss`.
+
+    Raises LossError if nothing says what the loss reads, or if that does not exist.
+    """
+    if isinstance(value, Loss):
+        if reads is not None and _kinds(reads) != (value.reads, *value.also):
+            raise LossError(f"reads {reads!r}, and the Loss says {[value.reads, *value.also]}; leave `reads` out")
+        return value
+    reads = getattr(value, "reads", None) if reads is None else reads
+    if reads is None:
+        legal = ", ".join(get_args(Reads))
+        raise LossError(f"nothing says what the loss {_name(value)!r} reads; give `reads`, one of {legal}")
+    kind, *also = _kinds(reads)
+    flags = {name: bool(getattr(value, name, False)) for name in ("multilabel", "builds_module")}
+    return Loss(value, kind, also=tuple(also), **flags)  # type: ignore[arg-type]
+
+
+def _kinds(reads: Any) -> tuple[str, ...]:
+    return (reads,) if isinstance(reads, str) else tuple(reads)
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def _refusal(value: Any, annotation: Any) -> str:

@@ -15,6 +15,7 @@ from probe_kd.methods.fitting import refuse_moving_target
 from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.naming import compared_alone, name_teachers
 from probe_kd.methods.objectives import Comparison, Objective
+from probe_kd.methods.targets import make_adapter
 from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, schedule
 from probe_kd.recipe.sections.labels import with_class_weights
 from probe_kd.recipe.sections.mistakes import Mistake, noting
@@ -234,7 +235,7 @@ def find_adapters(
                 place = of_loss.line_of(comparison) or ("stages", index, "losses", objective.name)
                 # The meta device needs no memory, however wide the layers are. Only the adapter's text is needed.
                 with noting(mistakes, *place), torch.device("meta"):
-                    adapter = objective.adapter(comparison, student, teacher, class_maps)
+                    adapter = make_adapter(objective, comparison, student, teacher, class_maps)
                     if recipe.share:
                         refuse_moving_target(adapter)
                     planned.append(Planned(recipe.stages[index].name, objective, comparison, str(adapter)))
