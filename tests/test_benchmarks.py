@@ -9,7 +9,9 @@ from typing import Any
 import cache
 import growth
 import loop
+import losses
 import pytest
+import torch
 import yaml
 
 import recipes
@@ -52,6 +54,12 @@ def test_what_grows_is_the_same_by_hand_and_in_a_distiller() -> None:
         ["blocks.23"],
         ["blocks.7", "blocks.15", "blocks.23"],
     ]
+
+
+@pytest.mark.parametrize("dtype", losses.DTYPES.values(), ids=losses.DTYPES)
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_every_loss_is_the_same_written_plainly(name: str, dtype: torch.dtype) -> None:
+    losses.arms_of(name, losses.QUICK, dtype)  # which says by itself whether they agree
 
 
 def test_one_script_measured_again_replaces_its_own_sections_only() -> None:
