@@ -5,7 +5,7 @@ tests/test_recipe_keys.py fails when the page is not what this script writes.
 
 import json
 from collections.abc import Iterator, Mapping
-from inspect import Parameter, signature
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,15 @@ LOSS_OPTIONS = {
     "dist.temperature": "Temperature of both softmaxes.",
     "dist.inter": "Weight of the correlation over the classes of an image.",
     "dist.intra": "Weight of the correlation over the images of a class in the batch.",
+    "dkd.alpha": "Weight of the label against all other classes.",
+    "dkd.beta": "Weight of the other classes among themselves.",
+    "dkd.temperature": "Temperature T of both softmaxes; the loss is multiplied by T^2.",
+    "nkd.gamma": "Weight of the classes other than the label.",
+    "nkd.temperature": "Temperature T of the classes other than the label, whose part is multiplied by T^2.",
+    "ofa.eps": "Power of the teacher's probabilities, from 1 on; a larger one raises the share of the label.",
+    "ofa.temperature": "Temperature of both softmaxes; there is no factor T^2.",
+    "ofa_exits.eps": "That of `ofa`.",
+    "ofa_exits.temperature": "That of `ofa`.",
     "hint.reduction": REDUCTION,
     "fsp.relative": RELATIVE,
     "fsp.reduction": "`sum` over the matrix, or `mean`; the batch is averaged either way.",
@@ -178,11 +187,14 @@ def _rows(name: str, sections: Mapping[str, Schema]) -> Iterator[tuple[str, str,
 
 
 def _of_loss(name: str) -> list[str]:
-    parameters = signature(LOSSES[name].function).parameters.values()
-    options = [it for it in parameters if it.kind is Parameter.KEYWORD_ONLY]
+    parameters = signature(LOSSES[name].function).parameters
     rows = (
-        (f"`{it.name}`", _default(it.default), LOSS_OPTIONS[f"{name}.{it.name}"])
-        for it in options
+        (
+            f"`{option}`",
+            _default(parameters[option].default),
+            LOSS_OPTIONS[f"{name}.{option}"],
+        )
+        for option in LOSSES[name].options
     )
     return ["", f"### `loss: {name}`", "", *_table(rows)]
 

@@ -73,6 +73,23 @@ METHODS = {
         "DIST (Huang et al. 2022): how the answers correlate, within an image and within a class",
         _stage("distil", 10, _TASK, "dist: {loss: dist, inter: 1.0, intra: 1.0}"),
     ),
+    "dkd": Method(
+        "DKD (Zhao et al. 2022): the label against the other classes, and these among themselves, beside the labels",
+        _stage(
+            "distil",
+            10,
+            _TASK,
+            "dkd: {loss: dkd, alpha: 1.0, beta: 8.0, temperature: 4.0, weight: {start: 0.0, end: 1.0, epochs: 1}}",
+        ),
+    ),
+    "nkd": Method(
+        "NKD (Yang et al. 2023): the label, and the other classes normalised, beside the labels",
+        _stage("distil", 10, _TASK, "nkd: {loss: nkd, gamma: 1.5, temperature: 1.0}"),
+    ),
+    "ofa": Method(
+        "OFA (Hao et al. 2023), without its exits: the answers, with a larger share for the label, beside the labels",
+        _stage("distil", 10, _TASK, "ofa: {loss: ofa, eps: 1.5}   # from 1, as in the paper for 32x32 images"),
+    ),
     "fitnets": Method(
         "FitNets (Romero et al. 2015), in two stages: a layer in the middle, then labels and soft targets",
         _stage(

@@ -5,8 +5,8 @@ The schema allows whatever `reading.py` allows. Only `probe-kd check` sees what 
 
 import re
 from collections.abc import Iterator, Mapping
-from inspect import Parameter, getdoc, signature
-from typing import Any, get_type_hints
+from inspect import getdoc, signature
+from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
@@ -280,17 +280,17 @@ def _of_losses(section: Schema) -> None:
 
 
 def _options(loss: Loss) -> Schema:
-    """The keyword-only arguments of a loss. A number may be a schedule."""
-    hints, options = get_type_hints(loss.function), dict[str, Any]()
-    for key, parameter in signature(loss.function).parameters.items():
-        if parameter.kind is Parameter.KEYWORD_ONLY:
-            kind: Any = Scheduled if hints[key] is float else hints[key]
-            about = f"Of this loss; {parameter.default!r} if not given."
-            options[key] = {
-                "title": key,
-                "description": about,
-                **_inline(TypeAdapter(kind).json_schema(schema_generator=_Generator)),
-            }
+    """The options of a loss. A number may be a schedule, except for a module, which is built once."""
+    parameters, options = signature(loss.function, eval_str=True).parameters, dict[str, Any]()
+    for key in loss.options:
+        kind: Any = parameters[key].annotation
+        kind = Scheduled if kind is float and not loss.builds_module else kind
+        about = f"Of this loss; {parameters[key].default!r} if not given."
+        options[key] = {
+            "title": key,
+            "description": about,
+            **_inline(TypeAdapter(kind).json_schema(schema_generator=_Generator)),
+        }
     return options
 
 

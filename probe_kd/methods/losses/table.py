@@ -11,6 +11,7 @@ from torch import nn
 
 from probe_kd.errors import LossError, nearest, nearest_truth
 from probe_kd.methods.losses.features import cwd, hint, ickd, pkd, smooth_l1, token_match
+from probe_kd.methods.losses.labelled_outputs import OFAExits, dkd, nkd, ofa
 from probe_kd.methods.losses.labels import cross_entropy
 from probe_kd.methods.losses.maps import attention, gram_tokens, nst, patch_similarity
 from probe_kd.methods.losses.matrices import fsp, gram
@@ -221,6 +222,10 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
         "multilabel_soft_targets": Loss(multilabel_soft_targets, "outputs"),
         "logits": Loss(logits, "outputs"),
         "dist": Loss(dist, "outputs"),
+        "dkd": Loss(dkd, "outputs", also=("labels",)),
+        "nkd": Loss(nkd, "outputs", also=("labels",)),
+        "ofa": Loss(ofa, "outputs", also=("labels",)),
+        "ofa_exits": Loss(OFAExits, "vectors", also=("labels",)),
         "hint": Loss(hint, "features"),
         "fsp": Loss(fsp, "flows"),
         "gram": Loss(gram, "grams"),

@@ -41,7 +41,7 @@ def check_label_losses(
     """Check that the losses of a stage that read labels read such as the data have."""
     mistakes: list[Mistake] = []
     for objective in objectives:
-        if objective.resolved.reads != "labels":
+        if not objective.reads_labels:
             continue
         loss = recipe.stages[index].losses[objective.name].loss
         place: KeyPath = ("stages", index, "losses", objective.name)
@@ -55,6 +55,7 @@ def check_label_losses(
 def _why_unreadable(recipe: Recipe, loss: str, classes: int | None) -> str:
     """Why a loss cannot read the labels of the data; empty if it can."""
     labels, multilabel = recipe.data.labels, LOSSES[loss].multilabel
+    per_class = "binary_cross_entropy" if LOSSES[loss].reads == "labels" else "multilabel_soft_targets"
     if labels == "none":
         return (
             "reads labels, and `data: {labels: none}` has none; take a loss that compares with the teacher (`hint`, "
@@ -62,8 +63,7 @@ def _why_unreadable(recipe: Recipe, loss: str, classes: int | None) -> str:
         )
     if labels == "multilabel" and not multilabel:
         return (
-            "reads one class an image, and `data: {labels: multilabel}` has any number of them; take "
-            "`binary_cross_entropy`"
+            f"reads one class an image, and `data: {{labels: multilabel}}` has any number of them; take `{per_class}`"
         )
     if labels == "class" and multilabel and classes not in (2, None):  # one output tells two classes
         return "reads any number of classes an image, and `data: {labels: class}` has one; take `cross_entropy`"

@@ -92,6 +92,8 @@ def _outputs_read(recipe: Recipe, stages: Stages) -> Iterator[_Read]:
                 if reads == "outputs":
                     other = "teacher" if side == "student" else "student"
                     yield _Read(side, tap, name, place, getattr(objective.outputs, other))
+                    if objective.reads_labels and side == "student":  # the teacher's may have a class map
+                        yield _Read(side, tap, name, place)
                 elif reads == "labels" and side == objective.of:
                     yield _Read(side, tap, name, place, multilabel=objective.resolved.multilabel)
     if recipe.teacher is not None and recipe.teacher.train is not None:

@@ -1,6 +1,7 @@
 """Every loss of extreme numbers has a finite value and finite gradients, or says why not."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from golden_losses import golden, inputs_of, loss_of, names
 from torch import Tensor, nn
 
 from probe_kd.errors import LossError
+from probe_kd.methods.losses.common import call_loss
 from probe_kd.methods.losses.table import LOSSES
 
 CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -49,8 +51,10 @@ def refusal(name: str, case: Any, sides: tuple[str, str], dtype: torch.dtype, ba
     if not all(it.isfinite().all() for it in (*parts(student), *(it for side in others for it in parts(side)))):
         return None  # 1e15 in float16
     leaves = tuple(it.requires_grad_() for it in parts(student))
-    loss = loss_of(name, case)
-    parameters = tuple(loss.float().parameters()) if isinstance(loss, nn.Module) else ()
+    loss, parameters = loss_of(name, case), tuple[Tensor, ...]()
+    if isinstance(loss, nn.Module):
+        parameters = tuple(it for it in loss.float().parameters() if it.requires_grad)
+        loss = partial(call_loss, loss, name, block_gradient=True)
     try:
         value = loss(leaves if isinstance(student, tuple) else leaves[0], *others, *given[compared:])
     except LossError as reason:
