@@ -47,6 +47,10 @@ SECTIONS = {
         "Schedules",
         "`weight`, and any number among the options of a loss, may be a schedule.",
     ),
+    "GradientShareOptions": (
+        "Shares",
+        "`weight` of a loss may be a share: the norm of its gradient, divided by that of the task's.",
+    ),
     "OptimizerOptions": ("`optimizer`", "In a stage, and in `teacher.train`."),
     "SchedulerOptions": (
         "`scheduler`",
@@ -235,6 +239,8 @@ def _kind(
         return (
             "a schedule"
             if entry["$ref"].endswith("ScheduleOptions")
+            else "a share"
+            if entry["$ref"].endswith("GradientShareOptions")
             else "a mapping"
             if one_of_several
             else ""

@@ -26,15 +26,18 @@ _HOME = {
     "Tap": "engine.spec",
     "Trace": "engine.spec",
     "Schedule": "engine.spec",
+    "Share": "engine.spec",
     "Sharing": "methods.sharing",
     "adapt": "methods.adapters",
     "compare": "results.comparison",
     "evaluate": "results.evaluation",
     "export": "results.export",
+    "follow_shares": "methods.gradients",
     "freeze": "engine.surgery",
     "graft": "methods.sharing",
     "load_student": "methods.sharing",
     "match": "engine.matching",
+    "measure_shares": "methods.gradients",
     "replace": "engine.surgery",
     "share": "engine.surgery",
     "share_convolutions": "methods.sharing",
@@ -56,6 +59,7 @@ __all__ = [
     "Probe",
     "ProbeKDError",
     "Schedule",
+    "Share",
     "Sharing",
     "Tap",
     "Trace",
@@ -64,10 +68,12 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "follow_shares",
     "freeze",
     "graft",
     "load_student",
     "match",
+    "measure_shares",
     "replace",
     "share",
     "share_convolutions",
@@ -78,12 +84,13 @@ __all__ = [
 if TYPE_CHECKING:
     from probe_kd.engine.matching import match
     from probe_kd.engine.probe import Probe
-    from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout, Pair, Schedule, Tap, Trace
+    from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout, Pair, Schedule, Share, Tap, Trace
     from probe_kd.engine.surgery import freeze, replace, share
     from probe_kd.engine.tracing import trace
     from probe_kd.errors import ProbeKDError
     from probe_kd.methods.adapters import Adapter, adapt
     from probe_kd.methods.distiller import Distiller
+    from probe_kd.methods.gradients import follow_shares, measure_shares
     from probe_kd.methods.losses.table import LOSSES, Loss
     from probe_kd.methods.objectives import Objective
     from probe_kd.methods.sharing import Sharing, graft, load_student, share_convolutions, share_trunk

@@ -315,6 +315,7 @@ def check(
         losses_table,
         models_table,
         plan_table,
+        shares_table,
         teacher_lines,
     )
     from probe_kd.tables import reach_table as reach
@@ -350,6 +351,7 @@ def check(
             losses_table(audited.costs, trains_teacher=trains_teacher),
             costs_table(audited.costs),
             *([reach(audited.reach)] if gradients else []),
+            *([shares_table(audited.shares, trains_teacher=trains_teacher)] if audited.shares else []),
         ):
             console.print(table)
         _print_notes(audited.remarks, console)
@@ -373,6 +375,7 @@ def _checked(planned: "Plan", idle: "list[Idle]", audited: "Audit | None") -> di
         "not_run": [asdict(row) for row in idle],
         "steps": [asdict(row) | {"memory": row.memory} for row in audited.costs] if audited else [],
         "gradients": [asdict(row) for row in audited.reach] if audited else [],
+        "shares": [asdict(row) for row in audited.shares] if audited else [],
     }
 
 

@@ -15,7 +15,7 @@ from probe_kd.console import amount, duration, size, table_of
 from probe_kd.engine import patterns
 from probe_kd.engine.matching import blocks, stages
 from probe_kd.engine.models import built_by_timm, packages
-from probe_kd.engine.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Tap, Trace
+from probe_kd.engine.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Share, Tap, Trace
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.measures import MEASURES, OF_LABELLED_SET, OF_PAIRS
 from probe_kd.methods.adapters import Target, adapt
@@ -25,7 +25,7 @@ from probe_kd.recipe.sections.outputs import role_of_teacher
 
 if TYPE_CHECKING:  # what they import takes a second, and `inspect` needs none of it
     from probe_kd.results.evaluation import Evaluation
-    from probe_kd.training.audit import Reach, StepCost
+    from probe_kd.training.audit import MeasuredShare, Reach, StepCost
 
 MUCH = 0.25  # of the work of training, from which the cost of an evaluation is told
 
@@ -172,7 +172,9 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def _weight(weight: float | Schedule) -> str:
+def _weight(weight: float | Schedule | Share) -> str:
+    if isinstance(weight, Share):
+        return str(weight)
     return f"{weight.start:g} to {weight.end:g}" if isinstance(weight, Schedule) else f"{weight:g}"
 
 
@@ -353,6 +355,18 @@ def reach_table(rows: Iterable["Reach"]) -> Table:
     table = table_of("Gradients on one batch, before training", "stage", "loss", "moves", "parameters>", "norm>")
     for row in rows:
         table.add_row(row.stage, row.loss, row.part, f"{row.reached}/{row.parameters}", f"{row.norm:.3g}")
+    return table
+
+
+def shares_table(rows: Iterable["MeasuredShare"], *, trains_teacher: bool) -> Table:
+    """Return a table of the weights that are a share of the task's gradient, with the norms of both gradients."""
+    columns = ("stage", "loss", "share>", "of", "its norm>", "norm of the loss>", "weight>")
+    table = table_of("Weights that are a share of a gradient, on one batch, before training", *columns)
+    if trains_teacher:
+        table.caption = "The teacher is not trained yet: the weights will have other values."
+    for row in rows:
+        numbers = (f"{value:.4g}" for value in (row.task_norm, row.norm, row.weight))
+        table.add_row(escape(row.stage), escape(row.loss), f"{row.share:g}", escape(row.of), *numbers)
     return table
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from math import cos, isfinite, pi
+from math import cos, inf, isfinite, pi
 from operator import index
 from typing import Any, Literal, Self
 
-from probe_kd.errors import DataError, TapError, TraceError, nearest
+from probe_kd.errors import DataError, LossError, TapError, TraceError, nearest
 
 
 class Layout(StrEnum):
@@ -218,7 +218,41 @@ class Schedule:
         return self.start + (self.end - self.start) * share
 
 
-def value_at(value: float | Schedule, epoch: float, epochs: int) -> float:
+@dataclass(frozen=True)
+class Share:
+    """A weight that makes the gradient of a loss a share of the task's: `Share(0.3)` makes its norm 0.3 of the task's.
+
+    The norms are those of the gradients at the student's parameters that both reach, averaged over the first `batches`
+    batches of a stage, before its first step: weight = share * |g_task| / |g_loss|. The task is the weighted sum of the
+    student's losses of labels, or without any, the first loss of outputs; `of` names another loss instead. The weight
+    then stays as it is. With `follow`, one batch in every `batches` is measured during the stage too, and enters an
+    exponential average of the norms with the weight 1 / `batches`.
+
+    Weights from ratios of gradient norms are also those of GradNorm (Chen et al. 2018, arXiv 1711.02257), which moves
+    them by how fast each loss falls, and of VQGAN (Esser et al. 2021, arXiv 2012.09841), at one layer and every step.
+
+    Raises LossError for a share that is not positive and finite, and for less than one batch.
+    """
+
+    share: float
+    of: str = field(default="", kw_only=True)
+    batches: int = field(default=10, kw_only=True)
+    follow: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.share, bool) or not isinstance(self.share, int | float) or not 0 < self.share < inf:
+            raise LossError(f"share {self.share!r} of the task's gradient: expected a number above 0, as in Share(0.3)")
+        if isinstance(self.batches, bool) or not isinstance(self.batches, int) or self.batches < 1:
+            raise LossError(f"batches {self.batches!r} of a share: expected a whole number above 0, as in 10")
+
+    def __str__(self) -> str:
+        return f"share {self.share:g}" + (f" of {self.of}" if self.of else "")
+
+
+def value_at(value: float | Schedule | Share, epoch: float, epochs: int) -> float:
+    """The value of a number after `epoch` of `epochs`. A `Share`, which has none before it is measured, counts as 1."""
+    if isinstance(value, Share):
+        return 1.0
     return value.at(epoch, epochs) if isinstance(value, Schedule) else value
 
 

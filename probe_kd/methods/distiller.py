@@ -34,6 +34,7 @@ from probe_kd.methods.naming import by_teacher, compared_alone, name_teachers, t
 from probe_kd.methods.normalisation import fitted_norms
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.outputs import tensor_at
+from probe_kd.methods.shares import ShareWeights, has_shares
 from probe_kd.methods.sharing import Sharing
 from probe_kd.methods.targets import (
     CachedTargets,
@@ -100,7 +101,8 @@ class Distiller(nn.Module):
     the step's `index`, the number of each image among them.
 
     `sharing` says what the two models share, as returned by `share_convolutions`, `share_trunk` and `graft`. A weight
-    or an option that is a `Schedule` changes when `set_epoch` is called. The hooks stay on until `close()`.
+    or an option that is a `Schedule` changes when `set_epoch` is called. A weight that is a `Share` is measured by
+    `measure_shares` before the first step. The hooks stay on until `close()`.
 
     If no gradient can reach a captured feature of the student, the step raises an error that names the tap. Everything
     is planned in the constructor, with traces if you pass them (for a model that trains: in training mode): layers that
@@ -170,8 +172,14 @@ class Distiller(nn.Module):
             TeacherDropping(compared_alone(self.objectives), teacher_dropping, seed) if teacher_dropping else None
         )
         block_gradient = not self._teacher.passes_gradient
+        self.shares = ShareWeights(self.objectives) if has_shares(self.objectives) else None
         self._terms = Terms(
-            self.objectives, self.adapters, self.losses, block_gradient=block_gradient, dropping=dropping
+            self.objectives,
+            self.adapters,
+            self.losses,
+            block_gradient=block_gradient,
+            dropping=dropping,
+            shares=self.shares,
         )
         self._frozen = [student.get_parameter(name) for name in freeze_layers(student, freeze)]
         self._frozen_norms = norms_in(student, freeze)
@@ -214,6 +222,12 @@ class Distiller(nn.Module):
         if self._terms.dropping is not None:
             device = next((parameter.device for parameter in self.student.parameters()), torch.device("cpu"))
             self._terms.dropping.begin(epoch, device)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The present weight of each objective by its name. Raises LossError for a `Share` that was not measured."""
+        names = (objective.name for objective in self.objectives)
+        return dict(zip(names, self._terms.weights, strict=True))
 
     def forward(
         self,

@@ -6,7 +6,7 @@ from itertools import chain
 from math import isfinite
 from typing import Any, Literal
 
-from probe_kd.engine.spec import Pair, Schedule, Tap, value_at
+from probe_kd.engine.spec import Pair, Schedule, Share, Tap, value_at
 from probe_kd.errors import LossError, nearest
 from probe_kd.methods.adapters import Activation, Grid, Normalize, Policy, Projector, Tokens
 from probe_kd.methods.comparisons import Comparison, as_pairs, of_layers, of_outputs
@@ -40,7 +40,7 @@ class Objective:
     times the weight of the pair.
 
     `options` are the keyword arguments of the loss function. `policy`, `tokens`, `normalize`, `projector`,
-    `activation` and `grid` are those of `adapt`. `weight` and any option may be a Schedule.
+    `activation` and `grid` are those of `adapt`. `weight` and any option may be a Schedule, and `weight` a Share.
 
     `tokens="all"` compares every part of a pair, as two terms with an adapter each: the class tokens with each other
     (where only one model has one, with the other's mean over positions; where none has one, the means), and the
@@ -64,7 +64,7 @@ class Objective:
 
     loss: str | Loss
     name: str = ""
-    weight: float | Schedule = field(default=1.0, kw_only=True)
+    weight: float | Schedule | Share = field(default=1.0, kw_only=True)
     pairs: Sequence[Pair] = field(default=(), kw_only=True)
     options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     policy: Policy = field(default="auto", kw_only=True)
@@ -108,6 +108,11 @@ class Objective:
             raise LossError(f"an objective cannot be named {self.name!r}: the result has that key already")
         loss.check_call(loss_name)
         loss.check_options(loss_name, self.options, _BESIDE)
+        for key, value in self.options.items():
+            if isinstance(value, Share):
+                raise LossError(
+                    f"option {key!r} of {loss_name!r} is a Share, which only `weight` may be; give a number"
+                )
         self._try(loss_name)
         if loss.reads_layers and not self.pairs:
             raise LossError(

@@ -13,6 +13,7 @@ from probe_kd.methods.losses.common import call_loss, check_finite
 from probe_kd.methods.losses.labels import check_labels
 from probe_kd.methods.losses.multilabel import check_shares
 from probe_kd.methods.objectives import Objective
+from probe_kd.methods.shares import ShareWeights
 from probe_kd.methods.targets import compared, module_key, teacher_side
 from probe_kd.methods.teachers import TeacherFeatures
 
@@ -23,8 +24,8 @@ Given = Mapping[str, Tensor | None]  # what a step got beside the images: `label
 class Terms:
     """Evaluate the objectives: `terms(student, teacher, target)` returns their weighted sum, and each one's value.
 
-    `weights` and `options` are the current values, which `set_epoch` updates. `checked` tells whether the values of a
-    step were checked; on a device other than the CPU, only the first step is.
+    `weights` and `options` are the current values, which `set_epoch` updates; the weights of `shares` are measured.
+    `checked` tells whether the values of a step were checked; on a device other than the CPU, only the first step is.
     """
 
     def __init__(
@@ -35,20 +36,26 @@ class Terms:
         *,
         block_gradient: bool,
         dropping: TeacherDropping | None = None,
+        shares: ShareWeights | None = None,
     ) -> None:
         self.objectives, self.adapters, self.losses = objectives, adapters, losses
         self.block_gradient = block_gradient
-        self.dropping = dropping
+        self.dropping, self.shares = dropping, shares
         self.checked = False
         self.set_epoch(0, 1)
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
         """Set every weight and option that is a `Schedule` to its value after `epoch` of `epochs`."""
-        self.weights = [value_at(objective.weight, epoch, epochs) for objective in self.objectives]
+        self._scheduled = [value_at(objective.weight, epoch, epochs) for objective in self.objectives]
         self.options = [
             {name: value_at(value, epoch, epochs) for name, value in objective.options.items()}
             for objective in self.objectives
         ]
+
+    @property
+    def weights(self) -> list[float]:
+        """The present weight of each objective. Raises LossError for a `Share` that was not measured."""
+        return self._scheduled if self.shares is None else self.shares.inserted(self._scheduled)
 
     def __call__(
         self,

@@ -110,8 +110,13 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         if ema:  # the average is of the student alone
             return {}
-        states = {name: getattr(self.distiller, name).state_dict() for name in ("adapters", "losses")}
+        states = {name: getattr(self.distiller, name).state_dict() for name in self._state_parts}
         return {name: state for name, state in states.items() if state}
+
+    @property
+    def _state_parts(self) -> list[str]:
+        """The names of the distiller's parts, beside the student, that have a state."""
+        return ["adapters", "losses", *(["shares"] if self.distiller.shares is not None else [])]
 
     def load_task_state(
         self,
@@ -121,5 +126,5 @@ class DistillationTask(TrainingTask):  # type: ignore[misc]  # timm has no types
         ema: bool = False,
     ) -> None:
         if state and not ema:
-            for name in ("adapters", "losses"):
+            for name in self._state_parts:
                 getattr(self.distiller, name).load_state_dict(state.get(name, {}), strict=strict)

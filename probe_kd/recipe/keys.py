@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from probe_kd.data.options import DataOptions, InputSize, null_as_none_word
-from probe_kd.engine.spec import Schedule, Tap, check_model_name
+from probe_kd.engine.spec import Schedule, Share, Tap, check_model_name
 from probe_kd.errors import LossError, TapError
 from probe_kd.methods.adapters import Activation, Grid, Normalize, Policy, Projector, Tokens
 from probe_kd.methods.sharing import Pattern
@@ -156,8 +156,46 @@ Scheduled = Annotated[
 ]
 
 
-def _not_negative(weight: float | ScheduleOptions) -> float | ScheduleOptions:
+class GradientShareOptions(_Section):
+    """A weight that makes the norm of a loss's gradient a `share` of the task's, at the parameters that both reach.
+
+    The task is the student's losses of labels, or without any, the first loss of outputs; `of` names another loss. The
+    norms are averaged over the first `batches` batches of the stage, before its first step. With `follow`, one batch in
+    every `batches` is measured during the stage too, and moves the weight.
+    """
+
+    share: float = Field(gt=0)
+    of: Name | None = None
+    batches: int = Field(default=10, ge=1)
+    follow: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_schedule(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and set(value) & set(ScheduleOptions.model_fields):
+            raise ValueError("a weight is a share or a schedule, not both; give `share` alone, or `start` and `end`")
+        return value
+
+
+def _kind_of_weight(value: Any) -> str:
+    """The branch of a weight. Its tag is no key, or the place of an error would be taken for that of the key."""
+    keys = set(value) if isinstance(value, Mapping) else set()
+    is_share = isinstance(value, GradientShareOptions) or keys & set(GradientShareOptions.model_fields)
+    return "relative" if is_share else _kind_of_number(value)
+
+
+Weight = Annotated[
+    Annotated[float, Tag("number")]
+    | Annotated[ScheduleOptions, Tag("schedule")]
+    | Annotated[GradientShareOptions, Tag("relative")],
+    Discriminator(_kind_of_weight),
+]
+
+
+def _not_negative(weight: float | ScheduleOptions | GradientShareOptions) -> Any:
     """Refuse a negative weight, which would reward the student for differing from the teacher or the labels."""
+    if isinstance(weight, GradientShareOptions):
+        return weight
     smallest = min(weight.start, weight.end) if isinstance(weight, ScheduleOptions) else weight
     if smallest < 0:
         got = f", got {smallest:g}" if isinstance(weight, ScheduleOptions) else ""
@@ -166,7 +204,9 @@ def _not_negative(weight: float | ScheduleOptions) -> float | ScheduleOptions:
 
 
 def schedule(value: Any) -> Any:
-    """A Schedule for ScheduleOptions; any other value unchanged."""
+    """A Schedule for ScheduleOptions, a Share for GradientShareOptions; any other value unchanged."""
+    if isinstance(value, GradientShareOptions):
+        return Share(**value.model_dump(exclude_none=True))
     return Schedule(**value.model_dump()) if isinstance(value, ScheduleOptions) else value
 
 
@@ -257,7 +297,8 @@ class LossOptions(BaseModel):
 
     `student` and `teacher` are the taps that a loss of outputs or labels reads, by default the `output` of the model.
 
-    `weight` and any number among the arguments may be a schedule: `{start: 4, end: 1, epochs: 400}`.
+    `weight` and any number among the arguments may be a schedule: `{start: 4, end: 1, epochs: 400}`. `weight` may also
+    be a share of the task's gradient: `{share: 0.3}`.
 
     `pairs` are pairs of the loss's own, in the forms of the recipe's `pairs`, or a list of student layers, which
     selects among those.
@@ -267,7 +308,7 @@ class LossOptions(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     loss: str
-    weight: Annotated[Scheduled, AfterValidator(_not_negative)] = 1.0
+    weight: Annotated[Weight, AfterValidator(_not_negative)] = 1.0
     policy: Policy = "auto"
     tokens: Tokens = "drop"
     normalize: Normalize = "none"

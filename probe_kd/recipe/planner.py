@@ -27,6 +27,7 @@ from probe_kd.recipe.sections.losses import (
     Planned,
     check_baseline,
     check_dropping,
+    check_shares,
     check_sides,
     find_adapters,
     make_objectives,
@@ -437,7 +438,7 @@ def _plan_losses(
     for index in range(len(recipe.stages)):
         of_stage, more = make_objectives(recipe, index, paired, "body." if grown else "", datasets)
         objectives.append(of_stage)
-        mistakes += more + check_sides(recipe, index, of_stage)
+        mistakes += more + check_sides(recipe, index, of_stage) + check_shares(recipe, index, of_stage)
         mistakes += check_label_losses(recipe, index, of_stage, models.classes)
     mistakes += check_use(recipe, paired, objectives)
     traces = grown or models.student, models.traces if paired.is_known else None

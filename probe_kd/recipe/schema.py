@@ -114,7 +114,12 @@ DESCRIPTIONS = {
     "decay_rate": "Factor on the learning rate, for `step`, `multistep` and `poly`.",
     # losses and pairs
     "loss": "Name of the loss.",
-    "weight": "Factor on the loss: a number, or a schedule `{start: 4, end: 1}`.",
+    "weight": "Factor on the loss: a number, a schedule `{start: 4, end: 1}`, or a share of the task's gradient "
+    "`{share: 0.3}`.",
+    "GradientShare.share": "Norm of the weighted gradient, divided by that of the task's. The weight follows from it.",
+    "GradientShare.of": "The loss that is the task. Not set: all losses of labels; without any, the first of outputs.",
+    "batches": "How many batches are measured before the first step of the stage.",
+    "follow": "Go on measuring one batch in every `batches` during the stage, as an exponential average.",
     "Pair.teacher": "The teacher's layer that this student layer learns from.",
     "Pair.weight": "Factor on this pair's share of every loss. With 0 the pair is measured by `probe-kd eval`, not "
     "trained.",

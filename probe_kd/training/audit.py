@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from probe_kd.data.loading import loader
 from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
-from probe_kd.methods.gradients import gradient_norms, training_only
+from probe_kd.methods.gradients import gradient_norms, measure_shares, training_only
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.fitting import fit_for_trial
 from probe_kd.training.models import Models
@@ -28,6 +28,7 @@ from probe_kd.training.trial import (
     complaints,
     first_batch,
     one_step,
+    share_complaints,
     student_of,
     too_large,
     untrained,
@@ -77,13 +78,33 @@ class StepCost:
 
 
 @dataclass(frozen=True)
+class MeasuredShare:
+    """The weight that makes the gradient of a loss its `share` of that of `of`, measured on one batch before training.
+
+    `task_norm` and `norm` are the norms of the two gradients, without that weight, at the parameters that both reach.
+    """
+
+    stage: str
+    loss: str
+    share: float
+    of: str
+    task_norm: float
+    norm: float
+    weight: float
+
+
+@dataclass(frozen=True)
 class Audit:
-    """The result of `audit`: the reach of every loss, the cost of a step in every stage, errors and remarks."""
+    """The result of `audit`: the reach of every loss, the cost of a step in every stage, errors and remarks.
+
+    `shares` are the weights that are a share of the task's gradient.
+    """
 
     reach: tuple[Reach, ...]
     costs: tuple[StepCost, ...]
     wrong: tuple[str, ...]
     remarks: tuple[str, ...] = ()
+    shares: tuple[MeasuredShare, ...] = ()
 
 
 def audit(plan: Plan) -> Audit:
@@ -109,6 +130,7 @@ def _audit(plan: Plan, models: Models) -> Audit:
     costs: list[StepCost] = []
     reach: list[tuple[str, Norms]] = []
     remarks: list[str] = []
+    shares: list[MeasuredShare] = []
     steps = len(loader(plan.datasets.train, plan.recipe.data, models.images_for(trained), training=True))
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
@@ -117,11 +139,27 @@ def _audit(plan: Plan, models: Models) -> Audit:
         reach.append((phase.name, norms))
         reaches += [part for loss in norms for part in _by_part(phase.name, loss, norms[loss], distiller)]
         reached_names = {name for loss in norms.values() for name in loss}
-        if reached_names:
+        shares_are_wrong = share_complaints([phase], reach[-1:])
+        if distiller.shares is not None and not shares_are_wrong:
+            shares += _measured(models, phase, distiller, batch)
+        if reached_names and not shares_are_wrong:
             costs.append(_cost(models, phase, distiller, batch, reached_names, steps, remarks))
         distiller.close()
-    wrong = (*_no_numbers(costs), *complaints(reach))
-    return Audit(tuple(reaches), tuple(costs), wrong, (*untrained(models, trained, reach, batch.images), *remarks))
+    wrong = (*_no_numbers(costs), *complaints(reach), *share_complaints(trained.phases, reach))
+    all_remarks = (*untrained(models, trained, reach, batch.images), *remarks)
+    return Audit(tuple(reaches), tuple(costs), wrong, all_remarks, tuple(shares))
+
+
+def _measured(models: Models, phase: Phase, distiller: Distiller, batch: TrialBatch) -> list[MeasuredShare]:
+    """Measure the weights of a stage that are a share of the task's gradient."""
+    shares = distiller.shares
+    assert shares is not None
+    with models.accelerator.autocast():
+        measure_shares(distiller, [(batch.images, batch.target, None, batch.indices)])
+    return [
+        MeasuredShare(phase.name, shares.names[index], share.share, shares.task(index), task, own, shares.values[index])
+        for (index, share), (task, own) in zip(shares.shares.items(), shares.norms.tolist(), strict=True)
+    ]
 
 
 def _cost(

@@ -18,11 +18,14 @@ from probe_kd.data.loading import Views, loader, mixer, readable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
 from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.gradients import follow_shares
 from probe_kd.methods.targets import CachedTargets
 from probe_kd.recipe.keys import CompileOptions, Recipe
 from probe_kd.training.devices import memory_format
 from probe_kd.training.optimizers import make_optimizer, make_scheduler
 from probe_kd.training.phase import Phase
+
+StepArguments = tuple[Tensor, Tensor | None, CachedTargets | None, Tensor | None]
 
 
 class Loop:
@@ -82,14 +85,22 @@ class Loop:
         self._begin(self.phase.age + epoch)
         self.module.train()
         self.finished = first
-        for step, (images, target, indices) in enumerate(readable(self.batches.skip(first)), first):
-            if self.mix is not None:
-                images, target = self.mix(images, target)
-            if self.unlabelled:
-                target = None
-            index = indices.to(images.device) if self.distiller.reads_index else None
-            if self._step(epoch, step, images, target, self._targets(images, indices), index):
+        for step, batch in enumerate(readable(self.batches.skip(first)), first):
+            if self._step(epoch, step, *self._arguments(*batch)):
                 yield step + 1
+
+    def first_batches(self) -> Iterator[StepArguments]:
+        """The arguments of the steps of the phase's first epoch, for what is measured before them."""
+        self._begin(self.phase.age)
+        for batch in readable(self.batches):
+            yield self._arguments(*batch)
+
+    def _arguments(self, images: Tensor, target: Tensor, indices: Tensor) -> StepArguments:
+        """The arguments of the step on a batch: mixed images, labels, cached targets, and the images' numbers."""
+        if self.mix is not None:
+            images, target = self.mix(images, target)
+        index = indices.to(images.device) if self.distiller.reads_index else None
+        return images, None if self.unlabelled else target, self._targets(images, indices), index
 
     def _begin(self, age: int) -> None:
         self.views.begin(age)
@@ -168,6 +179,8 @@ class Loop:
         if step % accumulated == 0:
             self.schedule.step_update(update)
         self.distiller.set_epoch(epoch + step / self.steps, self.phase.epochs)
+        with self.accelerator.autocast():
+            follow_shares(self.distiller, epoch * self.steps + step, images, target, cached_targets, index)
         with nullcontext() if updates else self.accelerator.no_sync(self.module):
             result = self.module(images, target, cached_targets, index)
             self.accelerator.backward(result["loss"] / group)

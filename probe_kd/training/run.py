@@ -42,6 +42,7 @@ from probe_kd.training.progress import Progress
 from probe_kd.training.records import TABLES, write_report
 from probe_kd.training.saving import Saver
 from probe_kd.training.scoring import Score, Scorer
+from probe_kd.training.shares import measure_weights
 from probe_kd.training.state import Result, Row, TrainState
 from probe_kd.training.teacher_cache import open_caches
 from probe_kd.training.trial import check_student, reached, too_large
@@ -198,7 +199,12 @@ class Run:
     def _train_phase(self, trained: TrainedModel, phase: Phase) -> nn.Module | None:
         """Train one phase, and return the moving average of the student if there is one."""
         with self._prepared(trained, phase) as loop, ExitStack() as cleanup:
-            self.saver.restore(loop) if self.saver.checkpoint else self.saver.save(loop)
+            if self.saver.checkpoint:
+                self.saver.restore(loop)
+            else:
+                set_seed(self._seed_of_epoch(phase.age), device_specific=True)  # to mix images as the epoch will
+                measure_weights(loop, trained.role, self.progress)
+                self.saver.save(loop)
             cleanup.callback(self.progress.end)
             title, names = f"{trained.role}: {phase.name}", [objective.name for objective in phase.objectives]
             self.progress.begin(title, phase.epochs, loop.steps, self.state.epoch, self.state.step, losses=names)
@@ -237,6 +243,10 @@ class Run:
             self.progress.tell(f"{trained.role}: {loop.phase.name}: {counts} in {cache.folder}")
         if self.saver.take_best(loop):
             self.scorer.latest.clear()
+        if (shares := loop.distiller.shares) is not None:
+            self.state.measured_weights[loop.phase.name] = shares.by_name
+            if any(share.follow for share in shares.shares.values()):
+                self.progress.tell(f"{trained.role}: {loop.phase.name}: at the end, {shares}")
         adapters = loop.distiller.adapters
         for name, own in (("adapters", adapters), ("losses", loop.distiller.losses)):
             if not all(bool(tensor.isfinite().all()) for tensor in own.parameters()):
@@ -249,7 +259,7 @@ class Run:
         state, started = self.state, time.perf_counter()
         first, seconds_before = state.step, state.seconds
         if not first:  # otherwise the checkpoint has restored the generators
-            set_seed((self.plan.recipe.seed * 1_000_003 + loop.phase.age + epoch + 1) % 2**31, device_specific=True)
+            set_seed(self._seed_of_epoch(loop.phase.age + epoch), device_specific=True)
         loop.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in state.sums.items()}
         try:
             with _explained(state, self.saver.folder):
@@ -264,6 +274,10 @@ class Run:
         loop.average_over_processes()
         images = (loop.steps - first) * self.plan.recipe.data.batch_size * self.accelerator.num_processes
         return {"images_per_second": round(images / seconds, 1), "lr": loop.rate, **self._means(loop, loop.steps)}
+
+    def _seed_of_epoch(self, age: int) -> int:
+        """The seed of an epoch's random numbers, after `age` epochs of the recipe."""
+        return (self.plan.recipe.seed * 1_000_003 + age + 1) % 2**31
 
     def _after_update(self, loop: Loop, done: int) -> None:
         """Show the progress, save a checkpoint and stop, if it is time to."""
@@ -369,6 +383,7 @@ class Run:
             measures={**score.measures, **measures, **means(pairs)},
             ema_measures={**ema_score.measures, **ema_measures},
             pairs=pairs,
+            measured_weights=self.state.measured_weights,
             **score.classes,
         )
 

@@ -54,7 +54,8 @@ class Result:
     they mean nothing. `measures` are the other measures by their names in `MEASURES`, and `pairs` the score of every
     pair. `seconds` is the time of training. `weights` is the file in the run's folder, empty if the model was not
     trained. `ema_accuracy`, `ema_measures` and `ema_weights` are those of the moving average. `images` counts the test
-    images of every class, and `right` those that are classified correctly.
+    images of every class, and `right` those that are classified correctly. `measured_weights` are the weights of losses
+    that are a share of the task's gradient, by stage and loss, at the end of the stage.
     """
 
     role: str
@@ -73,6 +74,7 @@ class Result:
     measures: dict[str, float] = field(default_factory=dict)
     ema_measures: dict[str, float] = field(default_factory=dict)
     pairs: list[PairScore] = field(default_factory=list)
+    measured_weights: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def value(self, measure: str) -> float | None:
         """The value of a measure; None if it was not taken."""
@@ -91,13 +93,14 @@ class TrainState:
     step: int = 0  # batches of the epoch after them that are done
     sums: dict[str, float] = field(default_factory=dict)  # of the losses of these batches
     seconds: float = 0.0  # spent on this model
+    measured_weights: dict[str, dict[str, float]] = field(default_factory=dict)  # of this model, by stage and loss
     best: float | None = None  # of this phase, if it keeps the best epoch: the lowest held-out loss, or minus a measure
 
     def begin(self, role: str) -> None:
         """Begin a model, unless it is the one that a resumed run continues with."""
         if self.role != role:
             self.role, self.phase, self.epoch, self.step, self.sums = role, 0, 0, 0, {}
-            self.seconds, self.best = 0.0, None
+            self.seconds, self.best, self.measured_weights = 0.0, None, {}
 
     def begin_phase(self, index: int) -> None:
         if self.phase != index:

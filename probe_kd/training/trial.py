@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from probe_kd.data.loading import loader, placeholder, readable
+from probe_kd.engine.spec import Share
 from probe_kd.engine.surgery import in_pattern
 from probe_kd.errors import ProbeKDError, RunError, for_all, short
 from probe_kd.methods.distiller import Distiller
@@ -18,10 +19,12 @@ from probe_kd.methods.gradients import gradient_norms
 from probe_kd.methods.normalisation import without_statistics
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.outputs import output_spec
+from probe_kd.methods.shares import complaint_about, task_of
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.devices import memory_format
 from probe_kd.training.fitting import fit_for_trial
 from probe_kd.training.models import Models, TrainedModel
+from probe_kd.training.phase import Phase
 from probe_kd.training.progress import Progress
 
 MOST_TRIED = 16  # images of the batch that is tried before training
@@ -46,7 +49,8 @@ def check_student(plan: Plan, accelerator: Accelerator, progress: Progress) -> N
         trained = student_of(models)
         batch = first_batch(models, trained, most=MOST_TRIED)
         reach = reach_of(models, trained, batch)
-        wrong_and_remarks = complaints(reach), untrained(models, trained, reach, batch.images)
+        wrong = [*complaints(reach), *share_complaints(trained.phases, reach)]
+        wrong_and_remarks = wrong, untrained(models, trained, reach, batch.images)
     accelerator.free_memory()
     wrong, remarks = broadcast_object_list([wrong_and_remarks])[0]  # so that all processes end, or none
     if wrong:
@@ -149,6 +153,25 @@ def complaints(reach: Sequence[tuple[str, Norms]]) -> list[str]:
                 errors.append(
                     f"loss `{loss}` of stage `{stage}` moves nothing; leave it out, or compare what can be trained"
                 )
+    return errors
+
+
+def share_complaints(phases: Sequence[Phase], reach: Sequence[tuple[str, Norms]]) -> list[str]:
+    """List the weights that cannot be a share of the task's gradient on a first batch."""
+    errors = []
+    for phase, (stage, norms) in zip(phases, reach, strict=True):
+        for index, objective in enumerate(phase.objectives):
+            if not isinstance(objective.weight, Share):
+                continue
+            names = [phase.objectives[position].name for position in task_of(phase.objectives, index)]
+            common = [
+                (task_norm, norms[objective.name][parameter])
+                for name in names
+                for parameter, task_norm in norms[name].items()
+                if parameter.startswith("student.") and parameter in norms[objective.name]
+            ]
+            if complaint := complaint_about(objective.name, " + ".join(names), common):
+                errors.append(f"stage `{stage}`: {complaint}")
     return errors
 
 

@@ -1,5 +1,6 @@
 """Several processes: what two of them train is what one does with the same batches, and nothing hangs or is lost."""
 
+import json
 import os
 import re
 import shutil
@@ -39,10 +40,13 @@ def alike(tmp_path: Path) -> str:
 
 
 def test_two_processes_train_what_one_does_with_the_whole_batch(alike: str, tmp_path: Path) -> None:
-    whole, half = halves(alike)
+    """Also the weight of a loss, which follows the gradients of all processes."""
+    whole, half = halves(alike.replace("weight: 0.5", "weight: {share: 0.5, batches: 2, follow: true}"))
     run(whole, tmp_path / "one")
     assert run_by_two(half, tmp_path / "two") == ["done", "done"]
     close(tmp_path / "one", tmp_path / "two", 1e-4)
+    one, two = (json.loads((tmp_path / run_ / "summary.json").read_text())["results"][-1] for run_ in ("one", "two"))
+    assert one["measured_weights"]["task"]["soft"] == pytest.approx(two["measured_weights"]["task"]["soft"], rel=1e-4)
     assert (tmp_path / "two" / "student-ema.safetensors").exists()
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from probe_kd.data.datasets import Datasets
-from probe_kd.engine.spec import Pair, Schedule, Tap, Trace, Traces, value_at
+from probe_kd.engine.spec import Pair, Schedule, Share, Tap, Trace, Traces, value_at
 from probe_kd.errors import LossError
 from probe_kd.methods.dropping import TeacherDropping
 from probe_kd.methods.fitting import refuse_moving_target
 from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.naming import compared_alone, name_teachers
 from probe_kd.methods.objectives import Comparison, Objective
+from probe_kd.methods.shares import task_of
 from probe_kd.methods.targets import make_adapter
 from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, schedule
 from probe_kd.recipe.sections.labels import with_class_weights
@@ -107,6 +108,25 @@ def check_dropping(recipe: Recipe, index: int, objectives: Sequence[Objective]) 
     mistakes: list[Mistake] = []
     with noting(mistakes, "stages", index, "teacher_dropping"):
         TeacherDropping(compared_alone(objectives), stage.teacher_dropping, recipe.seed)
+    return mistakes
+
+
+def check_shares(recipe: Recipe, index: int, objectives: Sequence[Objective]) -> list[Mistake]:
+    """Check of which loss the weights are a share, and that `keep: best` compares losses of equal weights."""
+    stage = recipe.stages[index]
+    mistakes: list[Mistake] = []
+    for position, objective in enumerate(objectives if len(objectives) == len(stage.losses) else ()):
+        share = objective.weight
+        if not isinstance(share, Share):
+            continue
+        place: KeyPath = ("stages", index, "losses", objective.name, "weight")
+        with noting(mistakes, *place, *(["of"] if share.of else [])):
+            task_of(objectives, position)
+        if share.follow and stage.keep == "best":
+            message = (
+                "`follow` changes the weight, so `keep: best` would compare losses of unlike weights; leave one out"
+            )
+            mistakes.append(((*place, "follow"), message))
     return mistakes
 
 
