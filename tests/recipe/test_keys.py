@@ -141,7 +141,7 @@ MEANING = [
         "blocks.0: layer2",
         "blocks.0: {teacher: layer2, tokens: none}",
         13,
-        "expected 'drop', 'cls', 'pool' or 'all', got 'none'",
+        "expected 'drop', 'cls', 'pool', 'all' or 'flatten', got 'none'",
     ),
     ("blocks.0: layer2", "patch_embed: {teacher: layer2, tokens: cls}", 13, "neither 'patch_embed' nor 'layer2' has"),
     ("num_heads: 2", "num_heads: 2, num_classes: 7", 3, "the student's classifier has 7 classes and the data 10"),
