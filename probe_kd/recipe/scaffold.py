@@ -147,6 +147,21 @@ METHODS = {
         ),
         pairs="vector",
     ),
+    "rsd": Method(
+        "RSD (Zhang et al. 2025): the channels of the vector of an image by correlation, beside the labels",
+        _stage("distil", 10, _TASK, "channels: {loss: rsd, reduction: sum, weight: 0.1}"),
+        pairs="vector",
+    ),
+    "crd": Method(
+        "CRD (Tian et al. 2020): the vector of an image against a memory of the training images, beside the labels",
+        _stage("distil", 10, _TASK, "contrast: {loss: crd, negatives: 16384, temperature: 0.07, weight: 0.8}"),
+        pairs="vector",
+    ),
+    "review": Method(
+        "ReviewKD (Chen et al. 2021): every layer of the teacher with the student's and all deeper ones",
+        _stage("distil", 10, _TASK, "review: {loss: review, weight: {start: 0.0, end: 1.0, epochs: 2}}"),
+        pairs="all",
+    ),
     "rocket": Method(
         "Rocket Launching (Zhou et al. 2018): both train together and have layers in common",
         _stage(

@@ -25,6 +25,7 @@ from probe_kd.training.state import PairScore
 
 # The images of the curves, of the final figures, and those by which an epoch is chosen. Often they are the same.
 MeasuredSplit = Literal["val", "test", "choice"]
+_HELD_OUT = -1  # the number of an image that is not among the training images
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,9 @@ class Scorer:
         distiller.set_epoch(loop.phase.epochs, loop.phase.epochs)  # one measure for all epochs, whatever is scheduled
         for images, target in readable(held_out_batches.prepare(accelerator), "held-out"):
             if len(target) > 1 or not losses:  # one image has no variance, which some losses divide by
+                index = torch.full((len(images),), _HELD_OUT, device=images.device)
                 with accelerator.autocast():
-                    loss = distiller(images, None if dataset_has_no_labels else target)["loss"]
+                    loss = distiller(images, None if dataset_has_no_labels else target, index=index)["loss"]
                 losses.append(accelerator.gather_for_metrics(loss.repeat(len(target))).cpu())
         return torch.cat(losses).double().mean().item()
 

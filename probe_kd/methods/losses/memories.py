@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import check_same_shape, drawn, gathered, has_values, unit
+from probe_kd.methods.losses.common import check_same_shape, drawn, gathered, has_values, power_of_two, unit
 
 
 class PatchSimilarityQueue(nn.Module):
     """Compute KL(softmax(Q v_t / T) || softmax(Q v_s / T)), where Q are the teacher's last vectors, from many images.
 
-    All vectors have length 1. It is the first form of LightlyTrain's distillation, with its temperature 0.07. Q are
-    the teacher's vectors of this batch and of the batches before, up to `size`: 8192 in LightlyTrain from 20 000
-    images on, and about half of the images below. A new queue fills up over the first steps, and places that are still
-    empty do not count. Of a batch with more vectors than the queue, evenly spaced ones enter. All processes enter all
-    vectors. In evaluation mode, the queue stays as it is.
+    All vectors have length 1, but a student's counts as no shorter than 1e-4, so that zeros have a bounded gradient.
+    It is the first form of LightlyTrain's distillation, with its temperature 0.07. Q are the teacher's vectors of
+    this batch and of the batches before, up to `size`: 8192 in LightlyTrain from 20 000 images on, and about half of
+    the images below. A new queue fills up over the first steps, and places that are still empty do not count. Of a
+    batch with more vectors than the queue, evenly spaced ones enter. All processes enter all vectors. In evaluation
+    mode, the queue stays as it is.
 
     Shapes: two features (batch, channels, ...) of one shape; each position is compared, with the mean over all.
     """
@@ -45,7 +46,8 @@ class PatchSimilarityQueue(nn.Module):
         self, student: Float[Tensor, "batch channels ..."], teacher: Float[Tensor, "batch channels ..."]
     ) -> Float[Tensor, ""]:
         check_same_shape(student, teacher, "patch_similarity_queue")
-        rows, targets = (unit(side.movedim(1, -1).flatten(0, -2)) for side in (student, teacher))
+        rows, targets = (side.movedim(1, -1).flatten(0, -2) for side in (student, teacher))
+        rows, targets = self._bounded_unit(rows), unit(targets)
         size = len(self.queue)
         entering = gathered(targets) if self.training else targets.detach()
         entering = entering[:: -(-len(entering) // size)]
@@ -57,6 +59,10 @@ class PatchSimilarityQueue(nn.Module):
         empty = torch.arange(size, device=filled.device) >= filled
         log_p, log_q = (self._log_softmax(side @ queue.mT, empty) for side in (rows, targets))
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+    @staticmethod
+    def _bounded_unit(rows: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:
+        return F.normalize(rows / power_of_two(rows.abs().amax(1, keepdim=True)).clamp_min(1.0), dim=1, eps=1e-4)
 
     def _log_softmax(self, similarities: Float[Tensor, "rows size"], empty: Tensor) -> Float[Tensor, "rows size"]:
         # An empty place has the probability exp(-1e4) = 0; minus infinity would make 0 * inf of it.

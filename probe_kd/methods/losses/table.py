@@ -13,10 +13,13 @@ from probe_kd.errors import LossError, nearest, nearest_truth
 from probe_kd.methods.losses.features import cwd, hint, ickd, pkd, smooth_l1, token_match
 from probe_kd.methods.losses.labelled_outputs import OFAExits, dkd, nkd, ofa
 from probe_kd.methods.losses.labels import cross_entropy
+from probe_kd.methods.losses.learned import MGD, RSD, SRRL, VID
 from probe_kd.methods.losses.maps import attention, gram_tokens, nst, patch_similarity
 from probe_kd.methods.losses.matrices import fsp, gram
+from probe_kd.methods.losses.memories import CRD, PatchSimilarityQueue
 from probe_kd.methods.losses.multilabel import binary_cross_entropy, multilabel_soft_targets
 from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
+from probe_kd.methods.losses.review import ReviewKD
 
 Reads = Literal["labels", "outputs", "features", "vectors", "maps", "grams", "flows", "all_pairs"]
 Also = Literal["labels", "index"]
@@ -37,7 +40,7 @@ class Loss:
       positions), each of its own grid and width
 
     `also` names further arguments, which follow the teacher's in this order: `labels` are the target of the step, and
-    `index` is the number of each image among the training images.
+    `index` is the number of each image among the training images, and -1 for one that is held out, in evaluation.
 
     A loss with parameters or state is a class that inherits from `nn.Module`, or a function that returns a module and
     says so by `builds_module`. It is called with the FeatureSpecs of what the loss will see of both models (for
@@ -232,6 +235,13 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
         "attention": Loss(attention, "maps"),
         "token_match": Loss(token_match, "features"),
         "patch_similarity": Loss(patch_similarity, "maps"),
+        "patch_similarity_queue": Loss(PatchSimilarityQueue, "features"),
+        "vid": Loss(VID, "features"),
+        "mgd": Loss(MGD, "features"),
+        "srrl": Loss(SRRL, "features"),
+        "rsd": Loss(RSD, "vectors"),
+        "crd": Loss(CRD, "vectors", also=("index",)),
+        "review": Loss(ReviewKD, "all_pairs"),
         "smooth_l1": Loss(smooth_l1, "features"),
         "pkd": Loss(pkd, "features"),
         "cwd": Loss(cwd, "features"),
