@@ -209,14 +209,22 @@ def adapt_maps(student: FeatureSpec, teacher: FeatureSpec, *, grid: Grid = "smal
     return _adapter(student_plan, teacher_plan)
 
 
-def adapt_vectors(student: FeatureSpec, teacher: FeatureSpec, *, tokens: Tokens = "pool") -> Adapter:
+def adapt_vectors(
+    student: FeatureSpec,
+    teacher: FeatureSpec,
+    *,
+    tokens: Tokens = "pool",
+    class_map: Sequence[int] | None = None,
+) -> Adapter:
     """Return the adapter that converts both features to one vector per image, each of its own width.
 
     Losses of the relations in a batch compare such vectors. `tokens`: `pool` (or `drop`) is the mean over positions,
     without prefix tokens; `cls` is the class token, and the mean of a model that has none; `flatten` is the vectors of
-    all positions as one, without prefix tokens.
+    all positions as one, without prefix tokens. `class_map` selects classes of the teacher's vector, as in
+    `adapt_outputs`.
 
-    Raises AdapterError for a feature that is none of single images, and for `cls` if neither model has a class token.
+    Raises AdapterError for a feature that is none of single images, for `cls` if neither model has a class token, and
+    for a class map that does not fit.
     """
     _check_choices(tokens=(tokens, Tokens))
     _check_features(student, teacher)
@@ -228,6 +236,9 @@ def adapt_vectors(student: FeatureSpec, teacher: FeatureSpec, *, tokens: Tokens 
             plan.flatten()
         else:
             plan.to_vector()
+    if class_map is not None:
+        check_class_map(class_map, len(class_map), plans[1].spec.channels)
+        plans[1].add(Classes(class_map), f"{len(class_map)} classes")
     return _adapter(*plans)
 
 

@@ -60,8 +60,8 @@ def make_adapter(
     for an output of several tensors.
     """
     reads = objective.resolved.reads
+    class_maps = class_map if isinstance(class_map, Mapping) else {} if class_map is None else {"": class_map}
     if reads == "outputs":
-        class_maps = class_map if isinstance(class_map, Mapping) else {} if class_map is None else {"": class_map}
         return _adapter_of_outputs(objective, comparison, student, teacher, class_maps)
     student_specs = [student[pair.student] for pair in comparison.pairs]
     teacher_specs = [teacher[pair.teacher] for pair in comparison.pairs]
@@ -70,7 +70,10 @@ def make_adapter(
     options: dict[str, Any] = {key: own_options.get(key, getattr(objective, key)) for key in ADAPTER_OPTIONS}
     match reads:
         case "vectors":
-            return adapt_vectors(student_specs[0], teacher_specs[0], tokens=options["tokens"])
+            tap = comparison.pairs[0].teacher
+            is_output = objective.reads_labels and tap.local == Tap("")  # whose numbers are classes, like the labels
+            own_map = class_maps.get(tap.model) if is_output else None
+            return adapt_vectors(student_specs[0], teacher_specs[0], tokens=options["tokens"], class_map=own_map)
         case "maps":
             return adapt_maps(student_specs[0], teacher_specs[0], grid=options["grid"])
         case "grams" | "flows":

@@ -72,7 +72,11 @@ def _check_outputs(recipe: Recipe, models: Models, grown: Trace | None, stages: 
                 spec = output_spec(trace_, read.tap, read.side)
                 other = traces["teacher" if read.side == "student" else "student"]
                 mistakes += _check_classes(recipe, models, read, spec, _spec(other, read.compared))
-    mistakes += _check_named(recipe, models) + _check_top_k(recipe, models.teacher, stages)
+    mistakes += (
+        _check_exits(recipe, models, stages)
+        + _check_named(recipe, models)
+        + _check_top_k(recipe, models.teacher, stages)
+    )
     if recipe.teacher is not None and recipe.teacher.class_map is not None and models.teacher is not None:
         message = "`class_map`: the teacher has no classifier; leave `class_map` out"
         mistakes += [(("teacher", "class_map"), message)] * (not _has_classifier(models.teacher))
@@ -137,6 +141,40 @@ def _check_classes(
     if read.side == "teacher":
         return [(read.place, _other_classes_of_teacher(models, read, spec.channels))]
     return [(("student", "model_kwargs"), _other_classes_of_student(recipe, models, read, spec.channels))]
+
+
+def _check_exits(recipe: Recipe, models: Models, stages: Stages) -> list[Mistake]:
+    """Check that the pairs of `ofa_exits` end at an output of the teacher that has the data's classes."""
+    mistakes: list[Mistake] = []
+    if models.teacher is None or recipe.teacher is None or not models.classes:
+        return mistakes
+    is_mapped = recipe.teacher.class_map is not None
+    for index, objectives in enumerate(stages):
+        for objective in (item for item in objectives if item.loss == "ofa_exits"):
+            place: KeyPath = ("stages", index, "losses", objective.name)
+            for pair in objective.pairs:
+                message = _why_other_classes(models.classes, models.teacher, pair.teacher, is_mapped)
+                mistakes += [(place, f"loss `{objective.name}` (ofa_exits) {message}")] * bool(message)
+    return mistakes
+
+
+def _why_other_classes(classes: int, teacher: Trace, tap: Tap, is_mapped: bool) -> str:
+    """Why a tap of the teacher does not yield these classes; empty if it does, or does not exist."""
+    spec, is_output = _spec(teacher, tap), tap.local == Tap("")
+    if spec is not None and (spec.channels == classes or (is_output and is_mapped)):
+        return ""
+    with suppress(ProbeKDError):  # a tap that does not exist is a mistake of its own
+        shape = "x".join(map(str, (spec or teacher[tap]).shape[1:]))
+        if is_output:
+            return (
+                f"learns the data's {classes} classes, and the teacher's output yields {shape} numbers an image; give "
+                "a `class_map` with its index of each of the data's classes"
+            )
+        return (
+            f"learns the data's {classes} classes, and the teacher's tap '{tap}' yields {shape} numbers an image; pair "
+            'the layers with its output, as in `pairs: {blocks.2: ""}`'
+        )
+    return ""
 
 
 def _check_one_output(read: _Read, spec: FeatureSpec) -> list[Mistake]:

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from timm import create_model
 from torch import Tensor
 
-from probe_kd.engine.spec import FeatureSpec, Layout, Tap
+from probe_kd import Distiller, Objective
+from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout, Tap
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.labelled_outputs import OFAExits, dkd, nkd, ofa
 from probe_kd.methods.losses.labels import cross_entropy
@@ -186,3 +188,40 @@ def test_an_exit_is_ofa_of_a_linear_classifier_that_trains_with_the_layers_below
         module(z, v, torch.tensor([0, 1, 2, 7]))
     with pytest.raises(LossError, match=r"ofa_exits: eps 0\.9"):
         OFAExits(*specs, eps=0.9)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet10t": {"channels": [8, 8, 8, 16]},
+    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 32,
+        "patch_size": 2,
+        "window_size": 4,
+        "embed_dim": 8,
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 1, 2, 2),
+    },
+    "gmixer_12_224": {"img_size": 32},
+}
+LAYERS = dict(zip(MODELS, ("layer3", "blocks.0", "layers.2", "blocks.1"), strict=True))  # Swin's are NHWC
+
+
+@pytest.mark.parametrize("student", MODELS)
+def test_a_step_between_unlike_models_trains_the_student_and_its_exits(student: str) -> None:
+    """With a teacher of other classes, of which a class map selects the labels'."""
+    torch.manual_seed(0)
+    objectives = [*map(Objective, NAMES), Objective("ofa_exits", pairs={LAYERS[student]: ""})]
+    for teacher in MODELS:
+        models = [create_model(name, num_classes=n, **MODELS[name]) for name, n in ((student, 5), (teacher, 7))]
+        seen = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+        choices: Any = {"class_map": [6, 2, 3, 4, 5], "student_input": seen, "teacher_input": seen}
+        distiller = Distiller(*models, objectives, **choices)
+        output = distiller(torch.randn(2, 3, 32, 32), torch.tensor([4, 1]))
+        output["loss"].backward()
+        ((exits,),) = distiller.losses.values()
+        assert exits.exit.weight.shape[0] == 5
+        trained = [*distiller.student.parameters(), *exits.parameters()]
+        assert all(it.grad is not None and it.grad.isfinite().all() for it in trained if it.requires_grad)
+        assert exits.exit.weight.grad.abs().sum() > 0
+        assert all(it.grad is None for it in models[1].parameters())
+        distiller.close()
