@@ -45,6 +45,7 @@ from probe_kd.methods.targets import (
     module_key,
     targets_from,
     targets_of,
+    teacher_sides,
 )
 from probe_kd.methods.teachers import (
     Block,
@@ -256,7 +257,12 @@ class Distiller(nn.Module):
     def _step(
         self, images: Tensor, target: Tensor | None, cached_targets: CachedTargets | None, index: Tensor | None
     ) -> dict[str, Tensor | None]:
-        student, teacher = self.features(images, cached_targets)
+        teacher = self._teacher.features(images, by_target(cached_targets, self._targets))
+        if self.block is None:  # before the student runs, so that features which are larger than what they become go
+            sides = teacher_sides(self.objectives, self.adapters, teacher.compared, teacher.targets)
+            teacher = TeacherFeatures(sides=sides)
+        with self._teacher.around_student(teacher.own):
+            student = self._run_student(self.student_view(images))
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and self.block != "trunk":
             check_gradients(student, self.student)
         drop = self.training and torch.is_grad_enabled()

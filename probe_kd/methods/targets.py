@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from probe_kd.engine.spec import Pair, Tap, Trace, Traces
@@ -193,6 +194,35 @@ def teacher_side(
     """The teacher's side of a comparison: from the cached target if there is one, otherwise from the features."""
     target: Tensor = adapter.fitted_steps(unfitted_side(objective, comparison, adapter, features, cached))
     return target
+
+
+def teacher_sides(
+    objectives: Iterable[Objective],
+    adapters: nn.ModuleDict,
+    features: Mapping[Tap, Tensor],
+    cached: Mapping[str, Tensor],
+) -> dict[tuple[int, int], Any]:
+    """The teacher's sides of all comparisons, by the number of the objective and of the comparison in it.
+
+    What several comparisons read is computed once. No side holds the memory of a feature that is much larger.
+    """
+    sides: dict[tuple[int, int], Any] = {}
+    targets = dict(cached)
+    for position, objective in enumerate(objectives):
+        for number, (_, comparison, adapter) in enumerate(compared([objective], adapters)):
+            side = unfitted_side(objective, comparison, adapter, features, targets)
+            if adapter.target is not None:
+                targets[str(adapter.target)] = side
+            side = adapter.fitted_steps(side)
+            sides[position, number] = tuple(map(_of_own, side)) if isinstance(side, tuple) else _of_own(side)
+    return sides
+
+
+def _of_own(side: Tensor) -> Tensor:
+    """The side itself, or a copy of one that is a small part of a larger tensor, as a class token is."""
+    if torch.compiler.is_compiling() or side.untyped_storage().nbytes() <= 2 * side.nbytes:
+        return side
+    return side.clone()
 
 
 def unfitted_side(

@@ -29,12 +29,14 @@ class TeacherFeatures:
     """The teacher's features for a batch.
 
     The teacher's own losses read `own`, and the student is compared with `compared`. `targets` are cached targets by
-    name.
+    name. `sides` are the teacher's sides of all comparisons, if their adapters have run already: by the number of the
+    objective, and of the comparison in it.
     """
 
     own: Features = field(default_factory=dict)
     compared: Features = field(default_factory=dict)
     targets: Mapping[str, Tensor] = field(default_factory=dict)
+    sides: Mapping[tuple[int, int], Any] = field(default_factory=dict)
 
 
 class Teacher(Protocol):

@@ -139,7 +139,9 @@ class Terms:
         parts: Parts = []
         for number, (_, comparison, adapter) in enumerate(compared([objective], self.adapters)):
             student_features = comparison.features("student", student, several=objective.resolved.reads_several)
-            target = teacher_side(objective, comparison, adapter, teacher.compared, teacher.targets)
+            target = teacher.sides.get((position, number))
+            if target is None:
+                target = teacher_side(objective, comparison, adapter, teacher.compared, teacher.targets)
             sides = adapter.student_steps(student_features), target
             term = self._term(position, number, *sides, *also)
             if self._checks_values(term):

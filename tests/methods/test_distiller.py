@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from probe_kd import LOSSES, Distiller, InputSpec, Objective, Pair, Schedule, match, trace
@@ -291,6 +292,32 @@ def test_the_plan_says_what_is_compared() -> None:
         "hint: blocks.1 <- layer2: tokens 8x8+1 48 -> map -> conv1x1 48->128",
         "hint: blocks.3 <- layer4: tokens 8x8+1 48 -> map -> 2x2 -> conv1x1 48->512",
     ]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "held"),
+    [
+        ([Objective("hint", pairs=[("layer1", "blocks.1")])], 1),  # the class token is sliced off: a view
+        ([Objective("hint", pairs=[("layer1", "blocks.1")], tokens="cls")], 0),
+        ([Objective("hint", pairs=[("layer1", "blocks.1")], normalize="layer")], 0),
+        ([Objective("gram", pairs=[("layer1", "blocks.1")]), Objective("hint", pairs=[("layer2", "blocks.1")])], 1),
+        ([Objective("gram", pairs=[("layer1", "blocks.1"), ("layer2", "blocks.2")], policy="always")], 0),
+    ],
+)
+def test_features_of_the_teacher_are_gone_when_the_student_runs(objectives: list[Objective], held: int) -> None:
+    """All but those that are compared as they are: the memory of the others is free for the student."""
+    teacher, student = models()
+    same = InputSpec((3, 64, 64), 0.0, 1.0)
+    distiller = Distiller(student, teacher, objectives, student_input=same, teacher_input=same).train()
+    images, _ = batch()
+    features: list[StorageWeakRef] = []
+    for block in teacher.blocks[1:3]:  # before the probe, which stops at its last tap
+        block.register_forward_hook(lambda *_: features.append(StorageWeakRef(_[2].untyped_storage())), prepend=True)
+    alive: list[int] = []
+    student.register_forward_pre_hook(lambda *_: alive.append(sum(not feature.expired() for feature in features)))
+    distiller(images)["loss"].backward()
+    assert features
+    assert alive == [held]
 
 
 def test_matched_pairs_go_straight_in() -> None:
