@@ -1,5 +1,6 @@
 """DKD, NKD and OFA against their equations, written in numpy's float64 over single images; extremes and refusals."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from timm import create_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from probe_kd import Distiller, Objective
 from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout, Tap
@@ -206,13 +207,19 @@ MODELS: dict[str, dict[str, Any]] = {
 LAYERS = dict(zip(MODELS, ("layer3", "blocks.0", "layers.2", "blocks.1"), strict=True))  # Swin's are NHWC
 
 
+@cache
+def model(name: str, classes: int) -> nn.Module:
+    return create_model(name, num_classes=classes, **MODELS[name])  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("student", MODELS)
 def test_a_step_between_unlike_models_trains_the_student_and_its_exits(student: str) -> None:
     """With a teacher of other classes, of which a class map selects the labels'."""
     torch.manual_seed(0)
     objectives = [*map(Objective, NAMES), Objective("ofa_exits", pairs={LAYERS[student]: ""})]
     for teacher in MODELS:
-        models = [create_model(name, num_classes=n, **MODELS[name]) for name, n in ((student, 5), (teacher, 7))]
+        models = model(student, 5), model(teacher, 7)
+        models[0].zero_grad()
         seen = InputSpec((3, 32, 32), (0.5,) * 3, (0.5,) * 3)
         choices: Any = {"class_map": [6, 2, 3, 4, 5], "student_input": seen, "teacher_input": seen}
         distiller = Distiller(*models, objectives, **choices)
