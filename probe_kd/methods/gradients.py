@@ -165,11 +165,14 @@ def _norms(
     if not both:
         raise LossError(complaint_about(shares.names[index], shares.task(index), []))
     vectors = [torch.cat([gradient.flatten().float() for gradient in side]) for side in zip(*both, strict=True)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for vector in vectors:
-            torch.distributed.all_reduce(vector)
-            vector /= torch.distributed.get_world_size()
-    return torch.stack([torch.linalg.vector_norm(vector) for vector in vectors])
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return torch.stack([torch.linalg.vector_norm(vector) for vector in vectors])
+    for vector in vectors:
+        torch.distributed.all_reduce(vector)
+        vector /= torch.distributed.get_world_size()
+    norms = torch.stack([torch.linalg.vector_norm(vector) for vector in vectors])
+    torch.distributed.broadcast(norms, 0)  # the same to the bit also where processes have unlike devices
+    return norms
 
 
 @contextmanager

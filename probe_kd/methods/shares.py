@@ -141,11 +141,13 @@ class ShareWeights(nn.Module):
         """The weights that were measured, by the names of their objectives."""
         return {self.names[index]: value for index, value in self.values.items()}
 
-    def __str__(self) -> str:
+    def describe(self, *, followed: bool = False) -> str:
+        """Say which weight makes which gradient a share of which other; with `followed`, of the shares that follow."""
         texts = (
             f"the gradient of `{self.names[index]}` is {share.share:g} of that of `{self.task(index)}` by a weight of "
             f"{self.values[index]:.4g}"
             for index, share in self.shares.items()
+            if share.follow or not followed
         )
         return ", ".join(texts)
 

@@ -245,8 +245,8 @@ class Run:
             self.scorer.latest.clear()
         if (shares := loop.distiller.shares) is not None:
             self.state.measured_weights[loop.phase.name] = shares.by_name
-            if any(share.follow for share in shares.shares.values()):
-                self.progress.tell(f"{trained.role}: {loop.phase.name}: at the end, {shares}")
+            if followed := shares.describe(followed=True):
+                self.progress.tell(f"{trained.role}: {loop.phase.name}: at the end, {followed}")
         adapters = loop.distiller.adapters
         for name, own in (("adapters", adapters), ("losses", loop.distiller.losses)):
             if not all(bool(tensor.isfinite().all()) for tensor in own.parameters()):

@@ -29,4 +29,4 @@ def measure_weights(loop: Loop, role: str, progress: Progress) -> None:
     except torch.OutOfMemoryError as refusal:
         raise RunError(too_large(refusal)) from refusal
     seconds = time.perf_counter() - started
-    progress.tell(f"{role}: {loop.phase.name}: {distiller.shares} (measured in {seconds:.1f} s)")
+    progress.tell(f"{role}: {loop.phase.name}: {distiller.shares.describe()} (measured in {seconds:.1f} s)")
