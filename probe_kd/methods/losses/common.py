@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, TypeGuard
@@ -315,28 +315,58 @@ def power_of_two(numbers: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
     return numbers / torch.frexp(numbers).mantissa
 
 
-def unit(numbers: Float[Tensor, "..."], dim: int | tuple[int, ...] = 1) -> Float[Tensor, "..."]:
-    """Scale to length 1 along `dim`, without overflow or underflow of the squares. Zeros stay zeros.
+def unit(rows: Float[Tensor, "rows n ..."]) -> Float[Tensor, "rows n ..."]:
+    """Scale rows along axis 1 to length 1, without overflow or underflow of their squares. Rows of zeros stay zero.
 
     The gradient of zeros is that of the numbers themselves.
     """
-    scaled = numbers / power_of_two(numbers.abs().amax(dim, keepdim=True))
-    length = torch.linalg.vector_norm(scaled, dim=dim, keepdim=True)
+    scaled = rows / power_of_two(rows.abs().amax(1, keepdim=True))
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
     result: Tensor = scaled / length.masked_fill(length == 0, 1.0)
     return result
 
 
-def unit_deviation(numbers: Float[Tensor, "..."], dim: int | tuple[int, ...]) -> Float[Tensor, "..."]:
-    """Subtract the mean along `dim` and scale to length 1. Equal numbers become zeros, within rounding.
+def unit_features(features: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
+    """As `unit`, along `dim`, for whole features: the backward keeps nothing but the result."""
+    scaled: Tensor = _Unit.apply(features, dim, None)
+    return scaled
 
-    The gradient of equal numbers is that of the numbers over their size.
+
+def unit_deviation(features: Float[Tensor, "..."], dim: Sequence[int]) -> Float[Tensor, "..."]:
+    """Subtract the mean over `dim` and scale to length 1. Equal numbers become zeros, within rounding.
+
+    The backward keeps nothing but the result. The gradient of equal numbers is that of the numbers over their length.
     """
-    scaled = numbers / power_of_two(numbers.abs().amax(dim, keepdim=True))
-    deviation = scaled - scaled.mean(dim, keepdim=True)
-    length = torch.linalg.vector_norm(deviation, dim=dim, keepdim=True)
-    rounding = 4 * torch.finfo(numbers.dtype).eps * (numbers.numel() / length.numel()) ** 0.5
-    result: Tensor = deviation / length.masked_fill(length <= rounding, 1.0)
-    return result
+    mean = features.mean(tuple(dim), keepdim=True)
+    lengths = mean.detach().abs() * prod(features.shape[axis] for axis in dim) ** 0.5
+    scaled: Tensor = _Unit.apply(features - mean, tuple(dim), lengths)
+    return scaled
+
+
+class _Unit(torch.autograd.Function):
+    """Scale to length 1 along some axes. What is no longer than the rounding error of `of` is divided by that.
+
+    What is shorter than 1e-30 counts as zeros, so that no gradient overflows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, dim: int | tuple[int, ...], of: Tensor | None) -> Tensor:
+        scale = power_of_two(numbers.abs().amax(dim, keepdim=True))
+        scaled = numbers / scale
+        length = scaled.square().sum(dim, keepdim=True).sqrt_().mul_(scale)
+        least = torch.zeros_like(length) if of is None else of
+        is_rounding = length <= (4 * torch.finfo(numbers.dtype).eps * least).clamp_min(1e-30)
+        length = torch.where(is_rounding, least.masked_fill(least <= 1e-30, 1.0), length)
+        scaled *= scale / length
+        ctx.save_for_backward(scaled, length)
+        ctx.dim = dim
+        return scaled
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        scaled, length = ctx.saved_tensors
+        along = (gradients[0] * scaled).sum(ctx.dim, keepdim=True)
+        return (gradients[0] - scaled * along) / length, None, None
 
 
 def check_batch_norm(loss: str, student: Float[Tensor, "batch channels ..."]) -> None:

@@ -14,8 +14,8 @@ from probe_kd.methods.losses.common import (
     in_float64,
     loss_function,
     squared_error,
-    unit,
     unit_deviation,
+    unit_features,
 )
 
 
@@ -110,8 +110,8 @@ def pkd(
             "image and position; give larger batches, or pair layers with positions"
         )
     over = (0, *range(2, student.ndim))
-    difference = unit_deviation(student, over) - unit_deviation(teacher, over)
-    return difference.square().sum() / (2 * student.shape[1])
+    own, other = unit_deviation(student, over), unit_deviation(teacher, over)
+    return F.mse_loss(own, other, reduction="sum") / (2 * student.shape[1])
 
 
 @loss_function
@@ -164,22 +164,33 @@ def ickd(
             "over which its channels correlate; pair layers with positions, and leave `tokens` at `drop`"
         )
     student, teacher = student.flatten(2), teacher.flatten(2)
-    # Each row of F F^T in its direction: a channel of length 1 times all channels, together of length 1, so that no
-    # square overflows.
-    sides = [(unit(side, 2), unit(side, (1, 2))) for side in (student, teacher)]
     if student.shape[1] <= student.shape[2]:
-        student_rows, teacher_rows = (unit(channels @ channels_all.mT, 2) for channels, channels_all in sides)
-        return (student_rows - teacher_rows).square().sum(2).mean()
-    squares = [_row_products(side, side) for side in sides]
-    student_lengths, teacher_lengths = (square.masked_fill(square <= 0, 1.0).sqrt() for square in squares)
-    cosines = _row_products(*sides) / (student_lengths * teacher_lengths)
-    ones = sum((square.detach() > 0).to(cosines.dtype) for square in squares)
-    return (ones - 2 * cosines).mean()
+        student_rows, teacher_rows = (unit_features(side @ side.mT, 2) for side in (student, teacher))
+        return (student_rows - teacher_rows).square().sum() / student_rows.shape[:2].numel()
+    squares, products = _row_products(student, teacher)
+    student_lengths, teacher_lengths = (square.masked_fill(square < 1e-30, 1.0).sqrt() for square in squares)
+    ones = sum((square.detach() >= 1e-30).to(products.dtype) for square in squares)
+    return (ones - 2 * products / (student_lengths * teacher_lengths)).mean()
 
 
 def _row_products(
-    first: tuple[Float[Tensor, "batch channels positions"], ...],
-    second: tuple[Float[Tensor, "batch channels positions"], ...],
-) -> Float[Tensor, "batch channels"]:
-    """The products g h of the rows of two Gram matrices, each given by its two factors, without these matrices."""
-    return ((first[0] @ (first[1].mT @ second[1])) * second[0]).sum(2)
+    student: Float[Tensor, "batch channels positions"], teacher: Float[Tensor, "batch channels positions"]
+) -> tuple[list[Float[Tensor, "batch channels"]], Float[Tensor, "batch channels"]]:
+    """g_S g_S, g_T g_T and g_S g_T for the rows g of two Gram matrices F F^T, up to the scale of each row.
+
+    They are f (F^T F) f, from products of positions, where f is the row of F, here of length 1. The products of
+    positions are divided by their size, so that no square overflows. Those below 1e-30 count as zeros, and so does a
+    row shorter than 1e-15.
+    """
+    rows = [unit_features(side, 2) for side in (student, teacher)]
+    own, other, between = student.mT @ student, teacher.mT @ teacher, student.mT @ teacher
+    factors = [_one_over_size(matrix) for matrix in (own, other)]
+    scaled = own * factors[0], other * factors[1], between * factors[0].sqrt() * factors[1].sqrt()
+    sides = (rows[0], rows[0]), (rows[1], rows[1]), (rows[0], rows[1])
+    products = [((left @ matrix) * right).sum(2) for (left, right), matrix in zip(sides, scaled, strict=True)]
+    return products[:2], products[2]
+
+
+def _one_over_size(matrix: Float[Tensor, "batch n n"]) -> Float[Tensor, "batch 1 1"]:
+    size = matrix.detach().abs().amax((1, 2), keepdim=True)
+    return torch.where(size < 1e-30, 0.0, 1 / size)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import loss_function, unit
+from probe_kd.methods.losses.common import loss_function, unit, unit_features
 
 
 @loss_function
@@ -80,8 +80,8 @@ def nst(
     from products of channels, whichever is smaller; either is smaller than the features.
     """
     _check_maps("nst", student, teacher)
-    student_rows, teacher_rows = (unit(map_.flatten(2), 2).mT / map_.shape[1] ** 0.5 for map_ in (student, teacher))
-    return _distance_of_products(student_rows, teacher_rows).mean()
+    student_rows, teacher_rows = (unit_features(map_.flatten(2), 2).mT for map_ in (student, teacher))
+    return _distance_of_products(student_rows, teacher_rows, (student.shape[1], teacher.shape[1]))
 
 
 @loss_function
@@ -100,18 +100,26 @@ def gram_tokens(
     smaller than the features.
     """
     _check_maps("gram_tokens", student, teacher)
-    student_rows, teacher_rows = (unit(map_.flatten(2), 1).mT for map_ in (student, teacher))
-    return (_distance_of_products(student_rows, teacher_rows) / student_rows.shape[1] ** 2).mean()
+    student_rows, teacher_rows = (unit_features(map_.flatten(2), 1).mT for map_ in (student, teacher))
+    return _distance_of_products(student_rows, teacher_rows) / student_rows.shape[1] ** 2
 
 
 def _distance_of_products(
-    student: Float[Tensor, "batch positions c1"], teacher: Float[Tensor, "batch positions c2"]
-) -> Float[Tensor, " batch"]:
-    """||S S^T - T T^T||_F^2, which is ||S^T S||^2 + ||T^T T||^2 - 2 ||S^T T||^2, of each image."""
+    student: Float[Tensor, "batch positions c1"],
+    teacher: Float[Tensor, "batch positions c2"],
+    divisors: tuple[int, int] = (1, 1),
+) -> Float[Tensor, ""]:
+    """The mean of ||S S^T / a - T T^T / b||_F^2 over the batch, for the two divisors a and b.
+
+    With a = b = 1, that is ||S^T S||^2 + ||T^T T||^2 - 2 ||S^T T||^2.
+    """
+    own, other = 1 / divisors[0], 1 / divisors[1]
     if student.shape[1] <= student.shape[2] + teacher.shape[2]:
-        return (student @ student.mT - teacher @ teacher.mT).square().sum((1, 2))
-    own, other, between = student.mT @ student, teacher.mT @ teacher, student.mT @ teacher
-    return own.square().sum((1, 2)) + other.square().sum((1, 2)) - 2 * between.square().sum((1, 2))
+        difference = torch.baddbmm(teacher @ teacher.mT, student, student.mT, beta=-other, alpha=own)
+        return difference.square().sum() / len(student)
+    pairs = ((own**2, student, student), (other**2, teacher, teacher), (-2 * own * other, student, teacher))
+    terms = [factor * (first.mT @ second).square().sum() for factor, first, second in pairs]
+    return (terms[0] + terms[1] + terms[2]) / len(student)
 
 
 def _check_maps(loss: str, student: Tensor, teacher: Tensor) -> None:

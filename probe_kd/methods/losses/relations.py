@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import loss_function, power_of_two, unit
+from probe_kd.methods.losses.common import loss_function, unit_features
 
 _SMALL = 2**20  # numbers that a matrix may hold, however small the features are
 
@@ -59,8 +59,8 @@ def rkd(
 
 
 def _products(vectors: Float[Tensor, "batch c"]) -> Float[Tensor, "batch batch"]:
-    """The inner products of the vectors less their mean, up to a factor."""
-    exact = _exact(_to_one(vectors))
+    """The inner products of the vectors less their mean."""
+    exact = _exact(vectors)
     centred = exact - exact.mean(0)
     return centred @ centred.mT
 
@@ -100,10 +100,9 @@ def sp(
     grow with n^2: the matrix is computed in parts where it is larger than the vectors.
     """
     largest = _check_vectors("sp", student, teacher)
-    student, teacher = (_to_one(side) for side in (student, teacher))
 
     def part(rows: slice) -> Tensor:
-        own, other = (unit(side[rows] @ side.mT, 1) for side in (student, teacher))
+        own, other = (unit_features(side[rows] @ side.mT, 1) for side in (student, teacher))
         return (own - other).square().sum()
 
     return _in_parts(part, len(student), len(student), largest) / len(student) ** 2
@@ -123,15 +122,15 @@ def pkt(
     K(i, j), divided by the sum over all j other than i, and q_i(j) the student's. `form="code"` includes j = i, as the
     authors' code does. Its loss is the mean over all pairs, so that its weights are n times as large for n images: the
     30000 of RepDistiller for 64 images is about 470 here. Vectors of zeros have the cosine 0, and K is at least 1e-7.
-    The scale of each vector does not matter. Of two images, the loss of the paper's form is always 0. It is computed in
-    float64, as both distributions are nearly equal. Time and memory grow with n^2: the matrix is computed in parts
-    where it is larger than the vectors.
+    The scale of each vector does not matter. Of two images, the loss of the paper's form is always 0. Distributions are
+    compared in float64, as they are nearly equal. Time and memory grow with n^2: the matrix is computed in parts where
+    it is larger than the vectors.
     """
     largest = _check_vectors("pkt", student, teacher)
     if form not in ("paper", "code"):
         raise LossError(f"pkt: form {form!r}; expected 'paper' or 'code'")
     images, dtype = len(student), student.dtype
-    student, teacher = (unit(_exact(side), 1) for side in (student, teacher))
+    student, teacher = (unit_features(side, 1) for side in (student, teacher))
 
     def part(rows: slice) -> Tensor:
         own = torch.arange(images, device=student.device)
@@ -144,7 +143,7 @@ def pkt(
 
 def _log_shares(cosines: Float[Tensor, "rows batch"], left_out: Tensor) -> Float[Tensor, "rows batch"]:
     """The logarithm of K divided by its sum over a row."""
-    kernel = ((cosines + 1) / 2).clamp_min(1e-7)
+    kernel = ((_exact(cosines) + 1) / 2).clamp_min(1e-7)
     return kernel.log() - kernel.masked_fill(left_out, 0.0).sum(1, keepdim=True).log()
 
 
@@ -169,7 +168,7 @@ def cc(
     largest = _check_vectors("cc", student, teacher)
     if not gamma > 0 or order < 1:
         raise LossError(f"cc: gamma {gamma}, order {order}; expected a gamma above 0 and an order from 1 on")
-    student, teacher = (unit(side, 1) for side in (student, teacher))
+    student, teacher = (unit_features(side, 1) for side in (student, teacher))
 
     def part(rows: slice) -> Tensor:
         own, other = (_taylor(side[rows] @ side.mT, gamma, order) for side in (student, teacher))
@@ -204,13 +203,8 @@ def _check_vectors(loss: str, student: Tensor, teacher: Tensor) -> int:
     return max(student.numel(), teacher.numel(), _SMALL)
 
 
-def _to_one(numbers: Float[Tensor, "batch c"]) -> Float[Tensor, "batch c"]:
-    """Divide all by one power of two, so that the largest is about 1."""
-    return numbers / power_of_two(numbers.abs().amax())
-
-
 def _exact(numbers: Tensor) -> Tensor:
-    """In float64, for what is left of a difference of products. (Apple's GPUs have no float64.)"""
+    """In float64, for what is left of a difference of similar numbers. (Apple's GPUs have no float64.)"""
     return numbers if numbers.device.type == "mps" else numbers.double()
 
 
@@ -225,7 +219,7 @@ def _in_parts(part: Callable[[slice], Tensor], images: int, numbers: int, larges
     """
     size = max(1, largest // numbers)
     if size >= images:
-        return part(slice(0, images))
+        return part(slice(None))
     slices = [slice(start, start + size) for start in range(0, images, size)]
     parts = [checkpoint(part, rows, use_reentrant=False, preserve_rng_state=False) for rows in slices]
     return torch.stack(parts).sum()
