@@ -136,6 +136,11 @@ LOSS_OPTIONS = {
     "crd.momentum": "Share of an embedding in the memory that is kept when its image is seen again.",
     "crd.width": "Width of the embeddings.",
     "review.width": "Channels of the features that are fused; at most those of the student's deepest feature.",
+    "rkd.distance": "Factor on the distances of pairs.",
+    "rkd.angle": "Factor on the angles of triplets.",
+    "pkt.form": "`paper`: of the other images. `code`: with the image itself, as the authors' code.",
+    "cc.gamma": "Factor in the exponent of the Gaussian kernel.",
+    "cc.order": "Order of the Taylor series of the kernel.",
     "smooth_l1.beta": "Difference up to which the distance is quadratic; above it is linear.",
     "cwd.temperature": "Temperature T of the softmax over the positions of a channel; the loss is multiplied by T^2.",
 }

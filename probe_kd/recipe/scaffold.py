@@ -162,6 +162,11 @@ METHODS = {
         _stage("distil", 10, _TASK, "review: {loss: review, weight: {start: 0.0, end: 1.0, epochs: 2}}"),
         pairs="all",
     ),
+    "rkd": Method(
+        "RKD (Park et al. 2019): distances and angles between the images of a batch, beside the labels",
+        _stage("distil", 10, _TASK, "relations: {loss: rkd, distance: 1.0, angle: 2.0, weight: 25.0}"),
+        pairs="vector",
+    ),
     "rocket": Method(
         "Rocket Launching (Zhou et al. 2018): both train together and have layers in common",
         _stage(

@@ -208,6 +208,7 @@ CASES: dict[str, Callable[[int], Tensor]] = {
         name: lambda seed: draw(5, 3, 4, 4, seed=seed)
         for name in ("smooth_l1", "pkd", "cwd", "ickd", "nst", "gram_tokens")
     },
+    **{name: lambda seed: draw(5, 7, seed=seed) for name in ("rkd", "sp", "pkt", "cc")},
 }
 
 

@@ -19,6 +19,7 @@ from probe_kd.methods.losses.matrices import fsp, gram
 from probe_kd.methods.losses.memories import CRD, PatchSimilarityQueue
 from probe_kd.methods.losses.multilabel import binary_cross_entropy, multilabel_soft_targets
 from probe_kd.methods.losses.outputs import dist, hard_labels, logits, soft_targets
+from probe_kd.methods.losses.relations import cc, pkt, rkd, sp
 from probe_kd.methods.losses.review import ReviewKD
 
 Reads = Literal["labels", "outputs", "features", "vectors", "maps", "grams", "flows", "all_pairs"]
@@ -248,5 +249,9 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
         "ickd": Loss(ickd, "features"),
         "nst": Loss(nst, "maps"),
         "gram_tokens": Loss(gram_tokens, "maps"),
+        "rkd": Loss(rkd, "vectors"),
+        "sp": Loss(sp, "vectors"),
+        "pkt": Loss(pkt, "vectors"),
+        "cc": Loss(cc, "vectors"),
     }
 )
