@@ -6,6 +6,7 @@ The plain forms take float32, as one would write them after a `.float()`. Where 
 both arms get them so, and the plain form converts them first.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -392,10 +393,11 @@ def arms_of(name: str, size: Size, dtype: torch.dtype, device: str = "cpu") -> d
 
 def row(name: str, precision: str, size: Size, rounds: int, device: str) -> tuple[object, ...]:
     arms = arms_of(name, size, DTYPES[precision], device)
-    samples = measure.interleaved(arms, rounds, warmup=1, device=device)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    samples = measure.interleaved(arms, rounds, warmup=1, device=device, clock=clock)
     base, peak = (measure.peak_bytes(arms[arm], device) for arm in ("by hand", "probe-kd"))
-    time = f"{samples.milliseconds('by hand'):.2f}", samples.ratio("probe-kd", to="by hand")
-    return name, precision, *time, f"{base / 2**20:.1f}", f"{peak / base:.3f}"
+    times = f"{samples.milliseconds('by hand'):.2f}", samples.ratio("probe-kd", to="by hand")
+    return name, precision, *times, f"{base / 2**20:.1f}", f"{peak / base:.3f}"
 
 
 def main() -> None:
@@ -412,7 +414,8 @@ def main() -> None:
     ]
     meaning = (
         f"One loss, forward and backward to the student's side: maps {size.maps}, outputs {size.outputs}, vectors "
-        f"{size.vectors}. MiB are the tensors at the peak beyond what both models gave."
+        f"{size.vectors}. On a CPU, milliseconds are those of the process, whatever else runs. MiB are the tensors at "
+        "the peak beyond what both models gave."
     )
     header = ("loss", "given", "ms by hand", "time", "MiB by hand", "memory")
     print(measure.section("A loss alone", measure.command(), meaning, header, rows))

@@ -58,8 +58,18 @@ class Samples:
         return zip(self.seconds[arm], self.seconds[to], strict=True)
 
 
-def interleaved(arms: Mapping[str, Arm], rounds: int, warmup: int = 2, device: str = "cpu") -> Samples:
-    """Every arm once a round, each round in another order, so that none always follows the same other."""
+def interleaved(
+    arms: Mapping[str, Arm],
+    rounds: int,
+    warmup: int = 2,
+    device: str = "cpu",
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Samples:
+    """Every arm once a round, each round in another order, so that none always follows the same other.
+
+    `clock` gives seconds. `time.process_time` does not count what other processes take of a busy CPU.
+    """
     names = list(arms)
     for _ in range(warmup):
         for name in names:
@@ -70,16 +80,16 @@ def interleaved(arms: Mapping[str, Arm], rounds: int, warmup: int = 2, device: s
         order = names[shift:] + names[:shift]
         # Backwards every other time round: a rotation alone would keep every arm's predecessor.
         for name in order if number // len(names) % 2 == 0 else order[::-1]:
-            seconds[name].append(_timed(arms[name], device))
+            seconds[name].append(_timed(arms[name], device, clock))
     return Samples(seconds)
 
 
-def _timed(arm: Arm, device: str) -> float:
+def _timed(arm: Arm, device: str, clock: Callable[[], float]) -> float:
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     arm()
     _wait(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _wait(device: str) -> None:

@@ -50,10 +50,11 @@ def _mapped(function: Callable[[Any], Any], side: Any) -> Any:
 
 
 def _promote(side: Any) -> Any:
-    return _mapped(_promoted, side)
+    return _mapped(promoted, side)
 
 
-def _promoted(value: Any) -> Any:
+def promoted(value: Any) -> Any:
+    """The tensor in float32 at least; one of whole numbers as it is."""
     if value.dtype == torch.float32 or not value.is_floating_point():
         return value
     return value.to(torch.promote_types(value.dtype, torch.float32))
@@ -300,6 +301,8 @@ def in_float64(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
 
 def divergence(log_p: Float[Tensor, "batch classes"], log_q: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
     """KL(q || p), averaged over the batch. A class with q = 0 (-inf) adds 0 log 0 = 0, whatever p is."""
+    if has_values(log_q) and log_q.detach().amin() > -torch.inf:  # no class is masked
+        return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
     log_p = log_p.masked_fill(log_q == -torch.inf, 0.0)
     return F.kl_div(log_p, log_q.clamp_min(torch.finfo(log_q.dtype).min), reduction="batchmean", log_target=True)
 

@@ -129,6 +129,8 @@ def check_values(classes: int, target: Tensor, ignore_index: int | None = None, 
     On a GPU, this waits for the values.
     """
     if not target.is_floating_point():
+        if target.min() >= 0 and target.max() < classes:
+            return
         wrong = (target < 0) | (target >= classes)
         out_of_range = target[wrong if ignore_index is None else wrong & (target != ignore_index)]
         if len(out_of_range):

@@ -1,5 +1,7 @@
 """Losses of matrices that are computed from one map or from two: FSP and Gram."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +13,7 @@ from probe_kd.methods.losses.common import (
     check_same_shape,
     in_float32,
     loss_function,
+    promoted,
     squared_error,
 )
 from probe_kd.methods.losses.maps import positions, to_one_grid
@@ -70,7 +73,7 @@ def _matrices(loss: str, student: Tensor, teacher: Tensor, relative: bool, reduc
     return squared_error(student, teacher, "sum") / divisor
 
 
-@in_float32
+@partial(in_float32, promote=False)
 def flow_matrix(
     first: Float[Tensor, "batch m h1 w1"], second: Float[Tensor, "batch n h2 w2"], /
 ) -> Float[Tensor, "batch m n"]:
@@ -83,5 +86,7 @@ def flow_matrix(
             "flow_matrix: expected two maps (batch, channels, height, width) of one batch, the input and the output of "
             f"a block, got {tuple(first.shape)} and {tuple(second.shape)}"
         )
+    # Of one map as both ends, as for a Gram matrix, one copy in float32 is enough.
+    first, second = (promoted(first),) * 2 if first is second else (promoted(first), promoted(second))
     first, second = (positions(map_) for map_ in to_one_grid(first, second))
     return (first.transpose(1, 2) @ second).div_(first.shape[1])  # in place: no second matrix

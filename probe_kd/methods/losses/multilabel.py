@@ -85,8 +85,10 @@ def multilabel_soft_targets(
 def _bernoulli(student: Tensor, teacher: Tensor) -> Tensor:
     """p (log p - log q) of each number, for p = s(teacher) and q = s(student). It is 0 where p is."""
     log_p, log_q = F.logsigmoid(teacher), F.logsigmoid(student)
-    p = log_p.exp()
-    return p * (log_p.clamp_min(torch.finfo(log_p.dtype).min) - log_q.masked_fill(p == 0, 0.0))
+    p, log_p = log_p.exp(), log_p.clamp_min(torch.finfo(log_p.dtype).min)
+    if has_values(log_q) and log_q.detach().amin() > -torch.inf:  # no class is masked
+        return p * (log_p - log_q)
+    return p * (log_p - log_q.masked_fill(p == 0, 0.0))
 
 
 def _as_rows(student: Tensor, target: Tensor) -> Float[Tensor, "batch classes"]:
@@ -117,6 +119,8 @@ def check_shares(logits: Tensor, target: Tensor) -> None:
 
 
 def _check_shares(target: Float[Tensor, "batch classes"]) -> None:
+    if target.min() >= 0 and target.max() <= 1:
+        return
     outside = target[~((target >= 0) & (target <= 1))]
     if len(outside):
         raise LossError(

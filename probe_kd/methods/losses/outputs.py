@@ -14,6 +14,7 @@ from probe_kd.methods.losses.common import (
     check_temperature,
     dense_outputs,
     divergence,
+    has_values,
     in_float64,
     loss_function,
     power_of_two,
@@ -76,8 +77,9 @@ def hard_labels(
     check_outputs("hard_labels", student, teacher)
     if not 0 <= label_smoothing <= 1:
         raise LossError(f"hard_labels: label_smoothing {label_smoothing}; expected a share between 0 and 1")
-    largest = teacher.amax(1)  # of NaN there is an argmax, so the loss is made NaN too
-    return F.cross_entropy(student, teacher.argmax(1), label_smoothing=label_smoothing) + 0 * largest.detach().sum()
+    index = teacher.argmax(1)
+    largest = teacher.detach().gather(1, index[:, None])  # NaN has an argmax too, so the loss is made NaN
+    return F.cross_entropy(student, index, label_smoothing=label_smoothing) + 0 * largest.sum()
 
 
 @loss_function
@@ -176,12 +178,16 @@ def _centred(rows: Float[Tensor, "rows n"], temperature: float, eps: float) -> F
         centred = rows - rows.mean(1, keepdim=True)
         largest = centred.abs().amax(1, keepdim=True)
         equal = largest <= _rounding(rows)
-        variation = rows.std(1, correction=0, keepdim=True) / rows.mean(1, keepdim=True)
-        flat = min(1.5, (rows.shape[1] - 1) ** 0.5 / 2) / temperature
         scale = torch.where(equal, rows.norm(dim=1, keepdim=True) / eps, power_of_two(largest))
-    rows = _damped(rows, variation.masked_fill(equal, 0.0) / max(flat, eps))
+    if rows.requires_grad:
+        flat = min(1.5, (rows.shape[1] - 1) ** 0.5 / 2) / temperature
+        rows = _damped(rows, _variation(rows.detach()).masked_fill(equal, 0.0) / max(flat, eps))
     centred = rows - rows.mean(1, keepdim=True)
     return _without_value(centred, equal) / scale.masked_fill(scale == 0, 1.0)
+
+
+def _variation(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows 1"]:
+    return rows.std(1, correction=0, keepdim=True) / rows.mean(1, keepdim=True)
 
 
 class _Damped(torch.autograd.Function):
@@ -221,4 +227,6 @@ def _rounding(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows 1"]:
 
 def _without_value(centred: Float[Tensor, "rows n"], equal: Tensor) -> Float[Tensor, "rows n"]:
     """Set rows of equal numbers to exact zeros, without the rounding error of their mean, and keep their gradient."""
+    if has_values(equal) and not equal.any():
+        return centred
     return torch.where(equal, centred - centred.detach(), centred)
