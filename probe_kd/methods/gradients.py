@@ -63,7 +63,9 @@ def measure_shares(distiller: Distiller, batches: Iterable[Tensor | Sequence[Any
     if shares is None:
         return {}
     most = max(share.batches for share in shares.shares.values())
-    norms = [_share_norms(distiller, shares, *_arguments(batch)) for batch in islice(batches, most)]
+    # One context for all batches: what a loss remembers of the batches before (a queue, say) is there for the next.
+    with _without_effect(distiller):
+        norms = [_share_norms(distiller, shares, *_arguments(batch)) for batch in islice(batches, most)]
     if not norms:
         raise LossError("no batches to measure the weights on that are shares of a gradient; give training batches")
     first = [norms[: share.batches] for share in shares.shares.values()]
@@ -94,7 +96,9 @@ def follow_shares(
         if share.follow and step % share.batches == 0
     }
     if due:
-        norms, average = _share_norms(distiller, shares, images, target, cached_targets, index), shares.norms.clone()
+        with _without_effect(distiller):
+            norms = _share_norms(distiller, shares, images, target, cached_targets, index)
+        average = shares.norms.clone()
         for row, batches in due.items():
             average[row] += (norms[row] - average[row]) / batches
         shares.store(average)
@@ -113,20 +117,23 @@ def _share_norms(
     index: Tensor | None = None,
 ) -> Float[Tensor, "shares 2"]:
     """The norms of the task's and of its own gradient on one batch, for each weight that is a share."""
+    result: Mapping[str, Any] = distiller(images, target, cached_targets, index)
+    terms = {name: term for name, term in result.items() if name not in ("loss", "output")}
     # Gradients in float16 vanish without a factor, as of torch's GradScaler, and overflow by one that is too large.
-    scales = [2.0**power for power in (16, 12, 8, 4)] if _in_float16(distiller, images) else []
+    scales = [2.0**power for power in (16, 12, 8, 4, 0)] if _in_float16(distiller, images) else [1.0]
     norms = torch.empty(0)
-    for scale in (*scales, 1.0):
-        with RandomState(distiller).again(), buffers_aside(distiller), unmeasured(shares), _not_compiled():
-            terms: Mapping[str, Any] = distiller(images, target, cached_targets, index)
-            norms = _norms_of_terms({name: scale * term for name, term in terms.items() if _is_term(name)}, distiller)
+    for scale in scales:
+        norms = _norms_of_terms({name: scale * term for name, term in terms.items()}, distiller) / scale
         if norms.isfinite().all():
-            return norms / scale
+            break
     return norms
 
 
-def _is_term(name: str) -> bool:
-    return name not in ("loss", "output")
+@contextmanager
+def _without_effect(distiller: Distiller) -> Iterator[None]:
+    """Let steps run that leave buffers and the state of the random numbers as they were."""
+    with RandomState(distiller).again(), buffers_aside(distiller), unmeasured(distiller.shares), _not_compiled():
+        yield
 
 
 def _in_float16(distiller: Distiller, images: Tensor) -> bool:

@@ -45,17 +45,18 @@ def hint(weight: Any, kinds: tuple[str, str] = ("cnn", "cnn")) -> Objective:
     return Objective("hint", weight=weight, pairs=[(MODELS[kinds[0]][2], MODELS[kinds[1]][2])])
 
 
-def gradients(distiller: Distiller, term: str, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The gradients of one term of a step by a plain backward, in float64. The step draws what a measurement does."""
-    distiller.zero_grad()
-    state = distiller.state_dict()
-    kept = {name: tensor.clone() for name, tensor in state.items()}
+def gradients(distiller: Distiller, term: str, batches: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
+    """The gradients of one term of steps on these batches by a plain backward, with the draws of a measurement."""
+    kept = {name: tensor.clone() for name, tensor in distiller.state_dict().items()}
+    of_batches = []
     with torch.random.fork_rng():
-        result = distiller(*batch)
-    result[term].backward()  # type: ignore[union-attr]
+        for batch in batches:
+            distiller.zero_grad()
+            distiller(*batch)[term].backward()  # type: ignore[union-attr, no-untyped-call]
+            parameters = distiller.student.named_parameters()
+            of_batches.append({name: value.grad.double() for name, value in parameters if value.grad is not None})
     distiller.load_state_dict(kept)
-    parameters = distiller.student.named_parameters()
-    return {name: parameter.grad.double() for name, parameter in parameters if parameter.grad is not None}
+    return of_batches
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
@@ -70,16 +71,16 @@ def test_a_share_is_that_of_the_norms_at_the_parameters_that_both_reach(kinds: t
     weights = measure_shares(distiller, own)
     for name, share, count in (("hint", 0.3, 3), ("soft_targets", 1.5, 2)):
         norms = []
-        for batch in own[:count]:
-            of_task, of_term = gradients(distiller, "task", batch), gradients(distiller, name, batch)
+        of_batches = (gradients(distiller, term, own[:count]) for term in ("task", name))
+        for of_task, of_term in zip(*of_batches, strict=True):
             assert set(of_term) < set(of_task) or name == "soft_targets"
             common = set(of_task) & set(of_term)
             norms.append([2 * norm([of_task[key] for key in common]), norm([of_term[key] for key in common])])
         of_task_norms, of_term_norms = zip(*norms, strict=True)
         assert weights[name] * sum(of_term_norms) / sum(of_task_norms) == pytest.approx(share, rel=1e-5)
 
-    whole = gradients(distiller, "loss", own[0])
-    parts = {name: gradients(distiller, name, own[0]) for name in ("task", "hint", "soft_targets")}
+    (whole,) = gradients(distiller, "loss", own[:1])
+    parts = {name: gradients(distiller, name, own[:1])[0] for name in ("task", "hint", "soft_targets")}
     key = next(iter(parts["hint"]))
     expected = 2 * parts["task"][key] + sum(weights[name] * parts[name][key] for name in weights)
     torch.testing.assert_close(whole[key], expected, rtol=1e-4, atol=1e-6)
