@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from functools import wraps
 from math import isfinite, prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, TypeGuard
 
 import torch
@@ -30,7 +29,7 @@ def in_float32(function: Callable[P, Tensor], *, promote: bool = True) -> Callab
     """
 
     @wraps(function)
-    def computed(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def computed(*args: Any, **kwargs: Any) -> Tensor:  # P.args, made in a compiled step, would fail its guards
         device: str = flat(args[0])[0].device.type
         # Where there is none to leave, the context is left out: entering one takes longer than a small kernel.
         outside = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
@@ -128,13 +127,14 @@ def call_loss(
     name: str,
     student: Compared,
     *targets: Compared,
-    options: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] | None = None,
     block_gradient: bool = True,
 ) -> Tensor:
     """Call a custom loss, a function or a module, as `loss_function` calls one of ours.
 
     Raises LossError if it raises, or returns anything but one real number.
     """
+    options = options or {}
     if getattr(function, "is_loss_function", False):
         return _scalar(name, function(student, *targets, block_gradient=block_gradient, **options))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from probe_kd.engine.spec import FeatureSpec, Layout, Tap
 from probe_kd.errors import LossError
 from probe_kd.methods.losses import common
-from probe_kd.methods.losses.common import check_finite
+from probe_kd.methods.losses.common import call_loss, check_finite
 from probe_kd.methods.losses.learned import MGD, RSD, SRRL, VID
 from probe_kd.methods.losses.memories import CRD, PatchSimilarityQueue
 from probe_kd.methods.losses.review import ReviewKD
@@ -440,6 +440,28 @@ def test_a_copy_goes_on_with_the_same_bits(name: str) -> None:
             torch.manual_seed(2)
             values.append(one(*inputs).item())
         assert values[0] == values[1]
+
+
+def test_compiled_they_are_as_they_were() -> None:
+    """In one graph with what calls them, with the numbers that they draw and the buffers that they write."""
+    made, copied = [entry[0] for entry in modules().values()], [entry[0] for entry in modules().values()]
+    inputs = [
+        tuple(numbers(shape, seed).float() for seed, shape in enumerate(students + teachers))
+        for _, students, teachers in modules().values()
+    ]
+
+    def step(called: list[nn.Module]) -> list[Tensor]:
+        return [call_loss(module, "loss", *given) for module, given in zip(called, inputs, strict=True)]
+
+    for module, other in zip(made, copied, strict=True):
+        other.load_state_dict(module.state_dict())
+    for seed in range(2):
+        torch.manual_seed(seed)
+        values = torch.compile(step, backend="eager", fullgraph=True)(made)
+        torch.manual_seed(seed)
+        assert values == step(copied)
+    for module, other in zip(made, copied, strict=True):
+        torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,12 @@ def test_the_gradient_block_decides_whether_the_teacher_learns(block: str, learn
     assert step.teacher is not None
     for name in LOSSES:
         assert any(gradient.abs().max() > 0 for gradient in gradients(result[name], step.teacher)) == learns, name
+
+
+def test_autocast_changes_no_type_of_a_loss_or_of_what_it_remembers() -> None:
+    step = distiller("cnn", "vit")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = step(**batch())
+    assert {result[name].dtype for name in LOSSES} == {torch.float32}  # type: ignore[union-attr]
+    assert {value.dtype for value in step.losses.state_dict().values()} == {torch.float32, torch.int64}
+    assert all(gradient.isfinite().all() for gradient in gradients(result["loss"], step))
