@@ -382,8 +382,10 @@ def losses_table(rows: Iterable["StepCost"], *, trains_teacher: bool) -> Table:
 
 
 def costs_table(rows: Sequence["StepCost"]) -> Table:
-    """Return a table of the time and memory of a step in each stage of the student, and of the adapters' share."""
-    columns = ("stage", "step>", "images/s>", "steps>", "stage takes>", "memory>", "of it activations>", "adapters>")
+    """Return a table of the time and memory of a step in each stage, and of the share of the adapters and losses."""
+    columns = ["stage", "step>", "images/s>", "steps>", "stage takes>", "memory>", "of it activations>", "adapters>"]
+    losses = any(row.loss_parameters for row in rows)  # most losses have no parameters
+    columns += ["losses>"] * losses
     table = table_of(f"A step of {rows[0].images} images, on this machine", *columns)
     for row in rows:
         table.add_row(
@@ -394,9 +396,14 @@ def costs_table(rows: Sequence["StepCost"]) -> Table:
             duration(row.seconds * row.steps),
             size(row.memory),
             size(row.activations),
-            f"{amount(row.adapter_parameters)}, {amount(row.adapter_macs)} MACs" if row.adapter_parameters else "none",
+            _parts(row.adapter_parameters, row.adapter_macs),
+            *[_parts(row.loss_parameters, row.loss_macs)] * losses,
         )
     return table
+
+
+def _parts(parameters: int, macs: int) -> str:
+    return f"{amount(parameters)}, {amount(macs)} MACs" if parameters else "none"
 
 
 def scores_table(evaluation: "Evaluation") -> Table:

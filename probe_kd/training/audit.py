@@ -54,9 +54,10 @@ class StepCost:
     - `losses`: the unweighted terms, and `loss`, their weighted sum
     - `images`: the images of the batch; `steps`: the steps of the whole stage
     - `seconds`: the time of a step after a warm-up step
-    - `weights`, `gradients`, `optimizer`, `activations`: bytes of the weights of both models and the adapters, of the
-      gradients, of the optimizer's state, and of what is saved for the backward
-    - `adapter_macs`: multiply-accumulates of the adapters for one image
+    - `weights`, `gradients`, `optimizer`, `activations`: bytes of the weights of both models, the adapters and the
+      losses (with what these remember), of the gradients, of the optimizer's state, and of what is saved for the
+      backward
+    - `adapter_macs`, `loss_macs`: multiply-accumulates of the adapters, and of losses with parameters, for one image
     """
 
     stage: str
@@ -70,6 +71,8 @@ class StepCost:
     activations: int
     adapter_parameters: int
     adapter_macs: int
+    loss_parameters: int
+    loss_macs: int
 
     @property
     def memory(self) -> int:
@@ -200,25 +203,32 @@ def _cost(
     distiller.load_state_dict(initial_state)
     of_teachers = [parameter for model in distiller.frozen_teachers.values() for parameter in model.parameters()]
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    steps_of_adapters = (".student_steps", ".teacher_steps", ".fitted_steps")
     adapters = {
-        f"Distiller.adapters.{name}"
-        for name, _ in distiller.adapters.named_modules()
-        if name.endswith((".student_steps", ".teacher_steps", ".fitted_steps"))
+        f"adapters.{name}" for name, _ in distiller.adapters.named_modules() if name.endswith(steps_of_adapters)
     }
-    macs = sum(sum(count.values()) for name, count in counter.get_flop_counts().items() if name in adapters) // 2
+    losses = {f"losses.{name}" for name, _ in distiller.losses.named_modules() if name.count(".") == 1}
     return StepCost(
         phase.name,
         {name: float(value.detach()) for name, value in result.items() if name != "output" and value is not None},
         images=len(batch.images),
         steps=phase.epochs * steps,
         seconds=seconds,
-        weights=_bytes([*distiller.parameters(), *of_teachers]),
+        weights=_bytes([*distiller.parameters(), *distiller.losses.buffers(), *of_teachers]),
         gradients=_bytes(trained_parameters),
         optimizer=_bytes(state),
         activations=sum(saved_bytes.values()),
         adapter_parameters=sum(parameter.numel() for parameter in distiller.adapters.parameters()),
-        adapter_macs=macs // len(batch.images),
+        adapter_macs=_macs(counter, adapters) // len(batch.images),
+        loss_parameters=sum(parameter.numel() for parameter in distiller.losses.parameters()),
+        loss_macs=_macs(counter, losses) // len(batch.images),
     )
+
+
+def _macs(counter: FlopCounterMode, names: set[str]) -> int:
+    """The multiply-accumulates of these modules of the Distiller in one batch."""
+    counts = counter.get_flop_counts()
+    return sum(sum(counts[f"Distiller.{name}"].values()) for name in names if f"Distiller.{name}" in counts) // 2
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: Tensor | None, models: Models) -> None:
