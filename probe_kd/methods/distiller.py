@@ -161,8 +161,9 @@ class Distiller(nn.Module):
             named = name_teachers(self.objectives, student_trace, traces, class_maps=class_maps, weights=weights)
             self.objectives = tuple(expanded(objective, student_trace, traces) for objective in named)
             self.adapters = make_adapters(self.objectives, student_trace, traces, class_maps)
+            frozen = {} if block else teachers
             self.losses = make_losses(
-                self.objectives, self.adapters, student_trace, traces, teachers=teachers, num_images=num_images
+                self.objectives, self.adapters, student_trace, traces, frozen=frozen, num_images=num_images
             )
             if block:
                 refuse_moving_target(self.adapters)

@@ -24,19 +24,19 @@ def make_losses(
     student: Trace,
     teacher: Trace | Traces,
     *,
-    teachers: Mapping[str, nn.Module],
+    frozen: Mapping[str, nn.Module],
     num_images: int | None = None,
 ) -> nn.ModuleDict:
     """Build the modules of all losses that have one, in the order of their comparisons, for `Distiller.losses`.
 
-    `teachers` are the models by name, and `num_images` is the number of training images. Raises LossError for a loss
-    that cannot be built for what it compares, or that needs a classifier or a number of images which do not exist.
+    `frozen` are the frozen teachers by name, and `num_images` is the number of training images. Raises LossError for a
+    loss that cannot be built for what it compares, or that needs a classifier or a number of images which do not exist.
     """
     modules: dict[str, nn.ModuleList] = {}
     for objective, comparison, adapter in compared(objectives, adapters):
         if objective.resolved.builds_module:
             specs = seen_specs(objective, comparison, adapter, student, teacher)
-            needed = _needed(objective, comparison, teachers, num_images)
+            needed = _needed(objective, comparison, frozen, num_images)
             module = _build(objective, specs, needed)
             modules.setdefault(module_key(objective.name), nn.ModuleList()).append(module)
     return nn.ModuleDict(modules)
@@ -57,12 +57,12 @@ def _build(objective: Objective, specs: tuple[Any, Any], needed: Mapping[str, An
 
 
 def _needed(
-    objective: Objective, comparison: Comparison, teachers: Mapping[str, nn.Module], num_images: int | None
+    objective: Objective, comparison: Comparison, frozen: Mapping[str, nn.Module], num_images: int | None
 ) -> dict[str, Any]:
     """What a module gets beside its options."""
     needed: dict[str, Any] = {}
     if "classifier" in objective.resolved.needs:
-        needed["classifier"] = _classifier(objective.name, teachers[comparison.teachers[0]])
+        needed["classifier"] = _classifier(objective.name, frozen.get(comparison.teachers[0]))
     if "num_images" in objective.resolved.needs:
         if num_images is None:
             raise LossError(
@@ -73,8 +73,13 @@ def _needed(
     return needed
 
 
-def _classifier(name: str, teacher: nn.Module) -> nn.Module:
-    """A copy of the teacher's classifier, which does not train."""
+def _classifier(name: str, teacher: nn.Module | None) -> nn.Module:
+    """A copy of the teacher's classifier, which does not train. `teacher` is None for one that trains."""
+    if teacher is None:
+        raise LossError(
+            f"the loss {name!r} needs the classifier of a frozen teacher, and this one trains together with the "
+            "student; leave the loss out, or train the teacher first (`teacher: {train: ...}`, without `share`)"
+        )
     get_classifier: Any = getattr(teacher, "get_classifier", None)
     classifier = get_classifier() if get_classifier is not None else None
     if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.Identity):

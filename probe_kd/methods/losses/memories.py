@@ -104,10 +104,10 @@ class CRD(nn.Module):
         width: int = 128,
     ) -> None:
         super().__init__()
-        if min(negatives, width, num_images) < 1 or not (0 < temperature < torch.inf and 0 <= momentum < 1):
+        if min(negatives, width) < 1 or not (0 < temperature < torch.inf and 0 <= momentum < 1):
             raise LossError(
-                f"crd: negatives {negatives}, temperature {temperature}, momentum {momentum}, width {width} for "
-                f"{num_images} images; expected numbers above 0, and a momentum from 0 to below 1"
+                f"crd: negatives {negatives}, temperature {temperature}, momentum {momentum}, width {width}; expected "
+                "numbers above 0, and a momentum from 0 to below 1"
             )
         self.negatives, self.temperature, self.momentum = min(negatives, num_images), temperature, momentum
         self.embed_student, self.embed_teacher = (nn.Linear(side.channels, width) for side in (student, teacher))

@@ -12,6 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from probe_kd import Distiller, InputSpec, Objective
+from probe_kd.errors import LossError
 
 IMAGES = InputSpec((3, 32, 32), 0.5, 0.25)
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -57,10 +58,9 @@ def objectives(student: str, teacher: str) -> list[Objective]:
     ]
 
 
-def distiller(student: str, teacher: str, *more: Objective, **options: Any) -> Distiller:
-    models = model(student), model(teacher, 1)
-    given = {"student_input": IMAGES, "teacher_input": IMAGES, "num_images": 20, **options}
-    return Distiller(*models, [*objectives(student, teacher), *more], **given).train()
+def distiller(student: str, teacher: str) -> Distiller:
+    models, terms = (model(student), model(teacher, 1)), objectives(student, teacher)
+    return Distiller(*models, terms, student_input=IMAGES, teacher_input=IMAGES, num_images=20).train()
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
@@ -115,10 +115,15 @@ def test_a_copy_of_the_state_goes_on_with_the_same_bits() -> None:
 
 @pytest.mark.parametrize(("block", "learns"), [("output", False), ("off", True)])
 def test_the_gradient_block_decides_whether_the_teacher_learns(block: str, learns: bool) -> None:
-    step = distiller("vit", "cnn", Objective("cross_entropy", "labels", of="teacher"), block=block)
+    labels, models = Objective("cross_entropy", "labels", of="teacher"), (model("vit"), model("cnn", 1))
+    terms = [term for term in objectives("vit", "cnn") if term.name != "srrl"]
+    options = {"student_input": IMAGES, "teacher_input": IMAGES, "num_images": 20, "block": block}
+    with pytest.raises(LossError, match="the classifier of a frozen teacher"):
+        Distiller(*models, [*objectives("vit", "cnn"), labels], **options)  # type: ignore[arg-type]
+    step = Distiller(*models, [*terms, labels], **options).train()  # type: ignore[arg-type]
     result = step(**batch())
     assert step.teacher is not None
-    for name in LOSSES:
+    for name in (term.name for term in terms):
         assert any(gradient.abs().max() > 0 for gradient in gradients(result[name], step.teacher)) == learns, name
 
 
