@@ -55,6 +55,8 @@ stages:
     losses:
       labels: {{loss: cross_entropy, student: head, class_weights: balanced}}
       hard: {{loss: hard_labels, student: head_dist, teacher: fc, label_smoothing: 0.1}}
+      relations: {{loss: rkd, distance: 25, angle: 50, tokens: cls, pairs: {{blocks.1: layer4}}}}
+      kernel: {{loss: cc, gamma: 0.4, order: 2, tokens: flatten, pairs: {{blocks.0: layer2}}}}
       embedding: {{loss: logits, student: "head_drop#0", teacher: global_pool, weight: 0.1}}
 """,
     "one output for two classes": f"""

@@ -4,7 +4,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeGuard
 
@@ -341,7 +341,7 @@ def unit_deviation(features: Float[Tensor, "..."], dim: Sequence[int]) -> Float[
     The backward keeps nothing but the result. The gradient of equal numbers is that of the numbers over their length.
     """
     mean = features.mean(tuple(dim), keepdim=True)
-    lengths = mean.detach().abs() * prod(features.shape[axis] for axis in dim) ** 0.5
+    lengths = mean.detach().abs() * (features.numel() // mean.numel()) ** 0.5
     scaled: Tensor = _Unit.apply(features - mean, tuple(dim), lengths)
     return scaled
 

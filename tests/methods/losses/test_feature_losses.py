@@ -192,6 +192,17 @@ def test_constant_channels_count_as_standardised_zeros() -> None:
     assert pkd(s, t).item() == pytest.approx((float(1 - r) + 1 / 2 + 1 / 2 + 0) / 4, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_compiled_loss_is_one_graph(name: str) -> None:
+    function, _, options = LOSSES[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    s, t = sides_of(function, (2, 3, 3, 2, 2), 0, 1.0)
+    values = [each(s.requires_grad_(), t, **options) for each in (compiled, function)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, s)[0] for value in values))
+
+
 @pytest.mark.parametrize(
     ("function", "shapes", "options", "says"),
     [

@@ -195,3 +195,17 @@ def test_what_cannot_be_compared_is_refused(function: Callable[..., Tensor]) -> 
 def test_values_that_mean_nothing_are_refused(function: Callable[..., Tensor], options: Any, says: str) -> None:
     with pytest.raises(LossError, match=says):
         function(torch.randn(3, 4), torch.randn(3, 5), **options)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_compiled_loss_is_one_graph_in_parts_too(
+    function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = relations._in_parts
+    monkeypatch.setattr(relations, "_in_parts", lambda part, n, row, _: original(part, n, row, 30))
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    s, t = draw(4, 3, seed=0).requires_grad_(), draw(4, 5, seed=1)
+    values = [each(s, t) for each in (compiled, function)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, s)[0] for value in values))
