@@ -20,6 +20,7 @@ from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.measures import MEASURES, OF_LABELLED_SET, OF_PAIRS
 from probe_kd.methods.adapters import Target, adapt
 from probe_kd.methods.targets import make_adapters, targets_of
+from probe_kd.recipe.loss_names import packages_of
 from probe_kd.recipe.planner import Plan, PlannedTeacher
 from probe_kd.recipe.sections.outputs import role_of_teacher
 
@@ -514,8 +515,7 @@ def print_student(plan: Plan, folder: Path, console: Console) -> None:
 
 def _next_commands(plan: Plan, folder: Path, *, is_timm: bool) -> str:
     """Return the next commands in one line, ready to be copied."""
-    names = [plan.student.model, *(teacher.trace.model for teacher in plan.teachers.values())]
-    allowed = "".join(f" --allow-import {package}" for package in packages(names))
+    allowed = "".join(f" --allow-import {package}" for package in packages_of(plan.recipe))
     run = quote(str(folder))
     export = (
         f"probe-kd export {run} -o DIR{'' if is_timm else ' --onnx'}{allowed}"  # what timm cannot build goes to ONNX

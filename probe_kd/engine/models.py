@@ -42,7 +42,7 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
         factory: Callable[..., Any] = partial(build_foreign, name, pretrained=pretrained)
         arguments: dict[str, Any] = {"model_kwargs": model_kwargs}
     elif module_of(name):
-        factory, arguments = _import_factory(name), dict(model_kwargs)
+        factory, arguments = import_object(name), dict(model_kwargs)
     else:
         factory, arguments = timm.create_model, {"model_name": name, "pretrained": pretrained, **model_kwargs}
     try:
@@ -78,7 +78,7 @@ def check_kwargs(name: str, model_kwargs: Mapping[str, Any]) -> None:
         check_foreign(name, model_kwargs)
     elif module_of(name):
         with suppress(ValueError, TypeError):  # a function without a readable signature
-            check_truths(name, signature(_import_factory(name)).parameters, model_kwargs)
+            check_truths(name, signature(import_object(name)).parameters, model_kwargs)
     else:
         _check_name(name, timm)
         architecture, saved = _saved_arguments(name)
@@ -246,17 +246,21 @@ def _check_name(name: str, timm: Any) -> None:
         raise TraceError(f"timm has no weights {tag!r} for {architecture}{nearest(tag, tags)}{available}")
 
 
-def _import_factory(name: str) -> Callable[..., Any]:
+def import_object(name: str, purpose: str = "build") -> Callable[..., Any]:
+    """Import `package.module:name`, a function or a class. Call `check_import` before, for a name from a file.
+
+    Raises TraceError if the module cannot be imported, or holds no such function.
+    """
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except Exception as refusal:  # the user's own code may fail in any way
-        raise TraceError(f"cannot import {module_name!r} to build {name!r}: {short(refusal)}") from refusal
-    factory: Callable[..., Any] | None = getattr(module, attribute, None)
-    if not callable(factory):
+        raise TraceError(f"cannot import {module_name!r} to {purpose} {name!r}: {short(refusal)}") from refusal
+    value: Callable[..., Any] | None = getattr(module, attribute, None)
+    if value is None or not (callable(value) or purpose != "build"):
         legal = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise TraceError(f"{module_name} has no function {attribute!r}{nearest(attribute, legal)}")
-    return factory
+    return value
 
 
 def breaks_channels_last(model: nn.Module) -> str:

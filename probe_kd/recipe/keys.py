@@ -293,7 +293,11 @@ PairsOfLoss = Annotated[
 
 
 class LossOptions(BaseModel):
-    """One loss: its name in `LOSSES`, its weight, how features are adapted, and the arguments of the loss function.
+    """One loss: its name, its weight, how features are adapted, and the arguments of the loss function.
+
+    `loss` is a name in the table of losses, or `package.module:name` of a custom function, `nn.Module` class or `Loss`,
+    which is imported if the command allows it. `reads` says what a custom loss reads, as in `features`, or in
+    `[outputs, labels]`; not set: its own attribute `reads` does.
 
     `student` and `teacher` are the taps that a loss of outputs or labels reads, by default the `output` of the model.
 
@@ -308,6 +312,13 @@ class LossOptions(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     loss: str
+    reads: (
+        Annotated[
+            Annotated[list[str], Field(min_length=1), Tag("list")] | Annotated[str, Tag("word")],
+            Discriminator(_list_or_word),
+        ]
+        | None
+    ) = None
     weight: Annotated[Weight, AfterValidator(_not_negative)] = 1.0
     policy: Policy = "auto"
     tokens: Tokens = "drop"

@@ -17,6 +17,7 @@ from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
 from probe_kd.methods.targets import expanded
 from probe_kd.recipe.keys import PairOptions, Recipe, StageOptions, TeacherOptions
+from probe_kd.recipe.loss_names import import_losses
 from probe_kd.recipe.reading import Source
 from probe_kd.recipe.sections.evaluation import check_evaluation, measures_pairs
 from probe_kd.recipe.sections.execution import check_execution
@@ -351,6 +352,7 @@ def _check_sections(
     recipe: Recipe, allow_import: Sequence[str], record: DataRecord | None
 ) -> tuple[_Sections, list[Mistake]]:
     datasets, mistakes = open_data(recipe.data, record)
+    mistakes += import_losses(recipe, allow_import)
     models, more = trace_models(recipe, datasets.num_classes if datasets else None, allow_import)
     mistakes += more + check_teachers(recipe)
     new_classifiers, more = _check_weights(recipe, models, record)
@@ -411,7 +413,7 @@ _DATA_ITSELF = {
 
 def _check_names(recipe: Recipe, allow_import: Sequence[str]) -> list[Mistake]:
     """Check names of models, losses, optimizers and trackers, which needs neither models nor data."""
-    mistakes = check_name("student", recipe.student, allow_import)
+    mistakes = import_losses(recipe, allow_import) + check_name("student", recipe.student, allow_import)
     for name, options in recipe.teachers_by_name.items():
         mistakes += of_teacher(name, check_name("teacher", options, allow_import))
     for index in range(len(recipe.stages)):

@@ -273,7 +273,8 @@ def description_of(key: str, model: type[BaseModel]) -> str:
 def _of_losses(section: Schema) -> None:
     """Allow the names of the losses, and for each loss only its own options."""
     common = dict.fromkeys(LossOptions.model_fields, True)
-    section["properties"]["loss"] |= {"enum": list(LOSSES)}
+    custom = {"pattern": r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"}
+    section["properties"]["loss"] |= {"anyOf": [{"enum": list(LOSSES)}, custom]}
     del section["additionalProperties"]
     section["allOf"] = [
         {

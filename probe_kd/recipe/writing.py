@@ -7,9 +7,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from probe_kd.engine.models import files_of, packages
+from probe_kd.engine.models import files_of
 from probe_kd.errors import RecipeError
 from probe_kd.recipe.keys import Recipe, TeacherOptions
+from probe_kd.recipe.loss_names import packages_of
 from probe_kd.recipe.reading import load
 
 
@@ -37,7 +38,7 @@ def command_to_go_on(folder: Path) -> str:
     """The command that resumes the run in a folder, whose recipe.yaml includes what `--set` and `--seed` changed."""
     try:
         recipe = load(folder / "recipe.yaml").recipe
-        allowed = packages(model.model for model in (recipe.student, *recipe.teachers_by_name.values()))
+        allowed = packages_of(recipe)
     except RecipeError:  # the command reports it
         allowed = []
     options = "".join(f" --allow-import {package}" for package in allowed)

@@ -29,9 +29,9 @@ from probe_kd.engine.weights import classifiers, read_header, save_weights
 from probe_kd.errors import ProbeKDError, RunError, TapError, TraceError, WeightsError, nearest, short
 from probe_kd.files.atomic import whole_bytes
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, why_no_run
-from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.sharing import load_student
 from probe_kd.recipe.keys import ModelOptions, Recipe
+from probe_kd.recipe.loss_names import loss_of, losses_in
 from probe_kd.recipe.reading import load
 from probe_kd.recipe.sections.outputs import role_of_teacher
 from probe_kd.recipe.writing import command_to_go_on
@@ -246,8 +246,8 @@ def _with_role(recipe: Recipe, role: str) -> tuple[str, Recipe]:
 
 def _drop_classifier(module: nn.Module, recipe: Recipe, role: str) -> str:
     """Remove a student's classifier that no loss has trained. Returns why, or an empty string if it stays."""
-    losses = [LOSSES.get(loss.loss) for stage in recipe.stages for loss in stage.losses.values()]
-    read = {loss.reads for loss in losses if loss is not None}
+    losses = [loss_of(options) for _, options in losses_in(recipe)]
+    read = {"outputs" if loss is None else loss.reads for loss in losses}  # a custom loss may read them
     has_classifier = getattr(module, "num_classes", 0) and hasattr(module, "reset_classifier")
     if role != "student" or read & {"labels", "outputs"} or not has_classifier or _pairs_classifier(module, recipe):
         return ""

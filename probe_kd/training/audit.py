@@ -29,6 +29,7 @@ from probe_kd.training.trial import (
     first_batch,
     one_step,
     share_complaints,
+    silent_losses,
     student_of,
     too_large,
     untrained,
@@ -148,7 +149,8 @@ def _audit(plan: Plan, models: Models) -> Audit:
         if reached_names and not shares_are_wrong:
             costs.append(_cost(models, phase, distiller, batch, reached_names, steps, remarks))
         distiller.close()
-    wrong = (*_no_numbers(costs), *complaints(reach), *share_complaints(trained.phases, reach))
+    wrong = (*_no_numbers(costs), *complaints(plan.recipe, reach), *share_complaints(trained.phases, reach))
+    remarks += silent_losses(plan.recipe, reach)
     all_remarks = (*untrained(models, trained, reach, batch.images), *remarks)
     return Audit(tuple(reaches), tuple(costs), wrong, all_remarks, tuple(shares))
 

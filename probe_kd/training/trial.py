@@ -20,6 +20,8 @@ from probe_kd.methods.normalisation import without_statistics
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.outputs import output_spec
 from probe_kd.methods.shares import complaint_about, task_of
+from probe_kd.recipe.keys import Recipe
+from probe_kd.recipe.loss_names import is_custom, losses_in
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.devices import memory_format
 from probe_kd.training.fitting import fit_for_trial
@@ -49,8 +51,9 @@ def check_student(plan: Plan, accelerator: Accelerator, progress: Progress) -> N
         trained = student_of(models)
         batch = first_batch(models, trained, most=MOST_TRIED)
         reach = reach_of(models, trained, batch)
-        wrong = [*complaints(reach), *share_complaints(trained.phases, reach)]
-        wrong_and_remarks = wrong, untrained(models, trained, reach, batch.images)
+        wrong = [*complaints(plan.recipe, reach), *share_complaints(trained.phases, reach)]
+        remarks = [*untrained(models, trained, reach, batch.images), *silent_losses(plan.recipe, reach)]
+        wrong_and_remarks = wrong, remarks
     accelerator.free_memory()
     wrong, remarks = broadcast_object_list([wrong_and_remarks])[0]  # so that all processes end, or none
     if wrong:
@@ -142,14 +145,15 @@ def _yields_classes(models: Models, trained: TrainedModel) -> bool:
     return False
 
 
-def complaints(reach: Sequence[tuple[str, Norms]]) -> list[str]:
+def complaints(recipe: Recipe, reach: Sequence[tuple[str, Norms]]) -> list[str]:
     """List the errors in the gradients of a first batch."""
     errors = []
+    custom = _custom_losses(recipe)
     for stage, norms in reach:
         for loss, gradients in norms.items():
             if not all(map(math.isfinite, gradients.values())):
                 errors.append(f"loss `{loss}` of stage `{stage}` has a gradient that is not finite")
-            elif not any(gradients.values()):
+            elif not any(gradients.values()) and not (gradients and loss in custom):
                 errors.append(
                     f"loss `{loss}` of stage `{stage}` moves nothing; leave it out, or compare what can be trained"
                 )
@@ -173,6 +177,21 @@ def share_complaints(phases: Sequence[Phase], reach: Sequence[tuple[str, Norms]]
             if complaint := complaint_about(objective.name, " + ".join(names), common):
                 errors.append(f"stage `{stage}`: {complaint}")
     return errors
+
+
+def silent_losses(recipe: Recipe, reach: Sequence[tuple[str, Norms]]) -> list[str]:
+    """Remark on custom losses with a gradient of zero: a loss may leave out images, by the teacher's answer say."""
+    custom = _custom_losses(recipe)
+    return [
+        f"loss `{loss}` of stage `{stage}` has a gradient of zero on the first images, so it may train nothing"
+        for stage, norms in reach
+        for loss, gradients in norms.items()
+        if loss in custom and gradients and not any(gradients.values())
+    ]
+
+
+def _custom_losses(recipe: Recipe) -> set[str]:
+    return {str(place[-1]) for place, options in losses_in(recipe) if is_custom(options.loss)}
 
 
 def too_large(refusal: Exception) -> str:

@@ -13,9 +13,9 @@ from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError
 from probe_kd.measures import MEASURES, OF_PAIRS
 from probe_kd.methods.adapters import pooled
-from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.objectives import Objective
 from probe_kd.recipe.keys import ModelOptions, Recipe
+from probe_kd.recipe.loss_names import loss_of, losses_in
 from probe_kd.recipe.sections.mistakes import Mistake, noting, of_teacher
 from probe_kd.recipe.sections.models import Models
 
@@ -44,7 +44,7 @@ def check_evaluation(
 
 def _check_pairs(recipe: Recipe) -> list[Mistake]:
     """Check that there are pairs to measure, if the recipe asks for it."""
-    losses = [LOSSES.get(loss.loss) for stage in recipe.stages for loss in stage.losses.values()]
+    losses = [loss_of(options) for _, options in losses_in(recipe)]
     if not (recipe.evaluate and recipe.evaluate.pairs) or any(
         loss is None or loss.reads == "features" for loss in losses
     ):

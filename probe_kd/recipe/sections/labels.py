@@ -6,7 +6,6 @@ from typing import Any
 from probe_kd.data.datasets import Datasets
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.labels import balanced_weights
-from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.objectives import Objective
 from probe_kd.recipe.keys import LossOptions, Recipe
 from probe_kd.recipe.sections.mistakes import Mistake
@@ -45,17 +44,17 @@ def check_label_losses(
             continue
         loss = recipe.stages[index].losses[objective.name].loss
         place: KeyPath = ("stages", index, "losses", objective.name)
-        if message := _why_unreadable(recipe, loss, classes):
+        if message := _why_unreadable(recipe, objective, classes):
             mistakes.append(((*place, "loss"), f"loss `{objective.name}` ({loss}) {message}"))
         elif message := _why_other_weights(recipe, objective, classes):
             mistakes.append(((*place, "class_weights"), message))
     return mistakes
 
 
-def _why_unreadable(recipe: Recipe, loss: str, classes: int | None) -> str:
+def _why_unreadable(recipe: Recipe, objective: Objective, classes: int | None) -> str:
     """Why a loss cannot read the labels of the data; empty if it can."""
-    labels, multilabel = recipe.data.labels, LOSSES[loss].multilabel
-    per_class = "binary_cross_entropy" if LOSSES[loss].reads == "labels" else "multilabel_soft_targets"
+    labels, multilabel = recipe.data.labels, objective.resolved.multilabel
+    per_class = "binary_cross_entropy" if objective.resolved.reads == "labels" else "multilabel_soft_targets"
     if labels == "none":
         return (
             "reads labels, and `data: {labels: none}` has none; take a loss that compares with the teacher (`hint`, "

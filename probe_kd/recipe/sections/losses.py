@@ -12,12 +12,12 @@ from probe_kd.engine.spec import Pair, Schedule, Share, Tap, Trace, Traces, valu
 from probe_kd.errors import LossError
 from probe_kd.methods.dropping import TeacherDropping
 from probe_kd.methods.fitting import refuse_moving_target
-from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.naming import compared_alone, name_teachers
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.methods.shares import task_of
 from probe_kd.methods.targets import make_adapter
 from probe_kd.recipe.keys import RESERVED, LossOptions, Recipe, StageOptions, schedule
+from probe_kd.recipe.loss_names import is_custom, loss_of, losses_in
 from probe_kd.recipe.sections.labels import with_class_weights
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.models import in_body
@@ -67,6 +67,8 @@ def _make_objective(
     mistakes: list[Mistake] = []
     if name in RESERVED:
         mistakes.append((place, f"a loss cannot be called `{name}`: the metrics have a column of that name"))
+    if is_custom(options.loss) and loss_of(options) is None:
+        return [], mistakes  # `import_losses` has said why
     objective: Objective | None = None
     with noting(mistakes, *place, *_key_to_blame(options)):
         arguments = with_class_weights(options, datasets)
@@ -165,8 +167,9 @@ def _objective(
     recipe: Recipe, name: str, options: LossOptions, pairs: Sequence[Pair], body: str, arguments: Mapping[str, Any]
 ) -> Objective:
     student_tap, teacher_tap = _taps(recipe, options)
+    custom = loss_of(options) if is_custom(options.loss) else None
     return Objective(
-        options.loss,
+        custom or options.loss,
         name,
         weight=schedule(options.weight),
         pairs=pairs,
@@ -186,7 +189,8 @@ def _objective(
 
 def _taps(recipe: Recipe, options: LossOptions) -> tuple[Tap, Tap]:
     """The taps that a loss reads: those that it names, else the outputs of the models that it reads."""
-    reads = LOSSES[options.loss].reads if options.loss in LOSSES else ""
+    loss = loss_of(options)
+    reads = loss.reads if loss else ""
     by_default = {"outputs": ("student", "teacher"), "labels": (options.of,)}.get(reads, ())
     texts = {"student": options.student, "teacher": options.teacher}
     models = {"student": recipe.student, "teacher": recipe.teacher}
@@ -199,9 +203,9 @@ def _taps(recipe: Recipe, options: LossOptions) -> tuple[Tap, Tap]:
 
 def _key_to_blame(options: LossOptions) -> list[str]:
     """The key of a loss that causes its error; empty if no single one does."""
-    if options.loss not in LOSSES:
+    loss = loss_of(options)
+    if loss is None:
         return ["loss"]
-    loss = LOSSES[options.loss]
     given = (options.model_extra or {}).items()
     refused = (key for key, value in given if not isinstance(value, Mapping) and loss.refusal(key, value))
     return [*(key for key, _ in given if key not in loss.options), *refused][:1]
@@ -223,8 +227,8 @@ def check_loss_weights(index: int, stage: StageOptions) -> list[Mistake]:
 
 
 def check_baseline(recipe: Recipe) -> list[Mistake]:
-    losses = [loss.loss for stage in recipe.stages for loss in stage.losses.values()]
-    if not recipe.baseline or any(loss in LOSSES and LOSSES[loss].reads == "labels" for loss in losses):
+    losses = [loss_of(options) for _, options in losses_in(recipe)]
+    if not recipe.baseline or any(loss is not None and loss.reads == "labels" for loss in losses):
         return []
     if recipe.data.labels == "none":
         message = "the baseline learns from labels alone, and `data: {labels: none}` has none; leave `baseline` out"

@@ -19,9 +19,9 @@ from probe_kd.engine.weights import classifiers, load_weights, read_weights
 from probe_kd.errors import AdapterError, ProbeKDError, TapError, TraceError, WeightsError, nearest
 from probe_kd.files.atomic import read_text, reason
 from probe_kd.methods.adapters import check_class_map
-from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.outputs import output_spec
 from probe_kd.recipe.keys import ModelOptions, Recipe, TeacherOptions, classifier_of
+from probe_kd.recipe.loss_names import loss_of, losses_in
 from probe_kd.recipe.sections.mistakes import Mistake, naming, noting, of_teacher
 
 Side = Literal["student", "teacher"]
@@ -95,8 +95,8 @@ def _width_of_teacher(teacher: TeacherOptions, trace_: Trace | None) -> int | No
 
 
 def _compares_outputs(recipe: Recipe) -> bool:
-    losses = [loss.loss for stage in recipe.stages for loss in stage.losses.values()]
-    return any(loss in LOSSES and LOSSES[loss].reads == "outputs" for loss in losses)
+    losses = [loss_of(options) for _, options in losses_in(recipe)]
+    return any(loss is not None and loss.reads == "outputs" for loss in losses)
 
 
 def _trace(

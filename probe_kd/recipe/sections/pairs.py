@@ -8,9 +8,9 @@ from typing import Any
 from probe_kd.engine.matching import expand, is_pattern, listed, match
 from probe_kd.engine.spec import Pair, Tap, Trace, Traces
 from probe_kd.errors import TapError, nearest
-from probe_kd.methods.losses.table import LOSSES
 from probe_kd.methods.objectives import Comparison, Objective
 from probe_kd.recipe.keys import AutoPairs, LossOptions, PairOptions, Recipe, all_pairs
+from probe_kd.recipe.loss_names import loss_of
 from probe_kd.recipe.sections.mistakes import Mistake, noting
 from probe_kd.recipe.sections.models import Models
 from probe_kd.recipe.yaml_tree import KeyPath
@@ -120,9 +120,10 @@ def find_all_pairs(recipe: Recipe, models: Models, grown: Trace | None) -> tuple
 
 def _why_no_pairs(options: LossOptions) -> str:
     """Why a loss cannot have `pairs`; empty if it can, or has none."""
-    if options.pairs is None or options.loss not in LOSSES or LOSSES[options.loss].reads_layers:
+    loss = loss_of(options)
+    if options.pairs is None or loss is None or loss.reads_layers:
         return ""
-    keys = "`student`" if LOSSES[options.loss].reads == "labels" else "`student` and `teacher`"
+    keys = "`student`" if loss.reads == "labels" else "`student` and `teacher`"
     return (
         f"{options.loss!r} compares no pairs of layers, so `pairs` means nothing; leave it out (by {keys} it may read "
         "another output)"

@@ -1,0 +1,71 @@
+"""The losses that a recipe names: those of the table, and custom ones by `package.module:name`."""
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+from probe_kd.engine.models import check_import, import_object, module_of, packages
+from probe_kd.errors import LossError, TraceError
+from probe_kd.methods.losses.table import LOSSES, Loss, as_loss
+from probe_kd.recipe.keys import LossOptions, Recipe
+from probe_kd.recipe.yaml_tree import KeyPath
+
+_NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+
+
+def is_custom(name: str) -> bool:
+    """Whether the name of a loss is that of an object in a module, `package.module:name`."""
+    return bool(_NAME.fullmatch(name) and module_of(name))
+
+
+def loss_of(options: LossOptions) -> Loss | None:
+    """The loss that a recipe names. None if it does not exist, or if `import_losses` has not imported it."""
+    if not is_custom(options.loss):
+        return LOSSES.get(options.loss)
+    module, _, attribute = options.loss.partition(":")
+    value = getattr(sys.modules.get(module), attribute, None)
+    try:
+        return None if value is None else as_loss(value, options.reads)
+    except LossError:  # reported by `import_losses`
+        return None
+
+
+def import_losses(recipe: Recipe, allow_import: Sequence[str]) -> list[tuple[KeyPath, str]]:
+    """Import the custom losses of a recipe. Returns what is wrong with their names and kinds, each with its place.
+
+    A module is imported only if `allow_import` names it or its package.
+    """
+    mistakes: list[tuple[KeyPath, str]] = []
+    for place, options in losses_in(recipe):
+        if not is_custom(options.loss):
+            if options.reads is not None and options.loss in LOSSES:
+                reads = LOSSES[options.loss].reads
+                message = f"`{options.loss}` reads {reads}; `reads` is for custom losses, so leave it out"
+                mistakes.append(((*place, "reads"), message))
+            continue
+        try:
+            check_import(options.loss, allow_import)
+            value = import_object(options.loss, "use")
+        except TraceError as error:
+            mistakes.append(((*place, "loss"), str(error)))
+            continue
+        try:
+            as_loss(value, options.reads)
+        except LossError as error:
+            key = "loss" if options.reads is None or not callable(value) else "reads"
+            mistakes.append(((*place, key), str(error)))
+    return mistakes
+
+
+def losses_in(recipe: Recipe) -> Iterator[tuple[KeyPath, LossOptions]]:
+    """All losses of all stages, each with its place."""
+    for index, stage in enumerate(recipe.stages):
+        for name, options in stage.losses.items():
+            yield ("stages", index, "losses", name), options
+
+
+def packages_of(recipe: Recipe) -> list[str]:
+    """The packages, other than timm, that the models and losses of a recipe come from."""
+    models = [model.model for model in (recipe.student, *recipe.teachers_by_name.values())]
+    losses = [options.loss for _, options in losses_in(recipe) if is_custom(options.loss)]
+    return packages([*models, *losses])
