@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from probe_kd import LOSSES, Loss
 from probe_kd.errors import LossError
+from probe_kd.methods.losses import common
 from probe_kd.methods.losses.features import hint
 from probe_kd.methods.losses.labels import balanced_weights, cross_entropy
 from probe_kd.methods.losses.maps import attention
@@ -253,11 +254,13 @@ def test_half_precision_and_autocast_change_nothing_but_the_inputs(name: str) ->
 
 @pytest.mark.parametrize("kinds", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("in_cache", [1, 300, 2**17])  # numbers: one image at a time, two, or all
 def test_a_hint_of_half_precision_keeps_its_maps_as_they_are(
-    kinds: tuple[torch.dtype, torch.dtype], reduction: Any
+    kinds: tuple[torch.dtype, torch.dtype], reduction: Any, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is, with both gradients, what float32 gives for the same numbers."""
-    sides = [torch.randn(2, 8, 4, 4).to(kind).requires_grad_() for kind in kinds]
+    monkeypatch.setattr(common, "_IN_CACHE", in_cache)
+    sides = [torch.randn(5, 8, 4, 4).to(kind).requires_grad_() for kind in kinds]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda it: kept.append(it) or it, lambda it: it):
         value = hint(*sides, reduction=reduction, block_gradient=False)

@@ -1,7 +1,7 @@
 """Shared by all losses: float32, the gradient block, reductions, and checks of types and shapes."""
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from math import isfinite
@@ -95,14 +95,37 @@ class _SquaresOfHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         ctx.save_for_backward(student, teacher)
-        return student.to(torch.float32, copy=True).sub_(teacher).square_().sum()
+        squares = torch.empty_like(student, dtype=torch.float32)
+        for part, own, other in _parts(squares, student, teacher):
+            part.copy_(own).sub_(other).square_()
+        return squares.sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         student, teacher = ctx.saved_tensors
-        difference = student.to(torch.float32, copy=True).sub_(teacher).mul_(2 * gradient)
-        teacher_gradient = difference.neg().to(teacher.dtype) if ctx.needs_input_grad[1] else None
-        return difference.to(student.dtype), teacher_gradient
+        student_gradient = _differences(student, teacher, 2 * gradient, student.dtype)
+        if not ctx.needs_input_grad[1]:
+            return student_gradient, None
+        return student_gradient, _differences(student, teacher, -2 * gradient, teacher.dtype)
+
+
+def _differences(student: Tensor, teacher: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """(student - teacher) times a factor, computed in float32."""
+    differences = torch.empty_like(student, dtype=dtype)
+    for part, own, other in _parts(differences, student, teacher):
+        part.copy_(own.to(torch.float32, copy=True).sub_(other).mul_(factor))
+    return differences
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some images at a time of each tensor, as many as the cache of a CPU holds; elsewhere all at once."""
+    images, numbers = len(tensors[0]), tensors[0].numel()
+    in_parts = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    size = max(1, _IN_CACHE * images // numbers) if in_parts else images
+    return zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
+
+
+_IN_CACHE = 2**17  # numbers
 
 
 def loss_function(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
