@@ -27,11 +27,11 @@ def rkd(
 ) -> Float[Tensor, ""]:
     """Compute a (Huber loss of the distances of pairs) + b (Huber loss of the cosines of the angles of triplets).
 
-    RKD, Park et al. 2019 (arXiv 1904.05068), eq. 5 to 10, with a = `distance` and b = `angle`. A distance is divided by
+    RKD, Park et al. 2019 (arXiv 1904.05068), with a = `distance` and b = `angle`. A distance is divided by
     the mean of the distances of all pairs of different images; the angle of (i, j, k) is that between z_i - z_j and
     z_k - z_j, and cos = 0 if one of these is zero. As in the authors' code, the mean is that of all n^2 pairs and n^3
     triplets of n images, of which those without two or three different images count 0. The paper has 25 and 50 for
-    classification (`{weight: 25, distance: 1, angle: 2}`), and 1 and 2 for metric learning.
+    classification (`{weight: 25, distance: 1, angle: 2}`), the authors' examples of metric learning 1 and 2.
 
     Scale, offset and rotation of the vectors do not matter. Of two images, the loss is always 0. The products are taken
     in float64, because the difference of two similar vectors is lost in the rounding of their products in float32. The
@@ -95,7 +95,7 @@ def sp(
 ) -> Float[Tensor, ""]:
     """Compute ||G_S - G_T||_F^2 / n^2, where G = Z Z^T of n images' vectors Z, each row scaled to length 1.
 
-    SP, Tung and Mori 2019 (arXiv 1907.09682), eq. 1 to 4. The paper's vectors are whole maps (`tokens: flatten`), and
+    SP, Tung and Mori 2019 (arXiv 1907.09682). The paper's vectors are whole maps (`tokens: flatten`), and
     its weight is 3000. The scale of all vectors of a model does not matter. Rows of zeros stay zeros. Time and memory
     grow with n^2: the matrix is computed in parts where it is larger than the vectors.
     """
