@@ -26,7 +26,8 @@ stages:
     keep: best
     losses:
       match: {{loss: token_match, normalize: fitted, projector: mlp, cosine: 0.9, smooth_l1: 0.1, beta: 1.0}}
-      patches: {{loss: patch_similarity, temperature: 0.07, grid: teacher}}
+      patches: {{loss: patch_similarity, temperature: 0.07, grid: teacher, pairs: [layer3]}}
+      own: {{loss: gram, pairs: {{"glob:layer[12]": "glob:blocks.?", layer4: {{teacher: blocks.1, weight: 0.5}}}}}}
       channels: {{loss: cwd, temperature: 2.0, projector: orthogonal}}
 evaluate:
   knn: {{dataset: sklearn/digits, holdout: 0.1, k: 20, temperature: 0.07, every: 1}}
