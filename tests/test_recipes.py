@@ -74,6 +74,9 @@ def toy(recipe: Path, pictures: Path, student: dict[str, Any], teacher: dict[str
     for stage in tree["stages"]:
         stage["epochs"] = 1
         stage.pop("scheduler", None)  # whose warm-up may be longer
+        for loss in stage["losses"].values():
+            if "pairs" in loss:  # of exits, which learn from the teacher's output
+                loss["pairs"] = dict.fromkeys(found(student, teacher), "")
         scales = stage.get("optimizer", {}).get("lr_scale")
         if scales:
             stage["optimizer"]["lr_scale"] = dict.fromkeys(list(tree["pairs"]), 0.5)
