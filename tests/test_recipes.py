@@ -77,6 +77,8 @@ def toy(recipe: Path, pictures: Path, student: dict[str, Any], teacher: dict[str
         for loss in stage["losses"].values():
             if "pairs" in loss:  # of exits, which learn from the teacher's output
                 loss["pairs"] = dict.fromkeys(found(student, teacher), "")
+            if student is MIXER and isinstance(loss.get("weight"), dict):
+                loss["weight"] = 1.0  # its classifier starts at zero, so no gradient is a share of the task's
         scales = stage.get("optimizer", {}).get("lr_scale")
         if scales:
             stage["optimizer"]["lr_scale"] = dict.fromkeys(list(tree["pairs"]), 0.5)

@@ -98,9 +98,15 @@ def complaint_about(name: str, task: str, norms: Sequence[Sequence[float]]) -> s
     for whose, of_side in zip((task, name), zip(*norms, strict=True), strict=True):
         if not all(map(isfinite, of_side)) or not any(of_side):
             value = "not finite" if any(of_side) else "zero"
+            starts_at_zero = whose == task and not any(of_side)
+            cause = (
+                " (as from a classifier that starts at zero; a first stage with the labels alone helps)"
+                if starts_at_zero
+                else ""
+            )
             return (
-                f"the gradient of '{whose}' is {value} at the parameters that '{name}' and '{task}' both reach, so "
-                f"neither is a share; {advice}"
+                f"the gradient of '{whose}' is {value}{cause} at the parameters that '{name}' and '{task}' both reach, "
+                f"so neither is a share; {advice}"
             )
     return ""
 
