@@ -223,5 +223,5 @@ def test_losses_without_a_common_parameter_and_gradients_of_zero_are_refused() -
         measure_shares(apart, batches(1))
     zero = distiller_of([Objective("cross_entropy", "task"), hint(Share(0.3))])
     torch.nn.init.zeros_(zero.student.fc.weight)  # type: ignore[union-attr, arg-type]
-    with pytest.raises(LossError, match="the gradient of 'task' is zero at the parameters that 'hint' and 'task' both"):
+    with pytest.raises(LossError, match=r"the gradient of 'task' is zero \(.*starts at zero.*'hint' and"):
         measure_shares(zero, batches(1))
