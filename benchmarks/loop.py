@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from probe_kd.training.epochs import Epochs
 from probe_kd.training.optimizers import make_optimizer
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import Run
@@ -83,7 +84,8 @@ class _Bare(nn.Module):
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
-        self.student, self.teacher, self.adapters = student, None, nn.ModuleDict()
+        self.student, self.teacher = student, None
+        self.adapters, self.losses = nn.ModuleDict(), nn.ModuleDict()
 
 
 def as_train(ours: Ours) -> tuple[Callable[[], None], Progress]:
@@ -91,9 +93,9 @@ def as_train(ours: Ours) -> tuple[Callable[[], None], Progress]:
     loop, models = ours.stages[0][2], ours.models
     progress = Progress(Console(file=io.StringIO(), force_terminal=True, width=120))
     saver = Saver(ours.plan, models.accelerator, TrainState(), progress, ours.folder)
-    run = Run(models, Scorer(models), saver, progress, [])
+    run = Run(models, Scorer(models), saver, progress, Epochs(models, saver, progress, []))
     progress.begin("student: stage", loop.phase.epochs, loop.steps, 0)
-    return lambda: run._train_epoch(loop, 0) and None, progress
+    return lambda: run.epochs.train(loop, 0) and None, progress
 
 
 def loader_of(batches: Any) -> Callable[[], None]:

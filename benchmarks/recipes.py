@@ -117,7 +117,7 @@ class Ours:
 
 
 def one_epoch(loop: Loop, epoch: int) -> None:
-    """As `Run._train_epoch` does, with what it leaves to the checkpoint: the cache is brought to the disk."""
+    """As `Epochs.train` does, with what it leaves to the checkpoint: the cache is brought to the disk."""
     loop.sums = {}
     for _ in loop.run(epoch):
         pass

@@ -131,6 +131,7 @@ def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: 
     return tuple(_spread(pairs, num_pairs))
 
 
+# Three lines over 200: every reading of a trace (units, stages, blocks) is made of the one before it.
 class _Anatomy:
     """A trace read as units, stages and blocks."""
 

@@ -6,23 +6,19 @@ in every stage that both train in. In joint training (Rocket Launching), the fir
 the last is the student together with a teacher that begins with the same weights as the teacher baseline.
 """
 
-import math
-import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import nn
 
 from probe_kd.data.cache import TeacherCache
 from probe_kd.engine.weights import load_weights
-from probe_kd.errors import DataError, ProbeKDError, RunError, Stopped, WeightsError, for_all, short
+from probe_kd.errors import ProbeKDError, RunError, WeightsError, for_all, short
 from probe_kd.files.run_folder import Claim, claim, record
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import training_only
@@ -31,13 +27,14 @@ from probe_kd.recipe.sections.outputs import role_of_teacher
 from probe_kd.recipe.writing import dump
 from probe_kd.training import checkpoints
 from probe_kd.training.devices import describe_device
+from probe_kd.training.epochs import Epochs, no_number
 from probe_kd.training.fitting import fit_targets
 from probe_kd.training.folder import open_run
 from probe_kd.training.loop import Loop
 from probe_kd.training.models import BASELINE, UNTRAINED, Models, TrainedModel
 from probe_kd.training.pair_scores import means
 from probe_kd.training.phase import Phase
-from probe_kd.training.processes import accelerating, is_peer_lost, listening, with_peers
+from probe_kd.training.processes import accelerating, listening, with_peers
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import TABLES, write_report
 from probe_kd.training.saving import Saver
@@ -45,10 +42,8 @@ from probe_kd.training.scoring import Score, Scorer
 from probe_kd.training.shares import measure_weights
 from probe_kd.training.state import Result, Row, TrainState
 from probe_kd.training.teacher_cache import open_caches
-from probe_kd.training.trial import check_student, reached, too_large
+from probe_kd.training.trial import check_student, reached
 from probe_kd.version import __version__
-
-ASK_EVERY = 20  # updates after which several processes ask each other whether to stop
 
 
 def train(
@@ -99,7 +94,7 @@ def train(
             check_student(plan, accelerator, progress)
         models = Models(plan, accelerator)
         saver = Saver(plan, accelerator, state, progress, folder, checkpoint, claimed)
-        Run(models, Scorer(models), saver, progress, signals).train_models()
+        Run(models, Scorer(models), saver, progress, Epochs(models, saver, progress, signals)).train_models()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with saver.writing():
@@ -131,24 +126,6 @@ def _load_again(model: nn.Module, path: Path) -> None:
     load_weights(model, path)
 
 
-@contextmanager
-def _explained(state: TrainState, folder: Path) -> Iterator[None]:
-    """Turn any error of models, optimizers and devices in an update into a RunError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as refusal:
-        raise RunError(too_large(refusal)) from refusal
-    except ProbeKDError:
-        raise
-    except Exception as refusal:
-        if is_peer_lost(refusal):
-            raise
-        raise RunError(
-            f"an update of {state.role} in epoch {state.epoch + 1} fails: {short(refusal)}. The last checkpoint in "
-            f"{folder} is whole; `probe-kd -v train` shows where it fails"
-        ) from refusal
-
-
 @dataclass
 class Run:
     """The order of a run: model after model, phase after phase, epoch after epoch."""
@@ -157,7 +134,7 @@ class Run:
     scorer: Scorer
     saver: Saver
     progress: Progress
-    signals: list[int]  # the signals to stop so far
+    epochs: Epochs
 
     @property
     def plan(self) -> Plan:
@@ -202,14 +179,14 @@ class Run:
             if self.saver.checkpoint:
                 self.saver.restore(loop)
             else:
-                set_seed(self._seed_of_epoch(phase.age), device_specific=True)  # to mix images as the epoch will
+                set_seed(self.epochs.seed_of(phase.age), device_specific=True)  # to mix images as the epoch will
                 measure_weights(loop, trained.role, self.progress)
                 self.saver.save(loop)
             cleanup.callback(self.progress.end)
             title, names = f"{trained.role}: {phase.name}", [objective.name for objective in phase.objectives]
             self.progress.begin(title, phase.epochs, loop.steps, self.state.epoch, self.state.step, losses=names)
             for epoch in range(self.state.epoch, phase.epochs):
-                losses = self._train_epoch(loop, epoch)
+                losses = self.epochs.train(loop, epoch)
                 if phase.keep == "best" and not self.plan.chosen_by:
                     losses["held_out_loss"] = self.scorer.held_out_loss(loop, trained)
                     self.saver.keep_if_best(loop, losses["held_out_loss"])
@@ -250,71 +227,10 @@ class Run:
         adapters = loop.distiller.adapters
         for name, own in (("adapters", adapters), ("losses", loop.distiller.losses)):
             if not all(bool(tensor.isfinite().all()) for tensor in own.parameters()):
-                raise for_all(RunError(_no_number(f"the {name} of stage {loop.phase.name!r}", "no numbers")))
+                raise for_all(RunError(no_number(f"the {name} of stage {loop.phase.name!r}", "no numbers")))
         if trained.role == "student" and self.accelerator.is_main_process and adapters.state_dict():
             metadata = {"stage": loop.phase.name, "probe_kd": __version__}
             self.saver.write(adapters, f"adapters-{self.state.phase}.safetensors", metadata)
-
-    def _train_epoch(self, loop: Loop, epoch: int) -> Row:
-        state, started = self.state, time.perf_counter()
-        first, seconds_before = state.step, state.seconds
-        if not first:  # otherwise the checkpoint has restored the generators
-            set_seed(self._seed_of_epoch(loop.phase.age + epoch), device_specific=True)
-        loop.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in state.sums.items()}
-        try:
-            with _explained(state, self.saver.folder):
-                for done in loop.run(epoch, first):
-                    state.seconds = seconds_before + time.perf_counter() - started
-                    self._after_update(loop, done)
-        except DataError:
-            self._save_what_is_done(loop)
-            raise
-        seconds = time.perf_counter() - started
-        state.seconds, state.step, state.sums = seconds_before + seconds, 0, {}
-        loop.average_over_processes()
-        images = (loop.steps - first) * self.plan.recipe.data.batch_size * self.accelerator.num_processes
-        return {"images_per_second": round(images / seconds, 1), "lr": loop.rate, **self._means(loop, loop.steps)}
-
-    def _seed_of_epoch(self, age: int) -> int:
-        """The seed of an epoch's random numbers, after `age` epochs of the recipe."""
-        return (self.plan.recipe.seed * 1_000_003 + age + 1) % 2**31
-
-    def _after_update(self, loop: Loop, done: int) -> None:
-        """Show the progress, save a checkpoint and stop, if it is time to."""
-        recipe, processes = self.plan.recipe, self.accelerator.num_processes
-        if self.progress.step(done, recipe.data.batch_size * processes):
-            self.progress.losses({name: float(total) / done for name, total in sorted(loop.sums.items())})
-        update = -(-done // loop.phase.grad_accum_steps)
-        mid_epoch = done < loop.steps  # the end of an epoch saves by itself, after it is measured
-        is_due = update % ASK_EVERY == 0 or not mid_epoch
-        stop_requested = bool(self.signals) if processes == 1 else is_due and self._any_stop_requested()
-        interval = max(1, recipe.recovery_interval // loop.phase.grad_accum_steps)
-        if stop_requested or (mid_epoch and recipe.recovery_interval and update % interval == 0):
-            self._save_what_is_done(loop, together=True)
-        if stop_requested:
-            raise Stopped(f"stopped by {signal.Signals(self.signals[0] if self.signals else signal.SIGTERM).name}")
-
-    def _any_stop_requested(self) -> bool:
-        stop_requested = torch.tensor(float(bool(self.signals)), device=self.accelerator.device)
-        return float(self.accelerator.reduce(stop_requested, "sum")) > 0
-
-    def _save_what_is_done(self, loop: Loop, *, together: bool = False) -> None:
-        """Save a checkpoint in the middle of an epoch; with several processes only if all of them call this."""
-        if not together and self.accelerator.num_processes > 1:
-            return
-        if loop.finished is not None:
-            self.state.step, self.state.sums = loop.finished, self._means(loop, 1)
-            self.saver.save(loop)
-
-    def _means(self, loop: Loop, count: int) -> dict[str, float]:
-        """The mean losses of all processes over `count` batches. Raises RunError for a loss that is not finite."""
-        totals = {name: self.accelerator.reduce(total, "mean") for name, total in sorted(loop.sums.items())}
-        means = {name: float(total) / count for name, total in totals.items()}
-        not_finite = [name for name, mean in means.items() if not math.isfinite(mean) and name != "loss"]
-        if not_finite:
-            change = f"{means[not_finite[0]]} in epoch {self.state.epoch + 1}"
-            raise RunError(_no_number(f"{', '.join(map(repr, not_finite))} of {self.state.role}", change))
-        return means
 
     def _record(self, trained: TrainedModel, loop: Loop, losses: Row) -> None:
         """End an epoch: measure the models, write a row, save a checkpoint, and show the results."""
@@ -386,10 +302,6 @@ class Run:
             measured_weights=self.state.measured_weights,
             **score.classes,
         )
-
-
-def _no_number(what: str, became: str) -> str:
-    return f"{what} became {became}; try a smaller `lr`, `clip_grad: 1.0`, `normalize: layer`, or `precision: bf16`"
 
 
 def loop_of(

@@ -15,9 +15,10 @@ from probe_kd.data.loading import DataOptions, loader, open_datasets
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import parse
 from probe_kd.results.evaluation import evaluate
+from probe_kd.training.epochs import Epochs
 from probe_kd.training.loop import Loop
 from probe_kd.training.progress import Progress
-from probe_kd.training.run import Run, train
+from probe_kd.training.run import train
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 
@@ -143,6 +144,6 @@ def test_a_step_of_the_loop_never_waits_for_the_gpu(tmp_path: Path, monkeypatch:
             yield done
 
     monkeypatch.setattr(Loop, "run", watched)
-    monkeypatch.setattr(Run, "_after_update", lambda *_: None)  # shows losses twice a second, and saves
+    monkeypatch.setattr(Epochs, "_after_update", lambda *_: None)  # shows losses twice a second, and saves
     run(tmp_path / "run")
     assert waits == []

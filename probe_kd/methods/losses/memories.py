@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from probe_kd.engine.spec import FeatureSpec
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import check_same_shape, drawn, gathered, has_values, power_of_two, unit
+from probe_kd.methods.losses.relations import SMALL, in_parts
 
 
 class PatchSimilarityQueue(nn.Module):
@@ -21,7 +22,8 @@ class PatchSimilarityQueue(nn.Module):
     this batch and of the batches before, up to `size`: 8192 in LightlyTrain from 20 000 images on, and about half of
     the images below. A new queue fills up over the first steps, and places that are still empty do not count. Of a
     batch with more vectors than the queue, evenly spaced ones enter. All processes enter all vectors. In evaluation
-    mode, the queue stays as it is.
+    mode, the queue stays as it is. Time grows with the positions of the batch times `size`; the memory does not, since
+    the similarities are computed in parts that are no larger than the features.
 
     Shapes: two features (batch, channels, ...) of one shape; each position is compared, with the mean over all.
     """
@@ -57,8 +59,12 @@ class PatchSimilarityQueue(nn.Module):
             self.queue.copy_(queue)
             self.filled.copy_(filled)
         empty = torch.arange(size, device=filled.device) >= filled
-        log_p, log_q = (self._log_softmax(side @ queue.mT, empty) for side in (rows, targets))
-        return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+        def part(some: slice) -> Tensor:
+            log_p, log_q = (self._log_softmax(side[some] @ queue.mT, empty) for side in (rows, targets))
+            return F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+
+        return in_parts(part, len(rows), size, max(rows.numel(), SMALL)) / len(rows)
 
     @staticmethod
     def _bounded_unit(rows: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import loss_function, unit_features
 
-_SMALL = 2**20  # numbers that a matrix may hold, however small the features are
+SMALL = 2**20  # numbers that a matrix may hold, however small the features are
 
 
 @loss_function
@@ -54,7 +54,7 @@ def rkd(
             own, other = _cosines(student, lengths[0], vertices), _cosines(teacher, lengths[1], vertices)
             return F.smooth_l1_loss(own, other, reduction="sum")
 
-        value = value + angle / images**3 * _in_parts(part, images, images**2, largest)
+        value = value + angle / images**3 * in_parts(part, images, images**2, largest)
     return value.to(dtype)
 
 
@@ -105,7 +105,7 @@ def sp(
         own, other = (unit_features(side[rows] @ side.mT, 1) for side in (student, teacher))
         return (own - other).square().sum()
 
-    return _in_parts(part, len(student), len(student), largest) / len(student) ** 2
+    return in_parts(part, len(student), len(student), largest) / len(student) ** 2
 
 
 @loss_function
@@ -138,7 +138,7 @@ def pkt(
         log_p, log_q = (_log_shares(side[rows] @ side.mT, left_out) for side in (student, teacher))
         return F.kl_div(log_p, log_q, reduction="none", log_target=True).masked_fill(left_out, 0.0).sum()
 
-    return _in_parts(part, images, images, largest).to(dtype) / images
+    return in_parts(part, images, images, largest).to(dtype) / images
 
 
 def _log_shares(cosines: Float[Tensor, "rows batch"], left_out: Tensor) -> Float[Tensor, "rows batch"]:
@@ -174,7 +174,7 @@ def cc(
         own, other = (_taylor(side[rows] @ side.mT, gamma, order) for side in (student, teacher))
         return (own - other).square().sum()
 
-    return _in_parts(part, len(student), len(student), largest) / len(student) ** 2
+    return in_parts(part, len(student), len(student), largest) / len(student) ** 2
 
 
 def _taylor(cosines: Float[Tensor, "rows batch"], gamma: float, order: int) -> Float[Tensor, "rows batch"]:
@@ -200,7 +200,7 @@ def _check_vectors(loss: str, student: Tensor, teacher: Tensor) -> int:
             f"{loss} compares the images of a batch with each other, and this one has a single image; give larger "
             "batches"
         )
-    return max(student.numel(), teacher.numel(), _SMALL)
+    return max(student.numel(), teacher.numel(), SMALL)
 
 
 def _exact(numbers: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _or_one(numbers: Tensor) -> Tensor:
     return numbers.masked_fill(numbers == 0, 1.0)
 
 
-def _in_parts(part: Callable[[slice], Tensor], images: int, numbers: int, largest: int) -> Tensor:
+def in_parts(part: Callable[[slice], Tensor], images: int, numbers: int, largest: int) -> Tensor:
     """Add up `part(rows)` over slices of the images, of `numbers` each, that hold at most `largest` numbers.
 
     The parts are computed once more in the backward if there are several, so that none stays in memory.

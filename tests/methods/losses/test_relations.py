@@ -82,8 +82,8 @@ FUNCTIONS = [rkd, sp, pkt, cc]
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute a matrix whole, or in parts of at most so many numbers."""
     if request.param:
-        original = relations._in_parts
-        monkeypatch.setattr(relations, "_in_parts", lambda part, n, row, _: original(part, n, row, request.param))
+        original = relations.in_parts
+        monkeypatch.setattr(relations, "in_parts", lambda part, n, row, _: original(part, n, row, request.param))
 
 
 @pytest.mark.usefixtures("parts")
@@ -166,7 +166,7 @@ def test_parts_hold_no_more_than_the_vectors() -> None:
         sizes.append(len(range(7)[rows]))
         return torch.ones(())
 
-    assert relations._in_parts(part, 7, 10, 25).item() == 4
+    assert relations.in_parts(part, 7, 10, 25).item() == 4
     assert sizes == [2, 2, 2, 1]
 
 
@@ -201,8 +201,8 @@ def test_values_that_mean_nothing_are_refused(function: Callable[..., Tensor], o
 def test_a_compiled_loss_is_one_graph_in_parts_too(
     function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = relations._in_parts
-    monkeypatch.setattr(relations, "_in_parts", lambda part, n, row, _: original(part, n, row, 30))
+    original = relations.in_parts
+    monkeypatch.setattr(relations, "in_parts", lambda part, n, row, _: original(part, n, row, 30))
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="eager", fullgraph=True)
     s, t = draw(4, 3, seed=0).requires_grad_(), draw(4, 5, seed=1)
