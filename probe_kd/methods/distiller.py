@@ -59,8 +59,8 @@ from probe_kd.methods.teachers import (
 from probe_kd.methods.terms import Terms
 
 
-# Longer than 200 lines: what people call is in one place, a quarter of it docstrings. Its methods are short and call the
-# files above; what they share is the student, the teachers, and the adapters and losses of the objectives.
+# Longer than 200 lines: what people call is in one place, a quarter of it docstrings. Its methods are short and call
+# the files above; they share the student, the teachers, and the adapters and losses of the objectives.
 class Distiller(nn.Module):
     """One training step as a module: `distiller(images, target)` returns `{"loss", "output", and each objective by
     its name}`.
