@@ -41,7 +41,7 @@ check: $(READY)  ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test-zoo: $(READY)  ## trace every model of timm, about ten minutes; writes zoo.csv
+test-zoo: $(READY)  ## trace every model of timm, and run all that the tests sample; writes zoo.csv
 	$(BIN)/python -m pytest -n auto -m zoo
 
 bench: $(READY)  ## the benchmarks, as ratios against bare loops, 40 minutes; writes benchmarks/results.md

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import apart, record
+from conftest import apart, begin, record
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -132,10 +132,7 @@ def start(work: Callable[..., None], *arguments: Any) -> tuple[list[Any], Any]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     queue = apart.Queue()
-    processes = [apart.Process(target=_one_of, args=(rank, port, work, arguments, queue)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    return processes, queue
+    return [begin(_one_of, rank, port, work, arguments, queue) for rank in (0, 1)], queue
 
 
 def finish(processes: list[Any], queue: Any) -> list[str]:

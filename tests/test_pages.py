@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -20,13 +21,21 @@ FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE |
 
 
 def run_by_shell(text: str) -> None:
-    """A block with a loop, or with another command than ours, as it stands."""
+    """A block with a loop, or with another command than ours or Python, as it stands."""
     found = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(["bash", "-euc", text], check=True, env=os.environ | {"PATH": found, "OMP_NUM_THREADS": "1"})
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a block, each with those that go on with it."""
+    return text.replace("\\\n", " ").splitlines()
+
+
 def run_here(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`probe-kd ...`, without the seconds of a new process."""
+    """`probe-kd ...` or `python FILE`, without the seconds of a new process."""
+    if line.startswith("python "):
+        runpy.run_path(line.removeprefix("python "), run_name="__main__")
+        return
     command, _, file = line.partition(" > ")
     monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -47,11 +56,11 @@ def test_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: 
             (tmp_path / title).write_text(text, encoding="utf-8")
         elif language == "python":
             exec(compile(text, f"{page}.md", "exec"), {"__name__": "__main__"})
-        elif any(not line.startswith("probe-kd ") for line in text.splitlines()):
-            run_by_shell(text)
-        else:
-            for line in text.splitlines():
+        elif all(line.startswith(("probe-kd ", "python ")) for line in lines_of(text)):
+            for line in lines_of(text):
                 run_here(line, monkeypatch)
+        else:
+            run_by_shell(text)
     for file in tmp_path.glob("*.py"):
         compile(file.read_text(), file.name, "exec")
     forget_modules_of(tmp_path)

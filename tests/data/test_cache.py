@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, apart
+from conftest import TINY, apart, begin
 from running import After, Quiet, same, stop
 from safetensors.torch import save_file
 
@@ -233,8 +233,7 @@ def _with_little_room(folder: Path, queue: Any) -> None:
 
 def test_a_disk_without_room_is_told_before_the_first_step(tmp_path: Path) -> None:
     queue = apart.Queue()
-    process = apart.Process(target=_with_little_room, args=(tmp_path, queue))
-    process.start()
+    process = begin(_with_little_room, tmp_path, queue)
     assert "needs 0.0004 GB for `layer3` of one view" in queue.get(timeout=60)
     process.join()
     assert not list(tmp_path.rglob("*.rows"))

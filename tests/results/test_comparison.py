@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROCKET, TINY, record
+from conftest import NARROW, ROCKET, record
 from PIL import Image
 from rich.console import Console
 
@@ -39,8 +39,7 @@ HOSTILE = "<script>alert('1')</script>&\"\x1b[31m"
 ROLES = ("baseline", "student", "teacher")
 
 
-SMALL = TINY.replace("model: resnet10t\n", "model: resnet10t\n  model_kwargs: {channels: [8, 16, 24, 32]}\n")
-SMALL = SMALL.replace("hflip: 0.0", "hflip: 0.0\n  holdout: 0.8")  # few images to train on
+SMALL = NARROW.replace("hflip: 0.0", "hflip: 0.0\n  holdout: 0.8")  # few images to train on
 Command = Callable[..., tuple[int, str, str]]
 
 

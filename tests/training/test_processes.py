@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from conftest import GRAFT, ROCKET, TINY, TRUNK, record
+from conftest import GRAFT, NARROW, ROCKET, TINY, TRUNK, begin, record
 from running import After, close, count, finish, planned, run, run_by_two, run_with, same, start
 from safetensors.torch import load_file
 
@@ -19,6 +19,13 @@ from probe_kd.data.batches import Batches
 from probe_kd.errors import RunError, Stopped
 from probe_kd.training import checkpoints
 from probe_kd.training.processes import own_accelerator
+
+
+def test_a_process_of_the_tests_begins_with_what_runs_need() -> None:
+    """If not, each of some forty takes seconds to import it, and nothing says so."""
+    process = begin(exec, "import sys; sys.exit('probe_kd.training.run' not in sys.modules)")
+    process.join()
+    assert process.exitcode == 0
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -67,7 +74,7 @@ def test_models_that_train_together_do_so_in_two_processes(text: str, tmp_path: 
 
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
-    text = TINY.replace("batch_size: 64", "batch_size: 6") + "recovery_interval: 7\n"
+    text = NARROW.replace("batch_size: 64", "batch_size: 6").replace("baseline: true\n", "") + "recovery_interval: 7\n"
     assert run_by_two(text, tmp_path / "whole") == ["done", "done"]
     processes, queue = start(run_with, text, tmp_path / "parts", {})
     while count(tmp_path / "parts") < 3:
@@ -156,7 +163,7 @@ def test_fewer_images_than_a_batch_of_every_process_are_told(monkeypatch: pytest
 
 
 def test_a_loss_that_is_no_number_ends_both(tmp_path: Path) -> None:
-    text = TINY.replace("weight: 0.5}", "weight: 0.5}\n    optimizer: {opt: sgd, lr: 1.0e+30}")
+    text = NARROW.replace("weight: 0.5}", "weight: 0.5}\n    optimizer: {opt: sgd, lr: 1.0e+30}")
     for message in run_by_two(text, tmp_path / "run"):
         assert re.match(r"RunError: 'task'.* became (nan|inf) in epoch 1", message)
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROCKET, TINY, apart
+from conftest import NARROW, ROCKET, apart, begin
 from running import After, count, flip, run, same, stop, truncate
 
 from probe_kd.errors import DataError, RunError, Stopped
@@ -24,7 +25,7 @@ from probe_kd.training import checkpoints
 # Small batches, so that there are points inside an epoch; dropout, mixing and augmentation, so that every generator is
 # drawn from; accumulation that does not divide the epoch.
 WILD = (
-    TINY.replace("num_heads: 2}", "num_heads: 2, drop_path_rate: 0.2, proj_drop_rate: 0.1}")
+    NARROW.replace("num_heads: 2}", "num_heads: 2, drop_path_rate: 0.2, proj_drop_rate: 0.1}")
     .replace("batch_size: 64", "batch_size: 32\n  mixup: 0.4\n  reprob: 0.3\n  aa: rand-m3\n  holdout: 0.1")
     .replace("  - name: task\n    epochs: 2", "  - name: task\n    epochs: 2\n    keep: best\n    grad_accum_steps: 3")
 )
@@ -48,9 +49,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def killed_after(text: str, folder: Path, saves: int, delay: float) -> bool:
     """Resume the run in a process of its own, and kill it after so many checkpoints more. False if it ended before."""
-    process = apart.Process(target=run, args=(text, folder), kwargs={"resume": True})
     before = count(folder)
-    process.start()
+    process = begin(run, text, folder, resume=True)
     while process.is_alive() and count(folder) < before + saves:
         time.sleep(0.001)
     time.sleep(delay)
@@ -61,7 +61,15 @@ def killed_after(text: str, folder: Path, saves: int, delay: float) -> bool:
     return alive
 
 
-@pytest.mark.parametrize(("text", "saves"), [(WILD, (1, 3, 6)), (TOGETHER, (1, 3))], ids=["stages", "rocket"])
+@pytest.mark.parametrize(
+    ("text", "saves"),
+    [
+        pytest.param(WILD, (4, 8), id="stages"),
+        pytest.param(TOGETHER, (3, 5), id="rocket"),
+        pytest.param(WILD, (1, 2, 3), id="stages, often", marks=pytest.mark.zoo),
+        pytest.param(TOGETHER, (1, 2), id="rocket, often", marks=pytest.mark.zoo),
+    ],
+)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     tmp_path: Path, whole: Callable[[str], Path], text: str, saves: tuple[int, ...]
 ) -> None:
@@ -74,21 +82,28 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     assert not (tmp_path / "parts" / checkpoints.FOLDER).exists()
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was stopped after three epochs."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(NARROW, folder, After(stop, epochs=3))
+    return folder
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "one bit", "lost"])
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "random_states_0.pkl", "journal.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_set_aside_aloud_and_the_one_before_it_taken(
-    tmp_path: Path, damage: Callable[[Path], None], name: str
+    tmp_path: Path, stopped: Path, damage: Callable[[Path], None], name: str
 ) -> None:
     if (damage, name) == (flip, "manifest.json"):
         pytest.skip("one bit of a number of bytes, or of a digest, is one of the others")
-    folder = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        run(TINY, folder, After(stop, epochs=3))
+    folder = shutil.copytree(stopped, tmp_path / "run")
     newest, before = sorted((folder / checkpoints.FOLDER).iterdir())[:-3:-1]
     damage(newest / name)
     display = After(stop, epochs=1)
     with pytest.raises(KeyboardInterrupt):
-        run(TINY, folder, display, resume=True)
+        run(NARROW, folder, display, resume=True)
     assert len(display.said) == 2
     assert "going on with" in display.said[1]
     assert str(newest) in display.said[0]
@@ -98,7 +113,7 @@ def test_a_damaged_checkpoint_is_set_aside_aloud_and_the_one_before_it_taken(
     for path in (folder / checkpoints.FOLDER).glob("[0-9]*"):
         (path / "journal.json").unlink(missing_ok=True)
     with pytest.raises(RunError, match=r"every checkpoint in .* is damaged; --overwrite begins anew"):
-        run(TINY, folder, resume=True)
+        run(NARROW, folder, resume=True)
 
 
 def test_checkpoints_are_as_many_as_wanted_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -129,7 +144,7 @@ def test_a_signal_ends_the_update_writes_a_checkpoint_and_loses_nothing(
 
 
 def test_training_in_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
-    thread = threading.Thread(target=run, args=(TINY, tmp_path / "run"))
+    thread = threading.Thread(target=run, args=(NARROW, tmp_path / "run"))
     thread.start()
     thread.join()
     assert (tmp_path / "run" / "summary.json").exists()
@@ -148,20 +163,19 @@ def test_a_full_disk_ends_the_run_in_words_and_leaves_the_last_checkpoint(
 ) -> None:
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run(TINY, folder, After(stop, epochs=2))
+        run(NARROW, folder, After(stop, epochs=2))
     queue = apart.Queue()
-    process = apart.Process(target=_run_with_little_room, args=(TINY, folder, queue))
-    process.start()
+    process = begin(_run_with_little_room, NARROW, folder, queue)
     message = queue.get(timeout=120)
     process.join()
     assert "cannot write a checkpoint" in message
     assert "go on with --resume" in message
-    run(TINY, folder, resume=True)
-    same(folder, whole(TINY))
+    run(NARROW, folder, resume=True)
+    same(folder, whole(NARROW))
 
 
 def test_a_worker_that_dies_loses_nothing(tmp_path: Path, whole: Callable[[str], Path]) -> None:
-    text = TINY.replace("batch_size: 64", "batch_size: 32\n  workers: 1")
+    text = NARROW.replace("batch_size: 64", "batch_size: 32\n  workers: 1")
 
     def kill_workers() -> None:
         for worker in multiprocessing.active_children():
@@ -176,7 +190,7 @@ def test_a_worker_that_dies_loses_nothing(tmp_path: Path, whole: Callable[[str],
 def test_resume_begins_where_there_is_nothing_and_says_so(tmp_path: Path) -> None:
     display = After(stop, epochs=1)
     with pytest.raises(KeyboardInterrupt):
-        run(TINY, tmp_path / "run", display, resume=True)
+        run(NARROW, tmp_path / "run", display, resume=True)
     assert "beginning anew" in display.said[0]
 
 
@@ -204,8 +218,8 @@ def test_a_run_that_an_earlier_version_began_goes_on_to_the_same_bits(
     tmp_path: Path, whole: Callable[[str], Path]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(TINY, tmp_path / "parts", After(stop, epochs=4))  # in the student's first stage
+        run(NARROW, tmp_path / "parts", After(stop, epochs=4))  # in the student's first stage
     as_before(tmp_path / "parts")
-    run(TINY, tmp_path / "parts", resume=True)
+    run(NARROW, tmp_path / "parts", resume=True)
     (tmp_path / "parts" / "student-alone.safetensors").rename(tmp_path / "parts" / "baseline.safetensors")
-    same(tmp_path / "parts", whole(TINY))
+    same(tmp_path / "parts", whole(NARROW))

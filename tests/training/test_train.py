@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import TINY, record
+from conftest import NARROW, TINY, record
 from rich.console import Console
 from running import HINT_ONLY
 from safetensors.torch import load_file, save_file
@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     torch.set_num_threads(1)
-    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "tiny.yaml").write_text(NARROW)
     run(folder / "tiny.yaml", folder / "run")
     return folder / "run"
 
@@ -183,13 +183,13 @@ def test_nothing_of_another_run_is_touched_unasked(whole: Path, tiny: Path, tmp_
 def test_another_recipe_is_not_resumed(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tiny, tmp_path / "run", Interrupting("teacher", "train", 1))
-    tiny.write_text(TINY.replace("weight: 0.5", "weight: 0.6"))
+    tiny.write_text(NARROW.replace("weight: 0.5", "weight: 0.6"))
     with pytest.raises(RunError, match="not the one"):
         run(tiny, tmp_path / "run", resume=True)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_what_to_try(tmp_path: Path) -> None:
-    text = TINY.replace("weight: 0.5}", "weight: 0.5}\n    optimizer: {opt: sgd, lr: 1.0e+30}")
+    text = NARROW.replace("weight: 0.5}", "weight: 0.5}\n    optimizer: {opt: sgd, lr: 1.0e+30}")
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RunError, match=r"'task'.* of baseline became (nan|inf) in epoch 1; try a smaller `lr`"):
         run(tmp_path / "r.yaml", tmp_path / "run")
@@ -224,7 +224,7 @@ def test_a_model_that_its_last_update_wrecks_ends_the_run_at_once_and_is_not_lef
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tiny: Path, tmp_path: Path) -> None:
-    tiny.write_text(TINY.replace("epochs: 2", "epochs: 2000"))
+    tiny.write_text(NARROW.replace("epochs: 2", "epochs: 2000"))
     command = [sys.executable, "-m", "probe_kd.cli", "train", "tiny.yaml", "--out", "run"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
@@ -435,7 +435,7 @@ def test_mixed_images_are_timms_and_both_models_see_the_same(tmp_path: Path) -> 
     Distiller(student, teacher, objectives, student_input=given, teacher_input=wanted)(mixed, soft)
     torch.testing.assert_close(seen["teacher"], (seen["student"] - 0.5) / 0.25)
     assert torch.equal(seen["student"], mixed)
-    (tmp_path / "r.yaml").write_text(TINY.replace("hflip: 0.0", "hflip: 0.0\n  mixup: 0.8\n  cutmix: 1.0"))
+    (tmp_path / "r.yaml").write_text(NARROW.replace("hflip: 0.0", "hflip: 0.0\n  mixup: 0.8\n  cutmix: 1.0"))
     assert run(tmp_path / "r.yaml", tmp_path / "run").results["student"].accuracy > 0
     with pytest.raises(RecipeError, match=r"batch_size 63 is odd, and mixup and cutmix mix images in pairs"):
         parse(TINY.replace("batch_size: 64", "batch_size: 63\n  mixup: 0.8"))
