@@ -80,6 +80,9 @@ class Epochs:
         mid_epoch = done < loop.steps  # the end of an epoch saves by itself, after it is measured
         is_due = update % ASK_EVERY == 0 or not mid_epoch
         stop_requested = bool(self.signals) if processes == 1 else is_due and self._any_stop_requested()
+        if stop_requested and not mid_epoch:
+            # As the end of the epoch does: a checkpoint has the batch statistics of one process.
+            loop.average_over_processes()
         interval = max(1, recipe.recovery_interval // loop.phase.grad_accum_steps)
         if stop_requested or (mid_epoch and recipe.recovery_interval and update % interval == 0):
             self._save_what_is_done(loop, together=True)

@@ -74,7 +74,8 @@ def test_models_that_train_together_do_so_in_two_processes(text: str, tmp_path: 
 
 
 def test_two_processes_that_are_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
-    text = NARROW.replace("batch_size: 64", "batch_size: 6").replace("baseline: true\n", "") + "recovery_interval: 7\n"
+    """Stopped after the last update of an epoch, when each has batch statistics of its own."""
+    text = NARROW.replace("batch_size: 64", "batch_size: 12").replace("baseline: true\n", "") + "recovery_interval: 4\n"
     assert run_by_two(text, tmp_path / "whole") == ["done", "done"]
     processes, queue = start(run_with, text, tmp_path / "parts", {})
     while count(tmp_path / "parts") < 3:
