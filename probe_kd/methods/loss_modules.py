@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec, Layout, Tap, Trace, Traces
-from probe_kd.errors import LossError, TraceError
+from probe_kd.errors import LossError, ProbeKDError, TraceError
 from probe_kd.methods.adapters import Adapter
 from probe_kd.methods.comparisons import Comparison
+from probe_kd.methods.losses.common import described
 from probe_kd.methods.normalisation import without_statistics
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.outputs import tensor_at
@@ -46,10 +47,10 @@ def _build(objective: Objective, specs: tuple[Any, Any], needed: Mapping[str, An
     loss, name = objective.resolved, objective.name
     try:
         module = loss.function(*specs, **objective.options, **needed)
-    except (LossError, TypeError, ValueError) as error:
-        if isinstance(error, LossError):
-            raise
-        raise LossError(f"the loss {name!r} cannot be built: {type(error).__name__}: {error}") from error
+    except (ProbeKDError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of code that is not ours, of any type
+        raise LossError(f"the loss {name!r} cannot be built: {described(error)}") from error
     if not isinstance(module, nn.Module):
         raise LossError(f"the loss {name!r} says that it builds a module, and built a {type(module).__name__}")
     loss.check_call(name, module)

@@ -85,8 +85,11 @@ class Objective:
 
     def __post_init__(self) -> None:
         if isinstance(self.loss, str) and self.loss not in LOSSES:
-            loss_names = ", ".join(LOSSES)
-            raise LossError(f"there is no loss {self.loss!r}{nearest(self.loss, LOSSES)}; the losses: {loss_names}")
+            names_module = any(mark in self.loss for mark in ":.")
+            custom = "; one of your own is written `package.module:name`" if names_module else ""
+            raise LossError(
+                f"there is no loss {self.loss!r}{nearest(self.loss, LOSSES)}{custom}; the losses: {', '.join(LOSSES)}"
+            )
         object.__setattr__(self, "resolved", LOSSES[self.loss] if isinstance(self.loss, str) else self.loss)
         object.__setattr__(self, "name", self.name or self._loss_name)
         object.__setattr__(self, "pairs", tuple(as_pairs(self.pairs)))

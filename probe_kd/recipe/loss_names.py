@@ -50,11 +50,23 @@ def import_losses(recipe: Recipe, allow_import: Sequence[str]) -> list[tuple[Key
             mistakes.append(((*place, "loss"), str(error)))
             continue
         try:
-            as_loss(value, options.reads)
+            loss = as_loss(value, options.reads)
+            mistakes += [((*place, *key), message) for key, message in _taken_names(loss, options)]
         except LossError as error:
-            key = "loss" if options.reads is None or not callable(value) else "reads"
-            mistakes.append(((*place, key), str(error)))
+            to_blame = "loss" if options.reads is None or not callable(value) else "reads"
+            mistakes.append(((*place, to_blame), str(error)))
     return mistakes
+
+
+def _taken_names(loss: Loss, options: LossOptions) -> Iterator[tuple[KeyPath, str]]:
+    """The options that a recipe cannot set, because a key of every loss has that name, and that are set or needed."""
+    for name in (name for name in loss.options if name in LossOptions.model_fields):
+        if name in options.model_fields_set or name in loss.required:
+            key = name if name in options.model_fields_set else "loss"
+            message = (
+                f"`{name}` is a key of every loss, and the loss {loss.name!r} has an option of that name; rename it"
+            )
+            yield (key,), message
 
 
 def losses_in(recipe: Recipe) -> Iterator[tuple[KeyPath, LossOptions]]:

@@ -1,5 +1,6 @@
 """Losses of one's own in a Distiller: what each kind reads, whose parameters they are, and what is told of mistakes."""
 
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from probe_kd import Distiller, FeatureSpec, InputSpec, Loss, Objective
 from probe_kd.errors import LossError
+from probe_kd.methods.losses.outputs import soft_targets
 from probe_kd.methods.losses.table import as_loss
 
 IMAGES = InputSpec((3, 32, 32), 0.5, 0.25)
@@ -128,6 +130,17 @@ def test_a_module_has_the_teachers_classifier_and_the_number_of_images() -> None
         distiller(Objective(loss, "own", pairs={"layer4": "blocks.3"}))
 
 
+def typed(
+    student: "torch.Nothing",  # type: ignore[name-defined]
+    teacher: Tensor,
+    scale: float = 1.0,
+    *,
+    width: int | None = None,
+    kind: str | None = "a",
+) -> Tensor:
+    return scale * F.mse_loss(student, teacher)
+
+
 def gives(value: Any) -> Any:
     return lambda student, teacher: value
 
@@ -144,6 +157,19 @@ def gives(value: Any) -> Any:
         (lambda: Objective(as_loss(gives(0), ["outputs", "labels"]), "own"), "student, teacher, labels"),
         (lambda: Objective(Loss(Regression, "vectors"), "own", options={"scal": 1}), "did you mean 'scale'"),
         (lambda: Objective(Loss(Regression, "vectors"), "own", options={"scale": "1"}), "expected a finite number"),
+        (lambda: Objective(Loss(Regression, "vectors"), "own", options={"scale": 10**400}), "expected a finite number"),
+        (lambda: as_loss(F.mse_loss, 3), "a loss reads 3"),
+        (lambda: as_loss(F.mse_loss, []), r"a loss reads \[\]"),
+        (lambda: as_loss(F.mse_loss, {"outputs"}), "a loss reads {'outputs'}"),
+        (lambda: as_loss(F.mse_loss, ["outputs", "labels", "labels"]), "reads 'labels' twice"),
+        (
+            lambda: Loss(nn.Bilinear(2, 2, 1), "vectors"),
+            "'Bilinear' is a module that was built already.*give its class",
+        ),
+        (lambda: Objective(as_loss(typed, "outputs"), "own", options={"width": "big"}), "a whole number or null"),
+        (lambda: Objective(as_loss(typed, "outputs"), "own", options={"kind": 3}), "kind is 3; expected text"),
+        (lambda: Objective(as_loss(typed, "outputs"), "own", options={"scale": 3}), "an option comes after a `.`"),
+        (lambda: Objective("mylosses.cosine", "own"), "one of your own is written `package.module:name`"),
     ],
 )
 def test_a_mistake_in_a_loss_is_told_at_once(make: Any, message: str) -> None:
@@ -171,6 +197,37 @@ def test_an_error_inside_a_loss_names_the_loss_and_the_line() -> None:
 
     with distiller_of(broken) as step, pytest.raises(LossError, match=r"'own' raised RuntimeError.*test_own_losses.py"):
         step(*batch())
+
+
+def test_a_loss_that_changes_what_other_losses_read_is_refused() -> None:
+    def double(student: Tensor, teacher: Tensor) -> Tensor:
+        return F.mse_loss(student, teacher.mul_(2))
+
+    with (
+        distiller_of(double) as step,
+        pytest.raises(LossError, match=r"'own' changes a tensor that it is given.*clone"),
+    ):
+        step(*batch())
+
+
+def test_a_function_around_one_of_our_losses_is_called_as_itself() -> None:
+    @wraps(soft_targets)
+    def half(student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        assert not options
+        return soft_targets(student, teacher) / 2
+
+    with distiller_of(half) as own, distiller_of(soft_targets) as whole:
+        assert torch.equal(own(*batch())["own"] * 2, whole(*batch())["own"])
+
+
+def test_an_error_while_a_module_is_built_names_the_loss_and_the_line() -> None:
+    def build(student: FeatureSpec, teacher: FeatureSpec) -> nn.Module:
+        raise RuntimeError("no such file")
+
+    with pytest.raises(
+        LossError, match=r"'own' cannot be built: RuntimeError: no such file \(test_own_losses.py, line"
+    ):
+        distiller(Objective(Loss(build, "vectors", builds_module=True), "own", pairs=PAIRS))
 
 
 class distiller_of:  # a context that is called like the function beside it

@@ -40,6 +40,9 @@ def still(student, teacher):
 def needs(student, teacher, *, width: int):
     return (student - teacher).square().mean()
 
+def weighed(student, teacher, *, weight: float = 1.0):
+    return weight * (student - teacher).square().mean()
+
 class Counter(nn.Module):
     reads = ["vectors", "labels", "index"]
 
@@ -92,6 +95,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         ("loss: 'losses_of_test:plain', reads: [outputs, labels]", "loss", r"called with \(student, teacher, labels\)"),
         ("loss: 'losses_of_test:plain', reads: outputs, normalize: layer", "loss", "means nothing"),
         ("loss: 'losses_of_test:Counter', num_images: 3", "num_images", "no option 'num_images'"),
+        ("loss: 'losses_of_test:weighed', reads: features, weight: 2.0", "weight", "an option of that name"),
         ("loss: hint, reads: features", "reads", "`reads` is for custom losses"),
         ("loss: hints", "loss", "there is no loss 'hints'; did you mean 'hint'"),
     ],

@@ -141,7 +141,7 @@ def loss_function(function: Callable[P, Tensor], *, promote: bool = True) -> Cal
     def blocked(student: Compared, *targets: Compared, block_gradient: bool = True, **options: Any) -> Tensor:
         return _call(computed, function.__name__, student, targets, block_gradient, options)
 
-    blocked.is_loss_function = True  # type: ignore[attr-defined]
+    blocked.loss_function = blocked  # type: ignore[attr-defined]  # `wraps` copies it to a function around this one
     return blocked  # type: ignore[return-value]
 
 
@@ -155,21 +155,23 @@ def call_loss(
 ) -> Tensor:
     """Call a custom loss, a function or a module, as `loss_function` calls one of ours.
 
-    Raises LossError if it raises, or returns anything but one real number.
+    Raises LossError if it raises, changes a tensor that it is given, or returns anything but one real number.
     """
     options = options or {}
-    if getattr(function, "is_loss_function", False):
+    if getattr(function, "loss_function", None) is function:
         return _scalar(name, function(student, *targets, block_gradient=block_gradient, **options))
 
     def explained(*args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return _scalar(name, function(*args, **kwargs))
+        versions = _versions(args)
         try:
             value = function(*args, **kwargs)
-        except ProbeKDError:
+        except (ProbeKDError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of code that is not ours, of any type
-            raise LossError(f"the loss {name!r} raised {_described(error)}") from error
+            raise LossError(f"the loss {name!r} raised {described(error)}") from error
+        _check_unchanged(name, args, versions)
         return _scalar(name, value)
 
     return _call(in_float32(explained), name, student, targets, block_gradient, options)
@@ -202,7 +204,21 @@ def _scalar(name: str, value: Any) -> Tensor:
     return value
 
 
-def _described(error: Exception) -> str:
+def _versions(sides: Sequence[Any]) -> list[int]:
+    """How often each tensor was changed in place. A tensor made in inference mode does not count."""
+    return [0 if tensor.is_inference() else tensor._version for side in sides for tensor in flat(side)]
+
+
+def _check_unchanged(name: str, sides: Sequence[Any], versions: Sequence[int]) -> None:
+    """Raise LossError if a loss has changed a tensor, which the other losses read too."""
+    if _versions(sides) != versions:
+        raise LossError(
+            f"the loss {name!r} changes a tensor that it is given, which other losses read too; take a function that "
+            "returns a new one (`mul` for `mul_`), or change a `.clone()`"
+        )
+
+
+def described(error: Exception) -> str:
     """The error and the line of its origin."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

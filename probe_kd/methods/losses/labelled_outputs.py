@@ -41,6 +41,7 @@ def dkd(
     """
     index = _index("dkd", student, teacher, labels)
     check_temperature("dkd", temperature)
+    _check_factors("dkd", alpha=alpha, beta=beta)
     dtype = student.dtype
     student, teacher = (logits / temperature for logits in in_float64(temperature, student, teacher))
     of_label = divergence(*(_label_or_not(logits, index) for logits in (student, teacher)))
@@ -67,6 +68,7 @@ def nkd(
     """
     index = _index("nkd", student, teacher, labels)
     check_temperature("nkd", temperature)
+    _check_factors("nkd", gamma=gamma)
     dtype = student.dtype
     student, teacher = in_float64(temperature, student, teacher)
     p_y = teacher.softmax(1).gather(1, index)
@@ -128,6 +130,12 @@ class OFAExits(nn.Module):
         labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
     ) -> Float[Tensor, ""]:
         return _ofa("ofa_exits", self.exit(student), teacher, labels, self.eps, self.temperature)
+
+
+def _check_factors(loss: str, **factors: float) -> None:
+    for name, value in factors.items():
+        if not is_number(value) or value < 0:
+            raise LossError(f"{loss}: {name} {value}; expected a number from 0 on")
 
 
 def _ofa(loss: str, student: Tensor, teacher: Tensor, labels: Tensor, eps: float, temperature: float) -> Tensor:

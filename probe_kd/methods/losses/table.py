@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
-from math import isfinite
-from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from sys import float_info
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from torch import nn
 
@@ -68,9 +68,18 @@ class Loss:
             legal = ", ".join(get_args(Reads))
             near = nearest(str(self.reads), get_args(Reads))
             raise LossError(f"a loss reads {self.reads!r}{near}; expected one of {legal}")
-        for name in self.also:
+        for position, name in enumerate(self.also):
             if name not in get_args(Also) or self.reads == name:
                 raise LossError(f"a loss of {self.reads} cannot also read {name!r}; expected `labels` or `index`")
+            if name in self.also[:position]:
+                raise LossError(f"a loss reads {name!r} twice; name it once")
+        if isinstance(self.function, nn.Module) and any(
+            parameter.requires_grad for parameter in self.function.parameters()
+        ):
+            raise LossError(
+                f"the loss {self.name!r} is a module that was built already, so its parameters would not train; give "
+                "its class, or a function that builds it and has `builds_module = True`"
+            )
         if isinstance(self.function, type):
             if not issubclass(self.function, nn.Module):
                 raise LossError(f"the class {self.function.__name__} of a loss does not inherit from nn.Module")
@@ -99,6 +108,11 @@ class Loss:
     def options(self) -> tuple[str, ...]:
         """The names of the keyword-only parameters, without those that the Distiller fills in."""
         return tuple(name for name in self._keywords if name not in self.needs)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The options without a default."""
+        return tuple(name for name in self.options if self._keywords[name].default is Parameter.empty)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -134,12 +148,18 @@ class Loss:
     def check_options(self, name: str, options: Mapping[str, Any], beside: Sequence[str] = ()) -> None:
         """Raise LossError for options that the function does not have, and suggest the nearest, also from `beside`."""
         existing = f"; it has {', '.join(self.options)}" if self.options else "; it has none"
+        parameters = _parameters(self.function)
+        existing += "".join(
+            f" (an option comes after a `*`, and the parameter `{option}` does not)"
+            for option in options
+            if option in parameters and parameters[option].kind is Parameter.POSITIONAL_OR_KEYWORD
+        )
         unknown = [option for option in options if option not in self.options]
         if unknown:
             hints = [f"{option!r}{nearest(option, (*self.options, *beside))}" for option in unknown]
             raise LossError(f"loss {name!r} has no option {'; and none '.join(hints)}{existing}")
-        for option in self.options:
-            if option not in options and self._keywords[option].default is Parameter.empty:
+        for option in self.required:
+            if option not in options:
                 raise LossError(f"loss {name!r} needs a value of its option `{option}`, which has no default")
 
     def check_values(self, name: str, options: Mapping[str, Any]) -> None:
@@ -152,8 +172,8 @@ class Loss:
     def refusal(self, option: str, value: Any) -> str:
         """Describe the values that the option takes, if `value` is none of them; otherwise return "".
 
-        Only booleans, numbers and Literals are checked. (A string would silently count as a true boolean.) The function
-        checks other types itself.
+        Only booleans, numbers, text, None, Literals and unions of these are checked. (A string would silently count as
+        a true boolean.) The function checks other types itself.
         """
         parameters = _parameters(self.function)
         return _refusal(value, parameters[option].annotation) if option in parameters else ""
@@ -170,7 +190,7 @@ def _signature(function: Callable[..., Any]) -> Signature:
     called = function.forward if isinstance(function, nn.Module) else function
     try:
         return signature(called, eval_str=True)
-    except NameError:  # annotations that exist for type checkers alone
+    except Exception:  # annotations that exist for type checkers alone, which may raise anything when evaluated
         return signature(called)
 
 
@@ -196,7 +216,9 @@ def as_loss(value: Any, reads: Any = None) -> Loss:
 
 
 def _kinds(reads: Any) -> tuple[str, ...]:
-    return (reads,) if isinstance(reads, str) else tuple(reads)
+    if isinstance(reads, list | tuple) and reads:
+        return tuple(reads)
+    return (reads,)
 
 
 def _name(value: Any) -> str:
@@ -204,6 +226,13 @@ def _name(value: Any) -> str:
 
 
 def _refusal(value: Any, annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        refusals = [_refusal(value, member) for member in get_args(annotation)]
+        return " or ".join(refusals) if all(refusals) else ""
+    if annotation in (None, NoneType):
+        return "" if value is None else "null"
+    if annotation is str:
+        return "" if isinstance(value, str) else "text"
     if get_origin(annotation) is Literal:
         words = get_args(annotation)
         near = nearest(value, words) if isinstance(value, str) else ""
@@ -212,7 +241,7 @@ def _refusal(value: Any, annotation: Any) -> str:
         return "" if isinstance(value, bool) else f"true or false{nearest_truth(value)}"
     if annotation in (int, float):
         kinds = (int,) if annotation is int else (int, float)
-        fits = isinstance(value, kinds) and not isinstance(value, bool) and isfinite(value)
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) <= float_info.max
         return "" if fits else "a whole number" if annotation is int else "a finite number"
     return ""
 

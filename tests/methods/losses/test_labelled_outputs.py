@@ -169,6 +169,9 @@ def test_one_class_and_options_that_mean_nothing_are_refused(name: str) -> None:
     else:
         with pytest.raises(LossError, match=f"{name}: it compares the classes beside the label"):
             LOSSES[name](*one)
+        factor = "beta" if name == "dkd" else "gamma"
+        with pytest.raises(LossError, match=f"{name}: {factor} -1.0; expected a number from 0 on"):
+            LOSSES[name](torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0, 1, 1]), **{factor: -1.0})
     for temperature in (0.0, torch.nan, True):
         with pytest.raises(LossError, match=f"{name}: temperature .* has to be positive, and finite"):
             LOSSES[name](torch.randn(3, 2), torch.randn(3, 2), torch.tensor([0, 1, 1]), temperature=temperature)
