@@ -357,6 +357,8 @@ def _compared(planned: Plan, folder: Path, place: torch.device) -> Iterator[_Com
             why, matrices = "", objective.resolved.reads_matrices
             if objective.resolved.reads in _NOT_ADAPTED:
                 why = _NOT_ADAPTED[objective.resolved.reads]
+            elif not objective.resolved.predicts:
+                why = "its loss does not compare values"
             elif (adapter.parameter_count or not adapter.is_fitted) and not file.is_file():
                 why = f"the run has no {file.name}"
             row = _Compared(comparison.pairs[-1], stage.name, objective.name, comparison, matrices, adapter, why)

@@ -52,7 +52,7 @@ def _sides(distiller: Distiller, images: Tensor) -> Iterator[tuple[Objective, Co
     """Both sides of every comparison of features, after its adapter, as its loss sees them."""
     student, teacher = distiller.features(images)
     for objective, comparison, adapter in compared(distiller.objectives, distiller.adapters):
-        if objective.resolved.reads == "features":
+        if objective.resolved.predicts_features:
             predicted = adapter.student_steps(comparison.features("student", student, several=False))
             yield objective, comparison, predicted, teacher_side(objective, comparison, adapter, teacher.compared, {})
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from probe_kd import Distiller, FeatureSpec, InputSpec, Loss, Objective
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.outputs import soft_targets
-from probe_kd.methods.losses.table import as_loss
+from probe_kd.methods.losses.table import LOSSES, as_loss
 
 IMAGES = InputSpec((3, 32, 32), 0.5, 0.25)
 PAIRS = {"layer2": "blocks.1", "layer4": "blocks.3"}
@@ -276,3 +276,16 @@ def test_all_pairs_of_several_teachers_are_compared_teacher_by_teacher() -> None
     assert counts == [2, 1]
     assert [comparison.weight for _, comparison, _ in step.plan] == [1.0, 3.0]
     assert result["loss"].isfinite()
+
+
+def test_only_losses_that_bring_values_together_have_an_explained_variance() -> None:
+    """Of a correlation the student's values may be anything, and an explained variance would say that it failed."""
+    predicting = {name for name, loss in LOSSES.items() if loss.predicts_features}
+    assert predicting == {"hint", "token_match", "smooth_l1", "vid"}
+
+    def correlation(student: Tensor, teacher: Tensor) -> Tensor:
+        return student.mean() - teacher.mean()
+
+    assert as_loss(correlation, "features").predicts_features
+    correlation.predicts = False
+    assert not as_loss(correlation, "features").predicts_features

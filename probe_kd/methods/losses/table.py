@@ -49,6 +49,9 @@ class Loss:
     an optimizer and a checkpoint see it, an export does not. A keyword `classifier` without a default is the teacher's
     classifier, a copy that does not train, and `num_images` the number of training images.
 
+    A loss of features is taken to bring their values together, and their explained variance and cosine are measured.
+    With `predicts=False` (a loss of correlations, or with layers of its own behind the adapter) they are not.
+
     The options are the keyword-only parameters. The tensors of a call are float32 at least, outside autocast, and those
     of the teacher are detached unless both models train together.
 
@@ -60,6 +63,7 @@ class Loss:
     multilabel: bool = False
     also: tuple[Also, ...] = ()
     builds_module: bool = False
+    predicts: bool = True
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -93,6 +97,11 @@ class Loss:
     def reads_layers(self) -> bool:
         """Whether the loss compares pairs of layers."""
         return self.reads not in ("labels", "outputs")
+
+    @property
+    def predicts_features(self) -> bool:
+        """Whether the loss brings the values of two adapted features together."""
+        return self.reads == "features" and self.predicts
 
     @property
     def reads_matrices(self) -> bool:
@@ -198,7 +207,8 @@ def as_loss(value: Any, reads: Any = None) -> Loss:
     """Convert a custom loss: a Loss, or a function or class whose `reads` is given, or is its attribute.
 
     `reads` is one of the kinds of `Loss`, or a list that begins with one and goes on with what the loss `also` reads,
-    as in `[outputs, labels]`. The attributes `multilabel` and `builds_module` of the function are those of `Loss`.
+    as in `[outputs, labels]`. The attributes `multilabel`, `builds_module` and `predicts` of the function are
+    those of `Loss`.
 
     Raises LossError if nothing says what the loss reads, or if that does not exist.
     """
@@ -211,7 +221,8 @@ def as_loss(value: Any, reads: Any = None) -> Loss:
         legal = ", ".join(get_args(Reads))
         raise LossError(f"nothing says what the loss {_name(value)!r} reads; give `reads`, one of {legal}")
     kind, *also = _kinds(reads)
-    flags = {name: bool(getattr(value, name, False)) for name in ("multilabel", "builds_module")}
+    defaults = {"multilabel": False, "builds_module": False, "predicts": True}
+    flags = {name: bool(getattr(value, name, default)) for name, default in defaults.items()}
     return Loss(value, kind, also=tuple(also), **flags)  # type: ignore[arg-type]
 
 
@@ -265,17 +276,17 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
         "attention": Loss(attention, "maps"),
         "token_match": Loss(token_match, "features"),
         "patch_similarity": Loss(patch_similarity, "maps"),
-        "patch_similarity_queue": Loss(PatchSimilarityQueue, "features"),
+        "patch_similarity_queue": Loss(PatchSimilarityQueue, "features", predicts=False),
         "vid": Loss(VID, "features"),
-        "mgd": Loss(MGD, "features"),
-        "srrl": Loss(SRRL, "features"),
+        "mgd": Loss(MGD, "features", predicts=False),
+        "srrl": Loss(SRRL, "features", predicts=False),
         "rsd": Loss(RSD, "vectors"),
         "crd": Loss(CRD, "vectors", also=("index",)),
         "review": Loss(ReviewKD, "all_pairs"),
         "smooth_l1": Loss(smooth_l1, "features"),
-        "pkd": Loss(pkd, "features"),
-        "cwd": Loss(cwd, "features"),
-        "ickd": Loss(ickd, "features"),
+        "pkd": Loss(pkd, "features", predicts=False),
+        "cwd": Loss(cwd, "features", predicts=False),
+        "ickd": Loss(ickd, "features", predicts=False),
         "nst": Loss(nst, "maps"),
         "gram_tokens": Loss(gram_tokens, "maps"),
         "rkd": Loss(rkd, "vectors"),

@@ -46,7 +46,7 @@ def _check_pairs(recipe: Recipe) -> list[Mistake]:
     """Check that there are pairs to measure, if the recipe asks for it."""
     losses = [loss_of(options) for _, options in losses_in(recipe)]
     if not (recipe.evaluate and recipe.evaluate.pairs) or any(
-        loss is None or loss.reads == "features" for loss in losses
+        loss is None or loss.predicts_features for loss in losses
     ):
         return []
     message = "`pairs: true` measures what losses of features compare (`hint`, `token_match`), and there are none"
@@ -138,5 +138,5 @@ def check_loss_names(recipe: Recipe, taken: Sequence[str]) -> list[Mistake]:
 def measures_pairs(recipe: Recipe, objectives: Sequence[Sequence[Objective]], *, classifies: bool) -> bool:
     """Whether the explained variance and the cosine of the pairs are measured while the student trains."""
     pairs = recipe.evaluate.pairs if recipe.evaluate else None
-    compares = any(objective.resolved.reads == "features" for stage in objectives for objective in stage)
+    compares = any(objective.resolved.predicts_features for stage in objectives for objective in stage)
     return compares and (not classifies if pairs is None else pairs)
