@@ -142,12 +142,13 @@ def test_the_student_stops_below_where_no_loss_needs_its_output() -> None:
 def test_every_loss_trains_every_kind_of_pair(loss: str) -> None:
     torch.manual_seed(0)
     student, teacher = timm.create_model("resnet10t", num_classes=10), timm.create_model("resnet18", num_classes=10)
-    names = ("layer1", "layer2", "layer3") if LOSSES[loss].reads_layers else ()
-    objective = Objective(loss, pairs=[Pair(name, name) for name in names])
-    distiller = Distiller(student, teacher, [objective], student_input=InputSpec((3, 64, 64))).train()
+    names = {"srrl": ("global_pool",)}.get(loss, ("layer1", "layer2", "layer3"))  # before the teacher's classifier
+    pairs = [Pair(name, "" if loss == "ofa_exits" else name) for name in names] if LOSSES[loss].reads_layers else []
+    same = InputSpec((3, 64, 64))
+    distiller = Distiller(student, teacher, [Objective(loss, pairs=pairs)], student_input=same, num_images=9).train()
     images, target = batch()
     target = torch.eye(10)[target] if LOSSES[loss].multilabel else target
-    distiller(images, target)["loss"].backward()
+    distiller(images, target, index=torch.arange(len(images)))["loss"].backward()
     assert student.layer1[0].conv1.weight.grad is not None
     assert student.conv1[0].weight.grad.abs().sum() > 0
 
