@@ -13,6 +13,9 @@ from probe_kd.recipe.yaml_tree import KeyPath
 _NAME = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 
 
+_ALLOWED: set[str] = set()  # names that a caller allowed: a module may be in memory for other reasons
+
+
 def is_custom(name: str) -> bool:
     """Whether the name of a loss is that of an object in a module, `package.module:name`."""
     return bool(_NAME.fullmatch(name) and module_of(name))
@@ -23,7 +26,7 @@ def loss_of(options: LossOptions) -> Loss | None:
     if not is_custom(options.loss):
         return LOSSES.get(options.loss)
     module, _, attribute = options.loss.partition(":")
-    value = getattr(sys.modules.get(module), attribute, None)
+    value = getattr(sys.modules.get(module), attribute, None) if options.loss in _ALLOWED else None
     try:
         return None if value is None else as_loss(value, options.reads)
     except LossError:  # reported by `import_losses`
@@ -46,6 +49,7 @@ def import_losses(recipe: Recipe, allow_import: Sequence[str]) -> list[tuple[Key
         try:
             check_import(options.loss, allow_import)
             value = import_object(options.loss, "use")
+            _ALLOWED.add(options.loss)
         except TraceError as error:
             mistakes.append(((*place, "loss"), str(error)))
             continue

@@ -116,6 +116,9 @@ def test_nothing_is_imported_that_is_not_allowed() -> None:
     with pytest.raises(RecipeError, match=r"would import 'losses_of_test'.*--allow-import losses_of_test"):
         plan(parse(RECIPE.format("loss: 'losses_of_test:plain', reads: features"), "r.yaml"))
     assert "losses_of_test" not in sys.modules
+    with pytest.raises(RecipeError, match="would import 'os'") as refused:  # which is imported already
+        plan(parse(RECIPE.format("loss: 'os:system', reads: features"), "r.yaml"))
+    assert len(refused.value.problems) == 1
 
 
 @pytest.mark.parametrize(
