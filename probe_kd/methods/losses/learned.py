@@ -56,9 +56,11 @@ class VID(nn.Module):
         self, student: Float[Tensor, "batch channels ..."], teacher: Float[Tensor, "batch channels ..."]
     ) -> Float[Tensor, ""]:
         check_same_shape(student, teacher, "vid")
-        variance = (F.softplus(self.alpha) + self.eps).view(-1, *(1,) * (student.ndim - 2))
-        distances: Tensor = ((student - teacher).square() / variance + variance.log()) / 2
-        return distances.mean() if self.reduction == "mean" else distances.sum() / len(student)
+        variance = F.softplus(self.alpha) + self.eps
+        others = [axis for axis in range(student.ndim) if axis != 1]
+        # The mean of each channel first: what a variance divides is then no map.
+        distances: Tensor = ((student - teacher).square().mean(others) / variance + variance.log()) / 2
+        return distances.mean() if self.reduction == "mean" else distances.sum() * student[0, 0].numel()
 
 
 class MGD(nn.Module):
