@@ -1,4 +1,4 @@
-"""probe-kd: knowledge distillation between any two timm models, by hooks, matching, adapters and losses.
+"""probe-kd: knowledge distillation between any two vision models, by hooks, matching, adapters and losses.
 
 The names below are the whole public interface. Each is loaded when it is first used, so that `import probe_kd` costs
 nothing: torch and timm take seconds.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from probe_kd.training.progress import Progress
 
 app = typer.Typer(
-    help="Knowledge distillation between any two timm models.",
+    help="Knowledge distillation between any two vision models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -113,7 +113,7 @@ DESCRIPTIONS = {
     "decay_milestones": "For `multistep`: multiply the learning rate by `decay_rate` at these epochs.",
     "decay_rate": "Factor on the learning rate, for `step`, `multistep` and `poly`.",
     # losses and pairs
-    "loss": "Name of the loss.",
+    "loss": "Name of the loss, or `package.module:name` of a custom one.",
     "weight": "Factor on the loss: a number, a schedule `{start: 4, end: 1}`, or a share of the task's gradient "
     "`{share: 0.3}`.",
     "GradientShare.share": "Norm of the weighted gradient, divided by that of the task's. The weight follows from it.",

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -522,6 +523,8 @@ def refusals(schema: Any, value: Any, root: Any) -> list[str]:
                 found += [f"{value!r} is no {rule}"] if wrong else []
             case "enum":
                 found += [] if value in rule else [f"{value!r} is none of {rule}"]
+            case "pattern" if isinstance(value, str):
+                found += [] if re.search(rule, value) else [f"{value!r} does not match {rule}"]
             case "const":
                 found += [] if value == rule else [f"{value!r} is not {rule!r}"]
             case "anyOf":
@@ -554,7 +557,7 @@ def refusals(schema: Any, value: Any, root: Any) -> list[str]:
     return found
 
 
-KEYWORDS = {"required", "properties", "additionalProperties", "items", "prefixItems"}
+KEYWORDS = {"pattern", "required", "properties", "additionalProperties", "items", "prefixItems"}
 KEYWORDS |= {"minItems", "maxItems", "minProperties", "maxProperties"}
 KEYWORDS |= {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 

@@ -170,7 +170,8 @@ def call_loss(
         except (ProbeKDError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of code that is not ours, of any type
-            raise LossError(f"the loss {name!r} raised {described(error)}") from error
+            given = ", ".join(str(tuple(tensor.shape)) for side in args for tensor in flat(side))
+            raise LossError(f"the loss {name!r} of {given} raised {described(error)}") from error
         _check_unchanged(name, args, versions)
         return _scalar(name, value)
 
@@ -219,8 +220,10 @@ def _check_unchanged(name: str, sides: Sequence[Any], versions: Sequence[int]) -
 
 
 def described(error: Exception) -> str:
-    """The error and the line of its origin."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """The error, and the line of the caller's code that caused it."""
+    all_frames = traceback.extract_tb(error.__traceback__)
+    own_frames = [frame for frame in all_frames if "site-packages" not in frame.filename]  # torch only noticed it
+    frames = own_frames or all_frames
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
