@@ -224,7 +224,7 @@ def tune(settings: Settings) -> None:
             run = Path(command[command.index("--out") + 1])
             file = run.with_name(f"{run.name}-val.json")
             _run(["probe-kd", "eval", str(run), "--split", "val", "--output", str(file), "--overwrite"])
-            row["val_accuracy"] = json.loads(file.read_text())["results"][0]["accuracy"]
+            row["val_accuracy"] = json.loads(file.read_text())["scores"][0]["top1"]
             row["test_accuracy"] = _measures(run)["student"]["accuracy"]
             _add(table, row | {"seconds": seconds})
 
