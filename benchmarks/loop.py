@@ -93,7 +93,7 @@ def as_train(ours: Ours) -> tuple[Callable[[], None], Progress]:
     loop, models = ours.stages[0][2], ours.models
     progress = Progress(Console(file=io.StringIO(), force_terminal=True, width=120))
     saver = Saver(ours.plan, models.accelerator, TrainState(), progress, ours.folder)
-    run = Run(models, Scorer(models), saver, progress, Epochs(models, saver, progress, []))
+    run = Run(models, Scorer(models), saver, progress, Epochs(saver, []))
     progress.begin("student: stage", loop.phase.epochs, loop.steps, 0)
     return lambda: run.epochs.train(loop, 0) and None, progress
 

@@ -53,6 +53,11 @@ def _stage(name: str, epochs: int, *losses: str) -> str:
     )
 
 
+def _beside_labels(*losses: str) -> str:
+    """One stage of ten epochs with the losses beside the labels."""
+    return _stage("distil", 10, _TASK, *losses)
+
+
 FEATURES = "features: {loss: hint, normalize: fitted}"  # the mean and deviation of every channel are measured first
 
 METHODS = {
@@ -67,28 +72,25 @@ METHODS = {
     ),
     "logits": Method(
         "Pre-softmax regression (Ba and Caruana 2014): the teacher's logits, beside the labels",
-        _stage("distil", 10, _TASK, "logits: {loss: logits, center: true, weight: 0.3}"),
+        _beside_labels("logits: {loss: logits, center: true, weight: 0.3}"),
     ),
     "dist": Method(
         "DIST (Huang et al. 2022): how the answers correlate, within an image and within a class",
-        _stage("distil", 10, _TASK, "dist: {loss: dist, inter: 1.0, intra: 1.0}"),
+        _beside_labels("dist: {loss: dist, inter: 1.0, intra: 1.0}"),
     ),
     "dkd": Method(
         "DKD (Zhao et al. 2022): the label against the other classes, and these among themselves, beside the labels",
-        _stage(
-            "distil",
-            10,
-            _TASK,
+        _beside_labels(
             "dkd: {loss: dkd, alpha: 1.0, beta: 8.0, temperature: 4.0, weight: {start: 0.0, end: 1.0, epochs: 1}}",
         ),
     ),
     "nkd": Method(
         "NKD (Yang et al. 2023): the label, and the other classes normalised, beside the labels",
-        _stage("distil", 10, _TASK, "nkd: {loss: nkd, gamma: 1.5, temperature: 1.0}"),
+        _beside_labels("nkd: {loss: nkd, gamma: 1.5, temperature: 1.0}"),
     ),
     "ofa": Method(
         "OFA (Hao et al. 2023), without its exits: the answers, with a larger share for the label, beside the labels",
-        _stage("distil", 10, _TASK, "ofa: {loss: ofa, eps: 1.5}   # from 1, as in the paper for 32x32 images"),
+        _beside_labels("ofa: {loss: ofa, eps: 1.5}   # from 1, as in the paper for 32x32 images"),
     ),
     "fitnets": Method(
         "FitNets (Romero et al. 2015), in two stages: a layer in the middle, then labels and soft targets",
@@ -99,20 +101,14 @@ METHODS = {
             "hint: {loss: hint, normalize: layer}",
         )
         + "\n"
-        + _stage(
-            "distil",
-            10,
-            _TASK,
+        + _beside_labels(
             "soft: {loss: soft_targets, temperature: 3.0, weight: {start: 4.0, end: 1.0}}",
         ),
         pairs="middle",
     ),
     "fitnets_joint": Method(
         "Hints at every pair (after FitNets, Romero et al. 2015) with soft targets, beside the labels",
-        _stage(
-            "distil",
-            10,
-            _TASK,
+        _beside_labels(
             "soft: {loss: soft_targets, temperature: 4.0, weight: 1.0}",
             "hint: {loss: hint, normalize: layer, weight: 1.0}   # or channels of large variance rule it",
         ),
@@ -129,42 +125,39 @@ METHODS = {
     ),
     "fsp_joint": Method(
         "FSP (Yim et al. 2017) beside the labels: matrices between the input and the output of every paired block",
-        _stage("distil", 10, _TASK, "flow: {loss: fsp, relative: true, weight: 0.5}"),
+        _beside_labels("flow: {loss: fsp, relative: true, weight: 0.5}"),
         pairs="all",
     ),
     "attention": Method(
         "Attention transfer (Zagoruyko and Komodakis 2017): where the features are large, beside the labels",
-        _stage("distil", 10, _TASK, "attention: {loss: attention, form: paper, weight: 1.0}"),
+        _beside_labels("attention: {loss: attention, form: paper, weight: 1.0}"),
         pairs="several",
     ),
     "vkd": Method(
         "VkD (Miles et al. 2024): the vector of an image through an orthogonal projector, beside the labels",
-        _stage(
-            "distil",
-            10,
-            _TASK,
+        _beside_labels(
             "vector: {loss: smooth_l1, tokens: pool, projector: orthogonal, normalize: layer, weight: 1.0}",
         ),
         pairs="vector",
     ),
     "rsd": Method(
         "RSD (Zhang et al. 2025): the channels of the vector of an image by correlation, beside the labels",
-        _stage("distil", 10, _TASK, "channels: {loss: rsd, reduction: sum, weight: 0.1}"),
+        _beside_labels("channels: {loss: rsd, reduction: sum, weight: 0.1}"),
         pairs="vector",
     ),
     "crd": Method(
         "CRD (Tian et al. 2020): the vector of an image against a memory of the training images, beside the labels",
-        _stage("distil", 10, _TASK, "contrast: {loss: crd, negatives: 16384, temperature: 0.07, weight: 0.8}"),
+        _beside_labels("contrast: {loss: crd, negatives: 16384, temperature: 0.07, weight: 0.8}"),
         pairs="vector",
     ),
     "review": Method(
         "ReviewKD (Chen et al. 2021): every layer of the teacher with the student's and all deeper ones",
-        _stage("distil", 10, _TASK, "review: {loss: review, weight: {start: 0.0, end: 1.0, epochs: 2}}"),
+        _beside_labels("review: {loss: review, weight: {start: 0.0, end: 1.0, epochs: 2}}"),
         pairs="all",
     ),
     "rkd": Method(
         "RKD (Park et al. 2019): distances and angles between the images of a batch, beside the labels",
-        _stage("distil", 10, _TASK, "relations: {loss: rkd, distance: 1.0, angle: 2.0, weight: 25.0}"),
+        _beside_labels("relations: {loss: rkd, distance: 1.0, angle: 2.0, weight: 25.0}"),
         pairs="vector",
     ),
     "rocket": Method(

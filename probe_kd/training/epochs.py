@@ -9,15 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from probe_kd.errors import DataError, ProbeKDError, RunError, Stopped, short
-from probe_kd.recipe.planner import Plan
 from probe_kd.training.loop import Loop
-from probe_kd.training.models import Models
 from probe_kd.training.processes import is_peer_lost
-from probe_kd.training.progress import Progress
 from probe_kd.training.saving import Saver
 from probe_kd.training.state import Row, TrainState
 from probe_kd.training.trial import too_large
@@ -29,30 +25,18 @@ ASK_EVERY = 20  # updates after which several processes ask each other whether t
 class Epochs:
     """Trains single epochs. Whoever stops it goes on from the last checkpoint."""
 
-    models: Models
     saver: Saver
-    progress: Progress
     signals: list[int]  # the signals to stop so far
-
-    @property
-    def plan(self) -> Plan:
-        return self.models.plan
-
-    @property
-    def accelerator(self) -> Accelerator:
-        return self.models.accelerator
-
-    @property
-    def state(self) -> TrainState:
-        return self.saver.state
 
     def train(self, loop: Loop, epoch: int) -> Row:
         """Train one epoch, or what is left of it. Returns the figures for its row."""
-        state, started = self.state, time.perf_counter()
+        state, started = self.saver.state, time.perf_counter()
         first, seconds_before = state.step, state.seconds
         if not first:  # otherwise the checkpoint has restored the generators
             set_seed(self.seed_of(loop.phase.age + epoch), device_specific=True)
-        loop.sums = {name: torch.tensor(value, device=self.accelerator.device) for name, value in state.sums.items()}
+        loop.sums = {
+            name: torch.tensor(value, device=self.saver.accelerator.device) for name, value in state.sums.items()
+        }
         try:
             with _explained(state, self.saver.folder):
                 for done in loop.run(epoch, first):
@@ -64,18 +48,18 @@ class Epochs:
         seconds = time.perf_counter() - started
         state.seconds, state.step, state.sums = seconds_before + seconds, 0, {}
         loop.average_over_processes()
-        images = (loop.steps - first) * self.plan.recipe.data.batch_size * self.accelerator.num_processes
+        images = (loop.steps - first) * self.saver.plan.recipe.data.batch_size * self.saver.accelerator.num_processes
         return {"images_per_second": round(images / seconds, 1), "lr": loop.rate, **self._means(loop, loop.steps)}
 
     def seed_of(self, age: int) -> int:
         """The seed of an epoch's random numbers, after `age` epochs of the recipe."""
-        return (self.plan.recipe.seed * 1_000_003 + age + 1) % 2**31
+        return (self.saver.plan.recipe.seed * 1_000_003 + age + 1) % 2**31
 
     def _after_update(self, loop: Loop, done: int) -> None:
         """Show the progress, save a checkpoint and stop, if it is time to."""
-        recipe, processes = self.plan.recipe, self.accelerator.num_processes
-        if self.progress.step(done, recipe.data.batch_size * processes):
-            self.progress.losses({name: float(total) / done for name, total in sorted(loop.sums.items())})
+        recipe, processes = self.saver.plan.recipe, self.saver.accelerator.num_processes
+        if self.saver.progress.step(done, recipe.data.batch_size * processes):
+            self.saver.progress.losses({name: float(total) / done for name, total in sorted(loop.sums.items())})
         update = -(-done // loop.phase.grad_accum_steps)
         mid_epoch = done < loop.steps  # the end of an epoch saves by itself, after it is measured
         is_due = update % ASK_EVERY == 0 or not mid_epoch
@@ -90,25 +74,25 @@ class Epochs:
             raise Stopped(f"stopped by {signal.Signals(self.signals[0] if self.signals else signal.SIGTERM).name}")
 
     def _any_stop_requested(self) -> bool:
-        stop_requested = torch.tensor(float(bool(self.signals)), device=self.accelerator.device)
-        return float(self.accelerator.reduce(stop_requested, "sum")) > 0
+        stop_requested = torch.tensor(float(bool(self.signals)), device=self.saver.accelerator.device)
+        return float(self.saver.accelerator.reduce(stop_requested, "sum")) > 0
 
     def _save_what_is_done(self, loop: Loop, *, together: bool = False) -> None:
         """Save a checkpoint in the middle of an epoch; with several processes only if all of them call this."""
-        if not together and self.accelerator.num_processes > 1:
+        if not together and self.saver.accelerator.num_processes > 1:
             return
         if loop.finished is not None:
-            self.state.step, self.state.sums = loop.finished, self._means(loop, 1)
+            self.saver.state.step, self.saver.state.sums = loop.finished, self._means(loop, 1)
             self.saver.save(loop)
 
     def _means(self, loop: Loop, count: int) -> dict[str, float]:
         """The mean losses of all processes over `count` batches. Raises RunError for a loss that is not finite."""
-        totals = {name: self.accelerator.reduce(total, "mean") for name, total in sorted(loop.sums.items())}
+        totals = {name: self.saver.accelerator.reduce(total, "mean") for name, total in sorted(loop.sums.items())}
         means = {name: float(total) / count for name, total in totals.items()}
         not_finite = [name for name, mean in means.items() if not math.isfinite(mean) and name != "loss"]
         if not_finite:
-            change = f"{means[not_finite[0]]} in epoch {self.state.epoch + 1}"
-            raise RunError(no_number(f"{', '.join(map(repr, not_finite))} of {self.state.role}", change))
+            change = f"{means[not_finite[0]]} in epoch {self.saver.state.epoch + 1}"
+            raise RunError(no_number(f"{', '.join(map(repr, not_finite))} of {self.saver.state.role}", change))
         return means
 
 

@@ -94,7 +94,7 @@ def train(
             check_student(plan, accelerator, progress)
         models = Models(plan, accelerator)
         saver = Saver(plan, accelerator, state, progress, folder, checkpoint, claimed)
-        Run(models, Scorer(models), saver, progress, Epochs(models, saver, progress, signals)).train_models()
+        Run(models, Scorer(models), saver, progress, Epochs(saver, signals)).train_models()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with saver.writing():
