@@ -1,7 +1,9 @@
 """The README and the docs, as tests read them."""
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 STORIES = {"tutorial.md", "howto.md", "custom_losses.md"}  # tests/test_pages.py runs these whole
@@ -18,3 +20,13 @@ def blocks(language: str) -> list[tuple[str, str]]:
 def commands(verb: str) -> list[str]:
     lines = [line.partition("   #")[0].strip() for _, text in blocks("sh") for line in text.splitlines()]
     return [line for line in lines if line.startswith(f"probe-kd {verb} ")]
+
+
+def script_of(page: str) -> ModuleType:
+    """The script in docs/ that writes a page of the same name."""
+    spec = importlib.util.spec_from_file_location(page, ROOT / "docs" / f"{page}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

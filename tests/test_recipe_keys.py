@@ -1,11 +1,11 @@
 """docs/recipe_keys.md is what its script makes of the schema, and has every key."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from pages import script_of
 
 from probe_kd.methods.losses.table import LOSSES
 from probe_kd.recipe.schema import schema
@@ -15,12 +15,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("recipe_keys", DOCS / "recipe_keys.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of("recipe_keys")
 
 
 def test_the_page_is_up_to_date(script: ModuleType) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import equations
 import numpy as np
 import pytest
 import torch
@@ -441,12 +442,7 @@ def reference(form: str, s: Array, t: Array, temperature: float) -> float:
 
 
 CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "drawn": lambda it: it,
-    "zeros": torch.zeros_like,
-    "equal": lambda it: torch.full_like(it, 0.7),
-    "equal and large": lambda it: torch.full_like(it, 1e15),
-    "one row for all": lambda it: it[:1].expand_as(it).clone(),
-    "small": lambda it: 1e-3 * it,
+    **equations.CONTENTS,
     "large": lambda it: 1e6 * it,
     "huge": lambda it: 1e15 * it,
 }

@@ -1,6 +1,5 @@
 """Losses against public implementations, by the golden numbers that these gave, and the page that says so."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 from golden_losses import golden, largest_errors, names
+from pages import script_of
 
 from probe_kd.methods.losses.table import LOSSES
 
@@ -21,12 +21,7 @@ IMPLEMENTATIONS = [
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("certificates", DOCS / "certificates.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of("certificates")
 
 
 @pytest.mark.parametrize(("name", "implementation"), IMPLEMENTATIONS)

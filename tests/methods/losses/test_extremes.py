@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import equations
 import pytest
 import torch
 from golden_losses import golden, inputs_of, loss_of, names
@@ -14,12 +15,7 @@ from probe_kd.methods.losses.common import call_loss
 from probe_kd.methods.losses.table import LOSSES
 
 CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "drawn": lambda it: it,
-    "zeros": torch.zeros_like,
-    "equal": lambda it: torch.full_like(it, 0.7),
-    "equal and large": lambda it: torch.full_like(it, 1e15),
-    "one row for all": lambda it: it[:1].expand_as(it).clone(),
-    "small": lambda it: 1e-3 * it,
+    **equations.CONTENTS,
     "tiny": lambda it: 1e-20 * it,
     "large": lambda it: 1e4 * it,
     "huge": lambda it: 1e15 * it,

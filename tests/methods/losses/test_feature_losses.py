@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from equations import agrees, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods.test_adapters import KINDS, feature
@@ -18,10 +19,6 @@ from probe_kd.methods.losses.features import cwd, ickd, pkd, smooth_l1
 from probe_kd.methods.losses.maps import gram_tokens, nst
 
 MAPS = [kind for kind in KINDS if kind[0] is not Layout.NC]
-
-
-def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def norm(row: Tensor) -> Tensor:
@@ -107,18 +104,8 @@ def test_values_and_gradients_are_those_of_the_equations(name: str, sizes: tuple
     """With more channels than positions, and with fewer, for which some losses have two ways to compute them."""
     function, written, options = LOSSES[name]
     for seed, scale in enumerate([1.0, 30.0, 0.01]):
-        s, t = sides_of(function, sizes, seed, scale)
-        s.requires_grad_()
-        value, expected = function(s, t, **options), written(s, t, **options)
-        assert value.item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-14)
-        gradients = [torch.autograd.grad(side, s)[0] * scale for side in (value, expected)]
-        torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
-        single = s.detach().float().requires_grad_()
-        value = function(single, t.float(), **options)
-        assert value.dtype == torch.float32
-        assert value.item() == pytest.approx(expected.item(), rel=2e-5)
-        (gradient,) = torch.autograd.grad(value, single)
-        torch.testing.assert_close(gradient.double() * scale, gradients[1], rtol=1e-3, atol=1e-5)
+        sides = sides_of(function, sizes, seed, scale)
+        agrees(function, written, sides, options, scale=scale, in_float32={"rel": 2e-5})
 
 
 @pytest.mark.parametrize("kind", MAPS, ids=str)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from equations import agrees, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,10 +15,6 @@ from torch import Tensor
 from probe_kd.errors import LossError
 from probe_kd.methods.losses import relations
 from probe_kd.methods.losses.relations import cc, pkt, rkd, sp
-
-
-def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def huber(first: Tensor, second: Tensor) -> Tensor:
@@ -91,17 +88,9 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def test_values_and_gradients_are_those_of_the_equations(name: str) -> None:
     function, written, options = LOSSES[name]
     for seed, (n, c1, c2, scale) in enumerate([(2, 3, 5, 1.0), (4, 2, 7, 30.0), (6, 9, 4, 0.01), (5, 6, 6, 1e4)]):
-        s, t = draw(n, c1, seed=seed, scale=scale).requires_grad_(), draw(n, c2, seed=seed + 50)
-        value, expected = function(s, t, **options), written(s, t, **options)
-        assert value.item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-14)
-        gradients = [torch.autograd.grad(side, s)[0] * scale for side in (value, expected)]
-        torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
-        single = s.detach().float().requires_grad_()
-        value = function(single, t.float(), **options)
-        assert value.dtype == torch.float32
-        assert value.item() == pytest.approx(expected.item(), rel=1e-4 if function is pkt else 2e-6, abs=1e-12)
-        (gradient,) = torch.autograd.grad(value, single)
-        torch.testing.assert_close(gradient.double() * scale, gradients[1], rtol=1e-3, atol=1e-5)
+        sides = draw(n, c1, seed=seed, scale=scale), draw(n, c2, seed=seed + 50)
+        in_float32 = {"rel": 1e-4 if function is pkt else 2e-6, "abs": 1e-12}
+        agrees(function, written, sides, options, scale=scale, in_float32=in_float32)
 
 
 @settings(deadline=None, max_examples=40)
