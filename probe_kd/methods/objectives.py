@@ -91,7 +91,7 @@ class Objective:
                 f"there is no loss {self.loss!r}{nearest(self.loss, LOSSES)}{custom}; the losses: {', '.join(LOSSES)}"
             )
         object.__setattr__(self, "resolved", LOSSES[self.loss] if isinstance(self.loss, str) else self.loss)
-        object.__setattr__(self, "name", self.name or self._loss_name)
+        object.__setattr__(self, "name", self.name or self.loss_name)
         object.__setattr__(self, "pairs", tuple(as_pairs(self.pairs)))
         object.__setattr__(self, "between", tuple(tuple(map(Tap.parse, ends)) for ends in self.between))
         object.__setattr__(self, "teacher_taps", tuple(map(Tap.parse, _as_list(self.teacher))))
@@ -102,11 +102,12 @@ class Objective:
         object.__setattr__(self, "comparisons", tuple(self._comparisons()))
 
     @property
-    def _loss_name(self) -> str:
+    def loss_name(self) -> str:
+        """The name of the loss itself, which may be that of a custom function."""
         return self.loss if isinstance(self.loss, str) else self.loss.name
 
     def _check(self) -> None:
-        loss, loss_name = self.resolved, self._loss_name
+        loss, loss_name = self.resolved, self.loss_name
         if self.name in ("loss", "output"):
             raise LossError(f"an objective cannot be named {self.name!r}: the result has that key already")
         loss.check_call(loss_name)

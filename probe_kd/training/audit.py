@@ -149,8 +149,8 @@ def _audit(plan: Plan, models: Models) -> Audit:
         if reached_names and not shares_are_wrong:
             costs.append(_cost(models, phase, distiller, batch, reached_names, steps, remarks))
         distiller.close()
-    wrong = (*_no_numbers(costs), *complaints(plan.recipe, reach), *share_complaints(trained.phases, reach))
-    remarks += silent_losses(plan.recipe, reach)
+    wrong = (*_no_numbers(costs), *complaints(trained.phases, reach), *share_complaints(trained.phases, reach))
+    remarks += silent_losses(trained.phases, reach)
     all_remarks = (*untrained(models, trained, reach, batch.images), *remarks)
     return Audit(tuple(reaches), tuple(costs), wrong, all_remarks, tuple(shares))
 

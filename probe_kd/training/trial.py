@@ -20,8 +20,6 @@ from probe_kd.methods.normalisation import without_statistics
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.outputs import output_spec
 from probe_kd.methods.shares import complaint_about, task_of
-from probe_kd.recipe.keys import Recipe
-from probe_kd.recipe.loss_names import is_custom, losses_in
 from probe_kd.recipe.planner import Plan
 from probe_kd.training.devices import memory_format
 from probe_kd.training.fitting import fit_for_trial
@@ -51,8 +49,8 @@ def check_student(plan: Plan, accelerator: Accelerator, progress: Progress) -> N
         trained = student_of(models)
         batch = first_batch(models, trained, most=MOST_TRIED)
         reach = reach_of(models, trained, batch)
-        wrong = [*complaints(plan.recipe, reach), *share_complaints(trained.phases, reach)]
-        remarks = [*untrained(models, trained, reach, batch.images), *silent_losses(plan.recipe, reach)]
+        wrong = [*complaints(trained.phases, reach), *share_complaints(trained.phases, reach)]
+        remarks = [*untrained(models, trained, reach, batch.images), *silent_losses(trained.phases, reach)]
         wrong_and_remarks = wrong, remarks
     accelerator.free_memory()
     wrong, remarks = broadcast_object_list([wrong_and_remarks])[0]  # so that all processes end, or none
@@ -145,11 +143,11 @@ def _yields_classes(models: Models, trained: TrainedModel) -> bool:
     return False
 
 
-def complaints(recipe: Recipe, reach: Sequence[tuple[str, Norms]]) -> list[str]:
+def complaints(phases: Sequence[Phase], reach: Sequence[tuple[str, Norms]]) -> list[str]:
     """List the errors in the gradients of a first batch."""
     errors = []
-    custom = _custom_losses(recipe)
-    for stage, norms in reach:
+    for phase, (stage, norms) in zip(phases, reach, strict=True):
+        custom = _custom_losses(phase)
         for loss, gradients in norms.items():
             if not all(map(math.isfinite, gradients.values())):
                 errors.append(f"loss `{loss}` of stage `{stage}` has a gradient that is not finite")
@@ -179,19 +177,18 @@ def share_complaints(phases: Sequence[Phase], reach: Sequence[tuple[str, Norms]]
     return errors
 
 
-def silent_losses(recipe: Recipe, reach: Sequence[tuple[str, Norms]]) -> list[str]:
+def silent_losses(phases: Sequence[Phase], reach: Sequence[tuple[str, Norms]]) -> list[str]:
     """Remark on custom losses with a gradient of zero: a loss may leave out images, by the teacher's answer say."""
-    custom = _custom_losses(recipe)
     return [
         f"loss `{loss}` of stage `{stage}` has a gradient of zero on the first images, so it may train nothing"
-        for stage, norms in reach
+        for phase, (stage, norms) in zip(phases, reach, strict=True)
         for loss, gradients in norms.items()
-        if loss in custom and gradients and not any(gradients.values())
+        if loss in _custom_losses(phase) and gradients and not any(gradients.values())
     ]
 
 
-def _custom_losses(recipe: Recipe) -> set[str]:
-    return {str(place[-1]) for place, options in losses_in(recipe) if is_custom(options.loss)}
+def _custom_losses(phase: Phase) -> set[str]:
+    return {objective.name for objective in phase.objectives if not isinstance(objective.loss, str)}
 
 
 def too_large(refusal: Exception) -> str:

@@ -153,6 +153,7 @@ def gives(value: Any) -> Any:
         (lambda: as_loss(F.mse_loss, ["outputs", "label"]), "cannot also read 'label'"),
         (lambda: Loss(3, "outputs"), "a loss is a int; expected a function"),  # type: ignore[arg-type]
         (lambda: Loss(dict, "outputs"), "does not inherit from nn.Module"),
+        (lambda: Loss(Regression, "labels"), "'Regression' of labels builds a module.*give a function"),
         (lambda: Objective(as_loss(lambda student: student, "outputs"), "own"), "called with .student, teacher."),
         (lambda: Objective(as_loss(gives(0), ["outputs", "labels"]), "own"), "student, teacher, labels"),
         (lambda: Objective(Loss(Regression, "vectors"), "own", options={"scal": 1}), "did you mean 'scale'"),

@@ -7,13 +7,16 @@ from conftest import TINY
 from rich.console import Console
 from running import HINT_ONLY, Quiet
 
-from probe_kd import Distiller
+from probe_kd import Distiller, Loss, Objective
 from probe_kd.errors import LossError, RunError
+from probe_kd.recipe.keys import OptimizerOptions, SchedulerOptions
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import parse
 from probe_kd.training.audit import audit
+from probe_kd.training.phase import Phase
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
+from probe_kd.training.trial import complaints, silent_losses
 
 
 def test_what_check_remarks_on_after_a_batch_training_does_too(tmp_path: Path) -> None:
@@ -47,3 +50,17 @@ def test_a_step_that_fails_is_told_by_both(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(RunError, match="a step on the first batch of images fails: no kernel for this"):
             run(planned)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gradient_of_zero_is_an_error_unless_the_loss_of_that_stage_is_custom() -> None:
+    """Also where another stage has a custom loss of the same name."""
+    custom = Objective(Loss(lambda student, teacher: (student - teacher).square().mean(), "outputs"), "own")
+    of_stages = {"a": custom, "b": Objective("logits", "own")}
+    phases = [
+        Phase(stage, 1, (objective,), OptimizerOptions(), SchedulerOptions()) for stage, objective in of_stages.items()
+    ]
+    reach = [(phase.name, {"own": {"student.fc.weight": 0.0}}) for phase in phases]
+    (error,) = complaints(phases, reach)
+    (remark,) = silent_losses(phases, reach)
+    assert error.startswith("loss `own` of stage `b` moves nothing")
+    assert remark.startswith("loss `own` of stage `a` has a gradient of zero")

@@ -88,6 +88,11 @@ class Loss:
             if not issubclass(self.function, nn.Module):
                 raise LossError(f"the class {self.function.__name__} of a loss does not inherit from nn.Module")
             object.__setattr__(self, "builds_module", True)
+        if self.builds_module and self.reads == "labels":
+            raise LossError(
+                f"the loss {self.name!r} of labels builds a module, for which there are no specs of two models; give a "
+                "function of (logits, target)"
+            )
 
     @property
     def name(self) -> str:
@@ -141,15 +146,16 @@ class Loss:
 
     def check_call(self, name: str, function: Callable[..., Any] | None = None) -> None:
         """Raise LossError if the loss, or the `function` that it built, cannot be called with its `arguments`."""
-        called = function or self.function
-        arguments = ("student", "teacher") if self.builds_module and function is None else self.arguments
+        builds = self.builds_module and function is None
+        arguments = ("student", "teacher") if builds else self.arguments
         try:
-            _signature(called).bind(*arguments, **dict.fromkeys(self._keywords if function is None else ()))
+            keywords = self._keywords if function is None else ()
+            _signature(function or self.function).bind(*arguments, **dict.fromkeys(keywords))
         except TypeError as error:
-            means = "specs of the student and of the teacher" if called is self.function and self.builds_module else ""
+            means = ", specs of the student and of the teacher," if builds else ""
             raise LossError(
-                f"the loss {name!r} is called with ({', '.join(arguments)}){f', {means},' if means else ''} and cannot "
-                f"be: {error}; its options come after a `*`"
+                f"the loss {name!r} is called with ({', '.join(arguments)}){means} and cannot be: {error}; its options "
+                "come after a `*`"
             ) from None
         except ValueError:  # some functions that are written in C have no signature
             return

@@ -254,7 +254,7 @@ def _check_top_k(recipe: Recipe, teacher: Trace | None, stages: Stages) -> list[
         objective.outputs.teacher: None for objective in objectives if objective.resolved.reads == "outputs"
     } or {Tap.parse(options.output): None}
     reasons = [
-        f"loss `{objective.name}` ({objective.loss}) needs all logits; only {' and '.join(_SHORTENED)} do not"
+        f"loss `{objective.name}` ({objective.loss_name}) needs all logits; only {' and '.join(_SHORTENED)} do not"
         for objective in objectives
         if {*objective.taps[1]} & {*shortened} and objective.needs_teacher and objective.loss not in _SHORTENED
     ]
