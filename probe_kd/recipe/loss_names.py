@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from probe_kd.engine.models import check_import, import_object, module_of, packages
 from probe_kd.errors import LossError, TraceError
@@ -82,6 +83,22 @@ def losses_in(recipe: Recipe) -> Iterator[tuple[KeyPath, LossOptions]]:
 
 def packages_of(recipe: Recipe) -> list[str]:
     """The packages, other than timm, that the models and losses of a recipe come from."""
+    return packages(_imported_names(recipe))
+
+
+def sources_of(recipe: Recipe) -> list[str]:
+    """The files below the current folder that hold custom models and losses of a recipe, if they are imported.
+
+    Installed packages are not listed, which an upgrade changes, nor are files that these modules import.
+    """
+    modules = (sys.modules.get(module_of(name)) for name in _imported_names(recipe))
+    files = (Path(file) for module in modules if (file := getattr(module, "__file__", None)))
+    here = Path.cwd()
+    own = (file.relative_to(here) for file in files if file.is_relative_to(here))
+    return [str(file) for file in own if "site-packages" not in file.parts]
+
+
+def _imported_names(recipe: Recipe) -> list[str]:
+    """The names of models and losses, of which those of custom ones say what is imported."""
     models = [model.model for model in (recipe.student, *recipe.teachers_by_name.values())]
-    losses = [options.loss for _, options in losses_in(recipe) if is_custom(options.loss)]
-    return packages([*models, *losses])
+    return [*models, *(options.loss for _, options in losses_in(recipe) if is_custom(options.loss))]

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from probe_kd.engine.models import files_of
 from probe_kd.errors import RecipeError
 from probe_kd.recipe.keys import Recipe, TeacherOptions
-from probe_kd.recipe.loss_names import packages_of
+from probe_kd.recipe.loss_names import packages_of, sources_of
 from probe_kd.recipe.reading import load
 
 
@@ -25,6 +25,7 @@ def inputs_of(recipe: Recipe, *, trained: bool = False) -> list[str]:
         reads_weights = not trained or (isinstance(model, TeacherOptions) and model.train is None)
         files += [model.checkpoint] if model.checkpoint and reads_weights else []
         files += files_of(model.model, pretrained=model.pretrained and reads_weights)
+    files += [] if trained else sources_of(recipe)  # what was trained is in the weights
     files += [teacher.class_map for teacher in teachers if isinstance(teacher.class_map, str)]
     return list(dict.fromkeys(map(str, files)))
 

@@ -142,12 +142,19 @@ def test_a_mistake_that_only_a_step_shows_is_told_by_check(name: str, message: s
     assert re.search(message, wrong), wrong
 
 
-def test_a_run_trains_the_module_and_resumes_with_its_state(tmp_path: Path) -> None:
+def test_a_run_trains_the_module_and_resumes_with_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with its code: a run does not go on with a loss that has become another."""
+    monkeypatch.chdir(tmp_path)
     text = RECIPE.format("loss: 'losses_of_test:Counter', weight: 0.5") + "recovery_interval: 1\n"
     planned = plan(parse(text, str(tmp_path / "r.yaml")), allow_import=["losses_of_test"])
     train(planned, tmp_path / "whole", Quiet())
     with pytest.raises(KeyboardInterrupt):
         train(planned, tmp_path / "stopped", After(stop, updates=8))
+    source = tmp_path / "losses_of_test.py"
+    source.write_text(LOSSES.replace("1e-3", "1e-2"))
+    with pytest.raises(RunError, match=r"losses_of_test\.py is not the file .* its contents have changed"):
+        train(planned, tmp_path / "stopped", Quiet(), resume=True)
+    source.write_text(LOSSES)
     train(planned, tmp_path / "stopped", Quiet(), resume=True)
     same(tmp_path / "whole", tmp_path / "stopped")
     assert not any(name.startswith("losses") for name in load_file(tmp_path / "whole" / "student.safetensors"))
