@@ -392,12 +392,24 @@ def arms_of(name: str, size: Size, dtype: torch.dtype, device: str = "cpu") -> d
     return dict(arms)
 
 
-def row(name: str, precision: str, size: Size, rounds: int, device: str) -> tuple[object, ...]:
+def repeated(arm: measure.Arm, calls: int) -> measure.Arm:
+    def run() -> None:
+        for _ in range(calls):
+            arm()
+
+    return run
+
+
+def row(name: str, precision: str, size: Size, rounds: int, device: str, least: float) -> tuple[object, ...]:
+    """One row of the table. An arm is called until it takes `least` seconds: a single short call is mostly noise."""
     arms = arms_of(name, size, DTYPES[precision], device)
     clock = time.process_time if device == "cpu" else time.perf_counter
-    samples = measure.interleaved(arms, rounds, warmup=1, device=device, clock=clock)
+    single = measure.interleaved(arms, 3, warmup=1, device=device, clock=clock).milliseconds("by hand") / 1000
+    calls = max(1, round(least / max(single, 1e-6)))
+    many = {arm: repeated(function, calls) for arm, function in arms.items()}
+    samples = measure.interleaved(many, rounds, warmup=1, device=device, clock=clock)
     base, peak = (measure.peak_bytes(arms[arm], device) for arm in ("by hand", "probe-kd"))
-    times = f"{samples.milliseconds('by hand'):.2f}", samples.ratio("probe-kd", to="by hand")
+    times = f"{samples.milliseconds('by hand') / calls:.2f}", samples.ratio("probe-kd", to="by hand")
     return name, precision, *times, f"{base / 2**20:.1f}", f"{peak / base:.3f}"
 
 
@@ -407,9 +419,9 @@ def main() -> None:
         "--only", nargs="*", choices=[*PLAIN, *PLAIN_MODULES], metavar="LOSS", help="names of losses, such as `hint`"
     )
     wishes = parser.parse_args()
-    size, rounds = (QUICK, 3) if wishes.quick else (RESNET50, 15)
+    size, rounds, least = (QUICK, 3, 0.0) if wishes.quick else (RESNET50, 15, 0.05)
     rows = [
-        row(name, precision, size, wishes.rounds or (3 if name in FEW else rounds), wishes.device)
+        row(name, precision, size, wishes.rounds or (5 if name in FEW else rounds), wishes.device, least)
         for name in wishes.only or LOSSES
         for precision in DTYPES
     ]

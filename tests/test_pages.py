@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import forget_modules_of
 
+from probe_kd import LOSSES
 from probe_kd.cli import main
 from probe_kd.results.evaluation import Evaluation, Scores
 
@@ -43,6 +44,16 @@ def run_here(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         main()
     assert not end.value.code, line
     assert not file or not Path(file.strip()).exists()
+
+
+def test_every_loss_stands_in_the_tables_and_in_the_reference() -> None:
+    methods, values, reference = (
+        (DOCS / f"{page}.md").read_text(encoding="utf-8") for page in ("methods", "loss_values", "reference")
+    )
+    for name, loss in LOSSES.items():
+        assert f"| `{name}` | {', '.join((loss.reads, *loss.also))} |" in methods
+        assert f"`{name}`" in values, name
+        assert f"::: {loss.function.__module__}.{loss.function.__name__}\n" in reference
 
 
 @pytest.mark.parametrize("page", ["tutorial", "howto", "custom_losses"])

@@ -141,10 +141,12 @@ def _check_factors(loss: str, **factors: float) -> None:
 def _ofa(loss: str, student: Tensor, teacher: Tensor, labels: Tensor, eps: float, temperature: float) -> Tensor:
     _check_ofa(loss, eps, temperature)
     index = _index(loss, student, teacher, labels, least=1)
-    mask = torch.zeros_like(teacher).scatter(1, index, 1.0)
-    shares = ((teacher / temperature).softmax(1) + mask) ** eps - mask
+    p = (teacher / temperature).softmax(1)
+    shares = (p**eps).scatter(1, index, (p.gather(1, index) + 1) ** eps - 1)
     log_p = F.log_softmax(student / temperature, dim=1)
-    return -(shares * log_p.masked_fill(shares == 0, 0.0)).sum(1).mean()
+    if not has_values(log_p) or log_p.detach().amin() == -torch.inf:  # classes that the student masks
+        log_p = log_p.masked_fill(shares == 0, 0.0)
+    return -(shares * log_p).sum(1).mean()
 
 
 def _check_ofa(loss: str, eps: float, temperature: float) -> None:
@@ -168,10 +170,9 @@ def _index(loss: str, student: Tensor, teacher: Tensor, labels: Tensor, least: i
 
 
 def _label_or_not(logits: Float[Tensor, "batch classes"], index: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch 2"]:
-    """log p_y and log (1 - p_y). The second is summed over the other classes, so p_y = 1 does not make it log 0."""
-    log_p = F.log_softmax(logits, dim=1)
-    others = log_p.scatter(1, index, -torch.inf).logsumexp(1, keepdim=True)
-    return torch.cat([log_p.gather(1, index), others], dim=1)
+    """log p_y and log (1 - p_y), from how far y lies above all other classes, so that p_y = 1 does not make it log 0."""
+    margin = logits.gather(1, index) - logits.scatter(1, index, -torch.inf).logsumexp(1, keepdim=True)
+    return F.logsigmoid(torch.cat([margin, -margin], dim=1))
 
 
 def _others(logits: Float[Tensor, "batch classes"], index: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch classes"]:

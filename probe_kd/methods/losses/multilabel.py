@@ -1,6 +1,7 @@
 """Losses of outputs with a probability for each class: several labels an image, or one output for two classes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,17 +79,36 @@ def multilabel_soft_targets(
     check_temperature("multilabel_soft_targets", temperature)
     dtype = student.dtype
     student, teacher = (logits / temperature for logits in in_float64(temperature, student, teacher))
-    total = _bernoulli(student, teacher).sum() + _bernoulli(-student, -teacher).sum()
+    total: Tensor = _BernoulliDivergence.apply(student, teacher)
     return (temperature**2 * total / (student.numel() if reduction == "mean" else len(student))).to(dtype)
 
 
-def _bernoulli(student: Tensor, teacher: Tensor) -> Tensor:
-    """p (log p - log q) of each number, for p = s(teacher) and q = s(student). It is 0 where p is."""
-    log_p, log_q = F.logsigmoid(teacher), F.logsigmoid(student)
-    p, log_p = log_p.exp(), log_p.clamp_min(torch.finfo(log_p.dtype).min)
-    if has_values(log_q) and log_q.detach().amin() > -torch.inf:  # no class is masked
-        return p * (log_p - log_q)
-    return p * (log_p - log_q.masked_fill(p == 0, 0.0))
+class _BernoulliDivergence(torch.autograd.Function):
+    """The sum of KL(p || q) over all numbers, for p = s(teacher) and q = s(student).
+
+    Both signs are turned where the teacher's is negative, which exchanges the two outcomes. Then p >= 1/2, and in
+    log p - log q - (1 - p) (v - z) no large numbers cancel. A class that the teacher masks has (1 - p) (v - z) = 0.
+    The backward keeps nothing but the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        own, other = student * torch.copysign(teacher.new_ones(()), teacher), teacher.abs()
+        part = other - own
+        if not has_values(other) or other.amax() == torch.inf:
+            part.masked_fill_(other == torch.inf, 0.0)
+        return part.mul_((-other).sigmoid_()).add_(F.logsigmoid(own)).sub_(F.logsigmoid(other)).sum().neg_()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        student, teacher = ctx.saved_tensors
+        p = teacher.sigmoid()
+        of_student = gradients[0] * (student.sigmoid() - p)
+        if not ctx.needs_input_grad[1]:
+            return of_student, None
+        spread = p * (-teacher).sigmoid()
+        return of_student, gradients[0] * (spread * (teacher - student)).masked_fill(spread == 0, 0.0)
 
 
 def _as_rows(student: Tensor, target: Tensor) -> Float[Tensor, "batch classes"]:

@@ -175,19 +175,19 @@ def _centred(rows: Float[Tensor, "rows n"], temperature: float, eps: float) -> F
     less if it has too few numbers to reach that. Rows of equal numbers become zeros, with the gradient of row / norm.
     """
     with torch.no_grad():
-        centred = rows - rows.mean(1, keepdim=True)
+        mean = rows.mean(1, keepdim=True)
+        centred = rows - mean
         largest = centred.abs().amax(1, keepdim=True)
         equal = largest <= _rounding(rows)
-        scale = torch.where(equal, rows.norm(dim=1, keepdim=True) / eps, power_of_two(largest))
+        scale = power_of_two(largest)
+        if not has_values(equal) or equal.any():
+            scale = torch.where(equal, rows.norm(dim=1, keepdim=True) / eps, scale)
     if rows.requires_grad:
+        variation = centred.norm(dim=1, keepdim=True) / (rows.shape[1] ** 0.5 * mean)
         flat = min(1.5, (rows.shape[1] - 1) ** 0.5 / 2) / temperature
-        rows = _damped(rows, _variation(rows.detach()).masked_fill(equal, 0.0) / max(flat, eps))
-    centred = rows - rows.mean(1, keepdim=True)
+        rows = _damped(rows, variation.masked_fill(equal, 0.0) / max(flat, eps))
+        centred = rows - rows.mean(1, keepdim=True)
     return _without_value(centred, equal) / scale.masked_fill(scale == 0, 1.0)
-
-
-def _variation(rows: Float[Tensor, "rows n"]) -> Float[Tensor, "rows 1"]:
-    return rows.std(1, correction=0, keepdim=True) / rows.mean(1, keepdim=True)
 
 
 class _Damped(torch.autograd.Function):

@@ -102,8 +102,8 @@ def sp(
     largest = _check_vectors("sp", student, teacher)
 
     def part(rows: slice) -> Tensor:
-        own, other = (unit_features(side[rows] @ side.mT, 1) for side in (student, teacher))
-        return (own - other).square().sum()
+        own, other = (unit_features(_rows(side, rows) @ side.mT, 1) for side in (student, teacher))
+        return F.mse_loss(own, other, reduction="sum")
 
     return in_parts(part, len(student), len(student), largest) / len(student) ** 2
 
@@ -135,7 +135,7 @@ def pkt(
     def part(rows: slice) -> Tensor:
         own = torch.arange(images, device=student.device)
         left_out = (own[rows, None] == own) & (form == "paper")
-        log_p, log_q = (_log_shares(side[rows] @ side.mT, left_out) for side in (student, teacher))
+        log_p, log_q = (_log_shares(_rows(side, rows) @ side.mT, left_out) for side in (student, teacher))
         return F.kl_div(log_p, log_q, reduction="none", log_target=True).masked_fill(left_out, 0.0).sum()
 
     return in_parts(part, images, images, largest).to(dtype) / images
@@ -171,8 +171,8 @@ def cc(
     student, teacher = (unit_features(side, 1) for side in (student, teacher))
 
     def part(rows: slice) -> Tensor:
-        own, other = (_taylor(side[rows] @ side.mT, gamma, order) for side in (student, teacher))
-        return (own - other).square().sum()
+        own, other = (_taylor(_rows(side, rows) @ side.mT, gamma, order) for side in (student, teacher))
+        return F.mse_loss(own, other, reduction="sum")
 
     return in_parts(part, len(student), len(student), largest) / len(student) ** 2
 
@@ -210,6 +210,11 @@ def _exact(numbers: Tensor) -> Tensor:
 
 def _or_one(numbers: Tensor) -> Tensor:
     return numbers.masked_fill(numbers == 0, 1.0)
+
+
+def _rows(side: Float[Tensor, "batch c"], rows: slice) -> Float[Tensor, "rows c"]:
+    """The rows, and of all rows the tensor itself: the backward of a slice allocates a tensor of zeros."""
+    return side if rows == slice(None) else side[rows]
 
 
 def in_parts(part: Callable[[slice], Tensor], images: int, numbers: int, largest: int) -> Tensor:
