@@ -170,7 +170,7 @@ def _index(loss: str, student: Tensor, teacher: Tensor, labels: Tensor, least: i
 
 
 def _label_or_not(logits: Float[Tensor, "batch classes"], index: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch 2"]:
-    """log p_y and log (1 - p_y), from how far y lies above all other classes, so that p_y = 1 does not make it log 0."""
+    """log p_y and log (1 - p_y), by how far y lies above all other classes, so that p_y = 1 does not make it log 0."""
     margin = logits.gather(1, index) - logits.scatter(1, index, -torch.inf).logsumexp(1, keepdim=True)
     return F.logsigmoid(torch.cat([margin, -margin], dim=1))
 
