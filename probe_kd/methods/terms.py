@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from probe_kd.engine.spec import Tap, value_at
 from probe_kd.errors import LossError
 from probe_kd.methods.dropping import TeacherDropping
-from probe_kd.methods.losses.common import call_loss, check_finite
-from probe_kd.methods.losses.labels import check_labels
+from probe_kd.methods.losses.common import call_loss, check_finite, flat
+from probe_kd.methods.losses.labels import check_labels, check_values
 from probe_kd.methods.losses.multilabel import check_shares
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.shares import ShareWeights
@@ -143,8 +143,11 @@ class Terms:
             if target is None:
                 target = teacher_side(objective, comparison, adapter, teacher.compared, teacher.targets)
             sides = adapter.student_steps(student_features), target
+            checks = self._checks_values(flat(sides[0])[0])
+            if checks and isinstance(objective.loss, str) and "labels" in objective.resolved.also:
+                check_values(flat(target)[0].shape[1], also[0], loss=objective.name)
             term = self._term(position, number, *sides, *also)
-            if self._checks_values(term):
+            if checks:
                 check_finite(objective.name, term, *sides)
             parts.append((None if comparison.is_mean else comparison.teachers[0], _weighted(comparison.weight, term)))
         return parts

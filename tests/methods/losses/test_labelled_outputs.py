@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from probe_kd import Distiller, Objective
 from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout, Tap
 from probe_kd.errors import LossError
+from probe_kd.methods.losses import labelled_outputs
+from probe_kd.methods.losses import labels as labels_module
 from probe_kd.methods.losses.labelled_outputs import OFAExits, dkd, nkd, ofa
 from probe_kd.methods.losses.labels import cross_entropy
 from probe_kd.methods.losses.outputs import soft_targets
+from probe_kd.methods.terms import Terms
 
 Row = NDArray[np.float64]
 LOSSES = {"dkd": dkd, "nkd": nkd, "ofa": ofa}
@@ -235,3 +238,16 @@ def test_a_step_between_unlike_models_trains_the_student_and_its_exits(student: 
         assert exits.exit.weight.grad.abs().sum() > 0
         assert all(it.grad is None for it in models[1].parameters())
         distiller.close()
+
+
+@pytest.mark.parametrize("name", ["dkd", "nkd", "ofa", "cross_entropy"])
+def test_the_first_step_on_a_gpu_checks_the_labels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, a label out of range would be an assertion of the device, after which its process cannot go on."""
+    for module in (labelled_outputs, labels_module):
+        monkeypatch.setattr(module, "has_values", lambda tensor: False)  # as on a GPU
+    monkeypatch.setattr(Terms, "_checks_values", lambda terms, tensor: not terms.checked)
+    student, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(12, 5)) for _ in range(2))
+    size = InputSpec((3, 2, 2), 0.0, 1.0)
+    step = Distiller(student, teacher, [Objective(name)], student_input=size, teacher_input=size)
+    with pytest.raises(LossError, match=f"{name}: label 7 of 5 classes"):
+        step(torch.randn(2, 3, 2, 2), torch.tensor([1, 7]))
