@@ -14,6 +14,7 @@ _HOME = {
     "Adapter": "methods.adapters",
     "DistillationTask": "methods.timm_task",
     "Distiller": "methods.distiller",
+    "FeatureFigures": "methods.feature_figures",
     "FeatureSpec": "engine.spec",
     "InputSpec": "engine.spec",
     "Layout": "engine.spec",
@@ -37,6 +38,8 @@ _HOME = {
     "graft": "methods.sharing",
     "load_student": "methods.sharing",
     "match": "engine.matching",
+    "match_features": "methods.feature_matching",
+    "measure_features": "methods.feature_figures",
     "measure_shares": "methods.gradients",
     "replace": "engine.surgery",
     "share": "engine.surgery",
@@ -50,6 +53,7 @@ __all__ = [
     "Adapter",
     "DistillationTask",
     "Distiller",
+    "FeatureFigures",
     "FeatureSpec",
     "InputSpec",
     "Layout",
@@ -73,6 +77,8 @@ __all__ = [
     "graft",
     "load_student",
     "match",
+    "match_features",
+    "measure_features",
     "measure_shares",
     "replace",
     "share",
@@ -90,6 +96,8 @@ if TYPE_CHECKING:
     from probe_kd.errors import ProbeKDError
     from probe_kd.methods.adapters import Adapter, adapt
     from probe_kd.methods.distiller import Distiller
+    from probe_kd.methods.feature_figures import FeatureFigures, measure_features
+    from probe_kd.methods.feature_matching import match_features
     from probe_kd.methods.gradients import follow_shares, measure_shares
     from probe_kd.methods.losses.table import LOSSES, Loss
     from probe_kd.methods.objectives import Objective

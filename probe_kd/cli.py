@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from probe_kd.engine.spec import Trace
     from probe_kd.files.run_folder import Claim
+    from probe_kd.recipe.feature_measuring import FeatureMatch
     from probe_kd.recipe.planner import Plan
     from probe_kd.recipe.reading import Source
     from probe_kd.tables import Idle
@@ -81,6 +82,11 @@ Sets = Annotated[
 class LevelChoice(StrEnum):
     stage = "stage"
     block = "block"
+
+
+class ByChoice(StrEnum):
+    trace = "trace"
+    features = "features"
 
 
 Student = Annotated[str, typer.Option(help=MODEL_HELP)]
@@ -181,11 +187,46 @@ def match(
     teacher_input_size: TeacherInputSize = None,
     student_kwargs: SideKwargs = None,
     teacher_kwargs: SideKwargs = None,
+    by: Annotated[
+        ByChoice,
+        typer.Option(
+            help="Pair by stride and depth (`trace`), or by `features` of the teacher's weights and --images."
+        ),
+    ] = ByChoice.trace,
+    images: Annotated[
+        str | None,
+        typer.Option(help="For --by features: a folder of images, or the name of a data set, as `torch/cifar100`."),
+    ] = None,
+    num_images: Annotated[
+        int | None, typer.Option(min=8, help="For --by features: how many of them are read. Default: 512.")
+    ] = None,
+    teacher_checkpoint: Annotated[
+        str | None,
+        typer.Option(help="For --by features: the file with the teacher's weights. Default: those of its name."),
+    ] = None,
+    student_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="For --by features: the file with the student's weights; `pretrained` for those of its name. Default: "
+            "random weights."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="For --by features: `cpu`, `cuda:1`, ... Default: an accelerator, if there is one."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="For --by features: of the images and of random weights. Default: 0.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a complete recipe to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Pair the layers of a student with the layers of a teacher, and show the reason for each pair."""
+    """Pair the layers of a student with the layers of a teacher, and show the reason for each pair.
+
+    With --by features, both models run once on a few hundred images. It also shows what each layer holds, how targets
+    should be normalised, and which layers teach nothing; -o then writes a recipe that learns the features.
+    """
     from probe_kd.engine.matching import match as match_layers
     from probe_kd.engine.models import packages
     from probe_kd.recipe.scaffold import write_recipe
@@ -195,6 +236,19 @@ def match(
     student_trace, teacher_trace = _trace_both(
         student, teacher, input_size, teacher_input_size, student_kwargs, teacher_kwargs
     )
+    measuring: dict[str, Any] = {
+        "images": images,
+        "num_images": num_images,
+        "teacher_checkpoint": teacher_checkpoint,
+        "student_checkpoint": student_checkpoint,
+        "device": device,
+        "seed": seed,
+    }
+    if by is ByChoice.features:
+        matched = _match_by_features(student_trace, teacher_trace, level.value, num_pairs, **measuring)
+        _show_by_features(matched, output, as_json=as_json)
+        return
+    _refuse_without_features(measuring)
     pairs = match_layers(student_trace, teacher_trace, level=level.value, num_pairs=num_pairs)
     rows = pair_rows(pairs, student_trace, teacher_trace)
     if as_json:
@@ -206,6 +260,50 @@ def match(
         write_recipe(student_trace, teacher_trace, pairs, output)
         command = f"probe-kd train {output}{_options(allow_import=packages([student, teacher]))}"
         _print(f"wrote {output}; run it with: {command}", sys.stderr if as_json else None)
+
+
+def _refuse_without_features(options: dict[str, Any]) -> None:
+    """Raise RunError for an option that only `--by features` reads."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise RunError(f"--{given[0].replace('_', '-')} is of `--by features`; add that, or leave it out")
+
+
+def _match_by_features(
+    student: "Trace",
+    teacher: "Trace",
+    level: Literal["stage", "block"],
+    num_pairs: int | None,
+    *,
+    images: str | None,
+    **options: Any,
+) -> "FeatureMatch":
+    from probe_kd.recipe.feature_measuring import match_models
+
+    if images is None:
+        raise RunError("`--by features` reads images: give a folder or the name of a data set, as in --images photos")
+    given = {key: value for key, value in options.items() if value is not None}
+    with _console(stderr=True).status("measuring the features"):
+        return match_models(student, teacher, images, level=level, num_pairs=num_pairs, **given)
+
+
+def _show_by_features(matched: "FeatureMatch", output: Path | None, *, as_json: bool) -> None:
+    from probe_kd.engine.models import packages
+    from probe_kd.recipe.feature_measuring import write_matched_recipe
+    from probe_kd.tables import figures_as_json, figures_table, measured_pairs_table
+
+    if as_json:
+        sides = {"student": _about(matched.student), "teacher": _about(matched.teacher)}
+        print(json.dumps({**sides, **figures_as_json(matched)}, indent=1))
+    else:
+        console = _console()
+        for table in (figures_table(matched), measured_pairs_table(matched)):
+            console.print(table)
+        _print_notes(matched.remarks, console)
+    if output is not None:
+        write_matched_recipe(matched, output, command=_command_line())
+        allowed = _options(allow_import=packages([matched.student.model, matched.teacher.model]))
+        _print(f"wrote {output}; run it with: probe-kd train {output}{allowed}", sys.stderr if as_json else None)
 
 
 @app.command()
@@ -957,13 +1055,13 @@ def _key_value(text: str) -> tuple[str, Any]:
     return key, read_value(value, f"--model-kwargs {key}")
 
 
-def _console() -> "Console":
+def _console(*, stderr: bool = False) -> "Console":
     from probe_kd.console import PlainConsole
 
-    console = PlainConsole()
+    console = PlainConsole(stderr=stderr)
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
-    return PlainConsole(width=160)  # a pipe has no width; 80 would fold every name
+    return PlainConsole(width=160, stderr=stderr)  # a pipe has no width; 80 would fold every name
 
 
 def _print_error(message: str, start: str = "error: ") -> None:

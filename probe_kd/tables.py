@@ -1,11 +1,11 @@
 """What the commands print of models, plans, audits and evaluations."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from math import prod
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,12 +19,15 @@ from probe_kd.engine.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Share,
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.measures import MEASURES, OF_LABELLED_SET, OF_PAIRS
 from probe_kd.methods.adapters import Target, adapt
+from probe_kd.methods.feature_figures import LayerFigures
+from probe_kd.methods.feature_matching import defect
 from probe_kd.methods.targets import make_adapters, targets_of
 from probe_kd.recipe.loss_names import packages_of
 from probe_kd.recipe.planner import Plan, PlannedTeacher
 from probe_kd.recipe.sections.outputs import role_of_teacher
 
 if TYPE_CHECKING:  # what they import takes a second, and `inspect` needs none of it
+    from probe_kd.recipe.feature_measuring import FeatureMatch
     from probe_kd.results.evaluation import Evaluation
     from probe_kd.training.audit import MeasuredShare, Reach, StepCost
 
@@ -160,6 +163,76 @@ def pairs_table(student: str, teacher: str, rows: Iterable[PairRow]) -> Table:
     for row in rows:
         table.add_row(*map(escape, astuple(row)))
     return table
+
+
+def figures_table(matched: "FeatureMatch") -> Table:
+    """Return the table of the layers that `match --by features` measured."""
+    title = f"Features of {matched.figures.images} images"
+    table = table_of(title, "layer", "yields", "effective rank>", "constant>", "outlier channels>", "note")
+    for side in ("student", "teacher"):
+        for layer in getattr(matched.figures, side):
+            statistics = layer.statistics
+            table.add_row(
+                escape(f"{side} {layer.tap}"),
+                layer.spec.describe(),
+                "" if statistics.effective_rank is None else f"{statistics.effective_rank:.1f}",
+                _percent(statistics.constant),
+                _outliers(layer),
+                defect(layer),
+                style="yellow" if defect(layer) else "",
+            )
+    table.caption = (
+        "effective rank: directions in which images differ; constant: share of the energy that is the same for every "
+        "image; outlier channels: with 100 times the energy of the median, and the share that they hold"
+    )
+    return table
+
+
+def _outliers(layer: LayerFigures) -> str:
+    statistics = layer.statistics
+    return f"{statistics.outliers} ({statistics.outlier_share:.0%})" if statistics.outliers else ""
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def measured_pairs_table(matched: "FeatureMatch") -> Table:
+    """Return the table of the pairs that `match --by features` proposes."""
+    title = escape(f"{matched.student.model} <- {matched.teacher.model}")
+    table = table_of(title, "student layer", "yields", "teacher layer", "yields", "normalize", "reason")
+    for pair in matched.pairs:
+        student, teacher = matched.student[pair.student], matched.teacher[pair.teacher]
+        cells = (str(pair.student), student.describe(), str(pair.teacher), teacher.describe())
+        table.add_row(*map(escape, cells), pair.adapter["normalize"], escape(pair.reason))
+    table.caption = (
+        "CKA: how alike both features are, 0 for unrelated ones; explained: how much of the teacher's feature a linear "
+        "map from the student's gives on images that it was not fitted on"
+    )
+    return table
+
+
+def figures_as_json(matched: "FeatureMatch") -> dict[str, Any]:
+    """Return what `match --by features --json` prints beside the models."""
+    figures = matched.figures
+    return {
+        "images": figures.images,
+        "layers": {
+            side: [
+                {"tap": str(layer.tap), "channels": layer.spec.channels, **asdict(layer.statistics)}
+                | {"is_input": layer.is_input, "defect": defect(layer)}
+                for layer in getattr(figures, side)
+            ]
+            for side in ("student", "teacher")
+        },
+        "cka": [[pair.cka for pair in row] for row in figures.pairs],
+        "explained": [[pair.explained for pair in row] for row in figures.pairs],
+        "pairs": [
+            {"student": str(pair.student), "teacher": str(pair.teacher), **pair.adapter, "reason": pair.reason}
+            for pair in matched.pairs
+        ],
+        "remarks": list(matched.remarks),
+    }
 
 
 def plan_table(plan: Plan) -> Table:

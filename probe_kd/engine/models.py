@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from probe_kd.engine.arguments import check_arguments, check_truths
 from probe_kd.engine.foreign import build_foreign, check_foreign, foreign_files, library_of
-from probe_kd.errors import TraceError, nearest, short
+from probe_kd.errors import RunError, TraceError, nearest, short
 from probe_kd.files.atomic import irregular, read_text, reason
 
 MAX_CALLS = 100_000  # of torch while a model of timm is built; its largest takes 11 thousand
@@ -193,6 +193,16 @@ def files_of(name: str, *, pretrained: bool) -> list[Path]:
     kinds = (".safetensors", ".pth", ".pth.tar", ".bin") if pretrained else ()
     weight_files = [file for file in folder.glob("*") if file.name.endswith(kinds)] if kinds else []
     return [folder / "config.json", *sorted(weight_files)]
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name. Raises RunError if it cannot be used here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as refusal:  # torch's errors for devices are of many kinds
+        raise RunError(f"device {name!r} cannot be used here: {short(refusal)}") from None
+    return device
 
 
 def module_of(name: str) -> str:

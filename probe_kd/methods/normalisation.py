@@ -115,7 +115,7 @@ class FittedNorm(nn.Module):
                 f"the teacher's feature '{self.name}' does not vary over the {int(moments.count)} vectors that its "
                 "statistics are fitted on; fit on more images, or take `normalize: none`"
             )
-        scale = _rotation(covariance) if moments.joint else _inverse_deviations(variances)
+        scale = _rotation(covariance) if moments.joint else inverse_deviations(variances)
         self.count.fill_(int(moments.count))
         self.mean.copy_(moments.mean)
         self.scale.copy_(scale)
@@ -162,7 +162,7 @@ def without_statistics(adapters: nn.Module) -> Iterator[None]:
             norm.bypassed = False
 
 
-def _inverse_deviations(variances: Float[Tensor, " channels"]) -> Float[Tensor, " channels"]:
+def inverse_deviations(variances: Float[Tensor, " channels"]) -> Float[Tensor, " channels"]:
     """1 / the standard deviations, of which none counts as less than a hundredth of the typical one.
 
     A channel that is dead on these images, and is not on a later one, would have a huge target.

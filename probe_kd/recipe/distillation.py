@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from probe_kd.data.datasets import open_datasets
 from probe_kd.data.options import DataOptions
 from probe_kd.engine.spec import Pair, Trace
-from probe_kd.recipe.scaffold import FEATURES, data_lines, model_lines, quoted, word, write_lines
+from probe_kd.recipe.scaffold import FEATURES, FITTED, data_lines, model_lines, quoted, word, write_lines
 
 UPDATES = 10_000  # of the student's weights, by default
 MOST_EPOCHS = 100
@@ -61,15 +61,20 @@ def write_distillation(
     labels: bool = False,
     knn: str | None = None,
     seed: int = 0,
+    student_checkpoint: str | None = None,
     command: str = "",
 ) -> None:
-    """Write the recipe. Raises RecipeError."""
+    """Write the recipe. The student starts from random weights unless it has a checkpoint, a file or `pretrained`.
+
+    Raises RecipeError.
+    """
     several = teacher_names([teacher.trace.model for teacher in teachers]) if len(teachers) > 1 else [""]
     named = dict(zip(several, teachers, strict=True))
     parts = [
         f"# Written by: {command}" if command else "# Features of a teacher, learned from images",
         "student:",
         model_lines(student),
+        *_weights_of_student(student_checkpoint),
         *_teacher_lines(student, named),
         *data_lines(images, None, student.input_size, labels=labels, batch_size=batch_size),
         *_pair_lines(named),
@@ -85,6 +90,12 @@ def write_distillation(
         f"seed: {seed}",
     ]
     write_lines(parts, path)
+
+
+def _weights_of_student(checkpoint: str | None) -> list[str]:
+    if checkpoint is None:
+        return []
+    return ["  pretrained: true" if checkpoint == "pretrained" else f"  checkpoint: {word(checkpoint)}"]
 
 
 def _teacher_lines(student: Trace, teachers: Mapping[str, TeacherChoice]) -> list[str]:
@@ -110,7 +121,7 @@ def _pair_lines(teachers: Mapping[str, TeacherChoice]) -> list[str]:
     layers: dict[str, list[tuple[str, str]]] = {}
     for name, teacher in teachers.items():
         for pair in teacher.pairs:
-            target = quoted(replace(pair.teacher, model=name))
+            target = _target(replace(pair, teacher=replace(pair.teacher, model=name)))
             layers.setdefault(quoted(pair.student), []).append((target, pair.reason))
     for student, targets in layers.items():
         if len(targets) == 1:
@@ -118,3 +129,10 @@ def _pair_lines(teachers: Mapping[str, TeacherChoice]) -> list[str]:
         else:
             lines.append(f"  {student}: [{', '.join(text for text, _ in targets)}]")
     return lines
+
+
+def _target(pair: Pair) -> str:
+    """The teacher's layer of a pair, with its `normalize` where this is not what the loss has."""
+    normalize = pair.adapter.get("normalize", FITTED)
+    layer = quoted(pair.teacher)
+    return layer if normalize == FITTED else f"{{teacher: {layer}, normalize: {normalize}}}"

@@ -58,7 +58,10 @@ def _beside_labels(*losses: str) -> str:
     return _stage("distil", 10, _TASK, *losses)
 
 
-FEATURES = "features: {loss: hint, normalize: fitted}"  # the mean and deviation of every channel are measured first
+FITTED = "fitted"
+FEATURES = (
+    f"features: {{loss: hint, normalize: {FITTED}}}"  # the mean and deviation of every channel are measured first
+)
 
 METHODS = {
     "soft_targets": Method(
@@ -265,11 +268,11 @@ def _has_no_classifier(teacher: Trace) -> bool:
 
     One without weights can only be trained on the labels, and gets a classifier for that.
     """
-    headless = teacher.model_kwargs.get("num_classes") == 0 and _has_weights(teacher.model)
+    headless = teacher.model_kwargs.get("num_classes") == 0 and has_weights(teacher.model)
     return bool(library_of(teacher.model)) or headless
 
 
-def _has_weights(name: str) -> bool:
+def has_weights(name: str) -> bool:
     """Whether timm knows weights of a model. Those of a folder, a hub repository or a function are its own affair."""
     from timm.models import get_pretrained_cfg
 

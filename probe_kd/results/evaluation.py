@@ -24,12 +24,12 @@ from torchmetrics.classification import MulticlassCalibrationError
 from probe_kd.data.datasets import class_names
 from probe_kd.data.loading import loader, readable
 from probe_kd.data.record import RECORD, DataRecord
-from probe_kd.engine.models import build_model
+from probe_kd.engine.models import build_model, device_of
 from probe_kd.engine.probe import Probe
 from probe_kd.engine.spec import InputSpec, Layout, Pair, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.engine.weights import load_weights
-from probe_kd.errors import DataError, RunError, for_all, nearest, short
+from probe_kd.errors import DataError, RunError, for_all, nearest
 from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, runs_beside, why_no_run
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.ensembles import MeanOfTeachers
@@ -245,12 +245,7 @@ def _place(accelerator: Accelerator, device: str | None) -> torch.device:
         return default
     if accelerator.num_processes > 1:
         raise RunError(f"device {device!r}: of several processes each has its own; leave it out")
-    try:
-        place = torch.device(device)
-        torch.zeros(1, device=place).item()
-    except Exception as refusal:  # torch's errors for devices are of many kinds
-        raise RunError(f"device {device!r} cannot be used here: {short(refusal)}") from None
-    return place
+    return device_of(device)
 
 
 def _images(planned: Plan, split: Split) -> Dataset[Any]:
