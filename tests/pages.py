@@ -18,7 +18,8 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def commands(verb: str) -> list[str]:
-    lines = [line.partition("   #")[0].strip() for _, text in blocks("sh") for line in text.splitlines()]
+    texts = [text.replace("\\\n", " ") for _, text in blocks("sh")]
+    lines = [line.partition("   #")[0].strip() for text in texts for line in text.splitlines()]
     return [line for line in lines if line.startswith(f"probe-kd {verb} ")]
 
 

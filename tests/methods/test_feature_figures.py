@@ -1,9 +1,7 @@
 """The figures of layers and pairs, against numpy and scikit-learn on all features at once, and what is degenerate."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -369,13 +367,3 @@ def test_layers_of_the_first_strides_are_left_out_where_enough_others_remain() -
         f"stages.{index}" for index in (1, 2, 3)
     }
     assert len(match_features(figures)) == 4
-
-
-def test_the_block_of_the_page_runs() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "matching.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```python\n(from probe_kd import match_features.*?)^```", page, re.MULTILINE | re.DOTALL)
-    names: dict[str, Any] = {"student": stages(), "teacher": stages(), "batches": images().split(16)}
-    for side in ("student", "teacher"):
-        names[side].pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    exec(block, names)
-    assert len(names["pairs"]) == 2
