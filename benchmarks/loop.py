@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from probe_kd.data.batches import Batches
+from probe_kd.data.loading import Views, loader
 from probe_kd.training.epochs import Epochs
 from probe_kd.training.optimizers import make_optimizer
 from probe_kd.training.progress import Progress
@@ -72,6 +74,18 @@ def by_hand(ours: Ours, device: str, loader: Any = None) -> Callable[[], None]:
 def plain_loader(ours: Ours) -> DataLoader[Any]:
     size = ours.plan.recipe.data.batch_size
     return DataLoader(Plain(ours, ours.stages[0][0]), batch_size=size, shuffle=True, drop_last=True)
+
+
+def in_memory(ours: Ours) -> Batches:
+    """Batches of two views, all of them in memory."""
+    data = ours.plan.recipe.data.model_copy(update={"memory": True, "views": 2})
+    batches = loader(ours.plan.datasets.train, data, ours.models.images_for(ours.stages[0][0]), training=True)
+    assert isinstance(batches.sampler, Views)
+    for view in range(2):
+        batches.sampler.begin(view)
+        for _ in batches:
+            pass
+    return batches
 
 
 def by_hand_loss(output: Tensor, told: Tensor, target: Tensor) -> Tensor:
@@ -142,11 +156,12 @@ def main() -> None:
             "`train` with its bar": with_bar,
             "timm's transform in a plain DataLoader": loader_of(plain_loader(parts[2])),
             "probe-kd's loader": loader_of(parts[2].stages[0][2].batches),
+            "... with `memory` and two `views`": loader_of(in_memory(parts[2])),
         }
         seen = interleaved(arms, 1 if wishes.quick else wishes.rounds or 15, 1, device)
         progress.end()
     images = loop.steps * 64
-    bases = ["by hand"] * 4 + ["timm's transform in a plain DataLoader"] * 2
+    bases = ["by hand"] * 4 + ["timm's transform in a plain DataLoader"] * 3
     rows = [
         [name, f"{images / seen.milliseconds(name) * 1000:,.0f}", "1" if name == base else seen.ratio(name, to=base)]
         for name, base in zip(arms, bases, strict=True)
@@ -157,7 +172,7 @@ def main() -> None:
             command(),
             "A small vision transformer with a small ResNet for a teacher, 16x16 images, batches of 64: images per "
             "second, and the time of an epoch beside the first of its kind: median (quartiles) of the ratios of each "
-            "round. Loss and gradients by hand and of `train` are the same. The last two rows read images and do no "
+            "round. Loss and gradients by hand and of `train` are the same. The last three rows read images and do no "
             "more.",
             ["", "images/s", "time, as a ratio"],
             rows,

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from probe_kd.data.batches import Batches, Pixels, collate, worker_count
 from probe_kd.data.datasets import Datasets, open_datasets
+from probe_kd.data.memory import DecodedImages, PixelStore, once
 from probe_kd.data.options import DataOptions
 from probe_kd.data.shards import Shards
+from probe_kd.data.sources import in_memory
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import DataError
 
@@ -124,8 +127,16 @@ class Views(Sampler[tuple[int, int]]):
 
     def of(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         """These images, each with the seed of this epoch's view."""
-        view = _combined_seed(self.seed, self.view, 1)
+        view = self._seed_of(self.view)
         return [(index, view) for index in indices]
+
+    @property
+    def seeds_of_views(self) -> list[int]:
+        """The seeds of all views; none if every epoch has a new one."""
+        return [self._seed_of(view) for view in range(self.views or 0)]
+
+    def _seed_of(self, view: int) -> int:
+        return _combined_seed(self.seed, view, 1)
 
 
 def _by_class(classes: Int[np.ndarray, " images"]) -> list[Int[np.ndarray, " images_of_class"]]:
@@ -161,8 +172,11 @@ def loader(
     workers = worker_count(options.workers, -(-count // options.batch_size))
     shards = _shards_of(dataset)
     sampler = Views(count, seed, options.num_views, shards=shards, balanced=balanced, only=only) if training else None
+    images = _Transformed(dataset, _transform(options, spec, training), channels)
+    if options.memory:
+        _remember(images, options, spec.size, sampler)
     batches = DataLoader(
-        _Transformed(dataset, _transform(options, spec, training), channels),
+        images,
         batch_size=options.batch_size,
         sampler=sampler,
         drop_last=training and only is None and count > options.batch_size,
@@ -174,6 +188,26 @@ def loader(
     )
     mean, std = (_per_channel(numbers, channels) for numbers in (spec.mean, spec.std))
     return Batches(batches, mean, std, ahead=training)
+
+
+def _remember(images: "_Transformed", options: DataOptions, size: tuple[int, ...], sampler: Views | None) -> None:
+    """Keep in memory what does not change: the transformed images of all views, or the decoded images."""
+    seeds: Sequence[int | None] = [None] if sampler is None else sampler.seeds_of_views
+    if not seeds:
+        if not in_memory(images.images):
+            images.images = once(images.images, images.mode, partial(DecodedImages, images.images, images.mode))
+        return
+    shape_of = options.model_dump_json(exclude={"batch_size", "workers"})
+    first = 0 if seeds[0] is None else (0, seeds[0])
+    key = shape_of, size, tuple(seeds)
+    images.store = once(images.images, key, lambda: PixelStore(len(images), seeds, images[first]))
+
+
+def load(batches: Batches) -> None:
+    """Decode all images, if they are to be in memory as they are. Raises DataError if one cannot be read."""
+    images: Any = getattr(batches.loader.dataset, "images", None)
+    if isinstance(images, DecodedImages):
+        images.load()
 
 
 def _shards_of(dataset: Dataset[Any]) -> list[int] | None:
@@ -309,6 +343,7 @@ class _Transformed(Dataset[Any]):
     def __init__(self, images: Dataset[Any], transform: Callable[[Image.Image], torch.Tensor], channels: int) -> None:
         self.images, self.mode = images, "L" if channels == 1 else "RGB"
         self.draw, self.erase = _drawing(transform)
+        self.store: PixelStore | None = None
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
@@ -318,7 +353,17 @@ class _Transformed(Dataset[Any]):
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Pixels]:
         with _preserved_random_states():
-            return [self._drawn(index) if isinstance(index, int) else self._view_of(*index) for index in indices]
+            return [self._seen(index, None) if isinstance(index, int) else self._seen(*index) for index in indices]
+
+    def _seen(self, index: int, view: int | None) -> Pixels:
+        """The image as it is, or in a view: from memory if it is there."""
+        stored = None if self.store is None else self.store.find(index, view)
+        if stored is not None:
+            return stored
+        image = self._drawn(index) if view is None else self._view_of(index, view)
+        if self.store is not None:
+            self.store.keep(index, view, image)
+        return image
 
     def _drawn(self, index: int) -> Pixels:
         image, target = self.images[index]

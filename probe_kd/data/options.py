@@ -53,6 +53,8 @@ class DataOptions(BaseModel):
     and `cutmix` mix two images, and their labels, before either model sees them (timm's `Mixup`). With `views` every
     image is seen in so many augmented views, in turn, instead of in a new one every epoch; a cache of the teacher then
     holds no more than these.
+    `memory` keeps images in memory, with the same results: in each of their `views` as the model sees them, test images
+    too, and decoded where every epoch has new views.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -69,6 +71,7 @@ class DataOptions(BaseModel):
     sampler: Literal["balanced"] | None = None
     input_size: InputSize
     batch_size: int = Field(default=128, ge=1)
+    memory: bool = False
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

@@ -176,6 +176,7 @@ DESCRIPTIONS = {
     "num_classes": "Number of classes, if the dataset does not give it.",
     "Data.input_size": "Image size as [channels, height, width].",
     "batch_size": "Images per step and process.",
+    "memory": "Keep images in memory: transformed where their views repeat, otherwise decoded. Results are the same.",
     "workers": "Processes that load images. 0: none. `auto`: up to one per CPU core beside a GPU, else none.",
     "interpolation": "Interpolation for resizing images.",
     "crop_pct": "Share of a test image's side that the central crop keeps. Not set: from timm's config.",

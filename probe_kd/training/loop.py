@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from probe_kd.data.cache import TeacherCache, lengthen, shorten
-from probe_kd.data.loading import Views, loader, mixer, readable
+from probe_kd.data.loading import Views, load, loader, mixer, readable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
 from probe_kd.methods.distiller import Distiller
@@ -104,6 +104,7 @@ class Loop:
 
     def _begin(self, age: int) -> None:
         self.views.begin(age)
+        load(self.batches)
         for cache in self.caches.values():
             if cache.writes and self.accelerator.is_main_process:
                 cache.prepare(self.views.view)

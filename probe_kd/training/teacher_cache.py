@@ -18,7 +18,7 @@ from probe_kd.training.progress import Progress
 
 # The keys of `data` that do not change the training images.
 UNSEEN = {
-    *("batch_size", "workers", "views", "download", "root", "num_classes"),
+    *("batch_size", "workers", "memory", "views", "download", "root", "num_classes"),
     *("val_split", "test_split", "on_error", "labels", "sampler"),
 }
 

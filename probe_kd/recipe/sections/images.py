@@ -34,9 +34,10 @@ def check_transforms(data: DataOptions) -> list[Mistake]:
 def _try_transforms(options: DataOptions) -> None:
     """Transform one grey image as in training, because timm checks `aa` and others only when it uses them."""
     size = (options.input_size[0], 32, 32)
+    plain = options.model_copy(update={"workers": 0, "memory": False})
     images: Any = [(Image.new("L" if size[0] == 1 else "RGB", (32, 32), 128), 0)]
     try:
-        next(iter(loader(images, options.model_copy(update={"workers": 0}), InputSpec(size).or_plain(), training=True)))
+        next(iter(loader(images, plain, InputSpec(size).or_plain(), training=True)))
     except Exception as refusal:  # timm and torchvision raise many types of errors
         raise DataError(f"the images cannot be transformed as `data` says: {short(refusal)}") from None
 
