@@ -16,7 +16,7 @@ import torch
 from measure import machine
 
 HERE = Path(__file__).parent
-SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"all", "measure"})
+SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"all", "measure", "foreign_stages"})
 # Measured on request only: two ask about timm's whole zoo, and one about a GPU (`make gpu`).
 APART = {"match_zoo", "families", "gpu"}
 

@@ -1,6 +1,7 @@
-"""How well `match` does over all families of timm.
+"""How well `match` does over all families of timm, and over models of other libraries.
 
     python benchmarks/match_zoo.py              # stage ends against feature_info, and the plans of all ordered pairs
+    python benchmarks/match_zoo.py --foreign    # the same for the models of foreign_stages.csv, with timm's families
     python benchmarks/match_zoo.py --steps      # also one training step of every family as student and as teacher
     python benchmarks/match_zoo.py --zoo        # stage ends against feature_info of every model of timm, ten minutes
 
@@ -9,86 +10,130 @@ The definitions are in docs/matching.md.
 
 import argparse
 import collections
+import contextlib
 import itertools
+import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from families import families
+from foreign_stages import ForeignModel, foreign_models, trace_foreign
 
 from probe_kd import Distiller, Objective, ProbeKDError, Trace, match, trace
-from probe_kd.engine.matching import stages
+from probe_kd.engine.matching import SAME_STRIDE, blocks, stages
 from probe_kd.engine.models import build_model, build_on_meta
-from probe_kd.engine.spec import FeatureSpec
+from probe_kd.engine.spec import FeatureSpec, Pair, Tap
 from probe_kd.methods.adapters import adapt
 
-LOWEST = 4  # features of stride 1 and 2 belong to the stem
+T = TypeVar("T")
+LOWEST = 4 / SAME_STRIDE  # features of stride 1 and 2 belong to the stem
+LEVELS = ("same", "normed", "alike")  # the same tensor; up to a norm or an activation; the same stride and channels
 
 
 @dataclass(frozen=True)
 class Truth:
-    """One stage end as timm's `feature_info` names it."""
+    """One stage end as the author of a model names it."""
 
-    module: str
+    tap: Tap
     stride: float
     channels: int
 
 
 @dataclass
-class Score:
-    """Agreement, from strict to loose; each figure includes the ones before it."""
+class Share:
+    """How many layers agree, from strict to loose; each figure includes the ones before it."""
 
-    stages: int = 0
-    same: int = 0  # the same tensor
-    normed: int = 0  # the same up to a norm or an activation
-    alike: int = 0  # the same stride and channels
+    layers: int = 0
+    same: int = 0
+    normed: int = 0
+    alike: int = 0
 
-    def add(self, other: "Score") -> None:
-        for key in vars(other):
-            setattr(self, key, getattr(self, key) + getattr(other, key))
+    def count(self, levels: Sequence[int]) -> None:
+        """Add layers, each as `_agree` judged it."""
+        self.layers += len(levels)
+        for least, name in zip((3, 2, 1), LEVELS, strict=True):
+            setattr(self, name, getattr(self, name) + sum(level >= least for level in levels))
 
     def __str__(self) -> str:
-        shares = ((name, getattr(self, name)) for name in ("same", "normed", "alike"))
-        return ", ".join(f"{name} {count}/{self.stages} = {count / self.stages:.1%}" for name, count in shares)
+        shares = [f"{getattr(self, name)} ({getattr(self, name) / max(self.layers, 1):.1%})" for name in LEVELS]
+        return f"{self.layers} | " + " | ".join(shares)
+
+
+@dataclass
+class Score:
+    """Recall, over the stage ends that authors name, and precision, over the ends that `stages` gives."""
+
+    models: int = 0
+    recall: Share = field(default_factory=Share)
+    precision: Share = field(default_factory=Share)
+
+    def add(self, traced: Trace, expected: Sequence[Truth]) -> str:
+        """Score one model. Returns what was missed and what was wrong, as text."""
+        ends = [spec for spec in stages(traced) if (spec.reduction or 1) > LOWEST]
+        named = _last_of_each_stride(expected)
+        recalled = [max((_agree(traced, spec, truth) for spec in ends), default=0) for truth in named]
+        right = [max(_agree(traced, spec, truth) for truth in expected) for spec in ends]
+        self.models += 1
+        self.recall.count(recalled)
+        self.precision.count(right)
+        missed = [f"{truth.tap} ({level})" for truth, level in zip(named, recalled, strict=True) if level < 3]
+        wrong = [f"{spec.tap} ({level})" for spec, level in zip(ends, right, strict=True) if level < 3]
+        return f"named {', '.join(missed)}; given {', '.join(wrong)}" if missed or wrong else ""
+
+
+def _last_of_each_stride(expected: Sequence[Truth]) -> list[Truth]:
+    """The last of several stage ends of one stride: a stage in parts, dilated stages, the blocks of a plain ViT."""
+    lasts: list[Truth] = []
+    for truth in expected:
+        if lasts and truth.stride <= SAME_STRIDE * lasts[-1].stride:
+            lasts.pop()
+        lasts.append(truth)
+    return lasts
 
 
 def truths(name: str) -> list[Truth]:
-    """timm's own list; where it names several modules of one stride (a stage in parts), the last of them."""
+    """The stage ends in timm's `feature_info`. An isotropic model lists all its blocks."""
     with torch.device("meta"):
         info = build_on_meta(name, {}).feature_info
     entries = info.info if hasattr(info, "info") else list(info)
-    found = [Truth(str(entry["module"] or ""), entry["reduction"], entry["num_chs"]) for entry in entries]
-    return [truth for truth in found if truth.stride >= LOWEST]
+    every = [Truth(Tap(str(entry["module"] or "")), entry["reduction"], entry["num_chs"]) for entry in entries]
+    return [truth for truth in every if truth.stride > LOWEST]
 
 
-def score(name: str, traced: Trace) -> tuple[Score, list[str]]:
-    """The agreement of one model, and what was missed."""
-    expected, found = truths(name), stages(traced)
-    if len({truth.stride for truth in expected}) == 1:  # isotropic: timm lists all blocks, and `stages` some of them
-        pairs = [(spec, expected) for spec in found]
-        scores = [max((_agree(traced, spec, truth) for truth in all_), default=0) for spec, all_ in pairs]
-        missed = [str(spec.tap) for spec, agreed in zip(found, scores, strict=True) if agreed < 3]
-    else:
-        last = {truth.stride: truth for truth in expected}
-        scores = [max(_agree(traced, spec, truth) for spec in found) for truth in last.values()]
-        missed = [truth.module for truth, agreed in zip(last.values(), scores, strict=True) if agreed < 3]
-    counts = [sum(agreed >= least for agreed in scores) for least in (3, 2, 1)]
-    return Score(len(scores), *counts), missed
+def foreign_truths(model: ForeignModel, traced: Trace) -> list[Truth]:
+    """The stage ends of foreign_stages.csv, with traced strides and channels. One without a grid is never found."""
+    specs = [_at(traced, Tap.parse(stage)) for stage in model.stages]
+    every = [Truth(spec.tap, spec.reduction or math.inf, spec.channels) for spec in specs]
+    return [truth for truth in every if truth.stride > LOWEST]
+
+
+def _at(traced: Trace, tap: Tap) -> FeatureSpec:
+    """What a module of the table yields; the first item of a tuple. A module that runs several times, at its end."""
+    specs = [spec for spec in traced.specs if spec.tap.module == tap.module and spec.tap.port == "output"]
+    if not specs:
+        raise LookupError(f"{traced.model} yields nothing at {tap}, which foreign_stages.csv names")
+    last = max(spec.tap.call or 0 for spec in specs) if tap.call is None else tap.call
+    return next(
+        spec for spec in specs if (spec.tap.call or 0) == last and spec.tap.items[: len(tap.items)] == tap.items
+    )
 
 
 def _agree(traced: Trace, spec: FeatureSpec, truth: Truth) -> int:
     """3 the same tensor, 2 the same up to a norm or an activation, 1 the same stride and channels, 0 another."""
-    there = [other for other in traced.specs if other.tap.module == truth.module]
+    there = [other for other in traced.specs if other.tap.module == truth.tap.module]
     own = [other for other in traced.specs if other.tap.module == spec.tap.module]
     alike = abs((spec.reduction or 1) / truth.stride - 1) < 0.25 and spec.channels == truth.channels
-    if spec.tap.module == truth.module or _meet([spec], there, "output"):
+    named = [other for other in there if other.tap.items[: len(truth.tap.items)] == truth.tap.items]
+    if (alike and spec.tap.module == truth.tap.module) or _meet([spec], named, "output"):
         return 3
     if not there:  # a name that timm makes up, which no hook can reach: there is nothing else to compare
         return 3 * alike
-    if _is_norm(traced, truth.module) and _meet([spec], there, "input"):
+    if _is_norm(traced, truth.tap.module) and _meet([spec], there, "input"):
         return 2
     if _is_norm(traced, spec.tap.module) and _meet(
         [other for other in there if other.tap.port == "output"], own, "input"
@@ -108,36 +153,93 @@ def _is_norm(traced: Trace, name: str) -> bool:
     return module is not None and module.calls > 0 and module.macs == 0
 
 
-def score_all(names: Iterable[str], traces: dict[str, Trace]) -> None:
+def score_timm(names: Iterable[str], traces: dict[str, Trace]) -> Score:
     total = Score()
     for name in names:
-        traced = traces.get(name) or trace(name)
-        result, missed = score(name, traced)
-        total.add(result)
-        if missed:
-            print(f"{name:34} {result}; not the same tensor: {', '.join(missed)}")
-    print(f"stage ends against feature_info: {total}")
+        differences = total.add(traces.get(name) or trace(name), truths(name))
+        if differences:
+            print(f"{name:34} {differences}")
+    return total
 
 
-def plan_all(names: list[str], students: dict[str, Trace], teachers: dict[str, Trace]) -> None:
-    """Every ordered pair: a monotone match whose adapters can be planned."""
-    counts: collections.Counter[int] = collections.Counter()
-    refused = []
-    for student in names:
-        for teacher in names:
-            try:
-                counts[check_plan(students[student], teachers[teacher])] += 1
-            except (ProbeKDError, AssertionError) as refusal:
-                refused.append(f"{student} <- {teacher}: {refusal!r}")
+def score_foreign(models: Iterable[ForeignModel], traces: dict[str, Trace]) -> dict[str, Score]:
+    """The scores of the libraries, by name."""
+    scores: dict[str, Score] = {}
+    for model in models:
+        total = scores.setdefault(model.library, Score())
+        traced = traces.get(model.label)
+        try:
+            traced = traced or trace_foreign(model)
+            differences = total.add(traced, foreign_truths(model, traced))
+        except ProbeKDError as refusal:  # refused with a reason: nothing is found, and nothing is wrong
+            differences = f"refused: {refusal}"
+            total.models += 1
+            total.recall.count([0] * (1 if "{" in "".join(model.stages) else len(model.stages)))
+        if differences:
+            print(f"{model.label:60} {differences}", flush=True)
+    return scores
+
+
+def show(scores: dict[str, Score]) -> None:
+    """The table of docs/matching.md."""
+    columns = " | ".join(["stage ends named", *LEVELS, "stage ends given", *LEVELS])
+    print(f"| library | models | {columns} |")
+    print("|---" * (2 + 2 * (1 + len(LEVELS))) + "|")
+    for name, total in scores.items():
+        print(f"| {name} | {total.models} | {total.recall} | {total.precision} |")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A trace with its layers that an author names as stage ends or blocks, and those that end the last stage."""
+
+    name: str
+    traced: Trace
+    right: frozenset[Tap]
+    last: frozenset[Tap]
+
+
+def judged(name: str, traced: Trace, expected: Sequence[Truth]) -> Judged:
+    layers = {spec.tap: spec for spec in [*stages(traced), *blocks(traced)]}
+    deep = {tap: spec for tap, spec in layers.items() if (spec.reduction or 1) > LOWEST}
+    right = {tap for tap, spec in deep.items() if any(_agree(traced, spec, truth) for truth in expected)}
+    last = {tap for tap, spec in deep.items() if _agree(traced, spec, expected[-1])}
+    return Judged(name, traced, frozenset(right), frozenset(last))
+
+
+def plan_all(students: Sequence[Judged], teachers: Sequence[Judged]) -> None:
+    """Every ordered pair: a monotone match whose adapters can be planned, and whether it is right."""
+    sizes: collections.Counter[int] = collections.Counter()
+    wrong: collections.Counter[str] = collections.Counter()
+    refused, told, silent = [], 0, 0
+    for student, teacher in itertools.product(students, teachers):
+        try:
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                pairs = match(student.traced, teacher.traced)
+            sizes[check_pairs(student.traced, teacher.traced, pairs)] += 1
+        except (ProbeKDError, AssertionError) as refusal:
+            refused.append(f"{student.name} <- {teacher.name}: {refusal!r}")
+            continue
+        mistakes = wrong_layers(student, teacher, pairs)
+        told += bool(mistakes and warned)
+        silent += bool(mistakes and not warned)
+        wrong.update(mistakes if not warned else [])
+    every = len(students) * len(teachers)
+    done = sum(sizes.values())
     print(*refused[:20], sep="\n")
-    done, every = sum(counts.values()), len(names) ** 2
-    sizes = ", ".join(f"{size} pairs {count}" for size, count in sorted(counts.items()))
-    print(f"ordered pairs of families with a legal plan: {done}/{every} = {done / every:.1%} ({sizes})")
+    print(*(f"wrong in {count} pairs: {layer}" for layer, count in wrong.most_common(30)), sep="\n")
+    counts = ", ".join(f"{size} pairs {count}" for size, count in sorted(sizes.items()))
+    print(f"ordered pairs of models with a legal plan: {done}/{every} = {done / every:.1%} ({counts})")
+    print(f"... with a layer that no author names as a stage end: {told} with a warning, {silent} without")
 
 
 def check_plan(student: Trace, teacher: Trace) -> int:
     """The number of pairs, each of which has to come after the one before it and to be adaptable."""
-    pairs = match(student, teacher)
+    return check_pairs(student, teacher, match(student, teacher))
+
+
+def check_pairs(student: Trace, teacher: Trace, pairs: Sequence[Pair]) -> int:
     orders = [(student[pair.student].order, teacher[pair.teacher].order) for pair in pairs]
     assert pairs, "no pairs"
     assert all(a < c and b < d for (a, b), (c, d) in itertools.pairwise(orders)), f"not monotone: {orders}"
@@ -145,6 +247,14 @@ def check_plan(student: Trace, teacher: Trace) -> int:
         for pair in pairs:
             adapt(student[pair.student], teacher[pair.teacher])
     return len(pairs)
+
+
+def wrong_layers(student: Judged, teacher: Judged, pairs: Sequence[Pair]) -> list[str]:
+    """The paired layers that no author names, and the last ones where they do not end the last stage."""
+    taps = [(student, pair.student) for pair in pairs] + [(teacher, pair.teacher) for pair in pairs]
+    wrong = [f"{side.name}: {tap}" for side, tap in taps if tap not in side.right]
+    ends = [(student, pairs[-1].student), (teacher, pairs[-1].teacher)]
+    return wrong + [f"{side.name}: {tap} as the last" for side, tap in ends if tap not in side.last]
 
 
 def rings(names: list[str], distances: Iterable[int]) -> Iterator[tuple[str, str]]:
@@ -192,27 +302,57 @@ class _Resize(torch.nn.Module):
         return torch.nn.functional.interpolate(images, self.size)
 
 
+def compare_timm(names: list[str]) -> tuple[list[Judged], list[Judged]]:
+    """Score the families of timm, and plan every ordered pair. Returns their traces as students and as teachers."""
+    expected = {name: truths(name) for name in names}
+    teachers = {name: trace(name) for name in names}
+    students = [judged(name, trace(name, training=True), expected[name]) for name in names]
+    show({"timm": score_timm(names, teachers)})
+    return students, [judged(name, traced, expected[name]) for name, traced in teachers.items()]
+
+
+def compare_foreign(models: list[ForeignModel], names: list[str]) -> None:
+    """Score the models of other libraries, and plan every ordered pair of them, and of each with timm's families."""
+    traces = {}
+    for model in models:
+        with contextlib.suppress(ProbeKDError):  # `score_foreign` says why
+            traces[model.label] = trace_foreign(model)
+    scores = score_foreign(models, traces)
+    students, teachers = compare_timm(names)
+    show(scores)
+    traced = [model for model in models if model.label in traces]
+    foreign = [judged(model.label, traces[model.label], foreign_truths(model, traces[model.label])) for model in traced]
+    for some, others in ((foreign, foreign), (foreign, teachers), (students, foreign)):
+        plan_all(some, others)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--foreign", action="store_true", help="models of other libraries, among each other and with timm's"
+    )
     parser.add_argument("--steps", action="store_true", help="one training step of each family with another")
     parser.add_argument("--zoo", action="store_true", help="score every model of timm")
-    parser.add_argument("--limit", type=int, help="only so many families, evenly chosen")
+    parser.add_argument("--limit", type=int, help="only so many families and models, evenly chosen")
     options = parser.parse_args()
-    names = families()
-    names = names[:: max(1, len(names) // options.limit)] if options.limit else names
+    logging.disable(logging.WARNING)  # of libraries that build models without weights
+    names = _thinned(families(), options.limit)
     started = time.perf_counter()
     if options.zoo:
         import timm
 
-        score_all(timm.list_models(), {})
-        return
-    teachers = {name: trace(name) for name in names}
-    students = {name: trace(name, training=True) for name in names}
-    score_all(names, teachers)
-    plan_all(names, students, teachers)
-    if options.steps:
-        step_all(list(rings(names, (1, 29, 47))))
-    print(f"{len(names)} families, {time.perf_counter() - started:.0f} s")
+        show({"timm": score_timm(timm.list_models(), {})})
+    elif options.foreign:
+        compare_foreign(_thinned(foreign_models(), options.limit), names)
+    else:
+        plan_all(*compare_timm(names))
+        if options.steps:
+            step_all(list(rings(names, (1, 29, 47))))
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+def _thinned(items: list[T], limit: int | None) -> list[T]:
+    return items[:: max(1, len(items) // limit)] if limit else items
 
 
 if __name__ == "__main__":
