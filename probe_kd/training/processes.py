@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import get_cpu_distributed_information
+from accelerate.utils import DistributedDataParallelKwargs, get_cpu_distributed_information
 
 from probe_kd.errors import PeerLost, RunError, for_all, short
 from probe_kd.files.run_folder import is_abandoned
@@ -57,6 +57,8 @@ def own_accelerator(**options: Any) -> Iterator[Accelerator]:
     """
     is_first = not AcceleratorState._shared_state
     launched = launched_processes()
+    # Gradients that are views of the buckets in which they are exchanged are not held twice.
+    options["kwargs_handlers"] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if launched > 1 and not torch.accelerator.is_available():
         options["cpu"] = True  # without it, or ACCELERATE_USE_CPU, accelerate overlooks what torchrun has set
     try:
