@@ -40,7 +40,9 @@ def renumbered(split: Split, names: Sequence[str], whose: str) -> Split:
 
 def _renumbered_images(images: Dataset[Any], table: Sequence[int]) -> Dataset[Any]:
     if isinstance(images, FolderImages):
-        return FolderImages([(path, table[target]) for path, target in images.samples], images.mode, images.root)
+        return FolderImages(
+            [(path, table[target]) for path, target in images.samples], images.mode, images.root, draft=images.draft
+        )
     return _RenumberedImages(images, table)
 
 

@@ -94,7 +94,7 @@ def open_csv(options: DataOptions, key: str, split: str) -> Split:
     return Split(
         key=key,
         name=split,
-        images=FolderImages([*zip(labels, targets, strict=True)], options.mode, root),
+        images=FolderImages([*zip(labels, targets, strict=True)], options.mode, root, draft=options.draft),
         names=names,
         sources=frozenset({os.path.realpath(file)}),
         targets=np.array(targets) if options.labels == "class" else None,

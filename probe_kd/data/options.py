@@ -53,6 +53,8 @@ class DataOptions(BaseModel):
     and `cutmix` mix two images, and their labels, before either model sees them (timm's `Mixup`). With `views` every
     image is seen in so many augmented views, in turn, instead of in a new one every epoch; a cache of the teacher then
     holds no more than these.
+    `draft` decodes large JPEGs at a half, a quarter or an eighth of their size, as long as both sides keep at least so
+    many pixels. It is faster, and pixels differ.
     `memory` keeps images in memory, with the same results: in each of their `views` as the model sees them, test images
     too, and decoded where every epoch has new views.
     """
@@ -72,6 +74,7 @@ class DataOptions(BaseModel):
     input_size: InputSize
     batch_size: int = Field(default=128, ge=1)
     memory: bool = False
+    draft: _Side | None = None
     workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -120,6 +123,16 @@ class DataOptions(BaseModel):
             raise ValueError(
                 "`labels: none` has no classes, so that `num_classes` of the data means nothing; leave it out (how "
                 "many numbers the student gives is `student: {model_kwargs: {num_classes: ...}}`)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drafts_no_smaller_than_seen(self) -> Self:
+        side = max(self.input_size[1:])
+        if self.draft is not None and self.draft < side:
+            raise ValueError(
+                f"`draft: {self.draft}` would decode images smaller than the {side} pixels that a model sees; take "
+                f"{2 * side} or more, so that random crops keep their detail"
             )
         return self
 

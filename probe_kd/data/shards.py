@@ -53,6 +53,7 @@ class Shards(Dataset[Any]):
         lengths: Sequence[int],
         *,
         mode: str = "RGB",
+        draft: int | None = None,
         num_classes: int | None = None,
         skip: bool = False,
         labelled: bool = True,
@@ -65,7 +66,7 @@ class Shards(Dataset[Any]):
         # What is left out is known only when a file is read, and images have their numbers before.
         read = [] if lengths and not skip else [_places(file, skip=skip, labelled=labelled) for file in files]
         counted = [places for places, _ in read]
-        self.files, self.mode, self.num_classes = list(files), mode, num_classes
+        self.files, self.mode, self.draft, self.num_classes = list(files), mode, draft, num_classes
         self.lengths = [len(places) for places in counted] or list(lengths)
         self.left_out = [f"{file.name}: {name}" for file, (_, left) in zip(files, read, strict=False) for name in left]
         for shard, ((places, left), length) in enumerate(zip(read, lengths, strict=False)):
@@ -98,7 +99,7 @@ class Shards(Dataset[Any]):
                 content = file.read(size)
         except OSError as refusal:
             raise DataError(f"{name} cannot be read: {refusal.strerror}") from None
-        return decode(BytesIO(content), self.mode, name), target
+        return decode(BytesIO(content), self.mode, name, self.draft), target
 
     def read_labels(self, most: int = 20_000) -> None:
         """Read all labels, to find a wrong one before training. Above `most` images, only the first shard is read."""
@@ -137,6 +138,7 @@ def open_shards(
     split: str,
     *,
     mode: str = "RGB",
+    draft: int | None = None,
     num_classes: int | None = None,
     skip: bool = False,
     labelled: bool = True,
@@ -171,7 +173,7 @@ def open_shards(
     lengths = _lengths(splits)
     has_counts = all(name in lengths for name in names)
     files, counts = [folder / name for name in names], [lengths[name] for name in names] if has_counts else []
-    shards = Shards(files, counts, mode=mode, num_classes=num_classes, skip=skip, labelled=labelled)
+    shards = Shards(files, counts, mode=mode, draft=draft, num_classes=num_classes, skip=skip, labelled=labelled)
     if not len(shards):
         raise DataError(
             f"there are no images{' with a class' * labelled} in the split {split!r} of the shards in {folder}"

@@ -92,7 +92,13 @@ class DigitImages(Dataset[Any]):
 def _open_shards(options: DataOptions, key: str, split: str) -> Split:
     skip, labelled = options.on_error == "skip", options.labels != "none"
     images = open_shards(
-        options.root, split, mode=options.mode, num_classes=options.num_classes, skip=skip, labelled=labelled
+        options.root,
+        split,
+        mode=options.mode,
+        draft=options.draft,
+        num_classes=options.num_classes,
+        skip=skip,
+        labelled=labelled,
     )
     images.read_labels()
     sources = frozenset(os.path.realpath(file) for file in images.files)
@@ -121,7 +127,7 @@ def _open_folder(options: DataOptions, key: str, split: str) -> Split:
     return Split(
         key=key,
         name=split,
-        images=FolderImages(samples, options.mode, folder),
+        images=FolderImages(samples, options.mode, folder, draft=options.draft),
         names=names if labelled else (),
         sources=frozenset({os.path.realpath(folder)}),
         targets=np.array([target for _, target in samples]) if labelled else None,

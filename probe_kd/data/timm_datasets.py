@@ -26,7 +26,7 @@ def open_torchvision(options: DataOptions, key: str, split: str) -> Split:
     part = train_or_test(options, key, split) if name in IN_MEMORY else split
     inner: Any = _create_dataset(options, part)
     if hasattr(inner, "loader"):  # of files, which is torchvision's own
-        inner.loader = _Loader(options.mode)
+        inner.loader = _Loader(options.mode, options.draft)
     if hasattr(inner, "all_categories"):  # INaturalist's, which come as the disk lists them
         inner.index.sort()
     labelled = options.labels != "none"
@@ -81,15 +81,16 @@ class _Loader:
     """The `loader` of torchvision's data sets of files. A class, because worker processes pickle it."""
 
     mode: str
+    draft: int | None
 
     def __call__(self, path: str) -> Image.Image:
-        return open_image(path, self.mode)
+        return open_image(path, self.mode, self.draft)
 
 
 def open_hub(options: DataOptions, key: str, split: str) -> Split:
     """Open a split of a data set of the Hugging Face hub. Raises DataError if it has no labels or cannot be read."""
     reader, name = _create_dataset(options, split).reader, f"{options.dataset} ({split})"
-    images = HubImages(reader, options.mode, name, labels=options.labels)
+    images = HubImages(reader, options.mode, name, labels=options.labels, draft=options.draft)
     return Split(
         key=key,
         name=split,
@@ -124,8 +125,10 @@ class HubImages(Dataset[Any]):
     with several labels, or without, have the target 0 here.
     """
 
-    def __init__(self, reader: Any, mode: str, name: str, *, labels: Labels = "class") -> None:
-        self.reader, self.mode, self.name, self.names = reader, mode, name, tuple[str, ...]()
+    def __init__(
+        self, reader: Any, mode: str, name: str, *, labels: Labels = "class", draft: int | None = None
+    ) -> None:
+        self.reader, self.mode, self.draft, self.name, self.names = reader, mode, draft, name, tuple[str, ...]()
         self.sets = self._read_sets() if labels == "multilabel" else None
         self.targets = self._read_labels() if labels == "class" else np.zeros(len(reader.dataset), dtype=int)
 
@@ -175,9 +178,9 @@ class HubImages(Dataset[Any]):
         # The reader would open any file, even a pipe, and wait for it.
         value = self.reader.dataset[index][self.reader.image_key] or {}
         if value.get("bytes"):
-            image = decode(BytesIO(value["bytes"]), self.mode, f"image {index} of {self.name}")
+            image = decode(BytesIO(value["bytes"]), self.mode, f"image {index} of {self.name}", self.draft)
         elif value.get("path"):
-            image = open_image(value["path"], self.mode)
+            image = open_image(value["path"], self.mode, self.draft)
         else:
             raise DataError(f"image {index} of {self.name} cannot be read: there is none")
         return image, int(self.targets[index])

@@ -176,6 +176,8 @@ DESCRIPTIONS = {
     "num_classes": "Number of classes, if the dataset does not give it.",
     "Data.input_size": "Image size as [channels, height, width].",
     "batch_size": "Images per step and process.",
+    "draft": "Decode a JPEG at a half, a quarter or an eighth of its size if both sides keep this many pixels: faster, "
+    "with other pixels. Not set: at its size.",
     "memory": "Keep images in memory: transformed where their views repeat, otherwise decoded. Results are the same.",
     "workers": "Processes that load images. 0: none. `auto`: up to one per CPU core beside a GPU, else none.",
     "interpolation": "Interpolation for resizing images.",

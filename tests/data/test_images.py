@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from PIL import Image
 from timm.data import create_dataset
 from torchvision.datasets import ImageFolder
 
+from probe_kd.data.datasets import open_datasets
 from probe_kd.data.images import FolderImages, open_image, scan_folder
+from probe_kd.data.options import DataOptions
 from probe_kd.errors import DataError
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5  # no two rows or columns alike
@@ -220,3 +223,42 @@ def test_a_class_folder_whose_name_is_no_utf_8_is_refused(tmp_path: Path) -> Non
     (tmp_path / "b").mkdir()
     with pytest.raises(DataError, match="is no UTF-8"):
         scan_folder(tmp_path)
+
+
+def test_a_draft_is_pillows_and_of_jpegs_alone(tmp_path: Path) -> None:
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 804, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = written(tmp_path, photograph, "jpg", exif=exif)
+    assert open_image(path, "RGB", 301).size == (600, 804)  # as a viewer shows it
+    expected = Image.open(path)
+    expected.draft("RGB", (300, 300))
+    found = open_image(path, "RGB", 300)
+    assert found.size == (300, 402)
+    assert np.array_equal(np.asarray(found), np.asarray(expected.transpose(Image.Transpose.ROTATE_270)))
+    assert open_image(written(tmp_path, photograph, "png"), "RGB", 100).size == (804, 600)
+
+
+def test_every_source_of_files_takes_a_draft(tmp_path: Path) -> None:
+    photograph = Image.fromarray(np.zeros((400, 400, 3), np.uint8))
+    for split in ("train", "validation"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            written(tmp_path / split / name, photograph, "jpg", quality=90 if split == "train" else 80)
+        (tmp_path / f"{split}.csv").write_text(f"path,label\n{split}/a/0.jpg,a\n{split}/b/0.jpg,b\n")
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for name in ("a", "b"):
+                tar.add(tmp_path / split / name / "0.jpg", f"{name}.jpg")
+                (tmp_path / "0.cls").write_text("01"["ab".index(name)])
+                tar.add(tmp_path / "0.cls", f"{name}.cls")
+    splits = {"train_split": "train.tar", "val_split": "validation.tar"}
+    tables = {"train_split": "train.csv", "val_split": "validation.csv"}
+    here = {"root": str(tmp_path)}
+    for changes in (here, {"dataset": f"csv/{tmp_path}", **tables}, {"dataset": "wds/x", **here, **splits}):
+        opened = open_datasets(DataOptions(input_size=(3, 64, 64), draft=100, **changes))
+        assert opened.train[0][0].size == (100, 100), changes
+
+
+def test_a_draft_is_no_smaller_than_what_a_model_sees() -> None:
+    with pytest.raises(ValueError, match=r"`draft: 100` would decode .* than the 224 pixels .* take 448 or more"):
+        DataOptions(input_size=(3, 224, 224), draft=100)
