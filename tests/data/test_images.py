@@ -254,7 +254,11 @@ def test_every_source_of_files_takes_a_draft(tmp_path: Path) -> None:
     splits = {"train_split": "train.tar", "val_split": "validation.tar"}
     tables = {"train_split": "train.csv", "val_split": "validation.csv"}
     here = {"root": str(tmp_path)}
-    for changes in (here, {"dataset": f"csv/{tmp_path}", **tables}, {"dataset": "wds/x", **here, **splits}):
+    for changes in (
+        here,
+        {"dataset": f"csv/{tmp_path}", **tables},
+        {"dataset": "wds/x", "num_classes": 2, **here, **splits},
+    ):
         opened = open_datasets(DataOptions(input_size=(3, 64, 64), draft=100, **changes))
         assert opened.train[0][0].size == (100, 100), changes
 
