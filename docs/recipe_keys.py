@@ -67,6 +67,10 @@ SECTIONS = {
     "LinearOptions": ("`evaluate.linear`", "It also has the keys of a labelled set."),
     "CompileOptions": ("`torchcompile`", "Off unless the section is given."),
     "AverageOptions": ("`model_ema`", "Off unless the section is given."),
+    "TuneOptions": (
+        "`tune`",
+        "Maps the path of a value to one of `log`, `range`, `values` and `from`: see [tuning](tuning.md).",
+    ),
 }
 # Keys that two sections have are listed in one of them.
 LISTED_ELSEWHERE = {

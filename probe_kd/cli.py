@@ -418,7 +418,9 @@ def check(
     )
     from probe_kd.tables import reach_table as reach
 
-    planned = plan(load(recipe, sets=sets or (), tolerant=True), allow_import=_allowed(allow_import))
+    source, allowed = load(recipe, sets=sets or (), tolerant=True), _allowed(allow_import)
+    planned = plan(source, allow_import=allowed)
+    varied = _varied(source, planned, allowed)
     console, idle = _console(), idle_rows(planned)
     trains_teacher = any(teacher.options.train is not None for teacher in planned.teachers.values())
     if not as_json:
@@ -432,6 +434,7 @@ def check(
             *cache_lines(planned),
             *teacher_lines(planned),
             *frozen_lines(planned),
+            *varied,
         ]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         for line in (*data_lines(planned), *evaluation_lines(planned)):
@@ -455,6 +458,15 @@ def check(
         _print_notes(audited.remarks, console)
     if audited is not None and audited.wrong:
         raise RunError("\n".join(f"{recipe}: {text}" for text in audited.wrong))
+
+
+def _varied(source: "Source", planned: "Plan", allowed: list[str]) -> list[str]:
+    """List what `probe-kd tune` varies, if the recipe says so. Raises RecipeError for values that cannot run."""
+    if source.recipe.tune is None:
+        return []
+    from probe_kd.tuning.space import Planner, lines_of, space_of
+
+    return ["`probe-kd tune` varies:", *lines_of(space_of(Planner(source, planned, tuple(allowed))))]
 
 
 def _checked(planned: "Plan", idle: "list[Idle]", audited: "Audit | None") -> dict[str, Any]:
@@ -581,6 +593,63 @@ def _print_costs(planned: "Plan", console: "Console") -> None:
     with console.status("trying one step"):
         audited = audit(planned)
     console.print(costs_table(audited.costs))
+
+
+@app.command()
+def tune(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe. Its section `tune` says what may vary.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to write. Default: runs/NAME-OF-THE-RECIPE-tune.")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Number of trials; the first is the recipe as it stands.")] = 20,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs of a trial. Default: a quarter of the recipe's.")
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="Begin no trial after so many seconds. Default: no limit.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of processes that run trials.")] = 1,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seeds with which the best trial is compared with the recipe at its full epochs; 0 for none."
+        ),
+    ] = 3,
+    seed: Annotated[int | None, typer.Option(min=0, help="The random seed, in place of the recipe's.")] = None,
+    sets: Sets = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the study in the folder, also beside another process.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former study.")] = False,
+    allow_import: AllowImport = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print only the results, and on stderr what changes their meaning.")
+    ] = False,
+) -> None:
+    """Choose values of a recipe by short runs on held-out training images. The test images are not read.
+
+    Writes OUT/tuned.yaml, OUT/summary.json and OUT/report.html. Needs `pip install 'probe-kd[tune]'` (Optuna).
+    """
+    from probe_kd.recipe.reading import load
+    from probe_kd.training.progress import Progress
+    from probe_kd.tuning.report import tables, write_report
+    from probe_kd.tuning.study import Budget
+    from probe_kd.tuning.study import tune as run
+
+    if resume and overwrite:
+        raise RunError("--resume goes on with a study and --overwrite deletes it; give one of the two")
+    folder, console = out or Path("runs") / f"{_name_of_run(recipe)}-tune", _console()
+    source = load(recipe, seed=seed, sets=sets or ())
+    budget = Budget(trials=trials, epochs=epochs, timeout=timeout, jobs=jobs, seeds=seeds)
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "allow_import": _allowed(allow_import)}
+    try:
+        outcome = run(source, folder, Progress(console, quiet=quiet), budget=budget, **options)
+    except (KeyboardInterrupt, Stopped) as stop:
+        _print_error(f"{str(stop) or 'stopped'}; go on with: {_command_line()} --resume", "")
+        sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
+    _print_parts(console, tables(outcome))
+    write_report(outcome, folder / "report.html")
+    _print(f"wrote {folder / 'tuned.yaml'}, {folder / 'report.html'}")
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from math import prod
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,9 @@ from probe_kd.engine.models import built_by_timm, packages
 from probe_kd.engine.spec import FeatureSpec, ModuleSpec, Pair, Schedule, Share, Tap, Trace
 from probe_kd.errors import MatchError, TapError, nearest
 from probe_kd.measures import MEASURES, OF_LABELLED_SET, OF_PAIRS
-from probe_kd.methods.adapters import Target, adapt
+from probe_kd.methods.adapters import adapt
 from probe_kd.methods.feature_figures import LayerFigures
 from probe_kd.methods.feature_matching import defect
-from probe_kd.methods.targets import make_adapters, targets_of
 from probe_kd.recipe.loss_names import packages_of
 from probe_kd.recipe.planner import Plan, PlannedTeacher
 from probe_kd.recipe.sections.outputs import role_of_teacher
@@ -397,28 +395,15 @@ def cache_lines(plan: Plan) -> list[str]:
 
 
 def _cache_lines(plan: Plan, teacher: PlannedTeacher) -> list[str]:
-    options, traces = teacher.options, plan.traces
-    if options.cache is None or traces is None:
+    options = teacher.options
+    if options.cache is None:
         return []
-    views: dict[Target, set[int]] = {}
-    losses = [objective for objectives in plan.objectives for objective in objectives]
-    comparing = [objective for objective in losses if objective.resolved.reads == "outputs"]
-    outputs = {str(tap.local) for objective in comparing for tap in objective.teacher_taps if tap.model == teacher.name}
-    age = 0
-    for stage, objectives in zip(plan.recipe.stages, plan.objectives, strict=True):
-        stage_views = {epoch % (plan.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
-        adapters = make_adapters(objectives, plan.trained, traces, plan.class_maps)
-        for target in targets_of(objectives, adapters, traces).values():
-            if target.teacher == teacher.name:
-                views.setdefault(target, set()).update(stage_views)
-        age += stage.epochs
     images, total, lines = len(plan.datasets.train), 0.0, []  # type: ignore[arg-type]
-    for target, target_views in views.items():
-        numbers = 2 * options.cache_top_k + 1 if options.cache_top_k and target.name in outputs else prod(target.shape)
-        size = 4.0 * numbers * images * len(target_views)
+    for target, numbers, views in plan.stored_targets(teacher):
+        size = 4.0 * numbers * images * views
         total += size
-        times = f"{images} images x {len(target_views)} views x {numbers} numbers"
-        lines.append(f"  {target.name or repr('')}: {times} = {size / 1e9:.3g} GB")
+        times = f"{images} images x {views} views x {numbers} numbers"
+        lines.append(f"  {target or repr('')}: {times} = {size / 1e9:.3g} GB")
     new = " (every epoch shows new views; `data.views` or `no_aug` bounds them)" * (plan.recipe.data.num_views is None)
     whose = f"The cache of the {teacher.role}" if teacher.name else "The teacher's cache"
     return [f"{whose} in {options.cache} will hold up to {total / 1e9:.3g} GB{new}:", *lines]

@@ -65,7 +65,7 @@ def test_every_command_that_only_reads_runs(
     assert "stages.3" in shown or "blocks.11" in shown
 
 
-@pytest.mark.parametrize("verb", ["check", "train", "match", "eval", "export", "compare", "schema"])
+@pytest.mark.parametrize("verb", ["check", "train", "tune", "match", "eval", "export", "compare", "schema"])
 def test_every_other_command_has_these_options(verb: str) -> None:
     """tests/test_pages.py runs each of them; here, that what other pages show of them is understood."""
     command = get_command(app).commands[verb]  # type: ignore[attr-defined]

@@ -108,16 +108,17 @@ class Datasets:
         return self.read_from.get(part, "train_split")
 
 
-def open_datasets(options: DataOptions, record: DataRecord | None = None) -> Datasets:
+def open_datasets(options: DataOptions, record: DataRecord | None = None, *, fold: int = 0) -> Datasets:
     """Open all splits that the options name. Raises DataError if one is missing, or cannot be trained on or measured.
 
-    The class indices are those of the training split, or those of `record`, which an earlier run stored.
+    The class indices are those of the training split, or those of `record`, which an earlier run stored. `fold` numbers
+    disjoint choices of the images that `holdout` keeps out, as many as there are; a run has the first.
     """
     check_name(options.dataset)
     options, notes = with_default_splits(options)
     splits = _open_all(options)
     try:
-        datasets = _checked(options, splits, record)
+        datasets = _checked(options, splits, record, fold)
         return replace(datasets, notes=(*notes, *datasets.notes))
     except DataError as refusal:  # what is missing may be behind a link that was not followed
         links = [note for split in splits for note in split.unfollowed]
@@ -126,7 +127,7 @@ def open_datasets(options: DataOptions, record: DataRecord | None = None) -> Dat
         raise DataError(f"{refusal}; {'; '.join(links[:3])}", refusal.key) from None
 
 
-def _checked(options: DataOptions, splits: list[Split], record: DataRecord | None) -> Datasets:
+def _checked(options: DataOptions, splits: list[Split], record: DataRecord | None, fold: int) -> Datasets:
     train, whole = splits[0], tuple(splits)
     names = record.classes if record is not None and record.classes else train.names
     if options.labels != "none":
@@ -161,7 +162,7 @@ def _checked(options: DataOptions, splits: list[Split], record: DataRecord | Non
             "an image is read; leave it out, or weigh the classes: `cross_entropy` has `class_weights`",
             "sampler",
         )
-    divided = _divided(options, splits, num_classes, names, notes)
+    divided = _divided(options, splits, num_classes, names, notes, fold=fold)
     return replace(divided, classes=names, skipped=skipped, whole=whole, labels=options.labels, sampler=options.sampler)
 
 
@@ -239,14 +240,20 @@ def _can_read(images: Dataset[Any], index: int) -> bool:
 
 
 def _divided(
-    options: DataOptions, splits: Sequence[Split], num_classes: int, names: Sequence[str], notes: Sequence[str]
+    options: DataOptions,
+    splits: Sequence[Split],
+    num_classes: int,
+    names: Sequence[str],
+    notes: Sequence[str],
+    *,
+    fold: int,
 ) -> Datasets:
     """Divide the training images by `holdout` and `fraction`, and choose the images that give the figures."""
     train, *others = splits
     all_notes = list(notes)
     held_out: Split | None = None
     if options.holdout or options.fraction < 1:
-        held_out_indices, train_indices = _division(options, train)
+        held_out_indices, train_indices = _division(options, train, fold)
         held_out = train.among(held_out_indices) if held_out_indices else None
         train = train.among(train_indices)
         _check_train(train, names, num_classes, may_lack=True)
@@ -297,7 +304,7 @@ def _measured_on(curves: str, final: str) -> str:
     return f"curves and final figures are both of {final}; {other}"
 
 
-def _division(options: DataOptions, train: Split) -> tuple[list[int], list[int]]:
+def _division(options: DataOptions, train: Split, fold: int) -> tuple[list[int], list[int]]:
     """Indices of the images that are held out, and of those that are trained on."""
     count = len(train)
     num_held_out = round(count * options.holdout)
@@ -309,6 +316,8 @@ def _division(options: DataOptions, train: Split) -> tuple[list[int], list[int]]
         raise DataError(message, "fraction")
     # The division never depends on the seed of a run, so runs are compared on the same images.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    start = fold * num_held_out % count
+    order = order[start:] + order[:start]
     parts = order[:num_held_out], order[num_held_out : num_held_out + num_train]
     whole = train.images.dataset if isinstance(train.images, Subset) else train.images
     if isinstance(whole, Shards):  # they are read from one end to the other

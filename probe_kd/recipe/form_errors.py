@@ -81,7 +81,8 @@ def fields_at(recipe: type[BaseModel], steps: Iterable[str | int]) -> Mapping[st
     for step in steps:
         kind = _inner_type(kind, step)
     kind = _inner_type(kind, None)
-    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+    return {field.alias or name: field for name, field in fields.items()}
 
 
 def _inner_type(kind: Any, step: str | int | None) -> Any:

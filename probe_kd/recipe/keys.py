@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -600,6 +601,63 @@ class EvaluateOptions(_Section):
         return {name: probe if probe.is_named else probe.model_copy(update=data) for name, probe in probes.items()}
 
 
+def _number(value: Any) -> int | float:
+    """Check that a bound is a number, and keep whether it was written as a whole one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("expected a number")
+    return value
+
+
+_Bound = Annotated[Any, AfterValidator(_number), WithJsonSchema({"type": "number"})]
+
+
+def _rising(bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+    low, high = bounds
+    if not low < high:
+        hint = f"; did you mean [{high:g}, {low:g}]?" if high < low else ", and these are equal, so that nothing varies"
+        raise ValueError(f"[{low:g}, {high:g}]: expected [least, most]{hint}")
+    return bounds
+
+
+def _above_zero(bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+    if bounds[0] <= 0:
+        raise ValueError(f"[{bounds[0]:g}, {bounds[1]:g}]: a logarithmic range begins above 0; or take `range`")
+    return bounds
+
+
+class TuneOptions(_Section):
+    """What one value of the recipe may be in `probe-kd tune`: one of `log`, `range`, `values` and `from`.
+
+    `log: [0.01, 10]` and `range: [0, 1]` are the least and the greatest number, drawn evenly by the logarithm or by the
+    value; in a `range` of whole numbers only whole ones are drawn. `values` lists what may stand there, in YAML.
+    `from: match` is for `pairs`: the pairs that `match` finds, with `num_pairs: [least, most]` of them, and with each
+    `level` of a list.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+    log: Annotated[tuple[_Bound, _Bound], AfterValidator(_rising), AfterValidator(_above_zero)] | None = None
+    range: Annotated[tuple[_Bound, _Bound], AfterValidator(_rising)] | None = None
+    values: list[Any] | None = Field(default=None, min_length=2)
+    source: Literal["match"] | None = Field(default=None, alias="from")
+    num_pairs: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    level: list[Literal["stage", "block"]] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _is_one_form(self) -> Self:
+        given = {"log": self.log, "range": self.range, "values": self.values, "from": self.source}
+        forms = [name for name, value in given.items() if value is not None]
+        if len(forms) != 1:
+            written = " and ".join(f"`{name}`" for name in forms) or "none"
+            raise ValueError(f"give one of `log`, `range`, `values` and `from`; here is {written}")
+        if self.source is None and (self.num_pairs or self.level):
+            raise ValueError("`num_pairs` and `level` are of `from: match`, which finds pairs")
+        if self.num_pairs and self.num_pairs[0] > self.num_pairs[1]:
+            low, high = self.num_pairs
+            raise ValueError(f"num_pairs [{low}, {high}]: expected [least, most]; did you mean [{high}, {low}]?")
+        return self
+
+
 class Recipe(_Section):
     """A whole recipe.
 
@@ -615,7 +673,8 @@ class Recipe(_Section):
     (benchmarks/modes.py, gpu.py); your own model may not support it. `model_ema` also keeps a moving average of the
     student, which restarts in every stage. A checkpoint is written after every epoch, and every `recovery_interval`
     batches in between; the newest `checkpoint_hist` are kept. The student is evaluated every `val_interval` epochs,
-    and after the last epoch of a stage. `trackers` are those of accelerate: `tensorboard`, `wandb`.
+    and after the last epoch of a stage. `trackers` are those of accelerate: `tensorboard`, `wandb`. `tune` is read by
+    `probe-kd tune` alone: what it may vary, by the path of each value.
     """
 
     student: ModelOptions
@@ -637,6 +696,7 @@ class Recipe(_Section):
     checkpoint_hist: int = Field(default=2, ge=1)
     trackers: list[str] = []
     seed: int = Field(default=0, ge=0, lt=2**32)
+    tune: dict[str, TuneOptions] | None = Field(default=None, min_length=1)
 
     @property
     def probes(self) -> dict[str, LabelledSet]:

@@ -7,15 +7,17 @@ and raises one RecipeError with all problems, each with its line.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from math import prod
 from typing import Any, NamedTuple
 
 from probe_kd.data.datasets import Datasets
 from probe_kd.data.record import DataRecord
 from probe_kd.engine.spec import InputSpec, Pair, Tap, Trace, Traces
 from probe_kd.measures import OF_LABELLED_SET, OF_PAIRS, headline_of
+from probe_kd.methods.adapters import Target
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.sharing import Sharing
-from probe_kd.methods.targets import expanded
+from probe_kd.methods.targets import expanded, make_adapters, targets_of
 from probe_kd.recipe.keys import PairOptions, Recipe, StageOptions, TeacherOptions
 from probe_kd.recipe.loss_names import import_losses
 from probe_kd.recipe.reading import Source
@@ -50,6 +52,7 @@ from probe_kd.recipe.sections.outputs import check_outputs, role_of_teacher, rol
 from probe_kd.recipe.sections.pairs import AllPaired, Expansion, check_use, expansions, find_all_pairs
 from probe_kd.recipe.sections.sharing import check_trunk_inputs, input_of_trained, try_sharing
 from probe_kd.recipe.sections.stages import check_stages, check_warmup
+from probe_kd.recipe.sections.tune import check_tune
 from probe_kd.recipe.yaml_tree import KeyPath
 
 
@@ -195,6 +198,28 @@ class Plan:
             objective.resolved.reads == "outputs" for stage in self.objectives for objective in stage
         )
 
+    def stored_targets(self, teacher: PlannedTeacher) -> list[tuple[str, int, int]]:
+        """What a teacher's cache will hold: each target's name, its numbers for a view of an image, its views."""
+        assert self.traces is not None
+        views: dict[Target, set[int]] = {}
+        losses = [objective for objectives in self.objectives for objective in objectives]
+        comparing = [objective for objective in losses if objective.resolved.reads == "outputs"]
+        taps = [tap for objective in comparing for tap in objective.teacher_taps]
+        outputs = {str(tap.local) for tap in taps if tap.model == teacher.name}
+        age = 0
+        for stage, objectives in zip(self.recipe.stages, self.objectives, strict=True):
+            of_stage = {epoch % (self.recipe.data.num_views or epoch + 1) for epoch in range(age, age + stage.epochs)}
+            adapters = make_adapters(objectives, self.trained, self.traces, self.class_maps)
+            for target in targets_of(objectives, adapters, self.traces).values():
+                if target.teacher == teacher.name:
+                    views.setdefault(target, set()).update(of_stage)
+            age += stage.epochs
+        top_k = teacher.options.cache_top_k
+        numbers = {
+            target: 2 * top_k + 1 if top_k and target.name in outputs else prod(target.shape) for target in views
+        }
+        return [(target.name, numbers[target], len(target_views)) for target, target_views in views.items()]
+
     @property
     def compared_outputs(self) -> set[str]:
         """The names of the teachers whose outputs losses compare."""
@@ -215,10 +240,10 @@ class Plan:
 
     @property
     def resolved(self) -> Recipe:
-        """The recipe with explicit pairs, and with the arguments that the models are built with."""
+        """The recipe with explicit pairs, with the arguments that the models are built with, and without `tune`."""
         recipe = self.recipe
         student = recipe.student.model_copy(update={"model_kwargs": dict(self.student.model_kwargs)})
-        sections: dict[str, Any] = {"student": student}
+        sections: dict[str, Any] = {"student": student, "tune": None}
         if recipe.student.model.startswith("local-dir:") and not self.grown:
             sections["data"] = recipe.data.model_copy(update=_normalisation(self.student_input))
         teachers = {name: _resolved_teacher(teacher) for name, teacher in self.teachers.items()}
@@ -295,19 +320,26 @@ class _Sections(NamedTuple):
     labelled_sets: dict[str, Datasets]
 
 
-def plan(source: Source, *, allow_import: Sequence[str] = (), record: DataRecord | None = None) -> Plan:
+def plan(
+    source: Source,
+    *,
+    allow_import: Sequence[str] = (),
+    record: DataRecord | None = None,
+    datasets: Datasets | None = None,
+) -> Plan:
     """Check a recipe against its models and data.
 
     Your own functions, which a recipe may name as models, are imported and called only if `allow_import` names their
-    package or module. With the `record` of a former run, classes have the same numbers as in that run.
+    package or module. With the `record` of a former run, classes have the same numbers as in that run. `datasets` are
+    those of the recipe, if the caller has opened them already.
 
     Raises RecipeError with the errors of form in `source`, and all other problems that do not follow from another.
     """
     recipe = source.recipe
     if source.form:
         _raise(source, _check_despite_form(source, allow_import, record))
-    sections, mistakes = _check_sections(recipe, allow_import, record)
-    _raise(source, mistakes)
+    sections, mistakes = _check_sections(recipe, allow_import, record, datasets)
+    _raise(source, mistakes + check_tune(source))
     _raise(source, check_trunk_inputs(recipe, sections.models))
     student = sections.models.student
     assert sections.datasets is not None
@@ -349,9 +381,9 @@ def _raise(source: Source, mistakes: Sequence[Mistake]) -> None:
 
 
 def _check_sections(
-    recipe: Recipe, allow_import: Sequence[str], record: DataRecord | None
+    recipe: Recipe, allow_import: Sequence[str], record: DataRecord | None, datasets: Datasets | None = None
 ) -> tuple[_Sections, list[Mistake]]:
-    datasets, mistakes = open_data(recipe.data, record)
+    datasets, mistakes = (datasets, []) if datasets is not None else open_data(recipe.data, record)
     mistakes += import_losses(recipe, allow_import)
     models, more = trace_models(recipe, datasets.num_classes if datasets else None, allow_import)
     mistakes += more + check_teachers(recipe)

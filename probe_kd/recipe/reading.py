@@ -27,6 +27,7 @@ from probe_kd.recipe.yaml_tree import (
     locate,
     merged,
     node_of,
+    plain_node,
     read_yaml,
     replaced,
 )
@@ -73,6 +74,24 @@ def load(path: str | Path, seed: int | None = None, sets: Sequence[str] = (), *,
         ) from None
     source = parse(text, str(path), sets, tolerant=tolerant)
     return source if seed is None else replace(source, recipe=source.recipe.model_copy(update={"seed": seed}))
+
+
+def changed(source: Source, values: Mapping[KeyPath, Any], *, place: KeyPath = ()) -> Source:
+    """A recipe with other values at these places, as `--set` would write them; errors are shown at `place`.
+
+    Raises RecipeError for values that cannot stand there.
+    """
+    node, shown_at = source.node, locate(source.node, place)[1]
+    reading = _Reading(source.name)
+    reading.texts = dict(source.texts)
+    for steps, value in values.items():
+        try:
+            node = replaced(node, list(map(str, steps)), plain_node(value, shown_at))
+        except KeyError as refusal:
+            reading.problems.append(shown_at.problem(refusal.args[0]))
+    recipe, _, _ = reading.recipe(node, tolerant=False)
+    seeded = recipe.model_copy(update={"seed": source.recipe.seed})  # which an option may have replaced
+    return Source(seeded, source.name, node, source.texts)
 
 
 def _similar_file(path: str | Path) -> str:

@@ -43,6 +43,14 @@ DESCRIPTIONS = {
     "val_interval": "Evaluate every so many epochs, and after the last epoch of a stage.",
     "checkpoint_hist": "How many of the newest checkpoints to keep.",
     "trackers": "Experiment trackers of accelerate, such as `tensorboard` or `wandb`.",
+    "tune": "What `probe-kd tune` may vary, as in `{losses.hint.weight: {log: [0.01, 10]}}`. Not set: what is usual. "
+    "`train` ignores it.",
+    "log": "The least and the greatest number, drawn evenly by the logarithm.",
+    "range": "The least and the greatest number. If both are whole, only whole numbers are drawn.",
+    "values": "The values that may stand there, in YAML.",
+    "from": "For `pairs`: those that `match` finds, besides those of the recipe.",
+    "Tune.num_pairs": "Of `from`: the least and the greatest number of pairs. Not set: 1 to 4.",
+    "Tune.level": "Of `from`: the levels of `match` that are tried. Not set: `stage` alone.",
     "seed": "Seeds the initial weights, the order of the images and the augmentation.",
     # models
     "model": "A timm name, `hf-hub:...`, `local-dir:...`, `transformers:...`, `open_clip:...`, or "

@@ -1,5 +1,6 @@
 """What is written about a recipe: its YAML, the files that it names, and the command that resumes its run."""
 
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from shlex import quote
@@ -12,6 +13,7 @@ from probe_kd.errors import RecipeError
 from probe_kd.recipe.keys import Recipe, TeacherOptions
 from probe_kd.recipe.loss_names import packages_of, sources_of
 from probe_kd.recipe.reading import load
+from probe_kd.recipe.yaml_tree import KeyPath
 
 
 def inputs_of(recipe: Recipe, *, trained: bool = False) -> list[str]:
@@ -49,6 +51,25 @@ def command_to_go_on(folder: Path) -> str:
 def rewritten(text: str) -> str:
     """Format the YAML of a recipe as `dump` does, without comments and without adding defaults."""
     return as_yaml(YAML(typ="safe").load(text))
+
+
+def with_values(text: str, values: Mapping[KeyPath, Any]) -> str:
+    """The YAML of a recipe with other values at these places and without `tune`, and with its comments."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096  # of lines that are not to be folded
+    tree = yaml.load(text)
+    tree.pop("tune", None)
+    for place, value in values.items():
+        inner = tree
+        for step in place[:-1]:
+            if isinstance(inner, dict) and step not in inner:
+                inner[step] = {}
+            inner = inner[step]
+        inner[place[-1]] = value
+    stream = StringIO()
+    yaml.dump(tree, stream)
+    return stream.getvalue()
 
 
 def as_yaml(values: Any) -> str:

@@ -132,6 +132,15 @@ def node_of(tree: Any, source: str, line: int = 1, column: int = 1) -> Node:
     return Node(value, source, line, column)
 
 
+def plain_node(value: Any, place: Node) -> Node:
+    """A plain value as Nodes, as if it were written at the place of another."""
+    if isinstance(value, Mapping):
+        value = {str(key): plain_node(item, place) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        value = [plain_node(item, place) for item in value]
+    return replace(place, value=value)
+
+
 def read_value(text: str, name: str) -> Any:
     """Parse the value of a command-line option into dicts, lists and scalars. Raises RecipeError."""
     tree = read_yaml(text, name)

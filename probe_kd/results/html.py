@@ -160,18 +160,23 @@ def as_json(comparison: RunComparison) -> str:
 
 def write_page(comparison: RunComparison, path: Path) -> None:
     """Write the comparison as one HTML file. Raises RunError if it cannot be written."""
+    write_html(page(comparison), path)
+
+
+def write_html(text: str, path: Path) -> None:
+    """Write a page, whole or not at all. Raises RunError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.partial")
-        aside.write_text(page(comparison), encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
         put(aside, path)
     except OSError as refusal:
         raise RunError(f"cannot write {path}: {refusal.strerror}") from None
 
 
-def page(comparison: RunComparison) -> str:
-    """The comparison as HTML."""
-    environment = Environment(
+def environment_of_pages() -> Environment:
+    """The templates of pages, which escape all that they show."""
+    return Environment(
         loader=PackageLoader("probe_kd.results"),
         autoescape=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
@@ -179,6 +184,11 @@ def page(comparison: RunComparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def page(comparison: RunComparison) -> str:
+    """The comparison as HTML."""
+    environment = environment_of_pages()
     environment.filters |= {"amount": amount, "over_seeds": over_seeds, "points": points, "signed": _signed}
     environment.filters |= {"cell": cell}
     sections = [_section(group, number) for number, group in enumerate(comparison.groups)]
@@ -293,7 +303,7 @@ def _chart(
         return None
     frame, last = (48.0, 12.0, WIDTH - 12, 248.0), max(point[0] for curve in curves for point in curve.points)
     logarithmic = is_loss and min(values) > 0
-    up, height = _scale(min(values), max(values), frame[3], frame[1], logarithmic)
+    up, height = axis(min(values), max(values), frame[3], frame[1], logarithmic)
     x = _linear(1, max(last, 2), frame[0] + 8, frame[2] - 8)
     across = [(x(epoch), str(epoch)) for epoch in _epochs(last)]
     series = []
@@ -327,7 +337,7 @@ def _epochs(last: int) -> list[int]:
     return sorted({1, *range(step, last + 1, step)} - ({step} if step == 2 and last > 8 else set()))
 
 
-def _scale(
+def axis(
     low: float, high: float, bottom: float, top: float, logarithmic: bool
 ) -> tuple[list[tuple[float, str]], Callable[[float], float]]:
     """The ticks of an axis, and the function from a value to its coordinate."""
@@ -367,7 +377,7 @@ def _overview(comparison: RunComparison) -> dict[str, Any] | None:
     if not values:
         return None
     frame = (128.0, WIDTH - 24)
-    marks, x = _scale(min(values), max(values), frame[0], frame[1], False)
+    marks, x = axis(min(values), max(values), frame[0], frame[1], False)
     y, drawn = 8.0, []
     for group, rows in measured:
         y += 20

@@ -54,12 +54,14 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     claimed: Claim | None = None,
+    teachers_only: bool = False,
 ) -> TrainState:
     """Train the models of a plan, and write `folder`: recipe.yaml, metrics.csv, and the weights of every trained model.
 
     `resume` continues from the last checkpoint as if the run had not stopped, or begins if there is none. `overwrite`
     deletes the files of a former run. `claimed` is the folder's lock, if the caller holds it already. After SIGTERM or
-    the first SIGINT, the run finishes the current update, writes a checkpoint and raises Stopped.
+    the first SIGINT, the run finishes the current update, writes a checkpoint and raises Stopped. With
+    `teachers_only`, the run ends when the teachers are trained.
 
     Raises RunError if the folder holds a run and neither `resume` nor `overwrite` is set, if another process writes to
     it, if the recipe differs from that of the run to resume, if the folder vanishes or a checkpoint cannot be written,
@@ -94,7 +96,7 @@ def train(
             check_student(plan, accelerator, progress)
         models = Models(plan, accelerator)
         saver = Saver(plan, accelerator, state, progress, folder, checkpoint, claimed)
-        Run(models, Scorer(models), saver, progress, Epochs(saver, signals)).train_models()
+        Run(models, Scorer(models), saver, progress, Epochs(saver, signals)).train_models(teachers_only=teachers_only)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with saver.writing():
@@ -148,9 +150,11 @@ class Run:
     def state(self) -> TrainState:
         return self.saver.state
 
-    def train_models(self) -> None:
+    def train_models(self, *, teachers_only: bool = False) -> None:
         """Train the models in turn, except for those that the run trained before it was stopped."""
         for trained in self.models.in_turn():
+            if teachers_only and not trained.is_teacher:
+                return
             self.saver.check_inputs()  # a model that is built late reads its file late
             result = self.state.results.get(trained.role)
             if result is None:

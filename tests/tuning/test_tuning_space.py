@@ -1,0 +1,214 @@
+"""What `tune` may say, what is varied by default, and the recipes that come of it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+from conftest import NARROW
+from pages import ROOT
+from scipy.stats import ttest_rel
+
+from probe_kd.data.datasets import open_datasets
+from probe_kd.data.options import DataOptions
+from probe_kd.errors import ProbeKDError, RecipeError
+from probe_kd.recipe.keys import Recipe
+from probe_kd.recipe.planner import plan
+from probe_kd.recipe.reading import changed, load, parse
+from probe_kd.recipe.sections.tune import check_tune, legal_paths, value_at
+from probe_kd.tuning.budget import epochs_of, scored_on_held_out, shortened
+from probe_kd.tuning.outcome import write_tuned
+from probe_kd.tuning.paired import paired
+from probe_kd.tuning.space import AS_WRITTEN, Planner, all_values, space_of, usual_space
+from probe_kd.tuning.usual import usual_options
+
+RECIPES = sorted({*ROOT.glob("recipes/**/*.yaml")} - {ROOT / "recipes/study/base.yaml"})  # which others extend
+LINE = len(NARROW.splitlines()) + 2  # of what stands under `tune:`
+
+# What stands under `tune:`, and parts of the one error that it makes.
+WRONG = {
+    "losses.hint.weight: {lgo: [0.01, 10]}": "unknown key `lgo`; did you mean 'log'",
+    "losses.hint.weight: {log: [10, 0.01]}": "did you mean [0.01, 10]?",
+    "losses.hint.weight: {log: [0, 10]}": "a logarithmic range begins above 0; or take `range`",
+    "losses.hint.weight: {range: [1, 1]}": "these are equal",
+    "losses.hint.weight: {range: [low, 1]}": "expected a number, got 'low'",
+    "losses.hint.weight: {range: [0, .inf]}": "expected a finite number",
+    "losses.hint.weight: {log: [1]}": "`tune.losses.hint.weight.log",
+    "losses.hint.weight: {}": "give one of `log`, `range`, `values` and `from`; here is none",
+    "losses.hint.weight: {log: [1, 2], values: [1, 2]}": "here is `log` and `values`",
+    "losses.hint.weight: {values: [1]}": "expected at least 2, got 1",
+    "losses.hint.weight: {values: [1, 2], num_pairs: [1, 2]}": "`num_pairs` and `level` are of `from: match`",
+    "losses.hint.weight: [0.01, 10]": "expected a mapping, got a list",
+    "losses.hint.weight: {range: [-1, 1]}": "`losses.hint.weight: -1` makes a recipe that cannot run: "
+    "`stages.0.losses.hint.weight`: expected a number greater than or equal to 0",
+    "losses.hint.weigth: {log: [0.01, 10]}": "did you mean 'losses.hint.weight'",
+    "losses.hnt.weight: {log: [0.01, 10]}": "did you mean 'losses.hint.weight'",
+    "losses.hint.temperature: {log: [1, 10]}": "`losses.hint.temperature` cannot be varied; did you mean",
+    "losses.soft.weight.share: {log: [0.1, 1]}": "`stages.1.losses.soft.weight` is 0.5, and nothing is under it",
+    "losses.hint.weight.share: {log: [0.1, 1]}": "its weight cannot be a share of another",
+    "losses.hint.normalize: {values: [none, layers]}": "did you mean 'layer'?",
+    "losses.hint.pairs: {from: match}": "`from: match` finds pairs, for the path `pairs`",
+    "losses.soft.temperature: {values: [1, hot]}": "`losses.soft.temperature: hot` makes a recipe that cannot run",
+    "losses.soft.temperature: {values: [2, 2]}": "has a value twice",
+    "pairs: {from: mach}": "expected 'match', got 'mach'",
+    "pairs: {from: match, num_pairs: [3, 1]}": "did you mean [1, 3]?",
+    "pairs: {from: match, num_pairs: [0, 1]}": "greater than or equal to 1",
+    "pairs: {from: match, num_pairs: [7, 9]}": "num_pairs 7",
+    "pairs: {values: [{blocks.0: layer9}, auto]}": "layer9",
+    "optimizer.lr: {log: [1.0e-4, 1.0e-2]}\n  stages.0.optimizer.lr: {log: [0.1, 1]}": "both set `stages.0.opt",
+    "optimizer.lrate: {log: [1.0e-4, 1.0e-2]}": "did you mean 'optimizer.lr'",
+    "scheduler.warmup_epochs: {range: [0, 3]}": "3 epochs of warm-up leave nothing of 1 epochs",
+    "stages.7.optimizer.lr: {log: [0.1, 1]}": "`stages.7.optimizer.lr` cannot be varied",
+    "stages.0.epochs: {range: [1, 3]}": "`stages.0.epochs` cannot be varied",
+    "student.model: {values: [resnet18, resnet34]}": "is the same for all trials",
+    "data.val_split: {values: [a, b]}": "is the same for all trials",
+    "seed: {range: [0, 5]}": "`seed` cannot be varied; what can:",
+}
+
+
+def varied(text: str) -> None:
+    source = parse(f"{NARROW}tune:\n  {text}\n")
+    space_of(Planner(source, plan(source)))
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_every_mistake_in_tune_is_one_error_with_its_line(text: str) -> None:
+    with pytest.raises(RecipeError) as refusal:
+        varied(text)
+    problems = refusal.value.problems
+    assert len(problems) == 1, refusal.value
+    assert WRONG[text] in problems[0].message
+    assert problems[0].line == LINE + text.count("\n")
+
+
+def test_paths_lead_to_every_stage_that_has_them() -> None:
+    recipe = parse(NARROW).recipe
+    paths = legal_paths(recipe)
+    assert paths["losses.soft.temperature"] == [("stages", 1, "losses", "soft", "temperature")]
+    assert paths["optimizer.lr"] == [("stages", 0, "optimizer", "lr"), ("stages", 1, "optimizer", "lr")]
+    for path, places in paths.items():
+        assert all(place[0] in ("stages", "pairs", "data") for place in places), path
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_what_is_written_is_the_recipe_with_the_values_of_a_trial(file: Path, tmp_path: Path) -> None:
+    """For every recipe of the repository, and every path that a study may vary, at its own value and at another."""
+    source = load(file)
+    places = [place for places in legal_paths(source.recipe).values() for place in places]
+    own = {place: value for place in places if isinstance(value := value_at(source.recipe, place), int | float)}
+    halves = {place: value / 2 for place, value in own.items() if isinstance(value, float)}
+    for number, values in enumerate(({}, halves)):
+        path = tmp_path / f"{number}.yaml"
+        write_tuned(source, values, ["one", "two"], path)
+        expected = changed(source, values).recipe.model_copy(update={"tune": None})
+        assert load(path).recipe == expected
+    text = (tmp_path / "1.yaml").read_text()
+    comments = [
+        line for line in file.read_text().splitlines() if line.startswith("#") and "extends" not in file.read_text()
+    ]
+    assert all(line in text for line in ["# one", "# two", *comments])
+
+
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.99])
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_shorter_recipe_is_still_a_recipe(file: Path, share: float) -> None:
+    recipe = load(file).recipe
+    epochs = max(len(recipe.stages), round(share * epochs_of(recipe)))
+    shorter = shortened(scored_on_held_out(recipe), epochs)
+    assert epochs_of(shorter) == epochs
+    Recipe.model_validate_json(shorter.model_dump_json(exclude_none=True), strict=True)
+    for before, after in zip(recipe.stages, shorter.stages, strict=True):
+        assert after.scheduler.warmup_epochs / after.epochs == pytest.approx(
+            before.scheduler.warmup_epochs / before.epochs
+        )
+
+
+def test_the_images_of_two_folds_are_others_and_the_first_is_that_of_runs() -> None:
+    data = DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8), val_split="none", holdout=0.2, fraction=0.4)
+    first, second = open_datasets(data), open_datasets(data, fold=1)
+    held = [set(part.held_out.indices) for part in (first, second)]  # type: ignore[union-attr]
+    trained = [set(part.train.indices) for part in (first, second)]  # type: ignore[attr-defined]
+    assert [len(part) for part in held] == [287, 287]
+    assert not held[0] & held[1]
+    assert not any(one & other for one, other in zip(held, trained, strict=True))
+    assert len(trained[0]) == len(trained[1]) == 460
+
+
+def test_the_held_out_images_come_out_of_what_the_recipe_does_not_train_on() -> None:
+    quickstart = load(ROOT / "recipes/quickstart.yaml").recipe
+    images = [len(open_datasets(recipe.data).train) for recipe in (quickstart, scored_on_held_out(quickstart))]  # type: ignore[arg-type]
+    assert images[0] == images[1]
+
+
+def test_the_interval_is_that_of_a_paired_t_test() -> None:
+    rng = numpy.random.default_rng(0)
+    for count in (2, 3, 5, 8):
+        before, after = rng.normal(0.8, 0.02, count), rng.normal(0.82, 0.02, count)
+        result = paired(dict(enumerate(before)), dict(enumerate(after)))
+        expected = ttest_rel(after, before).confidence_interval(0.95)
+        assert (result.low, result.high) == pytest.approx((expected.low, expected.high))
+        assert result.better == sum(after > before)
+    alone = paired({0: 0.5, 1: 0.6}, {1: 0.7}, ["seed 0"])
+    assert (alone.seeds, alone.mean, alone.low) == ((1,), pytest.approx(0.1), None)
+    assert paired({0: 0.5}, {}).mean is None
+
+
+USUAL = {
+    "losses.hint.weight",
+    "losses.hint.normalize",
+    "losses.hint.projector",
+    "losses.soft.weight",
+    "losses.soft.temperature",
+    "optimizer.lr",
+    "pairs",
+}
+
+
+def test_what_is_varied_by_default_can_run() -> None:
+    source = parse(NARROW)
+    planner = Planner(source, plan(source))
+    parameters = usual_space(planner, usual_options(planner.planned))
+    assert {parameter.path for parameter in parameters} == USUAL
+    planner.plan(
+        all_values(parameters, {item.path: item.choices[-1][0] if item.choices else item.high for item in parameters})
+    )
+    for parameter in parameters:
+        assert parameter.default is not None
+        assert parameter.path != "pairs" or parameter.values(AS_WRITTEN) == {}
+
+
+def test_shares_and_several_rates_are_varied_as_they_are_written() -> None:
+    text = NARROW.replace("weight: 0.5", "weight: {share: 0.5}").replace(
+        "    losses:\n      task", "    optimizer: {lr: 0.01}\n    losses:\n      task"
+    )
+    source = parse(text)
+    paths = {path: value.log for path, value in usual_options(plan(source)).items() if value.log}
+    assert paths["losses.soft.weight.share"] == pytest.approx((0.05, 5.0))
+    assert {"stages.0.optimizer.lr", "stages.1.optimizer.lr"} <= paths.keys()
+
+
+def test_train_ignores_the_section() -> None:
+    source = parse(f"{NARROW}tune: {{optimizer.lr: {{log: [0.001, 0.1]}}}}\n")
+    assert plan(source).resolved == plan(parse(NARROW)).resolved
+    assert not check_tune(source)
+
+
+def test_a_recipe_scored_by_its_features_does_not_vary_them(tmp_path: Path) -> None:
+    from probe_kd.tuning.study import parameters_of
+
+    text = NARROW.replace("baseline: true", "").replace("      task: {loss: cross_entropy}\n", "")
+    text = text.replace("  hflip: 0.0", "  hflip: 0.0\n  labels: none").replace(
+        "  train: {epochs: 1}\n", "  pretrained: true\n"
+    )
+    text = text.replace(
+        "      soft: {loss: soft_targets, temperature: 2.0, weight: 0.5}\n", "      other: {loss: hint}\n"
+    )
+    wrong = parse(f"{text}tune: {{losses.hint.normalize: {{values: [none, layer]}}}}\n")
+    for source, message in ((wrong, "changes the meaning"), (parse(text), "")):
+        held_out = replace(source, recipe=scored_on_held_out(source.recipe))
+        planner = Planner(source, plan(held_out), (), scored_on_held_out)
+        if message:
+            with pytest.raises(ProbeKDError, match=message):
+                parameters_of(planner)
+        else:
+            assert {item.path.rpartition(".")[2] for item in parameters_of(planner)} == {"weight", "lr"}
