@@ -1,12 +1,13 @@
 """The figures of all candidate layers of a student and a teacher, in one pass of each over some images."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -128,7 +129,7 @@ def measure_features(
             images = batch if isinstance(batch, Tensor) else batch[0]
             check_images(images, sides[0].channels)
             if len(images) >= FEWEST_IMAGES:
-                meter.add(sides[0].features(images), sides[1].features(images), images)
+                meter.add(*(side.run(images) for side in sides))
     return meter.figures()
 
 
@@ -176,9 +177,11 @@ class _Side:
         self.layers, self.view = layers, view.to(self.device)
         self.probe = Probe(model, layers)
 
-    def features(self, images: Tensor) -> dict[Tap, Tensor]:
-        features: dict[Tap, Tensor] = self.probe(self.view(images.to(self.device)))
-        return features
+    def run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The images as the model sees them, and its candidate features."""
+        seen: Tensor = self.view(images.to(self.device))
+        features = self.probe(seen)
+        return seen, [features[spec.tap] for spec in self.layers]
 
 
 class _Meter:
@@ -193,17 +196,21 @@ class _Meter:
         # Of each half of the images. Inputs and targets are keyed by their layer and the grid at which it is compared.
         self.halves: tuple[dict[Any, Sums], dict[Any, Sums]] = ({}, {})
 
-    def add(self, of_student: Mapping[Tap, Tensor], of_teacher: Mapping[Tap, Tensor], images: Tensor) -> None:
-        self.images += len(images)
-        features = [of_student[spec.tap] for spec in self.student] + [of_teacher[spec.tap] for spec in self.teacher]
-        specs = [*self.student, *self.teacher]
-        views = [self._view(spec, feature, _grid(spec)) for spec, feature in zip(specs, features, strict=True)]
-        for index, (view, feature) in enumerate(zip(views, features, strict=True)):
-            channels = self.drawn.first(view.shape[-1], MOST_INPUTS)
-            self.of_layers[index] = added(self.of_layers[index], layer_sums(view, channels))
-            self.is_input[index] &= feature.shape == images.shape and torch.equal(feature.to(images.device), images)
+    def add(self, *sides: tuple[Tensor, list[Tensor]]) -> None:
+        """Add a batch: what the student and the teacher see of the images, and their features."""
+        views: list[Tensor] = []
+        for seen, features in sides:
+            for feature in features:
+                index = len(views)
+                spec = (*self.student, *self.teacher)[index]
+                view = self._view(spec, feature, _grid(spec))
+                sums = layer_sums(view, self.drawn.first(view.shape[-1], MOST_INPUTS))
+                self.of_layers[index] = added(self.of_layers[index], sums)
+                self.is_input[index] &= _is_same(spec, feature, seen)
+                views.append(view)
+        self.images += len(views[0])
         self.hsic = added(self.hsic, hsic_sums([view.to(views[0].device) for view in views]))
-        self._add_pairs(features)
+        self._add_pairs([feature for _, features in sides for feature in features])
 
     def _add_pairs(self, features: Sequence[Tensor]) -> None:
         inputs: dict[tuple[int, Grid], Tensor] = {}
@@ -234,9 +241,7 @@ class _Meter:
 
     def _view(self, spec: FeatureSpec, feature: Tensor, grid: Grid) -> Vectors:
         """The vectors of a feature at some positions of a grid."""
-        plan = FeaturePlan(spec, "drop")
-        plan.to_map(grid)
-        map_: Tensor = nn.Sequential(*plan.steps)(feature).flatten(2)
+        map_ = _as_map(spec, feature, grid).flatten(2)
         return map_[..., self.drawn.first(map_.shape[-1], MOST_POSITIONS)].transpose(1, 2)
 
     def figures(self) -> FeatureFigures:
@@ -271,6 +276,20 @@ class _Meter:
         if not all(bool(value.isfinite().all()) for sums in halves for value in sums.values()):
             return None
         return _or_none(linearly_explained(halves))
+
+
+def _as_map(spec: FeatureSpec, feature: Tensor, grid: Grid) -> Float[Tensor, "batch channels height width"]:
+    plan = FeaturePlan(spec, "drop")
+    plan.to_map(grid)
+    map_: Tensor = nn.Sequential(*plan.steps)(feature)
+    return map_
+
+
+def _is_same(spec: FeatureSpec, feature: Tensor, images: Tensor) -> bool:
+    """Whether a feature is the images that the model sees."""
+    if (spec.channels, spec.grid) != (images.shape[1], tuple(images.shape[2:])):
+        return False
+    return torch.equal(_as_map(spec, feature, _grid(spec)), images)
 
 
 def _add(sums: dict[Any, Sums], place: Any, more: Sums) -> None:

@@ -306,9 +306,11 @@ def test_a_target_that_a_channel_or_a_constant_rules_is_told_and_normalised(chan
     assert why in pairs["stages.2"].reason
 
 
-def test_a_layer_of_the_student_that_yields_the_images_is_left_out() -> None:
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_layer_of_the_student_that_yields_the_images_as_it_sees_them_is_left_out(size: int) -> None:
     student = stages({0: as_input}, widths=(3, 8, 8, 8), strides=(1, 2, 2, 2))
-    figures = measured(student, stages())
+    given = F.interpolate(images(), (size, size))
+    figures = measure_features(student, stages(), [given], student_input=PLAIN, teacher_input=PLAIN)
     (remark,) = [text for text in remarks(figures) if text.startswith("student")]
     assert "'stages.0' yields the images themselves" in remark
     assert "stages.0" not in {str(pair.student) for pair in match_features(figures, num_pairs=3)}
