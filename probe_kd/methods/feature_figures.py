@@ -83,8 +83,12 @@ class FeatureFigures:
 
     def of(self, student: str | Tap, teacher: str | Tap) -> PairFigures:
         """The figures of a pair. Raises MatchError for a layer that is no candidate."""
-        row, column = (_index(layers, tap) for layers, tap in ((self.student, student), (self.teacher, teacher)))
+        row, column = self.indices(student, teacher)
         return self.pairs[row][column]
+
+    def indices(self, student: str | Tap, teacher: str | Tap) -> tuple[int, int]:
+        """The row and column of a pair. Raises MatchError for a layer that is no candidate."""
+        return _index(self.student, student), _index(self.teacher, teacher)
 
 
 def _index(layers: Sequence[LayerFigures], tap: str | Tap) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import product
 from math import log2
+from statistics import fmean
 
 from probe_kd.engine.matching import SAME_STRIDE
 from probe_kd.engine.spec import Pair
@@ -11,7 +12,7 @@ from probe_kd.methods.feature_figures import FeatureFigures, LayerFigures
 from probe_kd.methods.normalisation import Normalize
 
 DEFAULT_PAIRS = 4  # as many as most models have stages
-DISTANCE = 0.25  # of a pair's layers from each other, against the share of the teacher that it stands for
+DISTANCE = 0.05  # of a pair's layers from each other, against the share of the teacher that the pairs stand for
 LEAST_UNEXPLAINED = 0.01  # of a layer, so that one that is explained counts for something
 RANK_ONE = 2.0  # an effective rank below this is one direction and rounding, or little else
 MOSTLY = 0.5  # of the energy, in a few channels: then they rule a squared error, and a norm over the channels
@@ -27,11 +28,12 @@ def match_features(figures: FeatureFigures, *, num_pairs: int | None = None) -> 
     greatest:
 
         sum over teacher layers of share * CKA(layer, nearest paired layer of the teacher)
-            - mean over pairs of the difference of places / 4
+            - mean over pairs of the difference of places / 20
 
     The share of a layer is that of what a linear map from the student does not explain of it yet. So the paired layers
     stand for all of the teacher, and for what is still to be learned. The second term places the student's layers: by
     stride and depth as in `match`, since the features of an untrained student do not tell its layers apart.
+    `features_score` is this score of any pairs.
 
     Each pair has its figures as `reason`, and the `normalize` that its target needs. Raises MatchError if a model has
     no layer that can be paired, or if there are fewer pairs than requested.
@@ -45,12 +47,33 @@ def match_features(figures: FeatureFigures, *, num_pairs: int | None = None) -> 
             f"{most}"
         )
     rows, columns = _above_stem(figures.student, usable[0], count), _above_stem(figures.teacher, usable[1], count)
-    shares = _shares(figures, rows, columns)
-    similar = [[figures.within_teacher[one][other] or 0.0 for other in columns] for one in columns]
+    shares, similar = _shares(figures, rows, columns), _similarities(figures, columns)
     distances = _distances(figures, rows, columns)
     costs = [[DISTANCE * distance / count for distance in row] for row in distances]
     chosen = assign(costs, lambda before, column: _covered(shares, similar, before, column), count)
     return tuple(_pair(figures, rows[row], columns[column]) for row, column in chosen)
+
+
+def features_score(figures: FeatureFigures, pairs: Sequence[Pair]) -> float:
+    """The score by which `match_features` chooses, of any pairs of candidates, over all layers that can be paired.
+
+    Raises MatchError for a layer that is no candidate.
+    """
+    rows, columns = _usable(figures.student, "student"), _usable(figures.teacher, "teacher")
+    indices = [figures.indices(pair.student, pair.teacher) for pair in pairs]
+    everything = range(len(figures.student)), range(len(figures.teacher))
+    distances = _distances(figures, *everything)
+    similar = _similarities(figures, everything[1])
+    covered = [
+        share * max(similar[column][paired] for _, paired in indices)
+        for column, share in zip(columns, _shares(figures, rows, columns), strict=True)
+    ]
+    return sum(covered) - DISTANCE * fmean(distances[row][column] for row, column in indices)
+
+
+def _similarities(figures: FeatureFigures, columns: Sequence[int]) -> list[list[float]]:
+    """CKA of every two of these layers of the teacher, 0 where it is not defined."""
+    return [[figures.within_teacher[one][other] or 0.0 for other in columns] for one in columns]
 
 
 def _above_stem(layers: Sequence[LayerFigures], indices: list[int], count: int) -> list[int]:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from ruamel.yaml import YAML
 from torch import nn
 from torch.utils.data import Subset
@@ -74,7 +76,7 @@ def match_models(
     `measure_models` for the weights. Raises WeightsError, DataError and MatchError.
     """
     source = open_images(images, student)
-    checkpoints = {"student_checkpoint": student_checkpoint, "teacher_checkpoint": teacher_checkpoint}
+    checkpoints: dict[str, Any] = {"student_checkpoint": student_checkpoint, "teacher_checkpoint": teacher_checkpoint}
     figures = measure_models(student, teacher, source, num_images=num_images, device=device, seed=seed, **checkpoints)
     most = len(match(student, teacher, level=level))
     count = min(most, most_pairs(figures)) if num_pairs is None else num_pairs
@@ -125,20 +127,22 @@ def measure_models(
     student_checkpoint: str | None = None,
     teacher_checkpoint: str | None = None,
     num_images: int = 512,
+    inputs: tuple[InputSpec, InputSpec] | None = None,
     device: str | None = None,
     seed: int = 0,
 ) -> FeatureFigures:
     """Build two traced models, and measure their features on training images that `seed` draws.
 
     A checkpoint is a file, or `pretrained` for the weights of the model's name. The student starts from random weights,
-    which `seed` draws too, unless it has a checkpoint; the teacher has those of its name unless it has one. Raises
-    WeightsError for a teacher without weights, and the errors of models and images.
+    which `seed` draws too, unless it has a checkpoint; the teacher has those of its name unless it has one. `inputs`
+    are those of the student and the teacher, by default as their timm configs say. Raises WeightsError for a teacher
+    without weights, and the errors of models and images.
     """
-    torch.manual_seed(seed)
+    set_seed(seed)  # as in a run of the recipe with this seed
     models = _build(student, student_checkpoint), _build(teacher, teacher_checkpoint or "pretrained")
     place = torch.accelerator.current_accelerator(check_available=True) if device is None else device_of(device)
     student_model, teacher_model = (model.to(place or torch.device("cpu")) for model in models)
-    inputs = _inputs(student_model, teacher_model, student, teacher)
+    inputs = inputs or _inputs(student_model, teacher_model, student, teacher)
     count = len(source.datasets.train)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(count, generator=generator)[:num_images].tolist()

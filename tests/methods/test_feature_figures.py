@@ -14,10 +14,10 @@ from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from probe_kd.engine.spec import InputSpec
+from probe_kd.engine.spec import InputSpec, Pair
 from probe_kd.errors import DataError, MatchError
 from probe_kd.methods.feature_figures import FeatureFigures, measure_features
-from probe_kd.methods.feature_matching import assign, defect, match_features, remarks
+from probe_kd.methods.feature_matching import assign, defect, features_score, match_features, remarks
 from probe_kd.methods.layer_figures import (
     PENALTY,
     cka,
@@ -369,3 +369,17 @@ def test_layers_of_the_first_strides_are_left_out_where_enough_others_remain() -
         f"stages.{index}" for index in (1, 2, 3)
     }
     assert len(match_features(figures)) == 4
+
+
+def test_the_score_is_that_by_which_pairs_are_chosen() -> None:
+    """No other monotone choice with the deepest layers has a greater one."""
+    figures = measured(stages(strides=(4, 2, 2, 1)), stages(widths=(8, 10, 12, 14), strides=(4, 2, 1, 2)))
+    taps = [[str(layer.tap) for layer in layers] for layers in (figures.student, figures.teacher)]
+    for count in (1, 2, 3):
+        choices = [
+            [Pair(*pair) for pair in zip((*some, taps[0][-1]), (*others, taps[1][-1]), strict=True)]
+            for some in combinations(taps[0][:-1], count - 1)
+            for others in combinations(taps[1][:-1], count - 1)
+        ]
+        best = max(features_score(figures, choice) for choice in choices)
+        assert features_score(figures, match_features(figures, num_pairs=count)) == pytest.approx(best, abs=1e-12)
