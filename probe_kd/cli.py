@@ -586,6 +586,37 @@ def _train(
             print_student(planned, folder, console)
 
 
+@app.command(name="cache")
+def fill_cache(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    views: Annotated[
+        int | None,
+        typer.Option(min=1, help="Fill so many views of each image. Default: those that the stages show."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The random seed, in place of the recipe's.")] = None,
+    sets: Sets = None,
+    allow_import: AllowImport = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+) -> None:
+    """Fill the cache of a recipe's frozen teachers without training, so that no step of `train` has to run them.
+
+    It shows the size before it begins, can be stopped, and goes on where it was.
+    """
+    from probe_kd.recipe.planner import plan
+    from probe_kd.recipe.reading import load
+    from probe_kd.training.filling import fill_caches
+    from probe_kd.training.progress import Progress
+
+    planned = plan(load(recipe, seed=seed, sets=sets or (), tolerant=True), allow_import=_allowed(allow_import))
+    progress = Progress(_console(), quiet=quiet or not _is_first_process())
+    try:
+        fill_caches(planned, progress, views=views)
+    except (KeyboardInterrupt, Stopped) as stop:
+        if _is_first_process():
+            _print_error(f"{str(stop) or 'stopped'}; go on with: {_command_line()}", "")
+        sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
+
+
 def _print_costs(planned: "Plan", console: "Console") -> None:
     from probe_kd.tables import costs_table
     from probe_kd.training.audit import audit

@@ -1,34 +1,27 @@
 """The outputs of a frozen teacher for every view of every image, stored on disk and replayed bit by bit.
 
-A cache is a folder per teacher, images and augmentation (its key), in it a folder per tap, and in that two files per
-view: the features of all images, row by row, which are mapped into memory, and one checksum per row, 0 where the row is
-not there. The checksum is written only after the row has reached the disk, so a run that is killed leaves no row that
-is half written; and it is compared whenever a row is read, so that a disk that gives back something else is noticed.
-What a cache depends on is in its key: where any of it changes, so does the folder.
+A cache is a folder per teacher, images and augmentation (its key), in it a folder per tap, and in that a safetensors
+file per view: the features of all images, row by row, which are mapped into memory, and one checksum per row, 0 where
+the row is not there. The checksum is written only after the row has reached the disk, so a run that is killed leaves no
+row that is half written; and it is compared whenever a row is read, so that a disk that gives back something else is
+noticed. What a cache depends on is in its key: where any of it changes, so does the folder. Nothing in it depends on
+where it lies, so that it can be moved and copied.
 """
 
-import hashlib
-import json
-import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from math import log, prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch import Tensor
 
-from probe_kd.data.label_sets import MultiHotImages
-from probe_kd.errors import DataError, RunError
+from probe_kd.data.row_files import SUM, RowFile, create, metadata_of, open_rows, write_present
+from probe_kd.errors import RunError
 from probe_kd.files.atomic import to_disk
 from probe_kd.files.run_folder import lock_file, unlock_file
-
-SUM = torch.int64  # of checksums, which need 33 bits as signed numbers
-FORMAT = 2  # changes if the format of rows does, or what an adapter of the same name computes
 
 
 @dataclass(frozen=True)
@@ -85,17 +78,18 @@ class TeacherCache:
 
     `damaged` counts the rows that were not as they were written; they count as absent.
     `count` is the number of training images. Of several runs that use one folder at a time the first writes, and the
-    others read what is there (`writes` is false) and ask their own teacher for the rest.
+    others read what is there (`writes` is false) and ask their own teacher for the rest. `about` is the metadata of new
+    files.
     """
 
     folder: Path
     taps: Sequence[Stored]
     count: int
     writes: bool = True
+    about: Mapping[str, str] = field(default_factory=dict)
     damaged: int = 0
     _view: int = -1
-    _rows: list[Tensor] = field(default_factory=list)
-    _sums: list[Tensor] = field(default_factory=list)
+    _files: list[RowFile] = field(default_factory=list)
     _fresh: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)  # indices and sums since the last flush
     _lock: IO[str] | None = None
 
@@ -104,18 +98,17 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = lock_file(self.folder / "lock")
-        except OSError:  # of a file system without locks, where two runs might write
+        except OSError:  # of a file system without locks, where two runs might write, or one that is only read
             return False
         return self._lock is not None
 
-    def prepare(self, view: int) -> None:
+    def prepare(self, view: int, view_seed: int | None = None) -> None:
         """Make room for a view, by one process. Raises RunError where the disk has none: never later, in a step."""
         for tap in self.taps:
-            rows, sums = self._files(tap, view)
-            rows.parent.mkdir(parents=True, exist_ok=True)
+            own = {"tap": tap.tap, "view": view, "view_seed": view_seed, "top_k": tap.top_k}
+            about = {key: str(value) for key, value in {**own, **self.about}.items() if value is not None}
             try:
-                _reserve(rows, tap.bytes * self.count)
-                _reserve(sums, SUM.itemsize * self.count)
+                create(self.path(tap, view), self.count, tap.row, tap.stored_dtype, about)
             except OSError as refusal:
                 size = tap.bytes * self.count / 1e9
                 raise RunError(
@@ -128,31 +121,32 @@ class TeacherCache:
         self.flush()
         if view == self._view:
             return
-        files = [self._files(tap, view) for tap in self.taps]
-        if not all(file.exists() for pair in files for file in pair):  # of a cache that another run writes
-            self._view, self._rows, self._sums = -1, [], []
-            return
-        self._view = view
-        self._rows = [
-            torch.from_file(str(rows), shared=True, size=self.count * prod(tap.row), dtype=tap.stored_dtype).view(
-                self.count, *tap.row
-            )
-            for tap, (rows, _) in zip(self.taps, files, strict=True)
+        files = [
+            open_rows(self.path(tap, view), self.count, tap.row, tap.stored_dtype, writes=self.writes)
+            for tap in self.taps
         ]
-        self._sums = [torch.from_file(str(sums), shared=True, size=self.count, dtype=SUM) for _, sums in files]
+        opened = [file for file in files if file is not None]
+        # Not all are there in a cache that another run writes.
+        self._view, self._files = (view, opened) if len(opened) == len(files) else (-1, [])
+
+    def missing(self, view: int) -> Tensor:
+        """The indices of the images of a view that are not there at every tap. Their rows are not read."""
+        self.begin(view)
+        there = torch.stack([file.sums != 0 for file in self._files]).all(0) if self._files else torch.zeros(self.count)
+        return (there == 0).nonzero().flatten()
 
     def find(self, indices: Tensor) -> list[Tensor] | None:
         """The features of these images at every tap, on the CPU, as they were written; None unless all are there."""
-        if not self._sums or not all(bool(sums[indices].all()) for sums in self._sums):
+        if not self._files or not all(bool(file.sums[indices].all()) for file in self._files):
             return None
         features, intact = [], True
-        for tap, rows, sums in zip(self.taps, self._rows, self._sums, strict=True):
-            stored = rows[indices]
-            mismatched = checksums(stored) != sums[indices]
+        for tap, file in zip(self.taps, self._files, strict=True):
+            stored = file.rows[indices]
+            mismatched = checksums(stored) != file.sums[indices]
             if mismatched.any():
                 intact = False
                 self.damaged += int(mismatched.sum())
-                sums[indices[mismatched]] = 0
+                file.sums[indices[mismatched]] = 0
             features.append(self._as_feature(tap, stored))
         return features if intact else None
 
@@ -162,10 +156,10 @@ class TeacherCache:
             shorten(feature, tap.top_k) if tap.top_k else feature.detach()
             for tap, feature in zip(self.taps, features, strict=True)
         ]
-        if self.writes and self._rows:
+        if self.writes and self._files:
             rows_here = [row.cpu() for row in rows]
-            for place, row in zip(self._rows, rows_here, strict=True):
-                place[indices] = row
+            for file, row in zip(self._files, rows_here, strict=True):
+                file.rows[indices] = row
             self._fresh.append((indices, [checksums(row) for row in rows_here]))
         return [self._as_feature(tap, row) for tap, row in zip(self.taps, rows, strict=True)]
 
@@ -177,19 +171,21 @@ class TeacherCache:
         """Write new rows to the disk, and only then their checksums, which mark them as present."""
         if not self._fresh:
             return
-        files = [self._files(tap, self._view) for tap in self.taps]
-        for rows, _ in files:
-            to_disk(rows)
+        paths = [self.path(tap, self._view) for tap in self.taps]
+        for path in paths:
+            to_disk(path)
         for indices, sums_of_taps in self._fresh:
-            for place, sums in zip(self._sums, sums_of_taps, strict=True):
-                place[indices] = sums
+            for file, sums in zip(self._files, sums_of_taps, strict=True):
+                file.sums[indices] = sums
+        for path, file in zip(paths, self._files, strict=True):
+            write_present(path, int(file.sums.count_nonzero()))
         self._fresh = []
 
     def some(self, view: int, most: int) -> tuple[Tensor, list[Tensor]]:
         """(indices, features at every tap) of at most `most` images that are stored."""
         self.begin(view)
-        while self._sums:
-            indices = torch.stack(self._sums).bool().all(0).nonzero().flatten()[:most]
+        while self._files:
+            indices = torch.stack([file.sums for file in self._files]).bool().all(0).nonzero().flatten()[:most]
             features = self.find(indices)
             if features is not None:  # else some were damaged, and count as absent now
                 return indices, features
@@ -197,96 +193,25 @@ class TeacherCache:
 
     def close(self) -> None:
         self.flush()
-        self._rows, self._sums = [], []
+        self._view, self._files = -1, []
         if self._lock is not None:
             unlock_file(self._lock)
             self._lock = None
 
-    def _files(self, tap: Stored, view: int) -> tuple[Path, Path]:
+    def path(self, tap: Stored, view: int) -> Path:
+        """The file of one tap and view."""
         name = tap.tap.replace("/", "_") or "output"
         folder = self.folder / (f"{name} top {tap.top_k}" if tap.top_k else name)
-        return folder / f"{view:06d}.rows", folder / f"{view:06d}.sums"
+        return folder / f"{view:06d}.safetensors"
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of one of the files; empty if there is none."""
+        first = next(iter(sorted(self.folder.glob("*/*.safetensors"))), None)
+        return metadata_of(first) if first else {}
 
 
 def checksums(rows: Tensor) -> Tensor:
     """(images, ...) to (images,): the CRC-32 of each row, and never 0, which says that there is none."""
     parts = rows.contiguous().flatten(1).view(torch.uint8).numpy() if rows.numel() else rows.numpy()
     return torch.tensor([zlib.crc32(part) or 1 for part in parts], dtype=SUM)
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Reserve disk space for the whole file, since writing to a mapped file on a full disk kills the process."""
-    if path.exists() and path.stat().st_size == size:
-        return
-    handle = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        os.posix_fallocate(handle, 0, size)
-    except OSError:
-        path.unlink()
-        raise
-    finally:
-        os.close(handle)
-
-
-def key_of(teacher: nn.Module, images: Dataset[Any], about: Mapping[str, Any]) -> tuple[str, str]:
-    """(the name of the folder, what it depends on as JSON): weights, images, versions, and what `about` says."""
-    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "pillow")}
-    depends = {
-        "format": FORMAT,
-        "teacher": _digest(_bytes_of(tensor) for tensor in _named(teacher)),
-        "images": fingerprint(images),
-        "versions": versions,
-        **about,
-    }
-    text = json.dumps(depends, indent=1, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16], text
-
-
-def fingerprint(images: Dataset[Any]) -> str:
-    """A digest of the images and their order: of the names, sizes and times of all files, or of all pixels.
-
-    It always includes the pixels of some images. Without files or pixels in memory, it has nothing else.
-    """
-    if isinstance(images, Subset):
-        return _digest([fingerprint(images.dataset).encode(), repr(list(images.indices)).encode()])
-    if isinstance(images, MultiHotImages):  # no teacher sees the labels
-        return fingerprint(images.images)
-    count = len(images)  # type: ignore[arg-type]
-    parts = [str(count).encode()]
-    inner = getattr(images, "images", images)
-    if hasattr(images, "samples"):
-        parts += [_stat(path, target) for path, target in images.samples]
-    elif hasattr(inner, "data"):
-        targets = torch.as_tensor(getattr(inner, "targets", ()))  # 60,000 numbers one by one take six seconds
-        parts += [_bytes_of(torch.as_tensor(inner.data)), _bytes_of(targets)]
-    parts += [_stat(str(path), None) for path in getattr(images, "files", ())]  # of shards
-    for index in range(0, count, max(1, count // 64)):
-        try:
-            image, target = images[index]
-        except DataError:  # it may be one that the recipe leaves out
-            continue
-        parts += [image.tobytes(), str(target).encode()]
-    return _digest(parts)
-
-
-def _stat(path: str, target: Any) -> bytes:
-    try:
-        status = os.stat(path)
-    except OSError:  # inside an archive
-        return f"{path} {target}".encode()
-    return f"{path} {target} {status.st_size} {status.st_mtime_ns}".encode()
-
-
-def _named(module: nn.Module) -> Iterable[Tensor]:
-    return (tensor for _, tensor in sorted(module.state_dict().items()))
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return bytes(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()

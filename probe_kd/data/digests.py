@@ -96,7 +96,9 @@ def of_unlabelled_files(paths: Sequence[str], root: str) -> Contents:
 
 def of_sets_of_files(paths: Sequence[str], labels: Sequence[Sequence[str]], root: str) -> Contents:
     """Contents of image files with any number of labels: their parts are the classes, and `""` of images without."""
-    keys = [os.fsencode(f"{name}\0{size}\0") for name, size in zip(_names_in(root, paths), _sizes(paths), strict=True)]
+    keys = [
+        os.fsencode(f"{name}\0{size}\0") for name, size in zip(_names_in(root, paths), sizes_of(paths), strict=True)
+    ]
     contents = of_unlabelled_files(paths, root)
     return replace(contents, kind="class", parts=_parts_of_sets(keys, labels))
 
@@ -122,7 +124,7 @@ def of_files(files: Sequence[tuple[str, str]], root: str) -> Contents:
     names = _names_in(root, [path for path, _ in files])
     digests: dict[str, Any] = {}
     counts: dict[str, int] = {}
-    sizes = _sizes([path for path, _ in files])
+    sizes = sizes_of([path for path, _ in files])
     for name, size, (_, label) in zip(names, sizes, files, strict=True):
         counts[label] = counts.get(label, 0) + 1
         digests.setdefault(label, blake2b(digest_size=8)).update(os.fsencode(f"{name}\0{size}\0"))
@@ -182,7 +184,7 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _sizes(paths: Sequence[str]) -> list[int]:
+def sizes_of(paths: Sequence[str]) -> list[int]:
     """In threads, because a file system may be remote."""
     parts = [paths[start : start + 1024] for start in range(0, len(paths), 1024)]
     with ThreadPoolExecutor(8) as threads:

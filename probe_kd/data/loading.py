@@ -127,16 +127,23 @@ class Views(Sampler[tuple[int, int]]):
 
     def of(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         """These images, each with the seed of this epoch's view."""
-        view = self._seed_of(self.view)
-        return [(index, view) for index in indices]
+        seed = self.view_seed
+        return [(index, seed) for index in indices]
+
+    @property
+    def view_seed(self) -> int:
+        """The seed of this epoch's view."""
+        return seed_of_view(self.seed, self.view)
 
     @property
     def seeds_of_views(self) -> list[int]:
         """The seeds of all views; none if every epoch has a new one."""
-        return [self._seed_of(view) for view in range(self.views or 0)]
+        return [seed_of_view(self.seed, view) for view in range(self.views or 0)]
 
-    def _seed_of(self, view: int) -> int:
-        return _combined_seed(self.seed, view, 1)
+
+def seed_of_view(seed: int, view: int) -> int:
+    """The seed of a view of all images, in a run with this seed."""
+    return _combined_seed(seed, view, 1)
 
 
 def _by_class(classes: Int[np.ndarray, " images"]) -> list[Int[np.ndarray, " images_of_class"]]:

@@ -57,7 +57,7 @@ class Loop:
         self.average = _average(distiller.student, recipe) if averaged else None
         optimizer = make_optimizer(distiller, phase.optimizer)
         self.compiled = recipe.torchcompile is not None
-        _compile(distiller, recipe.torchcompile)
+        compile_distiller(distiller, recipe.torchcompile)
         self.module, self.optimizer = accelerator.prepare(distiller, optimizer)
         self.batches = batches.prepare(accelerator, memory_format(recipe, accelerator.device))
         self.steps: int = len(self.batches)
@@ -107,7 +107,7 @@ class Loop:
         load(self.batches)
         for cache in self.caches.values():
             if cache.writes and self.accelerator.is_main_process:
-                cache.prepare(self.views.view)
+                cache.prepare(self.views.view, self.views.view_seed)
         if self.caches:
             self.accelerator.wait_for_everyone()
         for cache in self.caches.values():
@@ -220,7 +220,7 @@ class Loop:
         return float(max(group["lr"] for group in self.optimizer.param_groups))
 
 
-def _compile(distiller: Distiller, options: CompileOptions | None) -> None:
+def compile_distiller(distiller: Distiller, options: CompileOptions | None) -> None:
     """Compile in place, after the hooks are attached."""
     if options is None:
         return

@@ -123,15 +123,18 @@ def is_peer_lost(error: BaseException) -> bool:
 
 
 @contextmanager
-def listening(progress: Progress) -> Iterator[list[int]]:
-    """Yield a list that collects the signals to stop. A second Ctrl-C does not wait for the end of the update."""
+def listening(progress: Progress, then: str = "stopping after this update, with a checkpoint") -> Iterator[list[int]]:
+    """Yield a list that collects the signals to stop. A second Ctrl-C does not wait for the end of the update.
+
+    `then` says what happens after the first.
+    """
     signals: list[int] = []
 
     def on_signal(number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and signals:
             raise KeyboardInterrupt
         signals.append(number)
-        progress.say(f"{signal.Signals(number).name}: stopping after this update, with a checkpoint")
+        progress.say(f"{signal.Signals(number).name}: {then}")
 
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield signals

@@ -39,15 +39,26 @@ class Progress:
         self.steps_before = 0
         self.text = ""
         self.measures = ""
+        self.unit = "epoch"
         self.other_columns: Collection[str] = not_losses(())
 
     def begin(
-        self, title: str, epochs: int, steps: int, done: int, first: int = 0, *, losses: Collection[str] = ()
+        self,
+        title: str,
+        epochs: int,
+        steps: int,
+        done: int,
+        first: int = 0,
+        *,
+        losses: Collection[str] = (),
+        unit: str = "epoch",
     ) -> None:
         """Begin a stage of `epochs` epochs with `steps` steps each.
 
         `done` epochs are done already, and `first` steps of the epoch after them. `losses` are the names of its losses.
+        `unit` is what an epoch is called.
         """
+        self.unit = unit
         self.title, self.epochs, self.images = title, epochs, 0
         self.other_columns = not_losses(losses)
         self.steps, self.before, self.done = steps, done * steps, first
@@ -97,7 +108,7 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.task, losses=self._status())
         elif not self.quiet:
-            self._print(f"step {self.done}/{self.steps} of epoch {self._epochs_done() + 1}/{self.epochs}")
+            self._print(f"step {self.done}/{self.steps} of {self.unit} {self._epochs_done() + 1}/{self.epochs}")
 
     def epoch(self, row: Row) -> None:
         """Show the results of an epoch."""

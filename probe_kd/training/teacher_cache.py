@@ -1,5 +1,7 @@
 """The teacher's cache of one phase: which features it holds, and what they depend on."""
 
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from probe_kd.data.cache import Stored, TeacherCache, key_of
+from probe_kd.data.cache import Stored, TeacherCache
+from probe_kd.data.cache_keys import DEPENDS_ON, as_text, depends_on, differences_beside, key_of
 from probe_kd.engine.models import portable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError
@@ -16,10 +19,10 @@ from probe_kd.methods.distiller import Distiller
 from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.progress import Progress
 
-# The keys of `data` that do not change the training images.
+# The keys of `data` that do not change what the teacher sees. The images themselves are in the key by their contents.
 UNSEEN = {
-    *("batch_size", "workers", "memory", "views", "download", "root", "num_classes"),
-    *("val_split", "test_split", "on_error", "labels", "sampler"),
+    *("batch_size", "workers", "memory", "views", "download", "root", "num_classes", "mean", "std"),
+    *("dataset", "train_split", "val_split", "test_split", "on_error", "labels", "sampler"),
 }
 
 
@@ -44,56 +47,107 @@ def open_cache(
     models: Models, name: str, trained: TrainedModel, distiller: Distiller, progress: Progress
 ) -> TeacherCache | None:
     """Open a teacher's cache if the recipe has one and the phase reads this teacher; otherwise return None."""
-    options, accelerator = models.plan.recipe.teachers_by_name[name], models.accelerator
-    targets = distiller.targets_of(name)
-    if options.cache is None or not targets:
+    options = models.plan.recipe.teachers_by_name[name]
+    if options.cache is None or not distiller.targets_of(name):
         return None
-    image_input = models.images_for(trained)
-    # The shapes and precisions of the targets are measured, and not guessed.
+    return opened_cache(models, name, trained, stored_targets(models, name, trained, distiller), progress)
+
+
+def stored_targets(models: Models, name: str, trained: TrainedModel, distiller: Distiller) -> list[Stored]:
+    """What a cache stores of a teacher for this phase: shapes and precisions are measured, and not guessed."""
+    options, accelerator = models.plan.recipe.teachers_by_name[name], models.accelerator
     with torch.no_grad(), accelerator.autocast():
-        features = distiller.teacher_targets(torch.zeros(2, *image_input.size, device=accelerator.device), [name])
+        images = torch.zeros(2, *models.images_for(trained).size, device=accelerator.device)
+        features = distiller.teacher_targets(images, [name])
     comparing = [item for item in distiller.objectives if item.resolved.reads == "outputs"]
     outputs = {str(tap.local) for item in comparing for tap in item.teacher_taps if tap.model == name}
     # Without the teacher's name, under which another recipe may not know it.
-    taps = [
+    return [
         Stored(
             target.name,
             tuple(feature.shape[1:]),
             feature.dtype,
             options.cache_top_k if target.name in outputs else None,
         )
-        for target, feature in zip(targets.values(), features, strict=True)
+        for target, feature in zip(distiller.targets_of(name).values(), features, strict=True)
     ]
+
+
+def opened_cache(
+    models: Models, name: str, trained: TrainedModel, taps: Sequence[Stored], progress: Progress
+) -> TeacherCache:
+    """Open the cache of a teacher, and tell of one that could be meant and is not used. Raises RunError."""
+    parent = Path(str(models.plan.recipe.teachers_by_name[name].cache))
     opened: list[Any] = [None]
-    cache = TeacherCache(Path(options.cache), taps, len(models.plan.datasets.train))  # type: ignore[arg-type]
-    if accelerator.is_main_process:
-        depends_on = _depends_on(models, models.teachers[name], image_input)
-        key, depends = key_of(models.teachers[name].model, models.plan.datasets.train, depends_on)
-        cache.folder = cache.folder / key
-        try:
-            opened = [(cache.folder, cache.lock())]
-            (cache.folder / "depends-on.json").write_text(depends, encoding="utf-8")
-        except OSError as refusal:
-            raise RunError(f"cannot write the teacher's cache {cache.folder}: {refusal.strerror}") from refusal
-    cache.folder, cache.writes = broadcast_object_list(opened)[0]
+    cache = TeacherCache(parent, taps, len(models.plan.datasets.train))  # type: ignore[arg-type]
+    if models.accelerator.is_main_process:
+        dependencies = _depends_on(models, name, trained)
+        cache.folder = parent / key_of(dependencies)
+        cache.about = _metadata(cache.folder.name, dependencies, models.images_for(trained))
+        _tell_of_others(cache, dependencies, progress)
+        opened = [(cache.folder, _lock(cache, dependencies), cache.about)]
+    cache.folder, cache.writes, cache.about = broadcast_object_list(opened)[0]
     if not cache.writes:
-        progress.say(f"another run writes the teacher's cache in {cache.folder}; this one only reads it")
+        progress.say(
+            f"the teacher's cache in {cache.folder} is written by another run, or is read-only: it is only read"
+        )
     return cache
 
 
-def _depends_on(models: Models, teacher: TrainedModel, image_input: InputSpec) -> dict[str, Any]:
-    """All settings on which a teacher's targets depend."""
-    recipe = models.plan.recipe
+def _lock(cache: TeacherCache, dependencies: Mapping[str, Any]) -> bool:
+    """Lock the folder of a cache, and write what it depends on. Raises RunError where a new one cannot be made."""
+    file = cache.folder / DEPENDS_ON
+    try:
+        writes = cache.lock()
+        if writes:
+            file.write_text(as_text(dependencies), encoding="utf-8")
+    except OSError as refusal:
+        raise RunError(f"cannot write the teacher's cache {cache.folder}: {refusal.strerror}") from refusal
+    return writes
+
+
+def _depends_on(models: Models, name: str, trained: TrainedModel) -> dict[str, Any]:
+    """All on which a teacher's targets depend, but for the rounding of another student's normalisation."""
+    recipe, teacher, images = models.plan.recipe, models.teachers[name], models.images_for(trained)
     data = recipe.data.model_dump(mode="json", exclude=UNSEEN)
     model, kwargs = portable(teacher.trace.model, teacher.trace.model_kwargs)
-    return {
+    # Random erasing leaves the student's mean.
+    erased = {"erased": asdict(images)["mean"]} if recipe.data.reprob else {}
+    about = {
         "model": model,
         "model_kwargs": kwargs,
         "seed": None if recipe.data.no_aug else recipe.seed,
-        "views": {**data, "given": asdict(image_input), "teacher": asdict(teacher.input)},
+        "views": {**data, "size": images.size, "teacher_input": asdict(teacher.input), **erased},
         "precision": str(models.accelerator.mixed_precision),
         "device": models.accelerator.device.type,
     }
+    return depends_on(teacher.model, models.plan.datasets.train, about)
+
+
+def _metadata(key: str, dependencies: Mapping[str, Any], images: InputSpec) -> dict[str, str]:
+    """The metadata of new files: whose rows they are, and the normalisation from which the teacher's was computed."""
+    return {
+        "key": key,
+        "teacher": dependencies["teacher"],
+        "images": dependencies["images"],
+        "normalisation": json.dumps([images.mean, images.std]),
+    }
+
+
+def _tell_of_others(cache: TeacherCache, dependencies: Mapping[str, Any], progress: Progress) -> None:
+    """Tell of a cache of the same teacher and images that is not used, and of rows that have another rounding."""
+    existing = cache.metadata
+    if not existing and (other := differences_beside(cache.folder, dependencies)):
+        folder, differences = other
+        progress.tell(
+            f"{folder} holds a cache of this teacher and these images, but it was made with {differences}: it is not "
+            f"used, and a new one begins in {cache.folder}"
+        )
+    if existing.get("normalisation", cache.about["normalisation"]) != cache.about["normalisation"]:
+        progress.tell(
+            f"the cache in {cache.folder} was begun for a student whose images are normalised by other means and "
+            "deviations: its rows are what the teacher gives here but for rounding"
+        )
 
 
 def tell_of_damage(cache: TeacherCache, progress: Progress) -> None:

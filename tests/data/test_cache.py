@@ -4,16 +4,17 @@ import resource
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
 from conftest import TINY, apart, begin
 from running import After, Quiet, same, stop
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from probe_kd.data.cache import Stored, TeacherCache, checksums, fingerprint, key_of, lengthen, shorten
+from probe_kd.data.cache import Stored, TeacherCache, checksums, lengthen, shorten
+from probe_kd.data.cache_keys import depends_on, fingerprint, key_of
 from probe_kd.data.loading import DataOptions, open_datasets
+from probe_kd.data.row_files import RowFile, metadata_of, open_rows
 from probe_kd.errors import RecipeError, RunError
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import parse
@@ -34,10 +35,13 @@ def cached(text: str, folder: Path, extra: str = "") -> str:
     return text.replace("  model: resnet10t\n", f"  model: resnet10t\n  cache: {folder}\n{extra}")
 
 
-class Counting(Quiet):
-    """Counts the images that the teacher is asked about, by what reaches its stem."""
-
-    asked = 0
+def mapped(folder: Path, tap: str) -> RowFile:
+    """The rows of the first view at a tap, as (359, numbers): what is written to them is written to the file."""
+    (path,) = folder.glob(f"*/{tap}/000000.safetensors")
+    rows = load_file(path)["rows"]
+    file = open_rows(path, 359, rows.shape[1:], rows.dtype, writes=True)
+    assert file is not None
+    return file._replace(rows=file.rows.flatten(1))
 
 
 def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, **options: Any) -> int:
@@ -90,9 +94,10 @@ def test_what_a_killed_run_kept_is_whole_and_the_rest_is_asked_again(recipe: str
         path.unlink()
     with pytest.raises(KeyboardInterrupt):
         run(text, tmp_path / "parts", display=After(stop, updates=3))
-    (sums,) = (tmp_path / "cache").glob("*/layer2/*.sums")
-    kept = np.count_nonzero(np.fromfile(sums, dtype=np.int64))
+    (file,) = (tmp_path / "cache").glob("*/layer2/*.safetensors")
+    kept = load_file(file)["sums"].count_nonzero()
     assert kept == 64 * 3
+    assert metadata_of(file)["rows_present"] == f"{kept:012d}"
     run(text, tmp_path / "parts", resume=True)
     same(tmp_path / "parts", tmp_path / "whole")
 
@@ -101,33 +106,25 @@ def test_rows_that_are_damaged_are_asked_again_and_told(recipe: str, tmp_path: P
     """Two swapped words, a lost half, and whole checksums that are not those of their rows."""
     text, said = cached(recipe, tmp_path / "cache"), Quiet()
     run(text, tmp_path / "run")
-    for path in (tmp_path / "cache").glob("*/layer3/000000.*"):
-        rows = np.fromfile(path, dtype=np.int64).reshape(359, -1)
-        if path.suffix == ".rows":
-            filled = np.flatnonzero(rows.any(1))[:40]
-            rows[filled[:, None], [0, 1]] = rows[filled[:, None], [1, 0]]
-            written = rows.copy()
-        else:
-            rows[1000:][rows[1000:] != 0] += 1
-        rows.tofile(path)
+    sums, rows = mapped(tmp_path / "cache", "layer3")
+    filled = sums.nonzero().flatten()[:40]
+    rows[filled[:, None], [0, 1]] = rows[filled[:, None], [1, 0]]
+    sums[200:][sums[200:] != 0] += 1
+    written = rows.clone()
     run(text, tmp_path / "again", display=said)
     same(tmp_path / "run", tmp_path / "again")
     (told,) = [line for line in said.said if "were damaged" in line]
     assert int(told.split()[0]) >= 40
-    (path,) = (tmp_path / "cache").glob("*/layer3/000000.rows")
-    assert not np.array_equal(np.fromfile(path, dtype=np.int64).reshape(359, -1), written), "they are written anew"
+    assert not torch.equal(mapped(tmp_path / "cache", "layer3").rows, written), "they are written anew"
 
 
 def test_a_cache_that_holds_something_else_is_noticed(recipe: str, tmp_path: Path) -> None:
     """Whole rows, but of another teacher: something that no checksum tells."""
     text = cached(recipe, tmp_path / "cache")
     run(text, tmp_path / "run")
-    for path in (tmp_path / "cache").glob("*/layer3/000000.rows"):
-        rows = np.fromfile(path, dtype=np.float32).reshape(359, -1) * np.float32(1.1)
-        rows.tofile(path)
-        sums = path.with_suffix(".sums")
-        known = np.fromfile(sums, dtype=np.int64)
-        np.where(known, checksums(torch.from_numpy(rows)).numpy(), 0).tofile(sums)
+    sums, rows = mapped(tmp_path / "cache", "layer3")
+    rows *= 1.1
+    sums.copy_(torch.where(sums != 0, checksums(rows), 0))
     with pytest.raises(RunError, match=r"holds at `layer3` what is 10.0% away from what the teacher gives"):
         run(text, tmp_path / "again")
 
@@ -138,13 +135,14 @@ def test_the_key_changes_with_all_that_it_depends_on(tmp_path: Path) -> None:
     options = DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))
     images = open_datasets(options).train
     about = {"seed": 0, "views": {"aa": None}}
-    key, _ = key_of(model, images, about)
-    assert key_of(model, images, dict(about))[0] == key
-    others = [key_of(model, images, {**about, "seed": 1})[0]]
-    others.append(key_of(model, open_datasets(options.model_copy(update={"holdout": 0.1})).train, about)[0])
+    key = key_of(depends_on(model, images, about))
+    assert key_of(depends_on(model, images, dict(about))) == key
+    others = [key_of(depends_on(model, images, {**about, "seed": 1}))]
+    held_out = open_datasets(options.model_copy(update={"holdout": 0.1}))
+    others.append(key_of(depends_on(model, held_out.train, about)))
     with torch.no_grad():
         model.bn1.running_var[3] += 1e-6
-    others.append(key_of(model, images, about)[0])
+    others.append(key_of(depends_on(model, images, about)))
     assert len({key, *others}) == 4
 
 
@@ -180,8 +178,9 @@ def test_a_run_on_top_k_logits_replays_to_the_bit_and_keeps_little(recipe: str, 
     run(text, tmp_path / "first")
     run(text, tmp_path / "again")
     same(tmp_path / "first", tmp_path / "again")
-    (rows, *_) = (tmp_path / "cache").glob("*/output top 3/*.rows")
-    assert rows.stat().st_size == 359 * 7 * 4
+    (file, *_) = (tmp_path / "cache").glob("*/output top 3/*.safetensors")
+    assert load_file(file)["rows"].shape == (359, 7)
+    assert metadata_of(file)["top_k"] == "3"
 
 
 def test_bf16_features_are_kept_as_they_are(tmp_path: Path) -> None:
@@ -236,7 +235,7 @@ def test_a_disk_without_room_is_told_before_the_first_step(tmp_path: Path) -> No
     process = begin(_with_little_room, tmp_path, queue)
     assert "needs 0.0004 GB for `layer3` of one view" in queue.get(timeout=60)
     process.join()
-    assert not list(tmp_path.rglob("*.rows"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from conftest import WHOLE
 from PIL import Image
 from pydantic import ValidationError
 
-from probe_kd.data.cache import fingerprint
+from probe_kd.data.cache_keys import fingerprint
 from probe_kd.data.datasets import class_names, open_datasets
 from probe_kd.data.names import check_name
 from probe_kd.data.options import DataOptions

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from timm.data import create_dataset
 
 from probe_kd.data import loading as data
-from probe_kd.data.cache import fingerprint
+from probe_kd.data.cache_keys import fingerprint
 from probe_kd.data.loading import DataOptions, Views, _shards_of, loader, open_datasets, readable
 from probe_kd.data.shards import _Info, _lengths, open_shards
 from probe_kd.engine.spec import InputSpec
@@ -172,12 +172,16 @@ def test_two_processes_train_and_measure_what_one_does(recipe: str, whole: Path,
     close(whole, tmp_path / "two", 1e-3)
 
 
-def test_a_cache_notices_another_shard(written: Path, bare: Path) -> None:
-    before = fingerprint(open_shards(str(bare), "digits-train-1.tar"))
-    (bare / "digits-train-1.tar").unlink()
-    shutil.copy(written / "digits-train-1.tar", bare)
-    os.utime(bare / "digits-train-1.tar", (1, 1))
-    assert fingerprint(open_shards(str(bare), "digits-train-1.tar")) != before
+def test_a_cache_notices_another_shard_and_not_another_place(written: Path, bare: Path) -> None:
+    name = "digits-train-1.tar"
+    before = fingerprint(open_shards(str(written), name))
+    (bare / name).unlink()
+    shutil.copy(written / name, bare)
+    os.utime(bare / name, (1, 1))
+    assert fingerprint(open_shards(str(bare), name)) == before
+    with (bare / name).open("ab") as file:
+        file.write(bytes(512))
+    assert fingerprint(open_shards(str(bare), name)) != before
 
 
 @pytest.mark.parametrize(
