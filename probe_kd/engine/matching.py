@@ -76,7 +76,7 @@ def expand(trace: Trace, text: str, inside: str = "") -> tuple[Tap, ...]:
     silent: list[str] = []
     for name in matching:
         try:
-            specs.append(trace[f"{inside}{name}{pattern['rest']}"])
+            specs.append(trace[f"{Tap(inside + name)}{pattern['rest']}"])
         except TapError as refusal:
             silent.append(str(refusal))
     if not specs:

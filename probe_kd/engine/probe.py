@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -32,7 +33,7 @@ class Probe:
 
     The first call in each mode (`train`, `eval`) is a rehearsal. It runs the whole model, checks every tap, and finds
     the taps that a later in-place operation overwrites. Later calls clone only those. Taps given as `FeatureSpec`s of a
-    trace need no rehearsal.
+    trace need no rehearsal, and their tensors have the batch first.
 
     If `stop_early` is true, every later forward ends at the last tap, unless a tap needs the model's own output. This
     also holds for a compiled probe.
@@ -58,6 +59,7 @@ class Probe:
         )
         self.stop_early = stop_early
         self._clones = {spec.tap for spec in specs if spec.clone}
+        self._batch_axes = {spec.tap: spec.batch_axis for spec in specs if spec.batch_axis}
         self._rehearsed = {True, False} if len(specs) == len(tap_list) else set[bool]()
         self._rehearsing = False
         self._watched = False  # whether a rehearsal saw the version of every capture
@@ -102,7 +104,7 @@ class Probe:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy or a pickle has its own hooks on its own model, and the results of the rehearsals of this probe.
-        rehearsal = set(self._clones), set(self._rehearsed)
+        rehearsal = set(self._clones), set(self._rehearsed), dict(self._batch_axes)
         return _rebuild, (self.model, self.taps, self.stop_early, *rehearsal, self._attached)
 
     def __repr__(self) -> str:
@@ -229,7 +231,8 @@ class Probe:
         clone = tap in self._clones or self.model.training not in self._rehearsed
         if not torch.compiler.is_compiling() and not tensor.is_inference():  # both keep no version to compare
             self._versions.setdefault(tap, (tensor, tensor._version))
-        self._store[tap] = tensor.clone() if clone else tensor
+        axis = self._batch_axes.get(tap)
+        self._store[tap] = (tensor.clone() if clone else tensor) if axis is None else tensor.movedim(axis, 0).clone()
         self._missing -= 1
 
     def _stop_if_done(self) -> None:
@@ -251,10 +254,16 @@ class Probe:
 
 
 def _rebuild(
-    model: nn.Module, taps: tuple[Tap, ...], stop_early: bool, clones: set[Tap], rehearsed: set[bool], attached: bool
+    model: nn.Module,
+    taps: tuple[Tap, ...],
+    stop_early: bool,
+    clones: set[Tap],
+    rehearsed: set[bool],
+    batch_axes: dict[Tap, int],
+    attached: bool,
 ) -> Probe:
     probe = Probe(model, taps, stop_early=stop_early)
-    probe._clones, probe._rehearsed = clones, rehearsed
+    probe._clones, probe._rehearsed, probe._batch_axes = clones, rehearsed, batch_axes
     return probe.attach() if attached else probe
 
 
@@ -344,21 +353,26 @@ def pick(tap: Tap, value: Any, items: Sequence[int | str]) -> Tensor:
         value = _step(tap, value, item)
     if isinstance(value, Tensor):
         return value
-    inside = [f"[{key}]" for key in _keys(value)]
+    inside = [replace(tap, items=(*tap.items, item_of(key))) for key in _keys(value)]
     raise TapError(
         f"'{tap}' yields {_describe(value)}, not a tensor"
-        + (f"; write one of {', '.join(repr(str(tap) + key) for key in inside[:6])}" if inside else "")
+        + (f"; write one of {', '.join(repr(str(item)) for item in inside[:6])}" if inside else "")
     )
 
 
 def _step(tap: Tap, value: Any, item: int | str) -> Any:
-    if isinstance(value, Mapping) and isinstance(item, int) and item not in value:
-        item = str(item)
     keys = _keys(value)
-    if item not in keys:
+    named = [key for key in keys if item_of(key) == item] or [key for key in keys if str(key) == str(item)]
+    if not named:
         legal = ", ".join(map(str, keys)) or "none"
         raise TapError(f"'{tap}': no item [{item}] in {_describe(value)}; items there: {legal}")
-    return value[item] if isinstance(value, tuple | list | Mapping) else getattr(value, str(item))  # type: ignore[index]
+    return value[named[0]] if isinstance(value, tuple | list | Mapping) else getattr(value, str(item))
+
+
+def item_of(key: Any) -> int | str:
+    """Return the item of a tap that selects a key: small numbers and text as they are, and all others by their text."""
+    is_position = isinstance(key, int) and not isinstance(key, bool) and 0 <= key < 10**9
+    return key if is_position else str.__str__(key) if isinstance(key, str) else str(key)
 
 
 def _keys(value: Any) -> list[Any]:
@@ -400,7 +414,7 @@ def pick_argument(tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         return pick(tap, args[key], rest)
     if isinstance(key, str) and key in kwargs:
         return pick(tap, kwargs[key], rest)
-    legal = ", ".join([f"[{position}]" for position in range(len(args))] + [f"[{name}]" for name in kwargs])
+    legal = ", ".join(f"[{name}]" for name in [*range(len(args)), *kwargs])
     raise TapError(f"'{tap}': the module is not called with an argument [{key}]; its arguments: {legal or 'none'}")
 
 

@@ -4,6 +4,8 @@ Nothing here imports torch, so that a recipe can be read and refused in millisec
 """
 
 import re
+import warnings
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -16,7 +18,7 @@ from probe_kd.errors import DataError, LossError, TapError, TraceError, nearest
 
 
 class Layout(StrEnum):
-    """The meaning of a feature's axes (timm's `Format`, and two more).
+    """The meaning of a feature's axes (timm's `Format`, and four more; D is the frames of a video).
 
     `OTHER` is a tensor that is not a per-image feature: a scalar, a stack of windows, an attention matrix.
     """
@@ -26,16 +28,23 @@ class Layout(StrEnum):
     NLC = "NLC"
     NCL = "NCL"
     NC = "NC"
+    NCDHW = "NCDHW"
+    NDHWC = "NDHWC"
     OTHER = "other"
 
 
 # A prefix without a name, as in ':a:b', is written where the name of a module could be read as that of a model.
 _MODEL = r"(?:(?P<model>[^\W\d][\w-]*)?:)"
+_QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""  # a literal of Python
+_ITEM = rf"\[(?:{_QUOTED}|[^\[\]]+)\]"
 _TAP = re.compile(
-    _MODEL
-    + r"?(?P<module>[^#@\[\]]*)(?:\#(?P<call>[0-9]{1,9}))?(?:@(?P<port>input|output))?(?P<items>(?:\[[^\[\]]+\])*)"
+    rf"{_MODEL}?(?P<module>{_QUOTED}|[^#@\[\]]*)"
+    rf"(?:\#(?P<call>[0-9]{{1,9}}))?(?:@(?P<port>input|output))?(?P<items>(?:{_ITEM})*)"
 )
-_TAP_FORM = "module[#call][@input][[item]], as in 'layer3', 'layer3@input', 'blocks.5#1', 'head[0]', or '' (the output)"
+_TAP_FORM = (
+    "module[#call][@input][[item]], as in 'layer3', 'layer3@input', 'blocks.5#1', 'head[0]', \"maps['0']\", or '' "
+    "(the output)"
+)
 PATTERNS = ("glob", "re")  # what begins with `glob:` or `re:` is a pattern of layers, not a tap of a model of that name
 
 
@@ -45,9 +54,12 @@ class Tap:
 
     `module` is the path in `named_modules()`. `""` is the model itself, so `Tap("")` is its output (the logits).
     `call` selects one of several calls of the same module, counted from 0; None means that there is only one.
-    `items` select from a tuple or list (an int) or a dict (a str). At an input, the first item selects the
+    `items` select from a tuple or list (an int) or a dict (an int or str). At an input, the first item selects the
     argument, by position or keyword; without items, it is the first argument. `model` is the name of the teacher, if
     there are several: `dino:blocks.11`, or `dino:` for its output.
+
+    In text, a key that could be read as something else is quoted as Python writes it: `maps['0']` is the key "0" and
+    `maps[0]` the position or the number 0, `out['a]b']`, `out['']`. So is a path with spaces or one of `#@[]`.
 
     `Tap.parse(str(tap)) == tap` for every valid tap. Raises TapError for any other text.
     """
@@ -60,20 +72,14 @@ class Tap:
 
     def __post_init__(self) -> None:
         check_model_name(self.model)
-        if not isinstance(self.module, str) or re.search(r"[#@\[\]\s]", self.module):
-            raise TapError(f"{self.module!r} is not a module path; expected a name without spaces, '#', '@', '[', ']'")
+        if not isinstance(self.module, str):
+            raise TapError(f"{self.module!r} is not a module path; expected text, as in 'blocks.5'")
         if self.port not in ("output", "input"):
             raise TapError(f"port {self.port!r} of a tap: expected 'output' or 'input'")
         if self.call is not None and self.call < 0:
             raise TapError(f"call {self.call} of a tap: calls are counted from 0")
-        if any(
-            isinstance(item, str) and not re.fullmatch(r"[^\[\]\s]*[^\[\]\s0-9][^\[\]\s]*", item) for item in self.items
-        ):
-            raise TapError(
-                f"items {self.items!r} of a tap: a key needs one character that is no digit, and no brackets"
-            )
-        if any(isinstance(item, int) and item < 0 for item in self.items):
-            raise TapError(f"items {self.items!r} of a tap: positions are counted from 0")
+        if any(isinstance(item, int) and not 0 <= item < _MOST for item in self.items):
+            raise TapError(f"items {self.items!r} of a tap: positions are counted from 0, and have at most 9 digits")
 
     @classmethod
     def parse(cls, text: "str | Tap") -> Self:
@@ -88,20 +94,21 @@ class Tap:
         match = _TAP.fullmatch(text.strip())
         if match is None:
             raise TapError(f"{text!r} is not a tap; expected {_TAP_FORM}")
-        items = re.findall(r"\[([^\[\]]+)\]", match["items"])
+        items = [item[1:-1] for item in re.findall(_ITEM, match["items"])]
         return cls(
-            module=match["module"],
+            module=_unquoted(match["module"]),
             port="input" if match["port"] == "input" else "output",
             call=None if match["call"] is None else int(match["call"]),
-            items=tuple(int(item) if re.fullmatch("[0-9]{1,9}", item) else item for item in items),
+            items=tuple(int(item) if re.fullmatch("[0-9]{1,9}", item) else _unquoted(item) for item in items),
             model=match["model"] or "",
         )
 
     def __str__(self) -> str:
         call = "" if self.call is None else f"#{self.call}"
         port = "@input" if self.port == "input" else ""
-        prefix = ":" if self.model or re.match(_MODEL, self.module) else ""
-        return f"{self.model}{prefix}{self.module}{call}{port}{''.join(f'[{item}]' for item in self.items)}"
+        module = _path_text(self.module)
+        prefix = ":" if self.model or re.match(_MODEL, module) else ""
+        return f"{self.model}{prefix}{module}{call}{port}{''.join(f'[{_item_text(item)}]' for item in self.items)}"
 
     @property
     def local(self) -> "Tap":
@@ -120,6 +127,33 @@ class Tap:
         return self.module == "" and self.port == "output"
 
 
+_MOST = 10**9  # positions below are read as numbers
+
+
+def _path_text(module: str) -> str:
+    return repr(module) if re.search(r"[#@\[\]\s]", module) or module[:1] in ("'", '"') else module
+
+
+def _item_text(item: int | str) -> str:
+    """Return an item as a tap writes it: a key in quotes if it could be read as a number, or ends the item."""
+    plain = isinstance(item, int) or re.fullmatch(r"[^\[\]\s'\"]*[^\[\]\s0-9'\"][^\[\]\s'\"]*", item)
+    return str(item) if plain else repr(item)
+
+
+def _unquoted(text: str) -> str:
+    """Return what a literal of Python stands for, and other text as it is. Raises TapError for a wrong escape."""
+    if text[:1] not in ("'", '"'):
+        if re.search(r"\s", text):
+            raise TapError(f"{text!r} in a tap has spaces; expected it in quotes, as in {text!r}")
+        return text
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return str(literal_eval(text))
+    except (ValueError, SyntaxError, Warning):
+        raise TapError(f"{text} in a tap: expected text in quotes as Python writes it, as in {text[1:-1]!r}") from None
+
+
 def check_model_name(name: str) -> None:
     """Raise TapError unless a name can stand before the colon of a tap, as in `dino:blocks.11`."""
     if name in PATTERNS:
@@ -135,10 +169,12 @@ def check_model_name(name: str) -> None:
 class FeatureSpec:
     """The output of a tap, as seen in one dry forward.
 
-    `shape` includes the batch. `grid` is (height, width) in positions, or None. `prefix_tokens` is the number of
-    class, register and distillation tokens before the grid. `reduction` is the stride relative to the input: height
-    of the image / height of the grid. `order` numbers all tensors of the forward in the order of their creation.
-    `tensor` is equal for two taps that carry the same tensor with the same contents, such as a container and its
+    `shape` includes the batch, which comes first. A Probe that is given this spec returns it so; `batch_axis` is where
+    the model has it, 1 in a transformer of (tokens, batch, channels). `grid` is (height, width) in positions, or None.
+    `prefix_tokens` is the number of class, register and distillation tokens before the grid, `suffix_tokens` of those
+    after it, and `frames` the number of grids, one for each frame of a video. `reduction` is the stride relative to the
+    input: height of the image / height of the grid. `order` numbers all tensors of the forward in the order of their
+    creation. `tensor` is equal for two taps that carry the same tensor with the same contents, such as a container and its
     last child. `activation` names the nonlinearity whose output the tensor is (`relu`, `gelu`, ...), and is empty
     for other tensors, which usually have both signs. `clone` means that a later in-place operation overwrites the
     tensor, so that a capture has to copy it.
@@ -156,6 +192,9 @@ class FeatureSpec:
     activation: str = ""
     calls: int = 1
     clone: bool = False
+    suffix_tokens: int = 0
+    frames: int = 1
+    batch_axis: int = 0
 
     @property
     def spatial(self) -> bool:
@@ -164,8 +203,10 @@ class FeatureSpec:
 
     def describe(self) -> str:
         """Return the short form used in plans and tables: `tokens 14x14+1 192`, `map 28x28 512`, `vector 1000`."""
-        grid = "" if self.grid is None else f" {self.grid[0]}x{self.grid[1]}"
-        prefix = f"+{self.prefix_tokens}" if self.prefix_tokens else ""
+        frames = f"{self.frames}x" if self.frames > 1 else ""
+        grid = "" if self.grid is None else f" {frames}{self.grid[0]}x{self.grid[1]}"
+        others = self.prefix_tokens + self.suffix_tokens
+        prefix = f"+{others}" if others else ""
         kinds = {Layout.NC: "vector", Layout.NLC: "tokens", Layout.NCL: "tokens", Layout.OTHER: "other"}
         if self.layout is Layout.OTHER:
             return f"other {'x'.join(map(str, self.shape[1:]))}"

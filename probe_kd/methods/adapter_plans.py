@@ -55,7 +55,7 @@ class FeaturePlan:
         assert source_grid is not None
         assert target_grid is not None
         if self.spec.layout is not Layout.NCHW:
-            self.add(ToMap(self.spec.layout, source_grid, self.spec.prefix_tokens), "map")
+            self.add(ToMap.of(self.spec), "map")
         self.resize(source_grid, target_grid)
 
     def resize(self, source_grid: tuple[int, int], target_grid: tuple[int, int]) -> None:
@@ -70,7 +70,7 @@ class FeaturePlan:
         if takes_class_token:
             self.add(ClassToken(self.spec.layout), "class token")
         else:
-            self.add(Mean(self.spec.layout, self.spec.prefix_tokens), "mean")
+            self.add(Mean.of(self.spec), "mean")
         self.shape = (self.spec.channels,)
 
     def flatten(self) -> None:

@@ -131,4 +131,5 @@ def _after(spec: FeatureSpec, tensor: Tensor) -> FeatureSpec:
     layouts = {2: Layout.NC, 4: Layout.NCHW}
     grid = (tensor.shape[2], tensor.shape[3]) if tensor.ndim == 4 else None
     layout = layouts.get(tensor.ndim, Layout.OTHER)
-    return replace(spec, layout=layout, shape=tuple(tensor.shape), channels=tensor.shape[1], grid=grid, prefix_tokens=0)
+    form = FeatureSpec(spec.tap, layout, tuple(tensor.shape), channels=tensor.shape[1], grid=grid)
+    return replace(form, reduction=spec.reduction, order=spec.order, tensor=spec.tensor, activation=spec.activation)

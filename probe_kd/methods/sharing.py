@@ -243,9 +243,9 @@ class Onto(nn.Module):
         super().__init__()
         if source.grid is None or target.grid is None:
             raise TapError(f"cut: '{source.tap}' and '{target.tap}' need positions")
-        self.to_map = (
-            nn.Identity() if source.layout is Layout.NCHW else ToMap(source.layout, source.grid, source.prefix_tokens)
-        )
+        if target.frames > 1 or target.suffix_tokens or target.layout in (Layout.NCDHW, Layout.NDHWC):
+            raise TapError(f"cut at '{target.tap}': no step makes frames, or tokens after the grid; cut elsewhere")
+        self.to_map = nn.Identity() if source.layout is Layout.NCHW else ToMap.of(source)
         self.resize = nn.Identity() if source.grid == target.grid else Resize(source.grid, target.grid)
         self.layout = target.layout
         self.project = nn.Conv2d(source.channels, target.channels, 1)
@@ -275,9 +275,11 @@ def graft(
     replaced, trunk_names = trunk_units(seen, at), trunk_units(known, teacher_at)
     cut_spec, trunk_spec = seen[at], known[teacher_at]
     for name in replaced:
-        shape = next((spec.shape for spec in seen.specs if spec.tap == Tap(name)), None)
+        shape = next((spec.shape for spec in seen.specs if spec.tap == Tap(name) and not spec.batch_axis), None)
         if shape is None:
-            raise TapError(f"cut at '{at}': '{name}' before it yields no single tensor; cut elsewhere")
+            raise TapError(
+                f"cut at '{at}': '{name}' before it yields no single tensor with the batch first; cut elsewhere"
+            )
         get(student, name.rpartition(".")[0]).add_module(name.rpartition(".")[2], Idle(shape[1:]))
     trunk = Prefix(prune_after(teacher, trunk_names), trunk_spec)
     grafted = Graft(trunk, Onto(trunk_spec, cut_spec), student, cut_spec.tap.module)

@@ -1,6 +1,7 @@
 """The steps of an adapter without parameters: convert features to maps and vectors, resize, select."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -8,30 +9,53 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probe_kd.engine.spec import Layout
+from probe_kd.engine.spec import FeatureSpec, Layout
 from probe_kd.errors import AdapterError
 
 
 class ToMap(nn.Module):
-    """Convert tokens or a channels-last map to (batch, channels, height, width), without prefix tokens."""
+    """Convert tokens, a channels-last map or the maps of a video to (batch, channels, height, width).
 
-    def __init__(self, layout: Layout, grid: tuple[int, int], prefix_tokens: int) -> None:
+    Tokens before and after the grid are left out, and the frames of a video are averaged.
+    """
+
+    def __init__(
+        self, layout: Layout, grid: tuple[int, int], prefix_tokens: int = 0, *, suffix_tokens: int = 0, frames: int = 1
+    ) -> None:
         super().__init__()
         self.layout, self.grid, self.prefix_tokens = layout, grid, prefix_tokens
+        self.suffix_tokens, self.frames = suffix_tokens, frames
+
+    @classmethod
+    def of(cls, spec: FeatureSpec) -> Self:
+        """Return the step for a feature with positions."""
+        assert spec.grid is not None
+        others = {"suffix_tokens": spec.suffix_tokens, "frames": spec.frames}
+        return cls(spec.layout, spec.grid, spec.prefix_tokens, **others)
 
     def forward(self, feature: Tensor) -> Float[Tensor, "batch channels height width"]:
         if self.layout is Layout.NHWC:
             return rearrange(feature, "b h w c -> b c h w")
+        if self.layout in (Layout.NCDHW, Layout.NDHWC):
+            return feature.mean(2) if self.layout is Layout.NCDHW else rearrange(feature.mean(1), "b h w c -> b c h w")
+        positions = self._positions(feature if self.layout is Layout.NLC else feature.transpose(1, 2))
         height, width = self.grid
-        length = feature.shape[1 if self.layout is Layout.NLC else 2]
-        if length != self.prefix_tokens + height * width:
-            raise AdapterError(
-                f"{length} tokens, where the trace saw {height}x{width} and {self.prefix_tokens} prefix tokens; "
-                "trace the model with the input size that it is given now"
+        if self.frames > 1:
+            positions = rearrange(positions, "b (t l) c -> b t l c", t=self.frames).mean(1)
+        return rearrange(positions, "b (h w) c -> b c h w", h=height, w=width)
+
+    def _positions(self, tokens: Float[Tensor, "batch length channels"]) -> Float[Tensor, "batch positions channels"]:
+        height, width = self.grid
+        length, positions = tokens.shape[1], self.frames * height * width
+        if length != self.prefix_tokens + positions + self.suffix_tokens:
+            others = f"{self.prefix_tokens} prefix tokens" + f" and {self.suffix_tokens} after" * (
+                self.suffix_tokens > 0
             )
-        if self.layout is Layout.NLC:
-            return rearrange(feature[:, self.prefix_tokens :], "b (h w) c -> b c h w", h=height, w=width)
-        return rearrange(feature[:, :, self.prefix_tokens :], "b c (h w) -> b c h w", h=height, w=width)
+            raise AdapterError(
+                f"{length} tokens, where the trace saw {height}x{width} and {others}; trace the model with the input "
+                "size that it is given now"
+            )
+        return tokens[:, self.prefix_tokens : self.prefix_tokens + positions]
 
 
 class Resize(nn.Module):
@@ -53,20 +77,29 @@ class Resize(nn.Module):
 
 
 class Mean(nn.Module):
-    """Average over the positions, without prefix tokens."""
+    """Average over the positions, without the tokens before and after the grid."""
 
-    def __init__(self, layout: Layout, prefix_tokens: int) -> None:
+    def __init__(self, layout: Layout, prefix_tokens: int = 0, suffix_tokens: int = 0) -> None:
         super().__init__()
-        self.layout, self.prefix_tokens = layout, prefix_tokens
+        self.layout, self.prefix_tokens, self.suffix_tokens = layout, prefix_tokens, suffix_tokens
+
+    @classmethod
+    def of(cls, spec: FeatureSpec) -> Self:
+        return cls(spec.layout, spec.prefix_tokens, spec.suffix_tokens)
 
     def forward(self, feature: Tensor) -> Float[Tensor, "batch channels"]:
-        if self.layout is Layout.NCHW:
-            return feature.mean((2, 3))
-        if self.layout is Layout.NHWC:
-            return feature.mean((1, 2))
-        if self.layout is Layout.NLC:
-            return feature[:, self.prefix_tokens :].mean(1)
-        return feature[:, :, self.prefix_tokens :].mean(2)
+        axis = _CHANNEL_AXES[self.layout]
+        if feature.ndim > 3:
+            return feature.mean([dim for dim in range(1, feature.ndim) if dim != axis % feature.ndim])
+        length = 1 if axis == -1 else 2
+        kept = feature.shape[length] - self.prefix_tokens - self.suffix_tokens
+        return feature.narrow(length, self.prefix_tokens, kept).mean(length)
+
+
+_CHANNEL_AXES = {
+    **dict.fromkeys((Layout.NCHW, Layout.NCL, Layout.NCDHW), 1),
+    **dict.fromkeys((Layout.NHWC, Layout.NLC, Layout.NDHWC), -1),
+}
 
 
 class ClassToken(nn.Module):

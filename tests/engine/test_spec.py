@@ -1,5 +1,6 @@
 """Values of a library call. Taps: the text form round-trips, and what is no tap is refused."""
 
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from probe_kd import InputSpec, Pair, Tap
 from probe_kd.errors import DataError, TapError
 
-paths = st.lists(st.text("abcXYZ019_", min_size=1, max_size=6), max_size=4).map(".".join)
-keys = st.text("abcXYZ019_.-", min_size=1, max_size=8).filter(lambda key: not key.isdigit())
+paths = st.lists(st.text("abcXYZ019_", min_size=1, max_size=6), max_size=4).map(".".join) | st.text(max_size=8)
+keys = st.text("abcXYZ019_.-", min_size=1, max_size=8) | st.text(max_size=8)
 items = st.lists(st.one_of(st.integers(0, 999), keys), max_size=3).map(tuple)
 names = st.just("") | st.from_regex(r"[a-zA-Z_]\w{0,5}", fullmatch=True).filter(lambda name: name not in ("glob", "re"))
 paths |= st.builds("{}:{}".format, paths, paths)  # a ModuleDict may have such keys
@@ -22,6 +24,9 @@ taps = st.builds(Tap, paths, st.sampled_from(["output", "input"]), st.none() | s
 @given(taps)
 def test_the_text_form_of_a_tap_reads_back_as_the_same_tap(tap: Tap) -> None:
     assert Tap.parse(str(tap)) == tap
+    stream = StringIO()
+    YAML().dump({str(tap): [str(tap)]}, stream)
+    assert YAML(typ="safe").load(stream.getvalue()) == {str(tap): [str(tap)]}
     assert Tap.parse(tap) is tap
 
 
@@ -40,6 +45,11 @@ def test_the_text_form_of_a_tap_reads_back_as_the_same_tap(tap: Tap) -> None:
         ("siglip:[pooler_output]", Tap("", items=("pooler_output",), model="siglip")),
         ("dino:", Tap("", model="dino")),
         (":dino:blocks.11", Tap("dino:blocks.11")),
+        ("['0']", Tap("", items=("0",))),
+        ("fpn['a]b'][0]['']", Tap("fpn", items=("a]b", 0, ""))),
+        ("""a["it's"]""", Tap("a", items=("it's",))),
+        ("a[x@y]", Tap("a", items=("x@y",))),
+        ("'a b.0'#1@input", Tap("a b.0", "input", 1)),
     ],
 )
 def test_the_forms_in_the_documentation(text: str, tap: Tap) -> None:
@@ -47,7 +57,7 @@ def test_the_forms_in_the_documentation(text: str, tap: Tap) -> None:
     assert str(tap) == text
 
 
-@pytest.mark.parametrize("text", ["a b", "di no:a", "a@inputs", "a#", "a#-1", "a[", "a[]", "a[0", "a@input#1", 3, None])
+@pytest.mark.parametrize("text", ["a b", "di no:a", "a@inputs", "a#", "a#-1", "a[", "a[]", "a[0", "a@input#1", "a[b c]", "a['x]y']]", "a['\\x']", 3, None])
 def test_what_is_no_tap_is_refused(text: object) -> None:
     with pytest.raises(TapError, match="expected"):
         Tap.parse(text)  # type: ignore[arg-type]
