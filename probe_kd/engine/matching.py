@@ -1,34 +1,19 @@
-"""Match layers of a student to layers of a teacher, from two traces alone.
-
-Nothing here knows an architecture by name. A model is read as a sequence of *units*, the modules that one would write
-on one line of its diagram: from the root down, a container is opened as long as it spans several strides. A stage ends
-with the last unit before the stride grows. A model of one stride, such as a plain vision transformer, has no such ends;
-its blocks are counted instead.
-"""
+"""Match layers of a student to layers of a teacher, from two traces alone."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import pairwise
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
 
+from probe_kd.engine.anatomy import SAME_STRIDE, Anatomy
 from probe_kd.engine.patterns import expression, glob
-from probe_kd.engine.spec import FeatureSpec, Layout, Pair, Tap, Trace
+from probe_kd.engine.spec import FeatureSpec, Pair, Tap, Trace
 from probe_kd.errors import MatchError, TapError, demand, nearest
 
 T = TypeVar("T")
 Level = Literal["stage", "block"]
 
-# Two strides are one stage unless they differ by more than this: convolutions without padding cut a few positions off.
-SAME_STRIDE = 1.4
-# A container that holds less of the model's compute is a stem, a head, or one block.
-MAIN_SHARE = 0.25
-# A container that holds more is the model in a wrapper.
-WHOLE_SHARE = 0.9
-# A tail that holds less than this prepares the classifier: a norm, a last convolution, a fusion of scales.
-TAIL_SHARE = 0.01
 ISOTROPIC_STAGES = 4
 
 
@@ -39,7 +24,7 @@ def stages(trace: Trace) -> list[FeatureSpec]:
 
     Raises MatchError if the model has no spatial features.
     """
-    plan = _Anatomy(trace)
+    plan = Anatomy(trace)
     ends = plan.ends
     if not ends:
         raise MatchError(
@@ -99,7 +84,7 @@ def listed(names: Sequence[object], most: int = 12) -> str:
 
 def blocks(trace: Trace) -> list[FeatureSpec]:
     """Return the blocks that every stage repeats: residual, transformer or mixer blocks. A plain VGG has none."""
-    return _Anatomy(trace).chain
+    return Anatomy(trace).chain
 
 
 def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None) -> tuple[Pair, ...]:
@@ -117,7 +102,7 @@ def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: 
         raise MatchError(f"level {level!r}: expected 'stage' or 'block'")
     for side, trace in (("student", student), ("teacher", teacher)):
         demand(trace, Trace, f"the {side}", MatchError, "a Trace, as trace(model) gives")
-    student_anatomy, teacher_anatomy = _Anatomy(student), _Anatomy(teacher)
+    student_anatomy, teacher_anatomy = Anatomy(student), Anatomy(teacher)
     pairs = _stage_pairs(student_anatomy, teacher_anatomy)
     if level == "block":
         pairs = _block_pairs(student_anatomy, teacher_anatomy, pairs)
@@ -131,213 +116,7 @@ def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: 
     return tuple(_spread(pairs, num_pairs))
 
 
-# Three lines over 200: every reading of a trace (units, stages, blocks) is made of the one before it.
-class _Anatomy:
-    """A trace read as units, stages and blocks."""
-
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self.outputs: dict[str, FeatureSpec] = {}
-        self.entry: dict[str, float] = {}  # the stride at which a module is entered
-        for spec in trace.specs:
-            if spec.grid is None or spec.layout is Layout.OTHER:
-                continue
-            if spec.tap.port == "input":
-                self.entry.setdefault(spec.tap.module, spec.reduction or 1.0)
-            else:  # the first of several outputs: the others go to side branches
-                self.outputs.setdefault(spec.tap.module, spec)
-        self.trunk = self._trunk()
-
-    def stride(self, name: str) -> float:
-        return self.outputs[name].reduction or 1.0
-
-    def called_children(self, name: str) -> list[str]:
-        """Return the modules that run directly under a module, in order. The items of a ModuleList count as direct."""
-        called: list[str] = []
-        for child in self.trace.modules[name].children:
-            if child not in self.trace.modules:  # a module that is shared has one name only
-                continue
-            called += [child] if self.trace.modules[child].calls else self.called_children(child)
-        return sorted(called, key=lambda child: self.trace.modules[child].first)
-
-    def is_container(self, name: str) -> bool:
-        return any(self.trace.modules[child].parameters for child in self.called_children(name))
-
-    def opens(self, name: str) -> bool:
-        """Whether a container is a series of units, not one: its stride grows twice, or after its first part."""
-        share = self.trace.modules[name].macs / max(self.trace.macs, 1)
-        start, end = self.entry.get(name, 1.0), self.stride(name) if name in self.outputs else float("inf")
-        children = [child for child in self.called_children(name) if child in self.outputs]
-        parts = [child for child in children if self.is_container(child)] or children
-        strides = [self.stride(child) for child in parts if self.stride(child) < end * SAME_STRIDE]  # no side branches
-        grows = [new > old * SAME_STRIDE for old, new in pairwise([start, *strides])]
-        grows_later = sum(grows) > 1 or any(grows[1:])
-        return share > MAIN_SHARE and (grows_later or (share > WHOLE_SHARE and len(parts) > 1))
-
-    def units(self, name: str = "") -> list[str]:
-        units: list[str] = []
-        for child in self.called_children(name):
-            units += self.units(child) if self.opens(child) else [child]
-        return units
-
-    def _trunk(self) -> list[str]:
-        """Return the units between the image and the classifier's pooling, in order. Their stride never shrinks."""
-        trunk: list[str] = []
-        units = [name for name in self.units() if name in self.outputs]
-        for index, name in enumerate(units):
-            module = self.trace.modules[name]
-            if module.calls > 1 and not module.parameters:
-                continue
-            if self._pools_all(name, trunk):
-                break
-            if trunk and self.stride(name) * SAME_STRIDE < self.stride(trunk[-1]):
-                if not self._restarts(units[index:], self.stride(trunk[-1])):
-                    continue  # a side branch, a fusion of scales
-                trunk = [other for other in trunk if self.stride(other) < self.stride(name) * SAME_STRIDE]
-            trunk.append(name)
-        return self._without_class_attention(self._without_tails(trunk))
-
-    def _without_tails(self, units: Sequence[str]) -> list[str]:
-        """Cut every stage after its last block. A stem has no block, and is kept."""
-        trimmed: list[str] = []
-        for group in self._by_stage(units):
-            final = group[-1] == units[-1]
-            blocks = [index for index, name in enumerate(group) if not self._is_tail(name, final)]
-            end = blocks[-1] + 1 if blocks else len(group)
-            while end < len(group) and self._completes(group[end], group[blocks[-1]]):
-                end += 1
-            trimmed += group[:end]
-        return trimmed
-
-    def _by_stage(self, units: Sequence[str]) -> list[list[str]]:
-        groups: list[list[str]] = []
-        for name in units:
-            if groups and self.stride(name) < SAME_STRIDE * self.stride(groups[-1][-1]):
-                groups[-1].append(name)
-            else:
-                groups.append([name])
-        return groups
-
-    def _restarts(self, units: Sequence[str], stride: float) -> bool:
-        """Whether a second pass over the strides reaches the old one again (HRNet), or is most of the model."""
-        macs = sum(self.trace.modules[name].macs for name in units)
-        return (
-            any(self._near(name, [stride]) for name in units[1:] if self.is_container(name))
-            or macs > self.trace.macs / 2
-        )
-
-    def _pools_all(self, name: str, before: Sequence[str]) -> bool:
-        """Whether a pooling, or a convolution as large as the map, leaves only one position."""
-        grid = self.outputs[name].grid
-        if not before or grid != (1, 1) or self.outputs[before[-1]].grid == grid:
-            return False
-        return not self.trace.modules[name].parameters or self.stride(name) > 4 * SAME_STRIDE * self.stride(before[-1])
-
-    def _is_tail(self, name: str, final: bool) -> bool:
-        """Whether a unit is not a block: a norm, an activation, or one convolution that widens for the classifier.
-
-        A single convolution in a series of stages counts as a stage, as the author of the model wrote it (MobileNetV3).
-        """
-        if self._is_series(name):
-            return False
-        small = final and self.trace.modules[name].macs < TAIL_SHARE * self.trace.macs
-        return small or sum(self.trace.modules[part].macs > 0 for part in self._leaves(name)) < 2
-
-    def _is_series(self, name: str) -> bool:
-        """Whether this is a numbered series of numbered blocks."""
-        return _numbered(name) and any(map(_numbered, self.called_children(name)))
-
-    def _completes(self, name: str, block: str) -> bool:
-        """Whether a unit is the norm or activation of a block that consists of bare convolutions (Xception)."""
-        bare = all(self.trace.modules[part].macs for part in self._leaves(block))
-        return bare and not self.trace.modules[name].macs
-
-    def _leaves(self, name: str) -> list[str]:
-        """Return the called modules in a module, itself included, that have no called children with parameters."""
-        parts = [part for part in self.trace.modules if part == name or part.startswith(f"{name}.")]
-        return [part for part in parts if self.trace.modules[part].calls and not self.is_container(part)]
-
-    def _without_class_attention(self, trunk: list[str]) -> list[str]:
-        """Drop the last blocks if they only add a class token (CaiT, Touvron et al. 2021): these are not a stage."""
-        late = [name for name in trunk if self.outputs[name].prefix_tokens]
-        early = [name for name in trunk if name not in late and self.is_container(name)]
-        macs = {name: self.trace.modules[name].macs for name in trunk}
-        few = sum(macs[name] for name in late) < 0.2 * sum(macs.values())
-        apart = not {_parent(name) for name in late} & {_parent(name) for name in early}
-        return [name for name in trunk if name not in late] if late and early and few and apart else trunk
-
-    @cached_property
-    def ends(self) -> list[FeatureSpec]:
-        ends: list[FeatureSpec] = []
-        for name in self.trunk:
-            if ends and self.stride(name) < SAME_STRIDE * (ends[-1].reduction or 1.0):
-                ends.pop()
-            ends.append(self.outputs[name])
-        return ends
-
-    @cached_property
-    def isotropic(self) -> bool:
-        """Whether (nearly) all blocks work at one stride."""
-        chain = self.chain
-        if len(chain) < 2:
-            return False
-        last = chain[-1].reduction or 1.0
-        return all((spec.reduction or 1.0) * SAME_STRIDE > last for spec in chain)
-
-    @cached_property
-    def chain(self) -> list[FeatureSpec]:
-        ends = {spec.tap.module for spec in self.ends}
-        names: list[str] = []
-        single: list[str] = []
-        for unit in filter(self.is_container, self.trunk):
-            if self.stride(unit) > 2 * SAME_STRIDE * self.entry.get(unit, 1.0):
-                continue  # a stem
-            inside = self._blocks_in(unit)
-            names += inside
-            if inside == [unit] and not _numbered(unit):
-                single.append(unit)
-        strides = [self.stride(name) for name in names if name not in single]
-        chain = [name for name in names if name not in single or (name in ends and not self._near(name, strides))]
-        return [self.outputs[name] for name in chain]
-
-    def _near(self, name: str, strides: Sequence[float]) -> bool:
-        own = self.stride(name)
-        return any(own < stride * SAME_STRIDE and stride < own * SAME_STRIDE for stride in strides)
-
-    def _blocks_in(self, name: str) -> list[str]:
-        """Return the numbered blocks that a container consists of, opened recursively, or the container itself."""
-        children = [child for child in self.called_children(name) if self.is_container(child)]
-        numbered = [child for child in children if _numbered(child)]
-        for series in (numbered, *([child] for child in children if child not in numbered)):
-            if series and all(child in self.outputs for child in series) and self._has_form_of(series[-1], name):
-                opened = [block for child in series for block in self._blocks_in(child)]
-                if len(series) > 1 or opened != series or self._is_same_tensor(series[0], name):
-                    return opened
-        return [name]
-
-    def _has_form_of(self, child: str, name: str) -> bool:
-        """Whether a child's output has the grid and channels of its parent's, and so lies on the trunk."""
-        if name not in self.outputs:
-            return False
-        child_output, parent_output = self.outputs[child], self.outputs[name]
-        return self._is_same_tensor(child, name) or (child_output.grid, child_output.channels) == (
-            parent_output.grid,
-            parent_output.channels,
-        )
-
-    def _is_same_tensor(self, child: str, name: str) -> bool:
-        """Whether a numbered child yields the same tensor as its parent, so that it can replace it."""
-        return _numbered(child) and self.outputs[child].tensor == self.outputs[name].tensor
-
-    def depth(self, spec: FeatureSpec) -> float:
-        """Return the relative depth of a feature, 0..1, in blocks, or in tensors of the forward if there are none."""
-        chain = self.chain
-        if len(chain) > 1:
-            return sum(block.order <= spec.order for block in chain) / len(chain)
-        return (spec.order + 1) / (self.trace.output.order + 1)
-
-
-def _stage_pairs(student: _Anatomy, teacher: _Anatomy) -> list[Pair]:
+def _stage_pairs(student: Anatomy, teacher: Anatomy) -> list[Pair]:
     """Pair stage ends by stride if both models have several strides, otherwise by relative depth."""
     student_layers, teacher_layers = stages(student.trace), stages(teacher.trace)
     if student.isotropic and teacher.isotropic:
@@ -360,7 +139,7 @@ def _above_stem(ends: list[FeatureSpec]) -> list[FeatureSpec]:
 
 
 def _by_depth(
-    student: _Anatomy, teacher: _Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
+    student: Anatomy, teacher: Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
 ) -> list[Pair]:
     """Pair every layer of the shorter list with one of similar depth, and the last with the last."""
     return [
@@ -373,7 +152,7 @@ def _by_depth(
 
 
 def _by_stride(
-    student: _Anatomy, teacher: _Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
+    student: Anatomy, teacher: Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
 ) -> list[Pair]:
     """Pair layers of similar stride. Depth decides between layers of equal stride."""
     return [
@@ -406,7 +185,7 @@ def _align(student_places: Sequence[float], teacher_places: Sequence[float]) -> 
     return [*path, (short - 1, long - 1)]
 
 
-def _block_pairs(student: _Anatomy, teacher: _Anatomy, anchors: Sequence[Pair]) -> list[Pair]:
+def _block_pairs(student: Anatomy, teacher: Anatomy, anchors: Sequence[Pair]) -> list[Pair]:
     """Pair the blocks between two paired stage ends by relative depth, and keep the pairs of ends."""
     pairs: list[Pair] = []
     low = (-1, -1)
@@ -424,7 +203,7 @@ def _block_pairs(student: _Anatomy, teacher: _Anatomy, anchors: Sequence[Pair]) 
     return pairs
 
 
-def _pair(student: _Anatomy, teacher: _Anatomy, student_layer: FeatureSpec, teacher_layer: FeatureSpec) -> Pair:
+def _pair(student: Anatomy, teacher: Anatomy, student_layer: FeatureSpec, teacher_layer: FeatureSpec) -> Pair:
     depths = f"depth {student.depth(student_layer):.0%} and {teacher.depth(teacher_layer):.0%}"
     student_stride, teacher_stride = student_layer.reduction or 1.0, teacher_layer.reduction or 1.0
     if student_stride < SAME_STRIDE * teacher_stride and teacher_stride < SAME_STRIDE * student_stride:
@@ -437,14 +216,6 @@ def _pair(student: _Anatomy, teacher: _Anatomy, student_layer: FeatureSpec, teac
     return Pair(
         student_layer.tap, teacher_layer.tap, reason=f"{depths}; stride {student_stride:.3g} and {teacher_stride:.3g}"
     )
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _numbered(name: str) -> bool:
-    return name.rpartition(".")[2].isdigit()
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

@@ -174,8 +174,8 @@ class FeatureSpec:
     `prefix_tokens` is the number of class, register and distillation tokens before the grid, `suffix_tokens` of those
     after it, and `frames` the number of grids, one for each frame of a video. `reduction` is the stride relative to the
     input: height of the image / height of the grid. `order` numbers all tensors of the forward in the order of their
-    creation. `tensor` is equal for two taps that carry the same tensor with the same contents, such as a container and its
-    last child. `activation` names the nonlinearity whose output the tensor is (`relu`, `gelu`, ...), and is empty
+    creation. `tensor` is equal for two taps that carry the same tensor with the same contents, such as a container and
+    its last child. `activation` names the nonlinearity whose output the tensor is (`relu`, `gelu`, ...), and is empty
     for other tensors, which usually have both signs. `clone` means that a later in-place operation overwrites the
     tensor, so that a capture has to copy it.
     """

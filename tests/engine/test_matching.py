@@ -20,7 +20,7 @@ STAGES = {
     "mixer_s16_224": "blocks.1 blocks.3 blocks.5 blocks.7",
     "efficientnet_b0": "blocks.0 blocks.1 blocks.2 blocks.4 blocks.6",
     "mobilenetv3_small_050": "bn1 blocks.0 blocks.1 blocks.3 blocks.5",
-    "vgg11": "features.1 features.4 features.9 features.14 features.19 features.20",
+    "vgg11": "features.1 features.4 features.9 features.14 features.19",
     "hiera_tiny_224": "blocks.0 blocks.2 blocks.9 blocks.11",
     "cait_xxs24_224": "blocks.5 blocks.11 blocks.17 blocks.23",
 }

@@ -57,7 +57,25 @@ def test_the_forms_in_the_documentation(text: str, tap: Tap) -> None:
     assert str(tap) == text
 
 
-@pytest.mark.parametrize("text", ["a b", "di no:a", "a@inputs", "a#", "a#-1", "a[", "a[]", "a[0", "a@input#1", "a[b c]", "a['x]y']]", "a['\\x']", 3, None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a b",
+        "di no:a",
+        "a@inputs",
+        "a#",
+        "a#-1",
+        "a[",
+        "a[]",
+        "a[0",
+        "a@input#1",
+        "a[b c]",
+        "a['x]y']]",
+        "a['\\x']",
+        3,
+        None,
+    ],
+)
 def test_what_is_no_tap_is_refused(text: object) -> None:
     with pytest.raises(TapError, match="expected"):
         Tap.parse(text)  # type: ignore[arg-type]

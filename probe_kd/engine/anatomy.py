@@ -1,0 +1,435 @@
+"""A trace read as an anatomy: the encoder's units, its stages and blocks, and the decoder after them.
+
+Nothing here knows an architecture by name. A model is read as a sequence of *units*, the modules that one would write
+on one line of its diagram: from the root down, a container is opened as long as it spans several strides. A stage ends
+with the last unit before the stride grows. A model of one stride, such as a plain vision transformer, has no such ends;
+its blocks are counted instead.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from math import prod
+
+from probe_kd.engine.spec import FeatureSpec, Layout, ModuleSpec, Trace
+
+# Two strides are one stage unless they differ by more than this: convolutions without padding cut a few positions off.
+SAME_STRIDE = 1.4
+# A container that holds less of the model's compute is a stem, a head, or one block.
+MAIN_SHARE = 0.25
+# A container that holds more is the model in a wrapper.
+WHOLE_SHARE = 0.9
+# A tail that holds less than this prepares the classifier: a norm, a last convolution, a fusion of scales.
+TAIL_SHARE = 0.01
+# Classes that hold anything: two of one class need not be alike.
+_GENERIC = ("Sequential", "ModuleList", "ModuleDict", "Module")
+# One of several outputs of a module is its main one if a linear layer on it costs this many times more than on the
+# first.
+MAIN_BRANCH = 1.5
+
+
+# Longer than other classes: every reading of a trace (units, stages, blocks) is made of the one before it.
+class Anatomy:
+    """A trace read as units, stages and blocks.
+
+    A unit is the name of a module. Of a module with parameters that runs several times, each call is a unit, as in
+    `block#1`.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.outputs: dict[str, FeatureSpec] = {}
+        self.entries: dict[str, FeatureSpec] = {}  # the feature with which a module is entered
+        self.calls: dict[str, dict[int, str]] = {}  # the units of a module that runs several times
+        self._series: dict[str, list[str]] = {}
+        self._read_features()
+        self.trunk = self._trunk()
+
+    def _read_features(self) -> None:
+        inputs: dict[tuple[str, int], list[FeatureSpec]] = {}  # by module and call
+        outputs: dict[tuple[str, int], list[FeatureSpec]] = {}
+        for spec in self.trace.specs:
+            if spec.grid is None or spec.layout is Layout.OTHER:
+                continue
+            features = inputs if spec.tap.port == "input" else outputs
+            features.setdefault((spec.tap.module, spec.tap.call or 0), []).append(spec)
+        for (name, _), specs in inputs.items():
+            self.entries.setdefault(name, _main(specs))
+            self.entries[_unit(specs[0])] = _main(specs)
+        for (name, call), specs in outputs.items():
+            self.outputs[name] = _main(specs)  # of several calls the last, where the module's work ends
+            if specs[0].calls > 1:
+                self.outputs[_unit(specs[0])] = self.outputs[name]
+                self.calls.setdefault(name, {})[call] = _unit(specs[0])
+
+    def module(self, unit: str) -> ModuleSpec:
+        return self.trace.modules[self.outputs[unit].tap.module if unit in self.outputs else unit]
+
+    def stride(self, name: str) -> float:
+        return self.outputs[name].reduction or 1.0
+
+    def entry(self, name: str) -> float:
+        """The stride at which a module is entered."""
+        return (self.entries[name].reduction if name in self.entries else None) or 1.0
+
+    def called_children(self, name: str) -> list[str]:
+        """Return the modules that run directly under a module, in order. The items of a ModuleList count as direct."""
+        called: list[str] = []
+        for child in self.module(name).children:
+            if child not in self.trace.modules:  # a module that is shared has one name only
+                continue
+            called += [child] if self.trace.modules[child].calls else self.called_children(child)
+        return sorted(called, key=lambda child: self.trace.modules[child].first)
+
+    def is_container(self, name: str) -> bool:
+        return any(self.trace.modules[child].parameters for child in self.called_children(name))
+
+    def opens(self, name: str) -> bool:
+        """Whether a container is a series of units, not one: its stride grows twice, or after its first part.
+
+        What yields no feature itself is opened too: it is a wrapper, or the model in one.
+        """
+        share = self.trace.modules[name].macs / max(self.trace.macs, 1)
+        if share <= MAIN_SHARE or not self.is_container(name):
+            return False
+        if name not in self.outputs or self._wraps(name, share):
+            return True
+        start, end = self.entry(name), self.stride(name)
+        children = [child for child in self.called_children(name) if child in self.outputs]
+        parts = [child for child in children if self.is_container(child)] or children
+        strides = [self.stride(child) for child in parts]
+        on_trunk = [stride for stride in strides if start < stride * SAME_STRIDE and stride < end * SAME_STRIDE]
+        grows = [new > old * SAME_STRIDE for old, new in pairwise([start, *on_trunk])]
+        grows_later = sum(grows) > 1 or any(grows[1:])
+        return grows_later or (share > WHOLE_SHARE and len(parts) > 1)
+
+    def _wraps(self, name: str, share: float) -> bool:
+        """Whether a module holds the model, and gives features of it beside or instead of its last.
+
+        Such is the backbone that returns the ends of all its stages: its own output says nothing about its stride.
+        """
+        inside = [self.stride(other) for other in self.outputs if other.startswith(f"{name}.")]
+        return share > WHOLE_SHARE and max(inside, default=0.0) > SAME_STRIDE * self.stride(name)
+
+    def units(self, name: str = "") -> list[str]:
+        units: list[str] = []
+        for child in self.called_children(name):
+            units += self.units(child) if self.opens(child) else self._calls_of(child)
+        return units
+
+    def _calls_of(self, name: str) -> list[str]:
+        return list(self.calls[name].values()) if name in self.calls and self.module(name).parameters else [name]
+
+    def _units_in_order(self) -> list[str]:
+        units = [name for name in self.units() if name in self.outputs]
+        if not any("#" in name for name in units):
+            return units
+        return sorted(units, key=lambda name: self.entries.get(name, self.outputs[name]).order)
+
+    def _trunk(self) -> list[str]:
+        """Return the units between the image and the classifier's pooling, in order. Their stride never shrinks."""
+        trunk: list[str] = []
+        units = self._main_branch(self._units_in_order())
+        for index, name in enumerate(units):
+            module = self.module(name)
+            if module.calls > 1 and not module.parameters:
+                continue
+            if self._pools_all(name, trunk):
+                break
+            if trunk and self.stride(name) * SAME_STRIDE < self.stride(trunk[-1]):
+                new = [unit for unit in units[index:] if not self._runs_again(unit, trunk)]
+                if name not in new or not self._restarts(new, self.stride(trunk[-1])):
+                    continue  # a side branch, a fusion of scales, a decoder
+                trunk = [other for other in trunk if self.stride(other) < self.stride(name) * SAME_STRIDE]
+            trunk.append(name)
+        encoder = self._without_head(trunk)
+        return self._without_class_attention(self._without_tails(encoder))
+
+    def _runs_again(self, unit: str, trunk: Sequence[str]) -> bool:
+        """Whether a unit is a later call of a module in the trunk."""
+        return unit not in self.trace.modules and any(self.module(unit) is self.module(other) for other in trunk)
+
+    def _main_branch(self, units: list[str]) -> list[str]:
+        """Return the units of one branch if several read the image side by side: of the one with most of the compute.
+
+        A branch begins with a unit that reads the image. What comes after the last branch counts as part of it.
+        """
+        channels, *_ = self.trace.input_size
+        starts = [
+            index
+            for index, name in enumerate(units)
+            if name in self.entries and self.entries[name].channels == channels and self.entry(name) < SAME_STRIDE
+        ]
+        if len(starts) < 2:
+            return units
+        branches = [units[start:end] for start, end in pairwise([*starts, len(units)])]
+        macs = [sum(self.module(name).macs for name in branch) for branch in branches]
+        return branches[macs.index(max(macs))]
+
+    def _without_head(self, trunk: list[str]) -> list[str]:
+        """Leave out what follows the encoder at its stride: a classifier of convolutions, the head of a dense task."""
+        encoder = self._encoder_of_dense(trunk)
+        while len(encoder) > 1 and self._is_classifier(encoder[-1], encoder[-2]):
+            encoder.pop()
+        return encoder
+
+    def _encoder_of_dense(self, trunk: Sequence[str]) -> list[str]:
+        """Leave out what follows the container of the stages, where the model's output has a finer grid than these."""
+        output = self.outputs.get("")
+        strides = [self.stride(name) for name in trunk]
+        if output is None or not trunk or (output.reduction or 1.0) * SAME_STRIDE > max(strides):
+            return list(trunk)
+        deepest = next(name for name in trunk if self.stride(name) * SAME_STRIDE > max(strides))
+        parts = deepest.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            prefix = ".".join(parts[:end]) + "."
+            inside = [self.stride(name) for name in trunk if name.startswith(prefix)]
+            if max(inside) > SAME_STRIDE * min(inside):
+                last = max(index for index, name in enumerate(trunk) if name.startswith(prefix))
+                return list(trunk[: last + 1])
+        return list(trunk)
+
+    def _is_classifier(self, name: str, before: str) -> bool:
+        """Whether the model's outputs are those of the last layer in a unit, which keeps the grid and not the width.
+
+        Then this is a classifier of convolutions, or a linear one at every position, before the pooling (SqueezeNet).
+        """
+        layers = [part for part in self._leaves(name) if self.trace.modules[part].macs and part in self.outputs]
+        if not layers or not self._has_width_of_output(layers[-1]):
+            return False
+        last = self.outputs[layers[-1]]
+        later = any(
+            module.parameters and module.calls and module.first >= self.trace.modules[layers[-1]].last
+            for module in self.trace.modules.values()
+        )
+        nested = any(self.is_container(child) for child in self.called_children(name))
+        keeps_grid = (last.reduction or 1.0) < SAME_STRIDE * self.stride(before)
+        return not later and not nested and keeps_grid and last.channels != self.outputs[before].channels
+
+    def _has_width_of_output(self, name: str) -> bool:
+        outputs = [spec for spec in self.trace.specs if spec.tap.is_output]
+        return any(spec.channels == self.outputs[name].channels for spec in outputs)
+
+    def _without_tails(self, units: Sequence[str]) -> list[str]:
+        """Cut every stage after its last block. A stem has no block, and is kept."""
+        trimmed: list[str] = []
+        for group in self._by_stage(units):
+            final = group[-1] == units[-1]
+            blocks = [index for index, name in enumerate(group) if not self._is_tail(name, final)]
+            end = blocks[-1] + 1 if blocks else len(group)
+            while end < len(group) and self._completes(group[end], group[blocks[-1]]):
+                end += 1
+            trimmed += group[:end]
+        return trimmed
+
+    def _by_stage(self, units: Sequence[str]) -> list[list[str]]:
+        groups: list[list[str]] = []
+        for name in units:
+            if groups and self.stride(name) < SAME_STRIDE * self.stride(groups[-1][-1]):
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        return groups
+
+    def _restarts(self, units: Sequence[str], stride: float) -> bool:
+        """Whether a second pass over the strides reaches the old one again (HRNet), or is most of the model."""
+        macs = sum(self.module(name).macs for name in units)
+        grows = any(self.stride(name) > SAME_STRIDE * self.stride(units[0]) for name in units)
+        return any(self._near(name, [stride]) for name in units[1:] if self.is_container(name)) or (
+            macs > self.trace.macs / 2 and grows
+        )
+
+    def _pools_all(self, name: str, before: Sequence[str]) -> bool:
+        """Whether a pooling, or a convolution as large as the map, leaves only one position."""
+        grid = self.outputs[name].grid
+        if not before or grid != (1, 1) or self.outputs[before[-1]].grid == grid:
+            return False
+        if name in self.entries and self.entries[name].grid == grid:  # it was pooled before
+            return True
+        return not self.module(name).parameters or self.stride(name) > 4 * SAME_STRIDE * self.stride(before[-1])
+
+    def _is_tail(self, name: str, final: bool) -> bool:
+        """Whether a unit is not a block: a norm, an activation, or one convolution that widens for the classifier.
+
+        A single convolution in a series of stages counts as a stage, as the author of the model wrote it (MobileNetV3).
+        """
+        if self._is_series(name):
+            return False
+        small = final and self.module(name).macs < TAIL_SHARE * self.trace.macs
+        return small or self._layer_count(name) < 2
+
+    def _is_series(self, name: str) -> bool:
+        """Whether this is a numbered series of numbered blocks."""
+        return _numbered(name) and any(map(_numbered, self.called_children(name)))
+
+    def _completes(self, name: str, block: str) -> bool:
+        """Whether a unit is the norm or activation of a block that consists of bare convolutions (Xception)."""
+        bare = all(self.trace.modules[part].macs for part in self._leaves(block))
+        return bare and not self.module(name).macs
+
+    def _leaves(self, name: str) -> list[str]:
+        """Return the called modules in a module, itself included, that have no called children with parameters."""
+        name = self.module(name).name
+        parts = [part for part in self.trace.modules if part == name or part.startswith(f"{name}.")]
+        return [part for part in parts if self.trace.modules[part].calls and not self.is_container(part)]
+
+    def _without_class_attention(self, trunk: list[str]) -> list[str]:
+        """Drop the last blocks if they only add a class token (CaiT, Touvron et al. 2021): these are not a stage."""
+        late = [name for name in trunk if self.outputs[name].prefix_tokens]
+        early = [name for name in trunk if name not in late and self.is_container(name)]
+        macs = {name: self.module(name).macs for name in trunk}
+        few = sum(macs[name] for name in late) < 0.2 * sum(macs.values())
+        apart = not {_parent(name) for name in late} & {_parent(name) for name in early}
+        return [name for name in trunk if name not in late] if late and early and few and apart else trunk
+
+    @cached_property
+    def ends(self) -> list[FeatureSpec]:
+        ends: list[FeatureSpec] = []
+        for name in self.trunk:
+            if ends and self._pools(name, ends[-1]):
+                continue
+            if ends and self.stride(name) < SAME_STRIDE * (ends[-1].reduction or 1.0):
+                ends.pop()
+            ends.append(self.outputs[name])
+        return ends
+
+    def _pools(self, name: str, end: FeatureSpec) -> bool:
+        """Whether a unit only pools the end of a stage, which makes it no second one."""
+        reads_end = name in self.entries and self.entries[name].tensor == end.tensor
+        return reads_end and not self.module(name).parameters and self.stride(name) > SAME_STRIDE * self.entry(name)
+
+    @cached_property
+    def isotropic(self) -> bool:
+        """Whether (nearly) all blocks work at one stride."""
+        chain = self.chain
+        if len(chain) < 2:
+            return False
+        last = chain[-1].reduction or 1.0
+        return all((spec.reduction or 1.0) * SAME_STRIDE > last for spec in chain)
+
+    @cached_property
+    def chain(self) -> list[FeatureSpec]:
+        ends = {spec.tap.module for spec in self.ends}
+        names: list[str] = []
+        single: list[str] = []
+        for unit in filter(self.is_container, self.trunk):
+            if self.stride(unit) > 2 * SAME_STRIDE * self.entry(unit):
+                continue  # a stem
+            inside = self._blocks_in(unit)
+            names += inside
+            if inside == [unit] and not self.repeats(unit):
+                single.append(unit)
+        strides = [self.stride(name) for name in names if name not in single]
+        chain = [name for name in names if name not in single or (name in ends and not self._near(name, strides))]
+        return [self.outputs[name] for name in self._without_parts(chain)]
+
+    def _without_parts(self, chain: Sequence[str]) -> list[str]:
+        """Keep the last of the modules of a block, where each block is a list of unlike modules, which has no output.
+
+        Such is `layers = ModuleList([ModuleList([attention, mlp]), ...])`.
+        """
+        blocks: dict[str, list[str]] = {}
+        for name in chain:
+            holder = _parent(self.module(name).name)
+            is_block = holder != "" and not self.trace.modules[holder].calls and _numbered(holder)
+            blocks.setdefault(holder if is_block else name, []).append(name)
+        parts = set[str]()
+        for names in blocks.values():
+            unlike = len({self.module(name).kind for name in names}) == len(names)
+            parts.update(names[:-1] if unlike else ())
+        return [name for name in chain if name not in parts]
+
+    def repeats(self, name: str) -> bool:
+        """Whether a module is one of a series of blocks: numbered, called several times, or one of several alike."""
+        if name not in self.trace.modules:  # a call
+            return self._layer_count(name) > 1
+        return _numbered(name) or name in self._series_of(_parent(name))
+
+    def _series_of(self, holder: str) -> list[str]:
+        """Return the children of a container that are alike, each with two layers at least, in order.
+
+        Modules of one class are alike. Those of torch itself, such as Sequential, have to hold the same classes.
+        """
+        if holder not in self._series:
+            children = [child for child in self.called_children(holder) if child in self.outputs]
+            alike: dict[object, list[str]] = {}
+            for child in children:
+                if self.is_container(child) and self._layer_count(child) > 1:
+                    alike.setdefault(self._form(child), []).append(child)
+            self._series[holder] = [child for series in alike.values() if len(series) > 1 for child in series]
+        return self._series[holder]
+
+    def _form(self, name: str) -> object:
+        module = self.trace.modules[name]
+        kinds = tuple(self.trace.modules[child].kind for child in module.children if child in self.trace.modules)
+        return (module.kind, kinds) if module.kind in _GENERIC else module.kind
+
+    def _layer_count(self, name: str) -> int:
+        return sum(self.trace.modules[part].macs > 0 for part in self._leaves(name))
+
+    def _near(self, name: str, strides: Sequence[float]) -> bool:
+        own = self.stride(name)
+        return any(own < stride * SAME_STRIDE and stride < own * SAME_STRIDE for stride in strides)
+
+    def _blocks_in(self, name: str, *, in_block: bool = False) -> list[str]:
+        """Return the numbered blocks that a container consists of, opened recursively, or the container itself."""
+        children = [child for child in self.called_children(name) if self.is_container(child)]
+        repeated = [child for child in children if _numbered(child)]
+        in_block = in_block or self._is_block(name)
+        if not repeated and not in_block:
+            repeated = self._series_of(self.module(name).name)
+        for series in (repeated, *([child] for child in children if child not in repeated)):
+            if series and all(child in self.outputs for child in series) and self._has_form_of(series[-1], name):
+                opened = [block for child in series for block in self._blocks_in(child, in_block=in_block)]
+                if len(series) > 1 or opened != series or self._is_same_tensor(series[0], name):
+                    return opened
+        return [name]
+
+    def _is_block(self, name: str) -> bool:
+        """Whether a module is one of a series in which some have one form, or alone in a list: a stage has its own."""
+        holder = _parent(name)
+        numbered = [child for child in self.called_children(holder) if _numbered(child)]
+        series = [child for child in numbered or self._series_of(holder) if child in self.outputs]
+        alike = any(self._has_form_of(child, before) for before, child in pairwise(series))
+        return name in series and (len(series) == 1 or alike)
+
+    def _has_form_of(self, child: str, name: str) -> bool:
+        """Whether a child's output has the grid and channels of its parent's, and so lies on the trunk."""
+        if name not in self.outputs:
+            return False
+        child_output, parent_output = self.outputs[child], self.outputs[name]
+        return self._is_same_tensor(child, name) or (child_output.grid, child_output.channels) == (
+            parent_output.grid,
+            parent_output.channels,
+        )
+
+    def _is_same_tensor(self, child: str, name: str) -> bool:
+        """Whether a numbered child yields the same tensor as its parent, so that it can replace it."""
+        return _numbered(child) and self.outputs[child].tensor == self.outputs[name].tensor
+
+    def depth(self, spec: FeatureSpec) -> float:
+        """Return the relative depth of a feature, 0..1, in blocks, or in tensors of the forward if there are none."""
+        chain = self.chain
+        if len(chain) > 1:
+            return sum(block.order <= spec.order for block in chain) / len(chain)
+        end = self.ends[-1].order if self.ends else self.trace.output.order
+        return min((spec.order + 1) / (end + 1), 1.0)
+
+
+def _unit(spec: FeatureSpec) -> str:
+    """The name of the call that a feature belongs to."""
+    return spec.tap.module if spec.tap.call is None else f"{spec.tap.module}#{spec.tap.call}"
+
+
+def _main(specs: Sequence[FeatureSpec]) -> FeatureSpec:
+    """Return the main output of several: the first, unless a branch beside it carries more of the compute."""
+    costs = [prod(spec.grid or ()) * spec.channels**2 for spec in specs]
+    return specs[costs.index(max(costs))] if max(costs) > MAIN_BRANCH * costs[0] else specs[0]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _numbered(name: str) -> bool:
+    return name.rpartition(".")[2].isdigit()

@@ -1,0 +1,310 @@
+"""Modules that are not timm's: wrappers, names, repeated blocks, classifiers of convolutions, decoders, tokens."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from probe_kd import Probe, Trace, match, trace
+from probe_kd.engine.matching import blocks, stages
+
+
+def conv(width: int, out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(width, out, 3, stride, 1), nn.BatchNorm2d(out), nn.ReLU())
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(width, width), nn.Conv2d(width, width, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Mixer(nn.Module):
+    """A block of tokens, with two layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def stage(width: int, out: int) -> nn.Sequential:
+    return nn.Sequential(conv(width, out, 2), Residual(out), Residual(out))
+
+
+class Cnn(nn.Module):
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.stem, self.low, self.middle, self.high = conv(3, 8, 2), stage(8, 16), stage(16, 24), stage(24, 32)
+        self.head = nn.Linear(32, classes) if classes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.high(self.middle(self.low(self.stem(x)))).mean((2, 3)))
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    hidden: tuple[Tensor, ...] = ()
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module, gives: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.model, self.gives = model, gives
+
+    def forward(self, x: Tensor) -> Any:
+        return self.gives(self.model(x))
+
+
+class Headed(nn.Module):
+    """A backbone without a classifier, and a classifier beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.fc = Cnn(0), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.backbone(x))
+
+
+class Pyramid(nn.Module):
+    """A backbone that returns the ends of all stages, and the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Cnn()
+
+    def forward(self, x: Tensor) -> dict[Any, Any]:
+        low = self.backbone.low(self.backbone.stem(x))
+        middle = self.backbone.middle(low)
+        high = self.backbone.high(middle)
+        return {"features": [low, middle, high], 0: self.backbone.head(high.mean((2, 3)))}
+
+
+GIVES: dict[str, Callable[[Any], Any]] = {
+    "vector": lambda y: y,
+    "tuple": lambda y: (y, [y]),
+    "dict": lambda y: {"0": y},
+    "dataclass": lambda y: Answer(y if isinstance(y, Tensor) else torch.zeros(1)),
+    "nested": lambda y: {"out": [{"]": y}]},
+}
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Trace:
+    return trace(timm.create_model("resnet10t"), 64)
+
+
+def taps(model: nn.Module, size: Any = 64, **options: Any) -> str:
+    return " ".join(str(spec.tap) for spec in stages(trace(model, size, **options)))
+
+
+@pytest.mark.parametrize("gives", GIVES)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("inner", [Cnn, Headed, Pyramid])
+def test_a_model_in_wrappers_matches_as_the_bare_one(
+    gives: str, depth: int, inner: Callable[[], nn.Module], resnet: Trace
+) -> None:
+    model, prefix = inner(), "" if inner is Cnn else "backbone."
+    for _ in range(depth):
+        model, prefix = Wrapper(model, GIVES[gives]), f"model.{prefix}"
+    pairs = match(trace(model, 64), resnet)
+    assert [str(pair.student).removeprefix(prefix) for pair in pairs] == ["low", "middle", "high"]
+    assert [pair.teacher for pair in pairs] == [pair.teacher for pair in match(trace(Cnn(), 64), resnet)]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "0",
+        "007",
+        "a]b",
+        "a[0]",
+        "x.y",
+        "a#1",
+        "b@input",
+        "",
+        " ",
+        "'",
+        'say "it"',
+        "ü",
+        3,
+        10**12,
+        -1,
+        True,
+        None,
+        (1, 2),
+    ],
+)
+def test_an_output_of_any_key_is_traced_tapped_and_read(key: Any) -> None:
+    class Dict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Any:
+            return {key: self.body(x), "other": x}
+
+    model = Wrapper(Dict(), lambda y: y)
+    (spec,) = [spec for spec in trace(model, 8).specs if spec.tap.module == "model" and spec.channels == 4]
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(Probe(model, str(spec.tap))(images)[spec.tap], model.model.body(images))
+
+
+def test_a_digit_still_selects_a_key_of_text_where_no_number_is_one() -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return {"0": x, "1": x + 1, 1: x + 2}
+
+    images = torch.randn(2, 3, 4, 4)
+    captured = Probe(Both(), ["[0]", "[1]", "['1']"])(images)
+    assert [round(float((value - images).mean())) for value in captured.values()] == [0, 2, 1]
+
+
+class Names(nn.Module):
+    """Blocks of tokens under any names, which `hold` adds and returns in the order of the forward."""
+
+    def __init__(self, hold: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 8, 8)
+        self.order = hold(self)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        for name in self.order:
+            x = self.get_submodule(name)(x)
+        return self.fc(x.mean(1))
+
+
+def attributes(names: str) -> Callable[[nn.Module], list[str]]:
+    def hold(model: nn.Module) -> list[str]:
+        for name in names.split():
+            model.add_module(name, Mixer(16))
+        return names.split()
+
+    return hold
+
+
+def nested(model: nn.Module) -> list[str]:
+    model.groups = nn.ModuleList(nn.ModuleList(Mixer(16) for _ in range(2)) for _ in range(2))
+    return [f"groups.{group}.{block}" for group in range(2) for block in range(2)]
+
+
+def sequence(model: nn.Module) -> list[str]:
+    model.encoder = nn.Module()
+    model.encoder.layers = nn.Sequential(OrderedDict((f"encoder_layer_{i}", Mixer(16)) for i in range(4)))
+    return ["encoder.layers"]
+
+
+@pytest.mark.parametrize(
+    ("hold", "expected"),
+    [
+        (attributes("block0 block1 block2 block3"), "block0 block1 block2 block3"),
+        (attributes("first second third fourth"), "first second third fourth"),
+        (attributes("a b c d e f g h"), "b d f h"),
+        (nested, "groups.0.0 groups.0.1 groups.1.0 groups.1.1"),
+        (sequence, " ".join(f"encoder.layers.encoder_layer_{i}" for i in range(4))),
+    ],
+    ids=["attributes", "words", "letters", "list under a list", "encoder_layer_0"],
+)
+def test_blocks_are_found_by_what_repeats(hold: Callable[[nn.Module], Any], expected: str) -> None:
+    assert taps(Names(hold)) == expected
+
+
+def test_of_a_block_that_is_a_list_of_unlike_modules_the_last_counts() -> None:
+    class Attention(Mixer):
+        pass
+
+    def hold(model: nn.Module) -> list[str]:
+        model.layers = nn.ModuleList(nn.ModuleList([Attention(16), Mixer(16)]) for _ in range(4))
+        return [f"layers.{block}.{part}" for block in range(4) for part in range(2)]
+
+    assert taps(Names(hold)) == "layers.0.1 layers.1.1 layers.2.1 layers.3.1"
+
+
+class Repeated(nn.Module):
+    """One block that runs several times at each of two strides."""
+
+    def __init__(self, times: int, width: int = 16) -> None:
+        super().__init__()
+        self.times = times
+        self.stem, self.block, self.down = nn.Conv2d(3, width, 4, 4), Residual(width), nn.Conv2d(width, width, 2, 2)
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for _ in range(self.times):
+            x = self.block(x)
+        x = self.down(x)
+        for _ in range(self.times):
+            x = self.block(x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("times", [1, 2, 3, 5])
+def test_a_block_that_runs_several_times_ends_each_stage_at_its_last_call(times: int) -> None:
+    assert taps(Repeated(times)) == f"block#{times - 1} block#{2 * times - 1}"
+
+
+def test_one_block_of_one_stride_is_paired_by_its_calls(resnet: Trace) -> None:
+    def hold(model: nn.Module) -> list[str]:
+        model.block = Mixer(16)
+        return ["block"] * 6
+
+    pairs = match(trace(Names(hold), 64), resnet)
+    assert str(pairs[-1]) == "block#5 <- layer4"
+    assert len(blocks(trace(Names(hold), 64))) == 6
+
+
+class Classifier(nn.Module):
+    def __init__(self, head: nn.Module, *, tokens: bool = False) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv(3, 8, 2), stage(8, 16), stage(16, 24))
+        self.classifier, self.tokens = head, tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x)
+        y = self.classifier(x.flatten(2).transpose(1, 2) if self.tokens else x)
+        return y.mean(1) if self.tokens else y.mean((2, 3)) if y.ndim == 4 else y
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Sequential(nn.Dropout(), nn.Conv2d(24, 10, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Conv2d(24, 10, 1),
+        nn.Sequential(nn.Conv2d(24, 48, 3, 1, 1), nn.ReLU(), nn.Conv2d(48, 10, 1)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(24, 10, 1)),
+        nn.Sequential(conv(24, 24), conv(24, 24), nn.Conv2d(24, 10, 1), nn.AdaptiveAvgPool2d(1)),
+    ],
+    ids=["squeezenet", "bare", "two", "after the pooling", "three"],
+)
+def test_a_classifier_of_convolutions_is_no_stage(head: nn.Module) -> None:
+    assert taps(Classifier(head)).split()[-1] == "features.2"
+
+
+def test_a_linear_classifier_of_every_position_is_no_stage() -> None:
+    assert (
+        taps(Classifier(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 10)), tokens=True)).split()[-1] == "features.2"
+    )
+
+
+def test_the_last_stage_of_a_model_without_a_classifier_stays_one() -> None:
+    assert taps(Cnn(0)) == "stem low middle high"
+
+
+def test_a_pooling_of_a_tapped_layer_is_no_second_target() -> None:
+    model = nn.Sequential(conv(3, 8, 2), stage(8, 16), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 64, 10))
+    assert taps(model) == "0 1.2"
