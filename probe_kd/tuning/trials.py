@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 JOURNAL = "study.log"
 TRIALS, BEST = "trials", "best"
 KEPT = ("recipe.yaml", "metrics.csv", "summary.json", "curves.png")  # of the best trial
+RATE_PATH = "optimizer.lr"
+RATE_FACTORS = (10**0.5, 10.0, 10**-0.5)  # of the learning rate, in the trials after the first
+LEAST_FOR_RATES = 5  # trials of a study that begins with these
 HALVING = 3  # of so many trials, one goes on after a rung
 CACHE_LIMIT = 10e9  # bytes
 _NEWBORN = 10.0  # seconds in which a trial that was asked for locks its folder
@@ -125,7 +128,10 @@ def open_study(trials: Trials, *, process: int = 0) -> "optuna.Study":
     startup = min(10, max(3, trials.count // 3))
     study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=startup)
     if not study.get_trials(deepcopy=False):
-        study.enqueue_trial(_fixed_defaults(trials.parameters), user_attrs={BASELINE: True})
+        baseline, *rates = first_trials(trials.parameters, trials.count)
+        study.enqueue_trial(baseline, user_attrs={BASELINE: True})
+        for values in rates:
+            study.enqueue_trial(values)
     return study
 
 
@@ -142,9 +148,24 @@ def _lock_of(file: Path) -> Any:
     return JournalFileSymlinkLock(str(file))
 
 
-def _fixed_defaults(parameters: tuple[Parameter, ...]) -> dict[str, Any]:
-    """What the recipe has of the parameters, where that is among what is drawn."""
-    return {parameter.path: parameter.default for parameter in parameters if parameter.default is not None}
+def first_trials(parameters: tuple[Parameter, ...], count: int) -> list[dict[str, Any]]:
+    """The values of the trials with which a study of `count` trials begins.
+
+    The first is the recipe as it stands. If learning rates vary, the next ones have that recipe with other rates: what
+    is best of the other values depends on the rate, and no other value matters as much.
+    """
+    baseline: dict[str, Any] = {each.path: each.default for each in parameters if each.default is not None}
+    rates = {
+        parameter: parameter.default
+        for parameter in parameters
+        if parameter.path.endswith(RATE_PATH) and isinstance(parameter.default, float)
+    }
+    values = [baseline]
+    for factor in RATE_FACTORS if rates and count >= LEAST_FOR_RATES else ():
+        scaled = {rate.path: min(max(own * factor, rate.low), rate.high) for rate, own in rates.items()}
+        if baseline | scaled not in values:
+            values.append(baseline | scaled)
+    return values
 
 
 class _Reporting(Progress):

@@ -19,7 +19,8 @@ from probe_kd.recipe.sections.tune import check_tune, legal_paths, value_at
 from probe_kd.tuning.budget import epochs_of, scored_on_held_out, shortened
 from probe_kd.tuning.outcome import write_tuned
 from probe_kd.tuning.paired import paired
-from probe_kd.tuning.space import AS_WRITTEN, Planner, all_values, space_of, usual_space
+from probe_kd.tuning.space import AS_WRITTEN, Parameter, Planner, all_values, space_of, usual_space
+from probe_kd.tuning.trials import first_trials
 from probe_kd.tuning.usual import usual_options
 
 RECIPES = sorted({*ROOT.glob("recipes/**/*.yaml")} - {ROOT / "recipes/study/base.yaml"})  # which others extend
@@ -212,3 +213,19 @@ def test_a_recipe_scored_by_its_features_does_not_vary_them(tmp_path: Path) -> N
                 parameters_of(planner)
         else:
             assert {item.path.rpartition(".")[2] for item in parameters_of(planner)} == {"weight", "lr"}
+
+
+def test_a_study_begins_with_the_recipe_as_it_stands_and_with_other_learning_rates() -> None:
+    weight = Parameter("losses.hint.weight", (), 0.01, 100.0, log=True, default=1.0)
+    rate = Parameter("optimizer.lr", (), 2e-4, 2e-2, log=True, default=2e-3)
+    begun = first_trials((weight, rate), count=20)
+    assert [values["losses.hint.weight"] for values in begun] == [1.0] * 4
+    assert [round(values["optimizer.lr"], 6) for values in begun] == [0.002, 0.006325, 0.02, 0.000632]
+    narrow = replace(rate, low=1e-3, high=3e-3)
+    assert [values["optimizer.lr"] for values in first_trials((narrow,), count=20)] == [2e-3, 3e-3, 1e-3]
+    later = replace(rate, path="stages.1.optimizer.lr", low=2e-6, high=2e-4, default=2e-5)
+    assert {round(values["optimizer.lr"] / values[later.path]) for values in first_trials((rate, later), count=9)} == {
+        100
+    }
+    for parameters, count in (((weight, rate), 4), ((weight,), 20), ((replace(rate, default=None),), 20)):
+        assert len(first_trials(parameters, count)) == 1
