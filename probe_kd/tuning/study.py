@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -268,9 +270,10 @@ class _Study:
         if images is None:
             self.notes.append("the runs at the full budget are measured on the images that the trials were scored on")
             images = self.planned.datasets
+        where = "other" if images is not self.planned.datasets else "the same"
         self.progress.tell(
-            f"comparing trial {best} with the recipe as it stands: {self.budget.seeds} seeds, "
-            f"{epochs_of(trials.source.recipe)} epochs, other held-out images"
+            f"comparing trial {best} with the recipe as it stands, {epochs_of(trials.source.recipe)} epochs, "
+            f"seeds: {self.budget.seeds}, {where} held-out images"
         )
         self._train_teachers(OTHER_TEACHER, images)
         default, tuned, failed = dict[int, float](), dict[int, float](), list[str]()
@@ -385,8 +388,9 @@ def _run_in_processes(trials: Trials, progress: Progress, jobs: int) -> None:
     for process in processes:
         process.start()
     try:
-        for process in processes:
-            process.join()
+        with _raising_on_sigterm():
+            for process in processes:
+                process.join()
     except BaseException:
         for process in processes:
             if process.is_alive() and process.pid is not None:
@@ -402,6 +406,23 @@ def _run_in_processes(trials: Trials, progress: Progress, jobs: int) -> None:
             f"a process of the study ended with status {next(filter(None, codes))}; what was done is kept, --resume "
             "goes on"
         )
+
+
+@contextmanager
+def _raising_on_sigterm() -> Iterator[None]:
+    """Raise Stopped on SIGTERM, which would else end this process and leave the others to themselves."""
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        raise Stopped(f"stopped by {signal.Signals(number).name}")
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def _work_apart(trials: Trials, process: int, threads: int, quiet: bool) -> None:

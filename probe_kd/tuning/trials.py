@@ -4,6 +4,7 @@ Optuna chooses the values (TPE), stops what is behind (asynchronous successive h
 file that several processes may write. Here a trial is made of a run: its epochs are reported as they end.
 """
 
+import multiprocessing
 import os
 import shutil
 import time
@@ -67,7 +68,7 @@ class Trials:
     @property
     def rung(self) -> int:
         """The epoch of the last stage at which a trial is first compared with the others."""
-        return max(1, ceil(self.of_last_stage / HALVING))
+        return ceil(self.of_last_stage / 2)
 
     @property
     def of_last_stage(self) -> int:
@@ -175,14 +176,14 @@ class _Reporting(Progress):
         super().__init__(console, quiet=True)
         self.measure, self.stages_left, self.report = measure, stages, report
         self.said: list[str] = []
-        self.parent = os.getppid()
+        self.parent = multiprocessing.parent_process()
 
     def begin(self, title: str, *arguments: Any, **options: Any) -> None:
         super().begin(title, *arguments, **options)
         self.stages_left -= title.startswith("student: ")
 
     def step(self, done: int, images: int) -> bool:
-        if os.getppid() != self.parent:  # the command that started this process was killed
+        if self.parent is not None and not self.parent.is_alive():
             raise Stopped("stopped, as the command that began this process has ended")
         return super().step(done, images)
 

@@ -10,7 +10,8 @@ from probe_kd.recipe.keys import AutoPairs, TuneOptions
 from probe_kd.recipe.planner import Plan
 from probe_kd.tuning.space import MOST_PAIRS
 
-WEIGHT, SHARE, RATE = 100.0, 10.0, 10.0  # the factors by which each is made smaller and larger
+# The factors by which each is made smaller and larger. What a loss of features weighs depends on layers and widths.
+OF_FEATURES, OF_OUTPUTS, SHARE, RATE = 100.0, 10.0, 10.0, 5.0
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 NORMALIZE = ("none", "layer", "channel")
 PROJECTOR = ("linear", "mlp")
@@ -38,7 +39,8 @@ def _of_objective(objective: Objective, *, scored_by_features: bool) -> dict[str
         share = objective.weight.share
         options[f"{path}.weight.share"] = {"log": (share / SHARE, share * SHARE)}
     elif isinstance(objective.weight, int | float) and objective.weight > 0:
-        options[f"{path}.weight"] = {"log": (objective.weight / WEIGHT, objective.weight * WEIGHT)}
+        factor = OF_OUTPUTS if objective.resolved.reads == "outputs" else OF_FEATURES
+        options[f"{path}.weight"] = {"log": (objective.weight / factor, objective.weight * factor)}
     temperature = _temperature(objective)
     if temperature is not None:
         options[f"{path}.temperature"] = {"values": sorted({*TEMPERATURES, float(temperature)})}

@@ -224,7 +224,7 @@ def test_what_is_behind_is_stopped_but_never_the_recipe_itself(pretrained: Path)
     assert outcome.trials[0].outcome == "done"
     stopped = [trial for trial in outcome.trials if trial.outcome == "stopped"]
     assert stopped
-    assert {trial.epochs for trial in stopped} == {3}
+    assert {trial.epochs for trial in stopped} == {5}
     assert outcome.trial(outcome.best).outcome == "done"  # type: ignore[union-attr]
 
 
