@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import InputSpec, Pair
 from probe_kd.errors import DataError, MatchError
+from probe_kd.methods import feature_figures
 from probe_kd.methods.feature_figures import FeatureFigures, measure_features
 from probe_kd.methods.feature_matching import assign, defect, features_score, match_features, remarks
 from probe_kd.methods.layer_figures import (
@@ -307,7 +308,12 @@ def test_a_target_that_a_channel_or_a_constant_rules_is_told_and_normalised(chan
 
 
 @pytest.mark.parametrize("size", [32, 48])
-def test_a_layer_of_the_student_that_yields_the_images_as_it_sees_them_is_left_out(size: int) -> None:
+def test_a_layer_of_the_student_that_yields_the_images_as_it_sees_them_is_left_out(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first stage of stride 1 is among the candidates, whatever the matcher says of it."""
+    every = [f"stages.{index}" for index in range(4)]
+    monkeypatch.setattr(feature_figures, "candidates", lambda traced: [traced[tap] for tap in every])
     student = stages({0: as_input}, widths=(3, 8, 8, 8), strides=(1, 2, 2, 2))
     given = F.interpolate(images(), (size, size))
     figures = measure_features(student, stages(), [given], student_input=PLAIN, teacher_input=PLAIN)
