@@ -394,15 +394,17 @@ def check(
     allow_import: AllowImport = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a recipe will do, and check that it can run. Nothing is trained or written; status 2 on any problem.
+    """Show what a recipe will do, and check that it can run. Nothing is trained; status 2 on any problem.
 
     Models, pairs and adapters are checked without weights or compute. Then every stage runs one real batch with the
-    models as they are before training, and shows each loss, and the time and memory of a step. Missing images are
-    downloaded if the recipe says `download: true`.
+    models as they are before training, and shows each loss, and the time and memory of a step. Of a teacher's cache a
+    few rows are written, read beside the teacher, and deleted. Missing images are downloaded if the recipe says
+    `download: true`.
     """
     from probe_kd.recipe.planner import plan
     from probe_kd.recipe.reading import load
     from probe_kd.tables import (
+        cache_cost_lines,
         cache_lines,
         costs_table,
         data_lines,
@@ -455,6 +457,8 @@ def check(
             *([shares_table(audited.shares, trains_teacher=trains_teacher)] if audited.shares else []),
         ):
             console.print(table)
+        for line in cache_cost_lines(audited.caches):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         _print_notes(audited.remarks, console)
     if audited is not None and audited.wrong:
         raise RunError("\n".join(f"{recipe}: {text}" for text in audited.wrong))
@@ -486,6 +490,7 @@ def _checked(planned: "Plan", idle: "list[Idle]", audited: "Audit | None") -> di
         "steps": [asdict(row) | {"memory": row.memory} for row in audited.costs] if audited else [],
         "gradients": [asdict(row) for row in audited.reach] if audited else [],
         "shares": [asdict(row) for row in audited.shares] if audited else [],
+        "caches": [asdict(row) | {"is_slower": row.is_slower} for row in audited.caches] if audited else [],
     }
 
 

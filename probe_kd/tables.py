@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what they import takes a second, and `inspect` needs none o
     from probe_kd.recipe.feature_measuring import FeatureMatch
     from probe_kd.results.evaluation import Evaluation
     from probe_kd.training.audit import MeasuredShare, Reach, StepCost
+    from probe_kd.training.cache_cost import CacheCost
 
 MUCH = 0.25  # of the work of training, from which the cost of an evaluation is told
 
@@ -407,6 +408,21 @@ def _cache_lines(plan: Plan, teacher: PlannedTeacher) -> list[str]:
     new = " (every epoch shows new views; `data.views` or `no_aug` bounds them)" * (plan.recipe.data.num_views is None)
     whose = f"The cache of the {teacher.role}" if teacher.name else "The teacher's cache"
     return [f"{whose} in {options.cache} will hold up to {total / 1e9:.3g} GB{new}:", *lines]
+
+
+def cache_cost_lines(costs: Iterable["CacheCost"]) -> list[str]:
+    """Say of each cache what a batch of rows takes beside the teacher, and whether that is slower."""
+    lines = []
+    for cost in costs:
+        text = (
+            f"stage {cost.stage}: {cost.images} images take {cost.memory * 1000:.3g} ms from the cache of the "
+            f"{role_of_teacher(cost.teacher)} in memory, {cost.disk * 1000:.3g} ms from the disk, and "
+            f"{cost.asked * 1000:.3g} ms from the {role_of_teacher(cost.teacher)} itself"
+        )
+        where = "" if cost.fits else f", since {size(cost.size)} do not fit into memory"
+        advice = "leave `cache` out, take a faster disk, or compare smaller features"
+        lines.append(f"{text}. The cache would be slower than the teacher{where}: {advice}" if cost.is_slower else text)
+    return lines
 
 
 def reach_table(rows: Iterable["Reach"]) -> Table:

@@ -17,6 +17,7 @@ from probe_kd.errors import RunError
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import gradient_norms, measure_shares, training_only
 from probe_kd.recipe.planner import Plan
+from probe_kd.training.cache_cost import CacheCost, cache_costs
 from probe_kd.training.fitting import fit_for_trial
 from probe_kd.training.models import Models
 from probe_kd.training.optimizers import make_optimizer
@@ -101,7 +102,8 @@ class MeasuredShare:
 class Audit:
     """The result of `audit`: the reach of every loss, the cost of a step in every stage, errors and remarks.
 
-    `shares` are the weights that are a share of the task's gradient.
+    `shares` are the weights that are a share of the task's gradient. `caches` compare the teachers' caches with the
+    teachers.
     """
 
     reach: tuple[Reach, ...]
@@ -109,6 +111,7 @@ class Audit:
     wrong: tuple[str, ...]
     remarks: tuple[str, ...] = ()
     shares: tuple[MeasuredShare, ...] = ()
+    caches: tuple[CacheCost, ...] = ()
 
 
 def audit(plan: Plan) -> Audit:
@@ -135,6 +138,7 @@ def _audit(plan: Plan, models: Models) -> Audit:
     reach: list[tuple[str, Norms]] = []
     remarks: list[str] = []
     shares: list[MeasuredShare] = []
+    caches: list[CacheCost] = []
     steps = len(loader(plan.datasets.train, plan.recipe.data, models.images_for(trained), training=True))
     for phase in trained.phases:
         distiller = models.distiller(trained, phase)
@@ -148,11 +152,12 @@ def _audit(plan: Plan, models: Models) -> Audit:
             shares += _measured(models, phase, distiller, batch)
         if reached_names and not shares_are_wrong:
             costs.append(_cost(models, phase, distiller, batch, reached_names, steps, remarks))
+        caches += cache_costs(models, trained, distiller, phase.name, batch.images)
         distiller.close()
     wrong = (*_no_numbers(costs), *complaints(trained.phases, reach), *share_complaints(trained.phases, reach))
     remarks += silent_losses(trained.phases, reach)
     all_remarks = (*untrained(models, trained, reach, batch.images), *remarks)
-    return Audit(tuple(reaches), tuple(costs), wrong, all_remarks, tuple(shares))
+    return Audit(tuple(reaches), tuple(costs), wrong, all_remarks, tuple(shares), tuple(caches))
 
 
 def _measured(models: Models, phase: Phase, distiller: Distiller, batch: TrialBatch) -> list[MeasuredShare]:
