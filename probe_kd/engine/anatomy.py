@@ -19,6 +19,9 @@ SAME_STRIDE = 1.4
 MAIN_SHARE = 0.25
 # A container that holds more is the model in a wrapper.
 WHOLE_SHARE = 0.9
+# The encoder of a dense model holds more of its parameters, and more layers than a stem.
+ENCODER_SHARE = 0.05
+STEM_LAYERS = 4
 # A tail that holds less than this prepares the classifier: a norm, a last convolution, a fusion of scales.
 TAIL_SHARE = 0.01
 # Classes that hold anything: two of one class need not be alike.
@@ -42,7 +45,9 @@ class Anatomy:
         self.entries: dict[str, FeatureSpec] = {}  # the feature with which a module is entered
         self.calls: dict[str, dict[int, str]] = {}  # the units of a module that runs several times
         self._series: dict[str, list[str]] = {}
+        self._called: dict[str, list[str]] = {}
         self._read_features()
+        self.root = self._encoder_root()
         self.trunk = self._trunk()
 
     def _read_features(self) -> None:
@@ -74,12 +79,14 @@ class Anatomy:
 
     def called_children(self, name: str) -> list[str]:
         """Return the modules that run directly under a module, in order. The items of a ModuleList count as direct."""
-        called: list[str] = []
-        for child in self.module(name).children:
-            if child not in self.trace.modules:  # a module that is shared has one name only
-                continue
-            called += [child] if self.trace.modules[child].calls else self.called_children(child)
-        return sorted(called, key=lambda child: self.trace.modules[child].first)
+        if name not in self._called:
+            called: list[str] = []
+            for child in self.module(name).children:
+                if child not in self.trace.modules:  # a module that is shared has one name only
+                    continue
+                called += [child] if self.trace.modules[child].calls else self.called_children(child)
+            self._called[name] = sorted(called, key=lambda child: self.trace.modules[child].first)
+        return self._called[name]
 
     def is_container(self, name: str) -> bool:
         return any(self.trace.modules[child].parameters for child in self.called_children(name))
@@ -89,19 +96,99 @@ class Anatomy:
 
         What yields no feature itself is opened too: it is a wrapper, or the model in one.
         """
-        share = self.trace.modules[name].macs / max(self.trace.macs, 1)
-        if share <= MAIN_SHARE or not self.is_container(name):
+        if not self.is_container(name):
+            return False
+        if self._grows_after_a_block(name):
+            return True
+        share = self.trace.modules[name].macs / max(self.trace.modules[self.root].macs, 1)
+        if share <= MAIN_SHARE:
             return False
         if name not in self.outputs or self._wraps(name, share):
             return True
         start, end = self.entry(name), self.stride(name)
         children = [child for child in self.called_children(name) if child in self.outputs]
         parts = [child for child in children if self.is_container(child)] or children
+        if len(parts) == 1 and self._is_wrapped(name, parts[0]):
+            return self.opens(parts[0])
         strides = [self.stride(child) for child in parts]
         on_trunk = [stride for stride in strides if start < stride * SAME_STRIDE and stride < end * SAME_STRIDE]
         grows = [new > old * SAME_STRIDE for old, new in pairwise([start, *on_trunk])]
         grows_later = sum(grows) > 1 or any(grows[1:])
         return grows_later or (share > WHOLE_SHARE and len(parts) > 1)
+
+    def _encoder_root(self) -> str:
+        """Return the module whose stages are those of the model: the encoder of a dense model, otherwise the model."""
+        name = ""
+        while True:
+            encoders = [child for child in self.called_children(name) if self._is_encoder(child, name)]
+            if not encoders:
+                return name
+            name = encoders[0]
+
+    def _is_encoder(self, name: str, parent: str) -> bool:
+        """Whether a module reads the image, and a decoder or a dense head beside it reads what it yields.
+
+        A decoder reads several of its features, or gives the model an output that is finer than the deepest of them. A
+        dense head has no blocks, and gives the model a map. The encoder has layers and parameters that a stem has not,
+        and nothing beside it is coarser.
+        """
+        module = self.trace.modules[name]
+        inside = [spec for spec in self._within(name) if spec.grid != (1, 1)]
+        if not inside or module.parameters < ENCODER_SHARE * self.trace.parameters or not self._has_blocks(name):
+            return False
+        siblings = [child for child in self.called_children(parent) if self.trace.modules[child].first >= module.last]
+        deepest = max(spec.reduction or 1.0 for spec in inside)
+        coarser = [other for other in siblings if other in self.outputs and self.stride(other) > deepest * SAME_STRIDE]
+        if coarser or not self._reads_image(name):
+            return False
+        produced = {spec.tensor for spec in self.trace.specs if self._lies_in(spec, name)}
+        outputs = [spec.reduction for spec in self._at(parent, "output") if spec.reduction]
+        heads = [other for other in siblings if self.trace.modules[other].parameters]
+        return (
+            min(outputs, default=deepest) * SAME_STRIDE < deepest
+            or any(len({spec.tensor for spec in self._at(other, "input")} & produced) > 1 for other in siblings)
+            or (bool(outputs and heads) and not any(map(self._holds_series, heads)))
+        )
+
+    def _holds_series(self, name: str) -> bool:
+        return any(self._series_of(other) for other in self.trace.modules if f"{other}.".startswith(f"{name}."))
+
+    def _at(self, name: str, port: str) -> list[FeatureSpec]:
+        specs = [spec for spec in self.trace.specs if spec.tap.module == name and spec.tap.port == port]
+        return [spec for spec in specs if spec.grid is not None and spec.layout is not Layout.OTHER]
+
+    def _within(self, name: str) -> list[FeatureSpec]:
+        """The outputs of a module and of all modules in it."""
+        return [spec for other, spec in self.outputs.items() if other == name or other.startswith(f"{name}.")]
+
+    def _lies_in(self, spec: FeatureSpec, name: str) -> bool:
+        inside = name == "" or f"{spec.tap.module}.".startswith(f"{name}.")
+        return spec.tap.port == "output" and inside
+
+    def _reads_image(self, name: str) -> bool:
+        strides = [spec.reduction or 1.0 for spec in self._at(name, "input")]
+        return bool(strides) and max(strides) < SAME_STRIDE
+
+    def _has_blocks(self, name: str) -> bool:
+        return self.is_container(name) and self._layer_count(name) > STEM_LAYERS
+
+    def _is_wrapped(self, name: str, part: str) -> bool:
+        """Whether nearly all of a module is one part that holds several blocks."""
+        whole = self.trace.modules[part].macs > WHOLE_SHARE * self.trace.modules[name].macs
+        return whole and self._holds_series(part)
+
+    def _grows_after_a_block(self, name: str) -> bool:
+        """Whether a module holds blocks that are alike, and its stride grows after the first of them."""
+        series = self._series_of(name)
+        if len(series) < 2:
+            return False
+        start = self.trace.modules[series[0]].last
+        later = [child for child in self.called_children(name) if self.trace.modules[child].first >= start]
+        return any(
+            self.stride(child) > SAME_STRIDE * max(self.entry(child), self.stride(series[0]))
+            for child in later
+            if child in self.outputs and self.trace.modules[child].parameters and self.outputs[child].grid != (1, 1)
+        )
 
     def _wraps(self, name: str, share: float) -> bool:
         """Whether a module holds the model, and gives features of it beside or instead of its last.
@@ -121,7 +208,7 @@ class Anatomy:
         return list(self.calls[name].values()) if name in self.calls and self.module(name).parameters else [name]
 
     def _units_in_order(self) -> list[str]:
-        units = [name for name in self.units() if name in self.outputs]
+        units = [name for name in self.units(self.root) if name in self.outputs]
         if not any("#" in name for name in units):
             return units
         return sorted(units, key=lambda name: self.entries.get(name, self.outputs[name]).order)
@@ -177,7 +264,7 @@ class Anatomy:
         """Leave out what follows the container of the stages, where the model's output has a finer grid than these."""
         output = self.outputs.get("")
         strides = [self.stride(name) for name in trunk]
-        if output is None or not trunk or (output.reduction or 1.0) * SAME_STRIDE > max(strides):
+        if self.root or output is None or not trunk or (output.reduction or 1.0) * SAME_STRIDE > max(strides):
             return list(trunk)
         deepest = next(name for name in trunk if self.stride(name) * SAME_STRIDE > max(strides))
         parts = deepest.split(".")
@@ -208,7 +295,7 @@ class Anatomy:
 
     def _has_width_of_output(self, name: str) -> bool:
         outputs = [spec for spec in self.trace.specs if spec.tap.is_output]
-        return any(spec.channels == self.outputs[name].channels for spec in outputs)
+        return not self.returned and any(spec.channels == self.outputs[name].channels for spec in outputs)
 
     def _without_tails(self, units: Sequence[str]) -> list[str]:
         """Cut every stage after its last block. A stem has no block, and is kept."""
@@ -283,7 +370,47 @@ class Anatomy:
         return [name for name in trunk if name not in late] if late and early and few and apart else trunk
 
     @cached_property
+    def returned(self) -> list[FeatureSpec]:
+        """The features of growing strides that an encoder gives to what comes after it, or returns.
+
+        These are ends of stages by its author's word. Of several of one stride, the last.
+        """
+        first: dict[int, FeatureSpec] = {}
+        for spec in self.outputs.values():
+            if self._lies_in(spec, self.root):
+                first.setdefault(spec.tensor, spec)
+        given = {spec.tensor for spec in self._given()}
+        features: list[FeatureSpec] = []
+        for spec in sorted((first[tensor] for tensor in given if tensor in first), key=lambda spec: spec.order):
+            if features and self._is_near(spec, features[-1]):
+                features.pop()
+            features.append(spec)
+        strides = [spec.reduction or 1.0 for spec in features]
+        grows = all(new > SAME_STRIDE * old for old, new in pairwise(strides))
+        return features if grows and len(features) > 2 else []
+
+    def _given(self) -> list[FeatureSpec]:
+        if not self.root:
+            return self._at("", "output")
+        end = self.trace.modules[self.root].last
+        later = [name for name, module in self.trace.modules.items() if module.calls and module.first >= end]
+        return [spec for name in later for spec in self._at(name, "input")]
+
+    @cached_property
     def ends(self) -> list[FeatureSpec]:
+        """The last unit of every stage, or what the encoder returns of the stage."""
+        ends = self._structural_ends()
+        for spec in self.returned:
+            near = [end for end in ends if self._is_near(spec, end)]
+            if not any(end.channels == spec.channels for end in near):
+                ends = sorted([*(end for end in ends if end not in near), spec], key=lambda end: end.order)
+        return ends
+
+    def _is_near(self, some: FeatureSpec, other: FeatureSpec) -> bool:
+        a, b = some.reduction or 1.0, other.reduction or 1.0
+        return a < b * SAME_STRIDE and b < a * SAME_STRIDE
+
+    def _structural_ends(self) -> list[FeatureSpec]:
         ends: list[FeatureSpec] = []
         for name in self.trunk:
             if ends and self._pools(name, ends[-1]):
@@ -424,7 +551,8 @@ def _unit(spec: FeatureSpec) -> str:
 def _main(specs: Sequence[FeatureSpec]) -> FeatureSpec:
     """Return the main output of several: the first, unless a branch beside it carries more of the compute."""
     costs = [prod(spec.grid or ()) * spec.channels**2 for spec in specs]
-    return specs[costs.index(max(costs))] if max(costs) > MAIN_BRANCH * costs[0] else specs[0]
+    main = specs[costs.index(max(costs))]
+    return main if main.grid != specs[0].grid and max(costs) > MAIN_BRANCH * costs[0] else specs[0]
 
 
 def _parent(name: str) -> str:

@@ -24,8 +24,11 @@ def stages(trace: Trace) -> list[FeatureSpec]:
 
     Raises MatchError if the model has no spatial features.
     """
-    plan = Anatomy(trace)
-    ends = plan.ends
+    return _stages(Anatomy(trace))
+
+
+def _stages(plan: Anatomy) -> list[FeatureSpec]:
+    ends, trace = plan.ends, plan.trace
     if not ends:
         raise MatchError(
             f"{trace.model} at {'x'.join(map(str, trace.input_size))} yields no feature map or tokens of several "
@@ -118,7 +121,7 @@ def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: 
 
 def _stage_pairs(student: Anatomy, teacher: Anatomy) -> list[Pair]:
     """Pair stage ends by stride if both models have several strides, otherwise by relative depth."""
-    student_layers, teacher_layers = stages(student.trace), stages(teacher.trace)
+    student_layers, teacher_layers = _stages(student), _stages(teacher)
     if student.isotropic and teacher.isotropic:
         count = min(len(student_layers), len(teacher_layers))
         return [

@@ -10,10 +10,15 @@ from probe_kd import match
 
 # Small models, unlike each other, of every library: they are built and traced in seconds.
 SAMPLE = {
-    "torchvision": ("resnet18", "regnet_y_400mf", "mnasnet1_0"),
-    "transformers": ("DINOv3ViTModel", "ConvNextV2Model", "PPLCNetBackbone", "PvtV2Model", "CLIPVisionModel"),
+    "torchvision": ("regnet_y_400mf", "vit_b_16", "lraspp_mobilenet_v3_large", "fasterrcnn_resnet50_fpn backbone"),
+    "transformers": (
+        "DINOv3ViTModel",
+        "SwinModel",
+        "ResNetForImageClassification",
+        "DPTForDepthEstimation",
+    ),
     "open_clip": ("RN50",),
-    "segmentation_models_pytorch": ("vgg11_bn", "mit_b0"),
+    "segmentation_models_pytorch": ("inceptionresnetv2", "Unet of resnet18"),
 }
 
 
@@ -53,12 +58,12 @@ def test_stage_ends_are_those_that_authors_name(sample: list[ForeignModel], trac
     assert total.models == len(sample)
     assert total.recall.alike == total.recall.layers, differences
     assert total.precision.alike == total.precision.layers, differences
-    assert total.recall.normed / total.recall.layers >= 0.97, differences
+    assert total.recall.normed / total.recall.layers >= 0.95, differences
 
 
-def test_every_pair_of_libraries_has_a_legal_plan_with_no_wrong_layer(traced: list[Judged]) -> None:
-    for student in traced:
-        for teacher in traced:
-            pairs = match(student.traced, teacher.traced)
-            assert check_pairs(student.traced, teacher.traced, pairs) >= 2
-            assert wrong_layers(student, teacher, pairs) == []
+def test_pairs_of_libraries_have_a_legal_plan_with_no_wrong_layer(traced: list[Judged]) -> None:
+    for student, teacher in zip(traced, [*traced[1:], traced[0]], strict=True):
+        for first, second in ((student, teacher), (teacher, student)):
+            pairs = match(first.traced, second.traced)
+            assert check_pairs(first.traced, second.traced, pairs) >= 3
+            assert wrong_layers(first, second, pairs) == []
