@@ -31,6 +31,7 @@ from probe_kd.engine.spec import FeatureSpec, Pair, Tap
 from probe_kd.methods.adapters import adapt
 
 T = TypeVar("T")
+U = TypeVar("U")
 LOWEST = 4 / SAME_STRIDE  # features of stride 1 and 2 belong to the stem
 LEVELS = ("same", "normed", "alike")  # the same tensor; up to a norm or an activation; the same stride and channels
 
@@ -207,12 +208,14 @@ def judged(name: str, traced: Trace, expected: Sequence[Truth]) -> Judged:
     return Judged(name, traced, frozenset(right), frozenset(last))
 
 
-def plan_all(students: Sequence[Judged], teachers: Sequence[Judged]) -> None:
+def plan_all(models: Iterable[tuple[Judged, Judged]]) -> None:
     """Every ordered pair: a monotone match whose adapters can be planned, and whether it is right."""
     sizes: collections.Counter[int] = collections.Counter()
     wrong: collections.Counter[str] = collections.Counter()
     refused, told, silent = [], 0, 0
-    for student, teacher in itertools.product(students, teachers):
+    every = 0
+    for student, teacher in models:
+        every += 1
         try:
             with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
@@ -225,7 +228,6 @@ def plan_all(students: Sequence[Judged], teachers: Sequence[Judged]) -> None:
         told += bool(mistakes and warned)
         silent += bool(mistakes and not warned)
         wrong.update(mistakes if not warned else [])
-    every = len(students) * len(teachers)
     done = sum(sizes.values())
     print(*refused[:20], sep="\n")
     print(*(f"wrong in {count} pairs: {layer}" for layer, count in wrong.most_common(30)), sep="\n")
@@ -257,10 +259,10 @@ def wrong_layers(student: Judged, teacher: Judged, pairs: Sequence[Pair]) -> lis
     return wrong + [f"{side.name}: {tap} as the last" for side, tap in ends if tap not in side.last]
 
 
-def rings(names: list[str], distances: Iterable[int]) -> Iterator[tuple[str, str]]:
-    """Pairs in which every family is a student once, and a teacher once, for every distance."""
+def rings(some: Sequence[T], others: Sequence[U], distances: Iterable[int]) -> Iterator[tuple[T, U]]:
+    """Pairs in which each of some is first once for every distance, and each of as many others is second."""
     for distance in distances:
-        yield from ((name, names[(index + distance) % len(names)]) for index, name in enumerate(names))
+        yield from ((item, others[(index + distance) % len(others)]) for index, item in enumerate(some))
 
 
 def step_all(pairs: list[tuple[str, str]]) -> None:
@@ -312,7 +314,7 @@ def compare_timm(names: list[str]) -> tuple[list[Judged], list[Judged]]:
 
 
 def compare_foreign(models: list[ForeignModel], names: list[str]) -> None:
-    """Score the models of other libraries, and plan every ordered pair of them, and of each with timm's families."""
+    """Score the models of other libraries. Plan each with 20 others, and as a student and a teacher of 10 families."""
     traces = {}
     for model in models:
         with contextlib.suppress(ProbeKDError):  # `score_foreign` says why
@@ -322,8 +324,13 @@ def compare_foreign(models: list[ForeignModel], names: list[str]) -> None:
     show(scores)
     traced = [model for model in models if model.label in traces]
     foreign = [judged(model.label, traces[model.label], foreign_truths(model, traces[model.label])) for model in traced]
-    for some, others in ((foreign, foreign), (foreign, teachers), (students, foreign)):
-        plan_all(some, others)
+    plan_all(
+        [
+            *rings(foreign, foreign, range(1, 61, 3)),
+            *rings(foreign, teachers, range(0, 90, 9)),
+            *((student, teacher) for teacher, student in rings(foreign, students, range(0, 90, 9))),
+        ]
+    )
 
 
 def main() -> None:
@@ -345,9 +352,9 @@ def main() -> None:
     elif options.foreign:
         compare_foreign(_thinned(foreign_models(), options.limit), names)
     else:
-        plan_all(*compare_timm(names))
+        plan_all(itertools.product(*compare_timm(names)))
         if options.steps:
-            step_all(list(rings(names, (1, 29, 47))))
+            step_all(list(rings(names, names, (1, 29, 47))))
     print(f"{time.perf_counter() - started:.0f} s")
 
 
