@@ -178,9 +178,12 @@ class Anatomy:
         return whole and self._holds_series(part)
 
     def _grows_after_a_block(self, name: str) -> bool:
-        """Whether a module holds blocks that are alike, and its stride grows after the first of them."""
+        """Whether a module above the stem holds blocks that are alike, and its stride grows after the first of them."""
         series = self._series_of(name)
-        if len(series) < 2:
+        called_once = all(self.trace.modules[child].calls == 1 for child in series)
+        if len(series) < 2 or not called_once or self.entry(name) < SAME_STRIDE or name not in self.outputs:
+            return False
+        if self.stride(name) < SAME_STRIDE * self.stride(series[0]):
             return False
         start = self.trace.modules[series[0]].last
         later = [child for child in self.called_children(name) if self.trace.modules[child].first >= start]
