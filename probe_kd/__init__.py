@@ -23,6 +23,7 @@ _HOME = {
     "Objective": "methods.objectives",
     "Pair": "engine.spec",
     "Probe": "engine.probe",
+    "MatchWarning": "errors",
     "ProbeKDError": "errors",
     "Tap": "engine.spec",
     "Trace": "engine.spec",
@@ -58,6 +59,7 @@ __all__ = [
     "InputSpec",
     "Layout",
     "Loss",
+    "MatchWarning",
     "Objective",
     "Pair",
     "Probe",
@@ -93,7 +95,7 @@ if TYPE_CHECKING:
     from probe_kd.engine.spec import FeatureSpec, InputSpec, Layout, Pair, Schedule, Share, Tap, Trace
     from probe_kd.engine.surgery import freeze, replace, share
     from probe_kd.engine.tracing import trace
-    from probe_kd.errors import ProbeKDError
+    from probe_kd.errors import MatchWarning, ProbeKDError
     from probe_kd.methods.adapters import Adapter, adapt
     from probe_kd.methods.distiller import Distiller
     from probe_kd.methods.feature_figures import FeatureFigures, measure_features

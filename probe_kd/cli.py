@@ -220,6 +220,9 @@ def match(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a complete recipe to this file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
+    decoder: Annotated[
+        bool, typer.Option("--decoder", help="Also pair the stages of the decoders, as of a U-Net.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Pair the layers of a student with the layers of a teacher, and show the reason for each pair.
@@ -227,7 +230,8 @@ def match(
     With --by features, both models run once on a few hundred images. It also shows what each layer holds, how targets
     should be normalised, and which layers teach nothing; -o then writes a recipe that learns the features.
     """
-    from probe_kd.engine.matching import match as match_layers
+    from probe_kd.engine.matching import doubts
+    from probe_kd.engine.matching import find_pairs as match_layers
     from probe_kd.engine.models import packages
     from probe_kd.recipe.scaffold import write_recipe
     from probe_kd.tables import pair_rows, pairs_table
@@ -249,13 +253,15 @@ def match(
         _show_by_features(matched, output, as_json=as_json)
         return
     _refuse_without_features(measuring)
-    pairs = match_layers(student_trace, teacher_trace, level=level.value, num_pairs=num_pairs)
+    pairs = match_layers(student_trace, teacher_trace, level=level.value, num_pairs=num_pairs, decoder=decoder)
     rows = pair_rows(pairs, student_trace, teacher_trace)
+    remarks = doubts(pairs, student_trace, teacher_trace, complete=num_pairs is None)
     if as_json:
         sides = {"student": _about(student_trace), "teacher": _about(teacher_trace)}
-        print(json.dumps({**sides, "pairs": [asdict(row) for row in rows]}, indent=1))
+        print(json.dumps({**sides, "pairs": [asdict(row) for row in rows], "remarks": remarks}, indent=1))
     else:
         _console().print(pairs_table(student, teacher, rows))
+        _print_notes(remarks, _console())
     if output is not None:
         write_recipe(student_trace, teacher_trace, pairs, output)
         command = f"probe-kd train {output}{_options(allow_import=packages([student, teacher]))}"
@@ -327,7 +333,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe file.")] = False,
 ) -> None:
     """Write a complete, commented recipe for two models, a method and a set of images. Nothing is downloaded."""
-    from probe_kd.engine.matching import match as match_layers
+    from probe_kd.engine.matching import find_pairs as match_layers
     from probe_kd.engine.models import packages
     from probe_kd.recipe.scaffold import chosen, write_recipe
 
@@ -811,7 +817,7 @@ def _write_distillation(
     kwargs: tuple[list[str] | None, list[str] | None],
     seed: int,
 ) -> None:
-    from probe_kd.engine.matching import match as match_layers
+    from probe_kd.engine.matching import find_pairs as match_layers
     from probe_kd.engine.models import built_by_timm
     from probe_kd.recipe.distillation import (
         TeacherChoice,

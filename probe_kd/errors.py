@@ -13,6 +13,8 @@
         ├── Stopped     a run that was asked to stop, and has written a checkpoint
         └── PeerLost    a run of several processes of which another one has ended
 
+`MatchWarning` is a warning of Python's `warnings`: pairs that can be trained, but are probably not what was meant.
+
 The message is written for the person who has to mend the cause: what is wrong, where, what was expected, the nearest
 legal thing. The command line prints it and exits with status 2; a traceback is always a defect of ours.
 """
@@ -79,6 +81,10 @@ class WeightsError(ProbeKDError):
 
 class MatchError(ProbeKDError):
     pass
+
+
+class MatchWarning(UserWarning):
+    """A pair of layers that can be compared, but is probably not what was meant."""
 
 
 class AdapterError(ProbeKDError):

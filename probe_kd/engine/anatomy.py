@@ -429,6 +429,35 @@ class Anatomy:
         return reads_end and not self.module(name).parameters and self.stride(name) > SAME_STRIDE * self.entry(name)
 
     @cached_property
+    def decoder(self) -> list[FeatureSpec]:
+        """The last feature at each stride after the encoder, first to last, without the layer that gives the output."""
+        end = self.outputs[self.trunk[-1]].order if self.trunk else 0
+        later = [name for name in self._units_in_order() if self.outputs[name].order > end]
+        units = [name for name in later if self.module(name).parameters]
+        features = [spec for name in units for spec in self._features_of_decoder(name)]
+        widths = [spec.channels for spec in self.trace.specs if spec.tap.is_output]
+        if features and features[-1].channels in widths and not features[-1].tap.items:
+            features.pop()
+        ends: list[FeatureSpec] = []
+        for spec in features:
+            if ends and _is_near(spec, ends[-1]):
+                ends.pop()
+            ends.append(spec)
+        return ends
+
+    def _features_of_decoder(self, name: str) -> list[FeatureSpec]:
+        """Return the features of a unit of a decoder: all of its outputs, of its parts, or its only one."""
+        own = [spec for spec in self.trace.specs if spec.tap.module == self.module(name).name and spec.spatial]
+        own = [spec for spec in own if spec.tap.port == "output" and spec.grid != (1, 1)]
+        if any(not _is_near(spec, own[0]) for spec in own):
+            return own
+        parts = [part for part in self.called_children(name) if part in self.outputs]
+        parts = [part for part in parts if self.module(part).parameters and self.outputs[part].grid != (1, 1)]
+        if any(not _is_near(self.outputs[part], self.outputs[parts[0]]) for part in parts):
+            return [spec for part in parts for spec in self._features_of_decoder(part)]
+        return [self.outputs[name]]
+
+    @cached_property
     def isotropic(self) -> bool:
         """Whether (nearly) all blocks work at one stride."""
         chain = self.chain
@@ -549,6 +578,13 @@ class Anatomy:
 def _unit(spec: FeatureSpec) -> str:
     """The name of the call that a feature belongs to."""
     return spec.tap.module if spec.tap.call is None else f"{spec.tap.module}#{spec.tap.call}"
+
+
+def _is_near(spec: FeatureSpec, other: FeatureSpec) -> bool:
+    """Whether two features have one stride."""
+    return max(spec.reduction or 1.0, other.reduction or 1.0) < SAME_STRIDE * min(
+        spec.reduction or 1.0, other.reduction or 1.0
+    )
 
 
 def _main(specs: Sequence[FeatureSpec]) -> FeatureSpec:

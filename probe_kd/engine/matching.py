@@ -1,20 +1,24 @@
 """Match layers of a student to layers of a teacher, from two traces alone."""
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
 
 from probe_kd.engine.anatomy import SAME_STRIDE, Anatomy
 from probe_kd.engine.patterns import expression, glob
-from probe_kd.engine.spec import FeatureSpec, Pair, Tap, Trace
-from probe_kd.errors import MatchError, TapError, demand, nearest
+from probe_kd.engine.spec import FeatureSpec, Layout, Pair, Tap, Trace
+from probe_kd.errors import MatchError, MatchWarning, TapError, demand, nearest
 
 T = TypeVar("T")
 Level = Literal["stage", "block"]
 
 ISOTROPIC_STAGES = 4
+MOST_APART = 0.5  # of relative depth: more is told
 
 
 def stages(trace: Trace) -> list[FeatureSpec]:
@@ -32,7 +36,8 @@ def _stages(plan: Anatomy) -> list[FeatureSpec]:
     if not ends:
         raise MatchError(
             f"{trace.model} at {'x'.join(map(str, trace.input_size))} yields no feature map or tokens of several "
-            "positions that could be matched; give larger images or smaller patches, or name layers in `pairs` by hand"
+            f"positions that could be matched: {_what_was_seen(trace)}; give larger images or smaller patches, or name "
+            "layers in `pairs` by hand"
         )
     chain = plan.chain
     if plan.isotropic and len(chain) > 1:
@@ -90,17 +95,51 @@ def blocks(trace: Trace) -> list[FeatureSpec]:
     return Anatomy(trace).chain
 
 
-def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None) -> tuple[Pair, ...]:
+def _what_was_seen(trace: Trace) -> str:
+    """Say what the modules of a model yielded, and why nothing of it is a stage."""
+    called = sum(module.calls > 0 for module in trace.modules.values())
+    outputs = [spec for spec in trace.specs if spec.tap.port == "output"]
+    kinds = Counter(_kind_of(spec) for spec in outputs)
+    grids = {f"{spec.grid[0]}x{spec.grid[1]}" for spec in outputs if spec.grid is not None}
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "no tensor"
+    found = f", on grids of {', '.join(sorted(grids))}" if grids else ""
+    return f"{called} modules ran and yielded {counts}{found}"
+
+
+def _kind_of(spec: FeatureSpec) -> str:
+    if spec.layout is Layout.NC:
+        return "vectors (no positions)"
+    if spec.layout is Layout.OTHER:
+        return "tensors that are no features of single images (the batch is not their first axis)"
+    if spec.grid is None:
+        return f"{spec.layout} tokens in no grid"
+    return f"{spec.layout} of one position" if spec.grid == (1, 1) else f"{spec.layout} on a grid, outside the encoder"
+
+
+def match(
+    student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None, decoder: bool = False
+) -> tuple[Pair, ...]:
     """Pair layers of a student with layers of a teacher.
 
     The pairs follow the order of both models, and no layer is used twice. `reason` of each pair says why it was chosen.
 
     Stage ends are paired by stride, or by relative depth if a model has only one stride. `level="block"` also pairs
     the blocks between two stage ends by relative depth. `num_pairs` keeps fewer pairs, evenly spaced, including the
-    deepest.
+    deepest. With `decoder`, the ends of the decoders' stages (of a U-Net, a feature pyramid) are paired by stride too.
 
-    Raises MatchError if a model has nothing to match, or if there are fewer pairs than requested.
+    Warns with MatchWarning of what `doubts` says. Raises MatchError if a model has nothing to match, if there are fewer
+    pairs than requested, or if a model has no decoder to pair.
     """
+    pairs = find_pairs(student, teacher, level=level, num_pairs=num_pairs, decoder=decoder)
+    for text in doubts(pairs, student, teacher, complete=num_pairs is None):
+        warnings.warn(text, MatchWarning, stacklevel=2)
+    return pairs
+
+
+def find_pairs(
+    student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None, decoder: bool = False
+) -> tuple[Pair, ...]:
+    """Return what `match` returns, without warnings, for those who show `doubts` themselves."""
     if level not in get_args(Level):
         raise MatchError(f"level {level!r}: expected 'stage' or 'block'")
     for side, trace in (("student", student), ("teacher", teacher)):
@@ -109,14 +148,63 @@ def match(student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: 
     pairs = _stage_pairs(student_anatomy, teacher_anatomy)
     if level == "block":
         pairs = _block_pairs(student_anatomy, teacher_anatomy, pairs)
+    of_decoder = _decoder_pairs(student_anatomy, teacher_anatomy) if decoder else []
     if num_pairs is None:
-        return tuple(pairs)
+        return (*pairs, *of_decoder)
     if not 1 <= num_pairs <= len(pairs):
         raise MatchError(
             f"num_pairs {num_pairs}: {student.model} and {teacher.model} make {len(pairs)} pairs of {level}s"
             + ("; level 'block' may make more" if level == "stage" and num_pairs > 0 else "")
         )
-    return tuple(_spread(pairs, num_pairs))
+    return (*_spread(pairs, num_pairs), *of_decoder)
+
+
+def doubts(pairs: Sequence[Pair], student: Trace, teacher: Trace, *, complete: bool = False) -> list[str]:
+    """Say which pairs of layers can be compared, but are probably not what was meant.
+
+    These are layers whose relative depths differ by more than half, the images themselves, and the model's output
+    against a feature with positions. With `complete`, `pairs` are all that `match` found, and fewer of them than both
+    models have stages are one more. A tap that a trace does not have is left out.
+    """
+    sides = Anatomy(student), Anatomy(teacher)
+    texts: list[str] = []
+    for pair in pairs:
+        with suppress(TapError):
+            texts += _doubts_of(pair, *sides)
+    if complete and pairs:
+        counts = [len(_above_stem(stages(trace))) for trace in (student, teacher)]
+        if len(pairs) < min(counts):
+            texts.append(
+                f"{len(pairs)} pairs of {student.model} and {teacher.model}, which have {counts[0]} and {counts[1]} "
+                "stages; see the layers with `probe-kd inspect`, and name others in `pairs` by hand"
+            )
+    return texts
+
+
+def _doubts_of(pair: Pair, student: Anatomy, teacher: Anatomy) -> Iterator[str]:
+    specs = student.trace[pair.student.local], teacher.trace[pair.teacher.local]
+    images = [_reads_the_images(spec, side.trace) for spec, side in zip(specs, (student, teacher), strict=True)]
+    outputs = [spec.tensor == side.trace.output.tensor for spec, side in zip(specs, (student, teacher), strict=True)]
+    for side, spec, other, is_image, is_output in zip(
+        ("student", "teacher"), specs, reversed(specs), images, outputs, strict=True
+    ):
+        if is_image:
+            yield f"pair {pair}: {side} tap '{spec.tap}' is the images themselves, and holds no feature"
+        elif is_output and spec.layout is Layout.NC and other.spatial:
+            yield f"pair {pair}: {side} tap '{spec.tap}' is the output of the model, and the other a feature map"
+    if any(images) or any(outputs) or any(spec.layout is Layout.OTHER for spec in specs):
+        return
+    depths = student.depth(specs[0]), teacher.depth(specs[1])
+    if abs(depths[0] - depths[1]) > MOST_APART:
+        yield (
+            f"pair {pair}: relative depths {depths[0]:.0%} and {depths[1]:.0%} differ by more than half; name a layer "
+            "of similar depth in `pairs`"
+        )
+
+
+def _reads_the_images(spec: FeatureSpec, trace: Trace) -> bool:
+    images = next((other for other in trace.specs if other.tap == Tap("", "input")), None)
+    return images is not None and images.tensor == spec.tensor
 
 
 def _stage_pairs(student: Anatomy, teacher: Anatomy) -> list[Pair]:
@@ -186,6 +274,15 @@ def _align(student_places: Sequence[float], teacher_places: Sequence[float]) -> 
         return []
     _, path = best[short - 1, long - 1]
     return [*path, (short - 1, long - 1)]
+
+
+def _decoder_pairs(student: Anatomy, teacher: Anatomy) -> list[Pair]:
+    """Pair the stages of the decoders by stride. Raises MatchError if a model has none."""
+    for side in (student, teacher):
+        if not side.decoder:
+            raise MatchError(f"{side.trace.model} has no decoder to pair: no layer after its stages yields a feature")
+    places = [[-log2(spec.reduction or 1.0) for spec in side.decoder] for side in (student, teacher)]
+    return [_pair(student, teacher, student.decoder[i], teacher.decoder[j]) for i, j in _align(*places)]
 
 
 def _block_pairs(student: Anatomy, teacher: Anatomy, anchors: Sequence[Pair]) -> list[Pair]:

@@ -125,7 +125,9 @@ def _observe_a_batch(model: nn.Module, size: Size, device: torch.device, name: s
         except Exception as refusal:
             refusals.append(refusal)
             continue
-        if ambiguous or not _is_ambiguous(traced, batch):
+        if ambiguous:  # the second says whether the batch comes second
+            return traced if any(spec.batch_axis for spec in traced.specs) else ambiguous[0]
+        if not _is_ambiguous(traced, batch):
             return traced
         ambiguous.append(traced)
     if ambiguous:
@@ -134,9 +136,8 @@ def _observe_a_batch(model: nn.Module, size: Size, device: torch.device, name: s
 
 
 def _is_ambiguous(traced: Trace, batch: int) -> bool:
-    """Whether the batch comes second in this model, and a sequence happens to be as long as the batch."""
-    second = any(spec.batch_axis for spec in traced.specs)
-    return second and any(len(spec.shape) == 3 and spec.shape[:2] == (batch, batch) for spec in traced.specs)
+    """Whether a sequence happens to be as long as the batch, so that either could be the first axis."""
+    return any(len(spec.shape) == 3 and spec.shape[:2] == (batch, batch) for spec in traced.specs)
 
 
 def refuse_lazy(model: nn.Module, name: str) -> None:

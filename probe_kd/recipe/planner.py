@@ -49,7 +49,7 @@ from probe_kd.recipe.sections.models import (
     trace_models,
 )
 from probe_kd.recipe.sections.outputs import check_outputs, role_of_teacher, roles_that_classify
-from probe_kd.recipe.sections.pairs import AllPaired, Expansion, check_use, expansions, find_all_pairs
+from probe_kd.recipe.sections.pairs import AllPaired, Expansion, check_use, expansions, find_all_pairs, pair_remarks
 from probe_kd.recipe.sections.sharing import check_trunk_inputs, input_of_trained, try_sharing
 from probe_kd.recipe.sections.stages import check_stages, check_warmup
 from probe_kd.recipe.sections.tune import check_tune
@@ -236,7 +236,9 @@ class Plan:
         objectives = [objective for stage in self.objectives for objective in stage]
         read = {tap.model for objective in objectives for tap in objective.taps[1]}
         unread = [_remark_on_unread(teacher) for name, teacher in self.teachers.items() if name not in read]
-        return unread + remarks
+        pairs = dict.fromkeys([*self.pairs, *(pair for own in self.own_pairs.values() for pair in own)])
+        traces = {name: teacher.trace for name, teacher in self.teachers.items()}
+        return unread + remarks + pair_remarks(list(pairs), self.student, traces)
 
     @property
     def resolved(self) -> Recipe:

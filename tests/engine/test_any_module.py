@@ -1,8 +1,10 @@
 """Modules that are not timm's: wrappers, names, repeated blocks, classifiers of convolutions, decoders, tokens."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from probe_kd import Probe, Trace, match, trace
-from probe_kd.engine.matching import blocks, stages
+from probe_kd import MatchWarning, Pair, Probe, Trace, match, trace
+from probe_kd.engine.matching import blocks, doubts, stages
+from probe_kd.errors import MatchError
+from probe_kd.methods.steps import ToMap
 
 
 def conv(width: int, out: int, stride: int = 1) -> nn.Sequential:
@@ -308,3 +312,189 @@ def test_the_last_stage_of_a_model_without_a_classifier_stays_one() -> None:
 def test_a_pooling_of_a_tapped_layer_is_no_second_target() -> None:
     model = nn.Sequential(conv(3, 8, 2), stage(8, 16), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 64, 10))
     assert taps(model) == "0 1.2"
+
+
+class Unet(nn.Module):
+    """An encoder and a decoder side by side, or each in a module; `wide` makes the decoder most of the compute."""
+
+    def __init__(self, *, wide: int = 1, form: str = "flat") -> None:
+        super().__init__()
+        self.form = form
+        downs = nn.ModuleList([conv(3, 8, 2), stage(8, 16), stage(16, 24)])
+        ups = nn.ModuleList([conv(40, 16 * wide), conv(16 * wide + 8, 8 * wide)])
+        if form == "flat":
+            self.down0, self.down1, self.down2 = downs
+            self.up0, self.up1 = ups
+        else:
+            self.encoder, self.decoder = nn.Module(), nn.Module()
+            self.encoder.downs, self.decoder.ups = downs, ups
+        self.head = nn.Conv2d(8 * wide, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.form == "flat"
+        downs = [self.down0, self.down1, self.down2] if flat else self.encoder.downs
+        ups = [self.up0, self.up1] if flat else self.decoder.ups
+        features = []
+        for down in downs:
+            features.append(x := down(x))
+        for up, skip in zip(ups, features[-2::-1], strict=True):
+            x = up(torch.cat([nn.functional.interpolate(x, skip.shape[2:]), skip], 1))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("wide", [1, 4, 16])
+@pytest.mark.parametrize(
+    ("form", "ends", "decoder"),
+    [
+        ("flat", "down0 down1 down2", "up0 up1"),
+        ("held", "encoder.downs.0 encoder.downs.1 encoder.downs.2", "decoder.ups.0 decoder.ups.1"),
+    ],
+)
+def test_the_encoder_of_a_u_net_is_paired_and_its_decoder_on_demand(
+    wide: int, form: str, ends: str, decoder: str
+) -> None:
+    traced = trace(Unet(wide=wide, form=form), 64)
+    assert " ".join(str(spec.tap) for spec in stages(traced)) == ends
+    plain = match(traced, traced)
+    with_decoder = match(traced, traced, decoder=True)
+    assert [str(pair.student) for pair in with_decoder] == [*(str(pair.student) for pair in plain), *decoder.split()]
+    with pytest.raises(MatchError, match="Cnn has no decoder"):
+        match(traced, trace(Cnn(), 64), decoder=True)
+
+
+def test_a_head_at_the_stride_of_the_last_stage_is_no_stage() -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(conv(3, 8, 2), stage(8, 16), stage(16, 24))
+            self.classifier = nn.Sequential(conv(24, 24), Residual(24), nn.Conv2d(24, 5, 1))
+
+        def forward(self, x: Tensor) -> Any:
+            return {"out": nn.functional.interpolate(self.classifier(self.backbone(x)), x.shape[2:])}
+
+    assert taps(Dense()) == "backbone.0 backbone.1 backbone.2"
+
+
+class Tokens(nn.Module):
+    """A transformer with `before` tokens before the grid, and `after` after it, each in a concatenation of its own."""
+
+    def __init__(self, before: int, after: int, *, batch_first: bool = True, linear: bool = False) -> None:
+        super().__init__()
+        self.patch: nn.Module = nn.Linear(192, 16) if linear else nn.Conv2d(3, 16, 8, 8)
+        self.before, self.after = nn.Parameter(torch.zeros(1, before, 16)), nn.Parameter(torch.zeros(1, after, 16))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, 16))
+        self.blocks = nn.ModuleList(Mixer(16) for _ in range(4))
+        self.fc, self.batch_first, self.linear = nn.Linear(16, 10), batch_first, linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.linear:
+            b, c, h, w = x.shape
+            x = self.patch(x.reshape(b, c, h // 8, 8, w // 8, 8).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, 192))
+        else:
+            x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([x[:, :1], self.before.expand(len(x), -1, -1), x[:, 1:], self.after.expand(len(x), -1, -1)], 1)
+        x = x if self.batch_first else x.transpose(0, 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.fc(x[:, 0] if self.batch_first else x[0])
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize(
+    ("before", "after", "size", "grid"),
+    [
+        (0, 0, 64, (8, 8)),
+        (4, 0, 32, (4, 4)),
+        (3, 0, 64, (8, 8)),
+        (0, 4, 32, (4, 4)),
+        (8, 2, (40, 24), (5, 3)),
+        (40, 0, 16, (2, 2)),
+    ],
+)
+def test_tokens_of_the_grid_are_those_that_came_from_the_patches(
+    batch_first: bool, linear: bool, before: int, after: int, size: Any, grid: tuple[int, int]
+) -> None:
+    model = Tokens(before, after, batch_first=batch_first, linear=linear)
+    traced = trace(model, size)
+    spec = traced["blocks.2"]
+    assert (spec.layout, spec.grid, spec.prefix_tokens, spec.suffix_tokens) == ("NLC", grid, before + 1, after)
+    images = torch.randn(2, *traced.input_size)
+    feature = Probe(model, [spec])(images)[spec.tap]
+    assert feature.shape[1:] == spec.shape[1:]
+    assert ToMap.of(spec)(feature).shape == (2, 16, *grid)
+    raw = Probe(model, "blocks.2")(images)[spec.tap]
+    assert torch.equal(raw if batch_first else raw.transpose(0, 1), feature)
+
+
+def test_a_sequence_as_long_as_the_batch_is_told_from_it() -> None:
+    spec = trace(Tokens(0, 0, batch_first=False), 16)["blocks.1"]
+    assert (spec.grid, spec.prefix_tokens, spec.batch_axis) == ((2, 2), 1, 1)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 3, 4, 8, 16])
+def test_a_model_that_minds_its_batch_is_traced_with_one_that_it_takes(multiple: int) -> None:
+    class Minding(Cnn):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(-1, multiple, *x.shape[1:]).flatten(0, 1))
+
+    assert taps(Minding()) == "stem low middle high"
+
+
+def test_maps_of_a_video_are_averaged_over_its_frames() -> None:
+    class Video(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body = nn.Conv3d(3, 8, 3, 2, 1), nn.Conv3d(8, 16, 3, 2, 1)
+            self.fc = nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.body(self.stem(x).relu()).mean((2, 3, 4)))
+
+    model = Video()
+    spec = trace(model, (3, 8, 32, 32))["body"]
+    assert (spec.layout, spec.grid, spec.frames, spec.describe()) == ("NCDHW", (8, 8), 2, "map 2x8x8 16")
+    feature = Probe(model, [spec])(torch.randn(2, 3, 8, 32, 32))[spec.tap]
+    assert torch.allclose(ToMap.of(spec)(feature), feature.mean(2))
+
+
+def test_a_model_is_traced_at_the_size_of_its_config() -> None:
+    model = Wrapper(Tokens(0, 0), lambda y: y)
+    model.model.config = SimpleNamespace(image_size=96, num_channels=3)
+    assert trace(model).input_size == (3, 96, 96)
+
+
+def test_of_two_branches_the_one_with_the_compute_is_paired() -> None:
+    class Two(nn.Module):
+        def __init__(self, order: str) -> None:
+            super().__init__()
+            self.order = order.split()
+            self.large = nn.Sequential(conv(3, 16, 2), stage(16, 32), stage(32, 64))
+            self.small = nn.Sequential(conv(3, 4, 2), stage(4, 8), stage(8, 16))
+            self.fc = nn.Linear(80, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.cat([self.get_submodule(name)(x).mean((2, 3)) for name in self.order], 1))
+
+    assert taps(Two("large small")) == taps(Two("small large")) == "large.0 large.1 large.2"
+    assert str(stages(trace("crossvit_tiny_240"))[-1].tap) == "blocks.2[1]"
+
+
+def test_what_is_probably_not_meant_is_told() -> None:
+    deep = trace(Cnn(), 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        match(deep, deep)
+    pairs = [Pair("low.1", "high.2"), Pair("@input", "low"), Pair("head", "high"), Pair("low", "low")]
+    texts = doubts(pairs, deep, deep)
+    assert [text.split(":")[0] for text in texts] == [f"pair {pair}" for pair in pairs[:3]]
+    assert [word in text for word, text in zip(("depths", "images", "output"), texts, strict=True)] == [True] * 3
+    with pytest.raises(MatchError, match="3 modules ran and yielded 3 vectors"):
+        stages(trace(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), 8))
+
+
+def test_match_warns_with_a_class_of_our_own(monkeypatch: pytest.MonkeyPatch, resnet: Trace) -> None:
+    monkeypatch.setattr("probe_kd.engine.matching.MOST_APART", 0.01)
+    with pytest.warns(MatchWarning, match="differ by more than half"):
+        match(trace("convnext_atto", 64), resnet)

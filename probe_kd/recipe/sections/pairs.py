@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from probe_kd.engine.matching import expand, is_pattern, listed, match
+from probe_kd.engine.matching import doubts, expand, find_pairs, is_pattern, listed
 from probe_kd.engine.spec import Pair, Tap, Trace, Traces
 from probe_kd.errors import TapError, nearest
 from probe_kd.methods.objectives import Comparison, Objective
@@ -221,7 +221,7 @@ def _by_student(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
 def _match_all(options: AutoPairs, sides: Sides) -> Iterator[Pair]:
     """The pairs that `match` finds with each teacher. Raises MatchError."""
     for name, trace_ in sides.teachers.by_model.items():
-        pairs = match(sides.student, trace_, level=options.level, num_pairs=options.num_pairs)
+        pairs = find_pairs(sides.student, trace_, level=options.level, num_pairs=options.num_pairs)
         pairs = tuple(replace(pair, teacher=replace(pair.teacher, model=name)) for pair in pairs)
         yield from pairs if sides.grown is None else _above_the_cut(pairs, sides.grown)
 
@@ -327,6 +327,15 @@ def expansions(recipe: Recipe, paired: AllPaired) -> Iterator[Expansion]:
         teacher = values[int(rest[0]) if rest else 0].teacher
         if is_pattern(name) or is_pattern(teacher) or is_pattern(teacher.partition(":")[2]):
             yield Expansion(name, teacher, tuple(line), loss)
+
+
+def pair_remarks(pairs: Sequence[Pair], student: Trace, teachers: Mapping[str, Trace]) -> list[str]:
+    """Say which pairs are probably not what was meant."""
+    return [
+        text
+        for name, teacher in teachers.items()
+        for text in doubts([pair for pair in pairs if pair.teacher.model == name], student, teacher)
+    ]
 
 
 def _is_idle(grown: Trace, tap: Tap) -> bool:
