@@ -44,6 +44,7 @@ HALVING = 3  # of so many trials, one goes on after a rung
 CACHE_LIMIT = 10e9  # bytes
 _NEWBORN = 10.0  # seconds in which a trial that was asked for locks its folder
 BASELINE, VALUES, WHY, SECONDS, SAID, STOPPED = "baseline", "values", "why", "seconds", "said", "stopped"
+WHOLE = "whole"  # a trial that is not stopped early
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def open_study(trials: Trials, *, process: int = 0) -> "optuna.Study":
     study.sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=startup)
     if not study.get_trials(deepcopy=False):
         baseline, *rates = first_trials(trials.parameters, trials.count)
-        study.enqueue_trial(baseline, user_attrs={BASELINE: True})
+        study.enqueue_trial(baseline, user_attrs={BASELINE: True, WHOLE: True})
         for values in rates:
-            study.enqueue_trial(values)
+            study.enqueue_trial(values, user_attrs={WHOLE: True})
     return study
 
 
@@ -285,7 +286,7 @@ class _Trial:
 
         self.trial.report(value, epoch)
         is_last = epoch == self.trials.of_last_stage
-        if not self.is_baseline and not is_last and self.trial.should_prune():
+        if not self.trial.user_attrs.get(WHOLE) and not is_last and self.trial.should_prune():
             raise TrialPruned
 
     def _tell(self, value: float | None, started: float, **state: Any) -> None:
@@ -345,7 +346,7 @@ def give_back(study: "optuna.Study", number: int) -> None:
         study.tell(number, state=TrialState.FAIL)
     except (UpdateFinishedTrialError, ValueError):  # another process has just done so
         return
-    attributes = {BASELINE: True} if trial.user_attrs.get(BASELINE) else {}
+    attributes = {name: True for name in (BASELINE, WHOLE) if trial.user_attrs.get(name)}
     study.enqueue_trial(dict(trial.params) or _queued(trial), user_attrs=attributes)
 
 

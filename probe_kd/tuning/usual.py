@@ -11,7 +11,7 @@ from probe_kd.recipe.planner import Plan
 from probe_kd.tuning.space import MOST_PAIRS
 
 # The factors by which each is made smaller and larger. What a loss of features weighs depends on layers and widths.
-OF_FEATURES, OF_OUTPUTS, SHARE, RATE = 100.0, 10.0, 10.0, 5.0
+OF_FEATURES, OF_OUTPUTS, SHARE, RATE = 100.0, 10.0, 10.0, 10.0
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 NORMALIZE = ("none", "layer", "channel")
 PROJECTOR = ("linear", "mlp")
