@@ -434,7 +434,8 @@ class Anatomy:
         end = self.outputs[self.trunk[-1]].order if self.trunk else 0
         later = [name for name in self._units_in_order() if self.outputs[name].order > end]
         units = [name for name in later if self.module(name).parameters]
-        features = [spec for name in units for spec in self._features_of_decoder(name)]
+        layers = dict.fromkeys(self._layer_of_decoder(name, units) for name in units)
+        features = [spec for name in layers for spec in self._features_of_decoder(name)]
         widths = [spec.channels for spec in self.trace.specs if spec.tap.is_output]
         if features and features[-1].channels in widths and not features[-1].tap.items:
             features.pop()
@@ -444,6 +445,26 @@ class Anatomy:
                 ends.pop()
             ends.append(spec)
         return ends
+
+    def _layer_of_decoder(self, unit: str, units: Sequence[str]) -> str:
+        """Return the outermost module around a unit that holds nothing but units of its own stride, or the unit itself.
+
+        A layer with most of the compute is opened, as if it were the model in a wrapper. What gives the output at
+        another width stays open: the output is no feature, and the layers before it are.
+        """
+        end = self.module(self.trunk[-1]).last if self.trunk else 0
+        widths = [spec.channels for spec in self.trace.specs if spec.tap.is_output]
+        parts = self.module(unit).name.split(".")
+        for name in (".".join(parts[:depth]) for depth in range(1, len(parts))):
+            if name not in self.outputs or self.trace.modules[name].first < end:
+                continue
+            inside = [self.outputs[other] for other in units if f"{other}.".startswith(f"{name}.")]
+            inside = [spec for spec in inside if spec.grid != (1, 1)]
+            one_width = len({spec.channels for spec in inside}) == 1
+            one_stride = all(_is_near(spec, self.outputs[name]) for spec in inside)
+            if one_stride and (one_width or self.outputs[name].channels not in widths):
+                return name
+        return unit
 
     def _features_of_decoder(self, name: str) -> list[FeatureSpec]:
         """Return the features of a unit of a decoder: all of its outputs, of its parts, or its only one."""

@@ -342,7 +342,7 @@ class Unet(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("wide", [1, 4])
+@pytest.mark.parametrize("wide", [1, 4, 16])
 @pytest.mark.parametrize(
     ("form", "ends", "decoder"),
     [
