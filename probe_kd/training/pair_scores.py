@@ -67,6 +67,7 @@ def _score(
 
 def score_all_stages(models: Models, trained: TrainedModel, folder: Path, batches: Batches) -> list[PairScore]:
     """Score the trained student on all stages, with the adapters as the end of each stage left them in `folder`."""
+    models.accelerator.wait_for_everyone()  # the first process writes these files
     scores: list[PairScore] = []
     for index, phase in enumerate(trained.phases):
         if not any(objective.resolved.reads_layers for objective in phase.objectives):

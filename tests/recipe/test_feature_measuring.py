@@ -12,6 +12,7 @@ from conftest import Command
 from PIL import Image
 from safetensors.torch import save_file
 
+from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import load
 
 STUDENT = ["--student", "resnet10t", "--student-kwargs", "channels=[8,16,24,32]", "--input-size", "32"]
@@ -62,9 +63,9 @@ def test_it_writes_a_recipe_for_the_users_images_that_check_accepts(
     assert checked.returncode == 0, checked.stderr
     assert "layer4 <- blocks.3" in checked.stdout
     # The outlier goes on through the residual stream.
-    norms = {
-        line.split("<- ")[1].split()[0]: line.split()[-2] for line in checked.stdout.splitlines() if " <- b" in line
-    }
+    planned = plan(load(tmp_path / "made" / "r.yaml"))
+    (hint,) = (objective for objective in planned.objectives[0] if objective.resolved.reads_layers)
+    norms = {str(pair.teacher): pair.adapter.get("normalize", hint.normalize) for pair in planned.every_pair}
     assert norms == {"blocks.0": "layer", "blocks.1": "fitted", "blocks.2": "fitted", "blocks.3": "fitted"}
     again = command(*MATCH, *WEIGHTS, "--images", "photos", "-o", "made/r.yaml")
     assert again.returncode == 2
