@@ -6,10 +6,12 @@ The plain forms take float32, as one would write them after a `.float()`. Where 
 both arms get them so, and the plain form converts them first.
 """
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import measure
@@ -420,11 +422,11 @@ def main() -> None:
     )
     wishes = parser.parse_args()
     size, rounds, least = (QUICK, 3, 0.0) if wishes.quick else (RESNET50, 15, 0.05)
-    rows = [
-        row(name, precision, size, wishes.rounds or (5 if name in FEW else rounds), wishes.device, least)
-        for name in wishes.only or LOSSES
-        for precision in DTYPES
-    ]
+    rows = []
+    for name, precision in product(wishes.only or LOSSES, DTYPES):
+        count = wishes.rounds or (5 if name in FEW else rounds)
+        rows.append(row(name, precision, size, count, wishes.device, least))
+        print(*rows[-1], file=sys.stderr, flush=True)  # it takes 15 minutes
     meaning = (
         f"One loss, forward and backward to the student's side: maps {size.maps}, outputs {size.outputs}, vectors "
         f"{size.vectors}. On a CPU, milliseconds are those of the process, whatever else runs. MiB are the tensors at "
