@@ -140,6 +140,25 @@ def measure_models(
     """
     set_seed(seed)  # as in a run of the recipe with this seed
     models = _build(student, student_checkpoint), _build(teacher, teacher_checkpoint or "pretrained")
+    traces = student, teacher
+    return measure_built(models, traces, source, num_images=num_images, inputs=inputs, device=device, seed=seed)
+
+
+def measure_built(
+    models: tuple[nn.Module, nn.Module],
+    traces: tuple[Trace, Trace],
+    source: ImageSource,
+    *,
+    num_images: int = 512,
+    inputs: tuple[InputSpec, InputSpec] | None = None,
+    device: str | None = None,
+    seed: int = 0,
+) -> FeatureFigures:
+    """Measure the features of a student and a teacher that are built, on training images that `seed` draws.
+
+    `inputs` are as for `measure_models`. The models are moved to the device. Raises the errors of images.
+    """
+    student, teacher = traces
     place = torch.accelerator.current_accelerator(check_available=True) if device is None else device_of(device)
     student_model, teacher_model = (model.to(place or torch.device("cpu")) for model in models)
     inputs = inputs or _inputs(student_model, teacher_model, student, teacher)

@@ -631,7 +631,8 @@ class TuneOptions(_Section):
     `log: [0.01, 10]` and `range: [0, 1]` are the least and the greatest number, drawn evenly by the logarithm or by the
     value; in a `range` of whole numbers only whole ones are drawn. `values` lists what may stand there, in YAML.
     `from: match` is for `pairs`: the pairs that `match` finds, with `num_pairs: [least, most]` of them, and with each
-    `level` of a list.
+    `level` of a list. `from: features` finds pairs and their `normalize` by the features of both models, as
+    `match --by features` does, for each number of pairs; the teacher has to have its weights.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
@@ -639,7 +640,7 @@ class TuneOptions(_Section):
     log: Annotated[tuple[_Bound, _Bound], AfterValidator(_rising), AfterValidator(_above_zero)] | None = None
     range: Annotated[tuple[_Bound, _Bound], AfterValidator(_rising)] | None = None
     values: list[Any] | None = Field(default=None, min_length=2)
-    source: Literal["match"] | None = Field(default=None, alias="from")
+    source: Literal["match", "features"] | None = Field(default=None, alias="from")
     num_pairs: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     level: list[Literal["stage", "block"]] | None = Field(default=None, min_length=1)
 
@@ -652,6 +653,8 @@ class TuneOptions(_Section):
             raise ValueError(f"give one of `log`, `range`, `values` and `from`; here is {written}")
         if self.source is None and (self.num_pairs or self.level):
             raise ValueError("`num_pairs` and `level` are of `from: match`, which finds pairs")
+        if self.source == "features" and self.level:
+            raise ValueError("`level` is of `from: match`; `from: features` chooses among blocks and ends of stages")
         if self.num_pairs and self.num_pairs[0] > self.num_pairs[1]:
             low, high = self.num_pairs
             raise ValueError(f"num_pairs [{low}, {high}]: expected [least, most]; did you mean [{high}, {low}]?")

@@ -48,9 +48,9 @@ DESCRIPTIONS = {
     "log": "The least and the greatest number, drawn evenly by the logarithm.",
     "range": "The least and the greatest number. If both are whole, only whole numbers are drawn.",
     "values": "The values that may stand there, in YAML.",
-    "from": "For `pairs`: those that `match` finds, besides those of the recipe.",
+    "from": "For `pairs`: those that `match` or `match --by features` finds, besides those of the recipe.",
     "Tune.num_pairs": "Of `from`: the least and the greatest number of pairs. Not set: 1 to 4.",
-    "Tune.level": "Of `from`: the levels of `match` that are tried. Not set: `stage` alone.",
+    "Tune.level": "Of `from: match`: the levels that are tried. Not set: `stage` alone.",
     "seed": "Seeds the initial weights, the order of the images and the augmentation.",
     # models
     "model": "A timm name, `hf-hub:...`, `local-dir:...`, `transformers:...`, `open_clip:...`, or "

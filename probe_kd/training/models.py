@@ -205,16 +205,7 @@ class Models:
         return tuple(phases)
 
     def _build(self, options: ModelOptions, trace_: Trace, seed: int) -> nn.Module:
-        set_seed(seed)
-        model = build_model(trace_.model, trace_.model_kwargs, pretrained=options.pretrained)
-        if options.pretrained and options.new_classifier:
-            set_seed(seed)
-            renew_classifier(model, build_model(trace_.model, trace_.model_kwargs))
-        if options.grad_checkpointing:
-            checkpoint_gradients(model, trace_.model)
-        if options.checkpoint:
-            load_weights(model, options.checkpoint, classifier_of(options))
-        return self._to_device(model)
+        return self._to_device(build_weighted(options, trace_, seed))
 
     def _to_device(self, model: nn.Module) -> nn.Module:
         model = model.to(self.accelerator.device)
@@ -254,3 +245,17 @@ def _own_output(objective: Objective, body: str) -> Tap:
     """The tap of the labelled output in the plain model."""
     tap = objective.outputs.student if objective.of == "student" else objective.outputs.teacher
     return replace(tap, module=tap.module.removeprefix(body)) if objective.of == "student" else tap
+
+
+def build_weighted(options: ModelOptions, trace_: Trace, seed: int) -> nn.Module:
+    """Build a model of a recipe with the weights with which it begins: its own, or those that the seed draws."""
+    set_seed(seed)
+    model = build_model(trace_.model, trace_.model_kwargs, pretrained=options.pretrained)
+    if options.pretrained and options.new_classifier:
+        set_seed(seed)
+        renew_classifier(model, build_model(trace_.model, trace_.model_kwargs))
+    if options.grad_checkpointing:
+        checkpoint_gradients(model, trace_.model)
+    if options.checkpoint:
+        load_weights(model, options.checkpoint, classifier_of(options))
+    return model

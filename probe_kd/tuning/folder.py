@@ -15,10 +15,10 @@ from probe_kd.files.run_folder import digests_of, kind_of
 from probe_kd.recipe.reading import Source
 from probe_kd.recipe.writing import inputs_of
 from probe_kd.tuning.outcome import TUNED
-from probe_kd.tuning.space import Parameter
+from probe_kd.tuning.space import AS_WRITTEN, Parameter
 from probe_kd.tuning.trials import BEST, JOURNAL, TRIALS, is_alive
 
-MARK = "tune.json"
+MARK, FEATURES = "tune.json", "features"
 TEACHER, OTHER_TEACHER, CACHE, FULL = "teacher", "teacher-of-full-runs", "cache", "full"
 SUMMARY, REPORT = "summary.json", "report.html"
 _OWN = {MARK, JOURNAL, TRIALS, BEST, TEACHER, OTHER_TEACHER, CACHE, FULL, SUMMARY, REPORT, RECORD, TUNED, ".link"}
@@ -33,7 +33,47 @@ def settings_of(source: Source, parameters: Sequence[Parameter], *, epochs: int)
         "tune": {parameter.path: str(parameter) for parameter in parameters},
         "epochs": epochs,
         "inputs": digests_of(inputs_of(source.recipe)),
+        **_measured(source, parameters),
     }
+
+
+def _measured(source: Source, parameters: Sequence[Parameter]) -> dict[str, Any]:
+    """The pairs that were found by features, beside what the recipe said of them: they are measured once."""
+    options = _of_features(source)
+    if options is None:
+        return {}
+    (pairs,) = (dict(parameter.choices) for parameter in parameters if parameter.path == "pairs")
+    pairs.pop(AS_WRITTEN)
+    return {FEATURES: {"options": options, "pairs": pairs}}
+
+
+def _of_features(source: Source) -> dict[str, Any] | None:
+    options = (source.recipe.tune or {}).get("pairs")
+    return options.model_dump(mode="json") if options is not None and options.source == "features" else None
+
+
+def measured_before(source: Source, folder: Path) -> dict[str, Any] | None:
+    """The pairs that a study in this folder has found by features; None if it has not, or the recipe says otherwise."""
+    options = _of_features(source)
+    if options is None or not (folder / MARK).is_file():
+        return None
+    before = _settings_in(folder).get(FEATURES)
+    return before["pairs"] if isinstance(before, dict) and before.get("options") == options else None
+
+
+def _settings_in(folder: Path) -> dict[str, Any]:
+    """What a study was begun with. Raises RunError for a damaged file."""
+    try:
+        before = json.loads(whole_text(folder / MARK))
+    except (OSError, ValueError, RecursionError):
+        raise _damaged(folder) from None
+    if not isinstance(before, dict):
+        raise _damaged(folder)
+    return before
+
+
+def _damaged(folder: Path) -> RunError:
+    return RunError(f"{folder / MARK} is damaged, which says what the study was begun with; --overwrite begins anew")
 
 
 def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -89,19 +129,15 @@ def open_folder(folder: Path, settings: Mapping[str, Any], images: Datasets, *, 
 
 
 def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    try:
-        before = json.loads(whole_text(folder / MARK))
-        former = {key: before[key] for key in settings}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        raise RunError(
-            f"{folder / MARK} is damaged, which says what the study was begun with; --overwrite begins anew"
-        ) from None
-    for file, digest in former["inputs"].items():
+    before = _settings_in(folder)
+    if not {"recipe", "tune", "epochs", "inputs"} <= before.keys() or not isinstance(before["inputs"], dict):
+        raise _damaged(folder)
+    for file, digest in before["inputs"].items():
         if settings["inputs"].get(file, digest) != digest:
             raise RunError(f"{file} is not the file that {folder} was begun with; put it back, or choose another --out")
     now = json.loads(json.dumps(settings))
     for key in ("recipe", "tune", "epochs"):
-        difference = _difference(former[key], now[key], key)
+        difference = _difference(before[key], now[key], key)
         if difference:
             raise RunError(
                 f"the study in {folder} was begun with {difference}, so that their trials cannot be compared. Give the "

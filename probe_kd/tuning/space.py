@@ -14,6 +14,7 @@ from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import Source, changed
 from probe_kd.recipe.sections.tune import places_of, shown, value_at, with_value
 from probe_kd.recipe.yaml_tree import KeyPath
+from probe_kd.tuning.feature_pairs import pairs_by_features, why_no_features
 
 AS_WRITTEN = "as written"  # the label of the recipe's own pairs
 MOST_PAIRS = 4  # of `from: match` without `num_pairs`
@@ -51,12 +52,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Planner:
-    """Plans a recipe with other values, on the images that `planned` has opened; `prepare` changes it before that."""
+    """Plans a recipe with other values, on the images that `planned` has opened; `prepare` changes it before that.
+
+    `measured` are the pairs of `from: features` by their labels, where the study has measured them before.
+    """
 
     source: Source
     planned: Plan
     allow_import: tuple[str, ...] = ()
     prepare: Callable[[Recipe], Recipe] = field(default=lambda recipe: recipe.model_copy(update={"tune": None}))
+    measured: Mapping[str, Any] | None = None
 
     def plan(self, values: Mapping[KeyPath, Any]) -> Plan:
         """Raises RecipeError if the recipe cannot run with these values."""
@@ -124,9 +129,30 @@ class _Reading:
         return Parameter(path, tuple(places), choices=tuple(legal.items()), default=label)
 
     def _of_pairs(self, path: str, options: TuneOptions) -> Parameter:
-        """The pairs as they are written, and all others that `match` finds."""
+        """The pairs as they are written, and all others that `match` or the features of the models make."""
+        found = self._by_features(path, options) if options.source == "features" else self._by_match(path, options)
+        return Parameter(path, (("pairs",),), choices=((AS_WRITTEN, None), *found.items()), default=AS_WRITTEN)
+
+    def _by_features(self, path: str, options: TuneOptions) -> dict[str, Any]:
+        """The pairs and their `normalize` by their labels; those that the study has measured before, if it has."""
+        if self.planner.measured is not None:
+            return dict(self.planner.measured)
         least, most = options.num_pairs or (1, MOST_PAIRS)
-        choices: dict[str, Any] = {AS_WRITTEN: None}
+        why = why_no_features(self.planner.planned)
+        if why:
+            self.problem(path, why)
+            return {}
+        try:
+            found = pairs_by_features(self.source.recipe, self.planner.planned, range(least, most + 1))
+        except ProbeKDError as refusal:
+            self.problem(path, with_value(path, {"from": "features", "num_pairs": [least, most]}, refusal))
+            return {}
+        return {shown(pairs): pairs for pairs in found if self.can(path, {("pairs",): pairs})}
+
+    def _by_match(self, path: str, options: TuneOptions) -> dict[str, Any]:
+        """The pairs that `match` finds and the recipe does not have, by their labels."""
+        least, most = options.num_pairs or (1, MOST_PAIRS)
+        choices: dict[str, Any] = {}
         seen = [self.planner.planned.resolved.pairs]
         for level in options.level or ["stage"]:
             refusals = []
@@ -142,7 +168,7 @@ class _Reading:
                     choices[shown(written)] = written
             if len(refusals) > most - least:
                 self.problem(path, with_value(path, {"from": "match", "num_pairs": [least, most]}, refusals[0]))
-        return Parameter(path, (("pairs",),), choices=tuple(choices.items()), default=AS_WRITTEN)
+        return choices
 
     def try_bounds(self, parameters: Sequence[Parameter]) -> None:
         """Plan the recipe with all numbers at their least and at their greatest; one by one, where that is refused."""

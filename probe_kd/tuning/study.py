@@ -45,6 +45,7 @@ from probe_kd.tuning.folder import (
     SUMMARY,
     TEACHER,
     check_folder,
+    measured_before,
     open_folder,
     settings_of,
 )
@@ -103,7 +104,8 @@ def tune(
     started = time.time()
     held_out = replace(source, recipe=_with_tune(scored_on_held_out(source.recipe), source))
     planned = plan(held_out, allow_import=allow_import)
-    parameters = parameters_of(Planner(source, planned, tuple(allow_import), scored_on_held_out))
+    measured = measured_before(source, folder) if resume else None
+    parameters = parameters_of(Planner(source, planned, tuple(allow_import), scored_on_held_out, measured))
     epochs = trial_epochs(source.recipe, budget.epochs)
     trials = Trials(
         source=source,

@@ -1,13 +1,19 @@
 """What `tune` may say, what is varied by default, and the recipes that come of it."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 
 import numpy
 import pytest
+import timm
+import torch
 from conftest import NARROW
 from pages import ROOT
+from safetensors.torch import save_file
 from scipy.stats import ttest_rel
+from sklearn.datasets import load_digits
 
 from probe_kd.data.datasets import open_datasets
 from probe_kd.data.options import DataOptions
@@ -51,7 +57,9 @@ WRONG = {
     "losses.hint.pairs: {from: match}": "`from: match` finds pairs, for the path `pairs`",
     "losses.soft.temperature: {values: [1, hot]}": "`losses.soft.temperature: hot` makes a recipe that cannot run",
     "losses.soft.temperature: {values: [2, 2]}": "has a value twice",
-    "pairs: {from: mach}": "expected 'match', got 'mach'",
+    "pairs: {from: mach}": "expected 'match' or 'features', got 'mach'",
+    "pairs: {from: features}": "still to be trained; `probe-kd train` writes them as `teacher.safetensors`",
+    "pairs: {from: features, level: [block]}": "`level` is of `from: match`",
     "pairs: {from: match, num_pairs: [3, 1]}": "did you mean [1, 3]?",
     "pairs: {from: match, num_pairs: [0, 1]}": "greater than or equal to 1",
     "pairs: {from: match, num_pairs: [7, 9]}": "num_pairs 7",
@@ -176,6 +184,53 @@ def test_what_is_varied_by_default_can_run() -> None:
     for parameter in parameters:
         assert parameter.default is not None
         assert parameter.path != "pairs" or parameter.values(AS_WRITTEN) == {}
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> str:
+    """A recipe whose teacher has weights, in which one channel of the last stage holds nearly all of the energy."""
+    torch.manual_seed(0)
+    teacher = timm.create_model("resnet10t", channels=[8, 16, 24, 32], num_classes=10).train()
+    digits = torch.tensor(load_digits().images[:96] / 8 - 1, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
+    for _ in range(20):  # or all images are one to its batch norms
+        teacher(torch.nn.functional.interpolate(digits, 16))
+    weights = teacher.state_dict()
+    weights["layer4.0.bn2.bias"][3] = 100.0
+    save_file(weights, tmp_path / "teacher.safetensors")
+    written = f"  model_kwargs: {{channels: [8, 16, 24, 32]}}\n  checkpoint: {tmp_path / 'teacher.safetensors'}\n"
+    return NARROW.replace("  model_kwargs: {channels: [8, 16, 24, 32]}\n", "").replace(
+        "  train: {epochs: 1}\n", written
+    )
+
+
+def test_pairs_by_features_are_a_choice_with_their_normalize_for_each_number(measured: str) -> None:
+    source = parse(f"{measured}tune: {{pairs: {{from: features, num_pairs: [1, 9]}}}}\n")
+    held_out = replace(source, recipe=scored_on_held_out(source.recipe))
+    (checked,) = space_of(Planner(source, plan(source)))
+    (studied,) = space_of(Planner(source, plan(held_out), (), scored_on_held_out))
+    assert checked == studied, "`check` shows what a study varies"
+    assert checked.default == AS_WRITTEN
+    pairs = [value for _, value in checked.choices[1:]]
+    assert [len(value) for value in pairs] == [1, 2], "the student has two blocks"
+    assert all(value["blocks.1"] == {"teacher": "layer4", "normalize": "fitted"} for value in pairs)
+    assert pairs[1]["blocks.0"]["normalize"] == "layer"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("num_pairs: [1, 2]", "num_pairs: [8, 9]", "num_pairs 8: 2 layers of the student"),
+        ("teacher:\n", "teachers:\n  b: {model: resnet10t, pretrained: true}\n  a:\n", "the recipe has 2"),
+    ],
+)
+def test_pairs_that_features_cannot_give_are_refused(measured: str, old: str, new: str, message: str) -> None:
+    text = f"{measured}tune: {{pairs: {{from: features, num_pairs: [1, 2]}}}}\n".replace(old, new)
+    if "teachers" in new:
+        text = re.sub(r"(?s)(  a:\n)(.*?)(?=data:)", lambda found: found[1] + indent(found[2], "  "), text)
+        text = text.replace("blocks.0: layer", "blocks.0: a:layer").replace("blocks.1: layer", "blocks.1: b:layer")
+    source = parse(text)
+    with pytest.raises(RecipeError, match=message):
+        space_of(Planner(source, plan(source)))
 
 
 def test_shares_and_several_rates_are_varied_as_they_are_written() -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 from conftest import Command, begin
 from running import Quiet
+from safetensors.torch import save_file
 
 import probe_kd.data.datasets
 import probe_kd.recipe.sections.models
@@ -23,6 +25,7 @@ from probe_kd.recipe.reading import load
 from probe_kd.training.progress import Progress
 from probe_kd.training.state import Result, TrainState
 from probe_kd.tuning import paired, trials
+from probe_kd.tuning.feature_pairs import pairs_by_features
 from probe_kd.tuning.outcome import Outcome
 from probe_kd.tuning.report import tables, write_report
 from probe_kd.tuning.study import Budget, tune
@@ -310,6 +313,23 @@ def test_a_killed_study_goes_on(pretrained: Path) -> None:
     assert [trial.outcome for trial in outcome.trials] == ["done"] * 4
     assert outcome.trials[0].number == 0
     assert not folder.exists()
+
+
+def test_pairs_by_features_are_measured_once_for_a_study(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = pretrained.read_text().replace(SPACE, "tune: {pairs: {from: features, num_pairs: [1, 2]}}\n")
+    weights = pretrained.parent / "teacher.safetensors"
+    save_file(timm.create_model("resnet10t", channels=[8, 8, 16, 24], num_classes=10).state_dict(), weights)
+    write(pretrained.parent, text.replace("pretrained: true", f"checkpoint: {weights}"))
+    with instead_of_training(lambda planned, epoch: 0.1 * len(planned.resolved.pairs)) as runs:
+        assert study(pretrained, trials=6).best > 0
+        seen = {run["recipe"].pairs["layer4"].normalize for run in runs if "layer4" in run["recipe"].pairs}
+        assert seen == {"fitted"}  # a random teacher hardly tells images apart
+        measured = pairs_by_features(load(pretrained).recipe, plan(load(pretrained)), [1])
+        monkeypatch.setattr("probe_kd.tuning.space.pairs_by_features", lambda *_: measured)
+        assert len(study(pretrained, trials=8, resume=True).trials) == 8
+        pretrained.write_text(pretrained.read_text().replace("num_pairs: [1, 2]", "num_pairs: [1, 3]"))
+        with pytest.raises(RunError, match="was begun with `tune"):
+            study(pretrained, trials=8, resume=True)
 
 
 def test_folders_of_others_are_left_alone(pretrained: Path) -> None:
