@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import typer
 
@@ -69,6 +69,10 @@ AllowImport = Annotated[
 ]
 
 
+Seed = Annotated[int | None, typer.Option(min=0, help="The random seed, in place of the recipe's.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print only the results, and on stderr what changes their meaning.")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
@@ -522,16 +526,14 @@ def schema(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Annotated[Path | None, typer.Option(help="The folder of results. Default: runs/NAME-OF-THE-RECIPE.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The random seed, in place of the recipe's.")] = None,
+    seed: Seed = None,
     sets: Sets = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint, or start if there is none.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of a former run.")] = False,
     allow_import: AllowImport = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only the results, and on stderr what changes their meaning.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a recipe: train and evaluate the models, and write the student as safetensors that timm can load."""
     from probe_kd.recipe.reading import load
@@ -587,9 +589,7 @@ def _train(
         try:
             run(planned, folder, progress, resume=resume, overwrite=overwrite, claimed=claimed)
         except (KeyboardInterrupt, Stopped) as stop:
-            if _is_first_process():
-                _print_error(f"{str(stop) or 'stopped'}; go on with: {again}", "")
-            sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
+            _exit_stopped(stop, again)
         if _is_first_process():
             _report(planned, folder, console)
             if claimed is not None:
@@ -604,7 +604,7 @@ def fill_cache(
         int | None,
         typer.Option(min=1, help="Fill so many views of each image. Default: those that the stages show."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="The random seed, in place of the recipe's.")] = None,
+    seed: Seed = None,
     sets: Sets = None,
     allow_import: AllowImport = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
@@ -623,9 +623,14 @@ def fill_cache(
     try:
         fill_caches(planned, progress, views=views)
     except (KeyboardInterrupt, Stopped) as stop:
-        if _is_first_process():
-            _print_error(f"{str(stop) or 'stopped'}; go on with: {_command_line()}", "")
-        sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
+        _exit_stopped(stop, _command_line())
+
+
+def _exit_stopped(stop: BaseException, again: str) -> NoReturn:
+    """Say how to go on, and end with the status of a process that a signal ended."""
+    if _is_first_process():
+        _print_error(f"{str(stop) or 'stopped'}; go on with: {again}", "")
+    sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
 
 
 def _print_costs(planned: "Plan", console: "Console") -> None:
@@ -657,16 +662,14 @@ def tune(
             min=0, help="Seeds with which the best trial is compared with the recipe at its full epochs; 0 for none."
         ),
     ] = 3,
-    seed: Annotated[int | None, typer.Option(min=0, help="The random seed, in place of the recipe's.")] = None,
+    seed: Seed = None,
     sets: Sets = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the study in the folder, also beside another process.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a former study.")] = False,
     allow_import: AllowImport = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only the results, and on stderr what changes their meaning.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Choose values of a recipe by short runs on held-out training images. The test images are not read.
 
@@ -687,8 +690,7 @@ def tune(
     try:
         outcome = run(source, folder, Progress(console, quiet=quiet), budget=budget, **options)
     except (KeyboardInterrupt, Stopped) as stop:
-        _print_error(f"{str(stop) or 'stopped'}; go on with: {_command_line()} --resume", "")
-        sys.exit(128 + (signal.SIGTERM if "SIGTERM" in str(stop) else signal.SIGINT))
+        _exit_stopped(stop, f"{_command_line()} --resume")
     _print_parts(console, tables(outcome))
     write_report(outcome, folder / "report.html")
     _print(f"wrote {folder / 'tuned.yaml'}, {folder / 'report.html'}")
@@ -735,9 +737,7 @@ def distill(
         bool, typer.Option("--resume", help="Continue from the last checkpoint of the run in --out.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of a former run.")] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print only the results, and on stderr what changes their meaning.")
-    ] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Distil the features of a teacher into a student, on images that need no labels, and export the student.
 
@@ -862,12 +862,9 @@ def _claimed(folder: Path, progress: "Progress", *, resume: bool, overwrite: boo
     if not _is_first_process():
         yield None
         return
-    claimed = claim(folder, progress.say)
-    try:
+    with claim(folder, progress.say) as claimed:
         check_folder(folder, resume=resume, overwrite=overwrite)
         yield claimed
-    finally:
-        claimed.release()
 
 
 @app.command(name="eval")

@@ -132,8 +132,13 @@ class TeacherCache:
     def missing(self, view: int) -> Tensor:
         """The indices of the images of a view that are not there at every tap. Their rows are not read."""
         self.begin(view)
-        there = torch.stack([file.sums != 0 for file in self._files]).all(0) if self._files else torch.zeros(self.count)
-        return (there == 0).nonzero().flatten()
+        return self._present().logical_not().nonzero().flatten()
+
+    def _present(self) -> Tensor:
+        """Whether each image of the view is there at every tap."""
+        if not self._files:
+            return torch.zeros(self.count, dtype=torch.bool)
+        return torch.stack([file.sums for file in self._files]).bool().all(0)
 
     def find(self, indices: Tensor) -> list[Tensor] | None:
         """The features of these images at every tap, on the CPU, as they were written; None unless all are there."""
@@ -151,7 +156,7 @@ class TeacherCache:
         return features if intact else None
 
     def keep(self, indices: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-        """Write the features of these images, one tensor per tap. Returns what `read` will give for them."""
+        """Write the features of these images, one tensor per tap. Returns what `find` will give for them."""
         rows = [
             shorten(feature, tap.top_k) if tap.top_k else feature.detach()
             for tap, feature in zip(self.taps, features, strict=True)
@@ -185,7 +190,7 @@ class TeacherCache:
         """(indices, features at every tap) of at most `most` images that are stored."""
         self.begin(view)
         while self._files:
-            indices = torch.stack([file.sums for file in self._files]).bool().all(0).nonzero().flatten()[:most]
+            indices = self._present().nonzero().flatten()[:most]
             features = self.find(indices)
             if features is not None:  # else some were damaged, and count as absent now
                 return indices, features

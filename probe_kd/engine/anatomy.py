@@ -385,7 +385,7 @@ class Anatomy:
         given = {spec.tensor for spec in self._given()}
         features: list[FeatureSpec] = []
         for spec in sorted((first[tensor] for tensor in given if tensor in first), key=lambda spec: spec.order):
-            if features and self._is_near(spec, features[-1]):
+            if features and is_near(spec, features[-1]):
                 features.pop()
             features.append(spec)
         strides = [spec.reduction or 1.0 for spec in features]
@@ -404,14 +404,10 @@ class Anatomy:
         """The last unit of every stage, or what the encoder returns of the stage."""
         ends = self._structural_ends()
         for spec in self.returned:
-            near = [end for end in ends if self._is_near(spec, end)]
+            near = [end for end in ends if is_near(spec, end)]
             if not any(end.channels == spec.channels for end in near):
                 ends = sorted([*(end for end in ends if end not in near), spec], key=lambda end: end.order)
         return ends
-
-    def _is_near(self, some: FeatureSpec, other: FeatureSpec) -> bool:
-        a, b = some.reduction or 1.0, other.reduction or 1.0
-        return a < b * SAME_STRIDE and b < a * SAME_STRIDE
 
     def _structural_ends(self) -> list[FeatureSpec]:
         ends: list[FeatureSpec] = []
@@ -441,7 +437,7 @@ class Anatomy:
             features.pop()
         ends: list[FeatureSpec] = []
         for spec in features:
-            if ends and _is_near(spec, ends[-1]):
+            if ends and is_near(spec, ends[-1]):
                 ends.pop()
             ends.append(spec)
         return ends
@@ -461,7 +457,7 @@ class Anatomy:
             inside = [self.outputs[other] for other in units if f"{other}.".startswith(f"{name}.")]
             inside = [spec for spec in inside if spec.grid != (1, 1)]
             one_width = len({spec.channels for spec in inside}) == 1
-            one_stride = all(_is_near(spec, self.outputs[name]) for spec in inside)
+            one_stride = all(is_near(spec, self.outputs[name]) for spec in inside)
             if one_stride and (one_width or self.outputs[name].channels not in widths):
                 return name
         return unit
@@ -470,11 +466,11 @@ class Anatomy:
         """Return the features of a unit of a decoder: all of its outputs, of its parts, or its only one."""
         own = [spec for spec in self.trace.specs if spec.tap.module == self.module(name).name and spec.spatial]
         own = [spec for spec in own if spec.tap.port == "output" and spec.grid != (1, 1)]
-        if any(not _is_near(spec, own[0]) for spec in own):
+        if any(not is_near(spec, own[0]) for spec in own):
             return own
         parts = [part for part in self.called_children(name) if part in self.outputs]
         parts = [part for part in parts if self.module(part).parameters and self.outputs[part].grid != (1, 1)]
-        if any(not _is_near(self.outputs[part], self.outputs[parts[0]]) for part in parts):
+        if any(not is_near(self.outputs[part], self.outputs[parts[0]]) for part in parts):
             return [spec for part in parts for spec in self._features_of_decoder(part)]
         return [self.outputs[name]]
 
@@ -548,8 +544,7 @@ class Anatomy:
         return sum(self.trace.modules[part].macs > 0 for part in self._leaves(name))
 
     def _near(self, name: str, strides: Sequence[float]) -> bool:
-        own = self.stride(name)
-        return any(own < stride * SAME_STRIDE and stride < own * SAME_STRIDE for stride in strides)
+        return any(_is_same_stride(self.stride(name), stride) for stride in strides)
 
     def _blocks_in(self, name: str, *, in_block: bool = False) -> list[str]:
         """Return the numbered blocks that a container consists of, opened recursively, or the container itself."""
@@ -601,11 +596,13 @@ def _unit(spec: FeatureSpec) -> str:
     return spec.tap.module if spec.tap.call is None else f"{spec.tap.module}#{spec.tap.call}"
 
 
-def _is_near(spec: FeatureSpec, other: FeatureSpec) -> bool:
+def is_near(spec: FeatureSpec, other: FeatureSpec) -> bool:
     """Whether two features have one stride."""
-    return max(spec.reduction or 1.0, other.reduction or 1.0) < SAME_STRIDE * min(
-        spec.reduction or 1.0, other.reduction or 1.0
-    )
+    return _is_same_stride(spec.reduction or 1.0, other.reduction or 1.0)
+
+
+def _is_same_stride(some: float, other: float) -> bool:
+    return max(some, other) < SAME_STRIDE * min(some, other)
 
 
 def _main(specs: Sequence[FeatureSpec]) -> FeatureSpec:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
 
-from probe_kd.engine.anatomy import SAME_STRIDE, Anatomy
+from probe_kd.engine.anatomy import SAME_STRIDE, Anatomy, is_near
 from probe_kd.engine.patterns import expression, glob
 from probe_kd.engine.spec import FeatureSpec, Layout, Pair, Tap, Trace
 from probe_kd.errors import MatchError, MatchWarning, TapError, demand, nearest
@@ -130,8 +130,9 @@ def match(
     Warns with MatchWarning of what `doubts` says. Raises MatchError if a model has nothing to match, if there are fewer
     pairs than requested, or if a model has no decoder to pair.
     """
-    pairs = find_pairs(student, teacher, level=level, num_pairs=num_pairs, decoder=decoder)
-    for text in doubts(pairs, student, teacher, complete=num_pairs is None):
+    sides = _anatomies(student, teacher, level)
+    pairs = _find_pairs(*sides, level, num_pairs, decoder)
+    for text in _doubts(pairs, *sides, complete=num_pairs is None):
         warnings.warn(text, MatchWarning, stacklevel=2)
     return pairs
 
@@ -140,21 +141,30 @@ def find_pairs(
     student: Trace, teacher: Trace, *, level: Level = "stage", num_pairs: int | None = None, decoder: bool = False
 ) -> tuple[Pair, ...]:
     """Return what `match` returns, without warnings, for those who show `doubts` themselves."""
+    return _find_pairs(*_anatomies(student, teacher, level), level, num_pairs, decoder)
+
+
+def _anatomies(student: Trace, teacher: Trace, level: Level) -> tuple[Anatomy, Anatomy]:
     if level not in get_args(Level):
         raise MatchError(f"level {level!r}: expected 'stage' or 'block'")
     for side, trace in (("student", student), ("teacher", teacher)):
         demand(trace, Trace, f"the {side}", MatchError, "a Trace, as trace(model) gives")
-    student_anatomy, teacher_anatomy = Anatomy(student), Anatomy(teacher)
-    pairs = _stage_pairs(student_anatomy, teacher_anatomy)
+    return Anatomy(student), Anatomy(teacher)
+
+
+def _find_pairs(
+    student: Anatomy, teacher: Anatomy, level: Level, num_pairs: int | None, decoder: bool
+) -> tuple[Pair, ...]:
+    pairs = _stage_pairs(student, teacher)
     if level == "block":
-        pairs = _block_pairs(student_anatomy, teacher_anatomy, pairs)
-    of_decoder = _decoder_pairs(student_anatomy, teacher_anatomy) if decoder else []
+        pairs = _block_pairs(student, teacher, pairs)
+    of_decoder = _decoder_pairs(student, teacher) if decoder else []
     if num_pairs is None:
         return (*pairs, *of_decoder)
     if not 1 <= num_pairs <= len(pairs):
         raise MatchError(
-            f"num_pairs {num_pairs}: {student.model} and {teacher.model} make {len(pairs)} pairs of {level}s"
-            + ("; level 'block' may make more" if level == "stage" and num_pairs > 0 else "")
+            f"num_pairs {num_pairs}: {student.trace.model} and {teacher.trace.model} make {len(pairs)} pairs of "
+            f"{level}s" + ("; level 'block' may make more" if level == "stage" and num_pairs > 0 else "")
         )
     return (*_spread(pairs, num_pairs), *of_decoder)
 
@@ -166,17 +176,20 @@ def doubts(pairs: Sequence[Pair], student: Trace, teacher: Trace, *, complete: b
     against a feature with positions. With `complete`, `pairs` are all that `match` found, and fewer of them than both
     models have stages are one more. A tap that a trace does not have is left out.
     """
-    sides = Anatomy(student), Anatomy(teacher)
+    return _doubts(pairs, Anatomy(student), Anatomy(teacher), complete=complete)
+
+
+def _doubts(pairs: Sequence[Pair], student: Anatomy, teacher: Anatomy, *, complete: bool) -> list[str]:
     texts: list[str] = []
     for pair in pairs:
         with suppress(TapError):
-            texts += _doubts_of(pair, *sides)
+            texts += _doubts_of(pair, student, teacher)
     if complete and pairs:
-        counts = [len(_above_stem(stages(trace))) for trace in (student, teacher)]
+        counts = [len(_above_stem(_stages(side))) for side in (student, teacher)]
         if len(pairs) < min(counts):
             texts.append(
-                f"{len(pairs)} pairs of {student.model} and {teacher.model}, which have {counts[0]} and {counts[1]} "
-                "stages; see the layers with `probe-kd inspect`, and name others in `pairs` by hand"
+                f"{len(pairs)} pairs of {student.trace.model} and {teacher.trace.model}, which have {counts[0]} and "
+                f"{counts[1]} stages; see the layers with `probe-kd inspect`, and name others in `pairs` by hand"
             )
     return texts
 
@@ -306,7 +319,7 @@ def _block_pairs(student: Anatomy, teacher: Anatomy, anchors: Sequence[Pair]) ->
 def _pair(student: Anatomy, teacher: Anatomy, student_layer: FeatureSpec, teacher_layer: FeatureSpec) -> Pair:
     depths = f"depth {student.depth(student_layer):.0%} and {teacher.depth(teacher_layer):.0%}"
     student_stride, teacher_stride = student_layer.reduction or 1.0, teacher_layer.reduction or 1.0
-    if student_stride < SAME_STRIDE * teacher_stride and teacher_stride < SAME_STRIDE * student_stride:
+    if is_near(student_layer, teacher_layer):
         strides = (
             f"stride {student_stride:.3g}"
             if f"{student_stride:.3g}" == f"{teacher_stride:.3g}"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from probe_kd.errors import RunError
 from probe_kd.files.atomic import MANIFEST, check_regular, digest_of, put, whole_text
@@ -82,11 +82,20 @@ def _is_at(handle: IO[str], path: Path) -> bool:
 
 @dataclass
 class Claim:
-    """The right of one process to write one folder. `made` are the folders that this claim created."""
+    """The right of one process to write one folder, until `release` or the end of its `with`.
+
+    `made` are the folders that this claim created.
+    """
 
     folder: Path
     made: tuple[Path, ...] = ()
     handle: IO[str] | None = None  # None where the file system has no locks
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def check(self) -> None:
         """Raises RunError where the folder was deleted, moved or replaced since it was claimed."""

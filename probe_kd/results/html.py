@@ -193,6 +193,7 @@ def page(comparison: RunComparison) -> str:
     environment.filters |= {"cell": cell}
     sections = [_section(group, number) for number, group in enumerate(comparison.groups)]
     return environment.get_template("report.html").render(
+        kind="distillation",
         comparison=comparison,
         sections=sections,
         title=", ".join(group.name for group in comparison.groups[:3]) + " ..." * (len(comparison.groups) > 3),

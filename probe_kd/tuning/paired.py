@@ -18,7 +18,7 @@ from scipy.stats import t as student_t
 from probe_kd.data.datasets import Datasets
 from probe_kd.errors import ProbeKDError, RunError, Stopped, short
 from probe_kd.files.atomic import MANIFEST
-from probe_kd.files.run_folder import claim
+from probe_kd.files.run_folder import Claim, claim
 from probe_kd.recipe.keys import TeacherOptions
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import Source, changed
@@ -103,23 +103,24 @@ def run_full(common: FullRuns, run: FullRun, datasets: Datasets, progress: Progr
         _clean(run.folder)
         return
     run.folder.mkdir(parents=True, exist_ok=True)
-    claimed = claim(run.folder, progress.say)
-    try:
-        other = changed(common.source, run.values, place=("tune",))
-        recipe = with_teachers(scored_on_held_out(other.recipe), common.teachers)
-        recipe = recipe.model_copy(update={"seed": run.seed})
-        planned = plan(replace(other, recipe=recipe), allow_import=common.allow_import, datasets=datasets)
-        goes_on = (run.folder / MANIFEST).is_file()
-        train(planned, run.folder, progress, resume=goes_on, claimed=claimed)
-    except (Stopped, KeyboardInterrupt):
-        raise
-    except Exception as refusal:  # as of a trial; the other runs may not fail
-        kind = "" if isinstance(refusal, ProbeKDError) else f"{type(refusal).__name__}: "
-        (run.folder / FAILED).write_text(json.dumps(f"{kind}{short(refusal)}"), encoding="utf-8")
-        progress.say(f"{run.folder.name} failed: {short(refusal)}")
-    finally:
-        claimed.release()
+    with claim(run.folder, progress.say) as claimed:
+        try:
+            _run(common, run, datasets, progress, claimed)
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except Exception as refusal:  # as of a trial; the other runs may not fail
+            kind = "" if isinstance(refusal, ProbeKDError) else f"{type(refusal).__name__}: "
+            (run.folder / FAILED).write_text(json.dumps(f"{kind}{short(refusal)}"), encoding="utf-8")
+            progress.say(f"{run.folder.name} failed: {short(refusal)}")
     _clean(run.folder)
+
+
+def _run(common: FullRuns, run: FullRun, datasets: Datasets, progress: Progress, claimed: Claim) -> None:
+    other = changed(common.source, run.values, place=("tune",))
+    recipe = with_teachers(scored_on_held_out(other.recipe), common.teachers)
+    recipe = recipe.model_copy(update={"seed": run.seed})
+    planned = plan(replace(other, recipe=recipe), allow_import=common.allow_import, datasets=datasets)
+    train(planned, run.folder, progress, resume=(run.folder / MANIFEST).is_file(), claimed=claimed)
 
 
 def _clean(folder: Path) -> None:

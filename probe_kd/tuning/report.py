@@ -47,6 +47,8 @@ def write_report(outcome: Outcome, path: Path) -> None:
     environment.filters["values_text"] = _values_text
     measure = MEASURES[outcome.measure]
     text = environment.get_template("tune.html").render(
+        kind="tuning",
+        title=outcome.recipe,
         outcome=outcome,
         measure=measure,
         seeds=list(_seed_rows(outcome)) if outcome.comparison else [],

@@ -20,7 +20,7 @@ from rich.console import Console
 from probe_kd.console import size
 from probe_kd.data.datasets import Datasets
 from probe_kd.errors import ProbeKDError, Problem, RecipeError, RunError, Stopped
-from probe_kd.files.run_folder import claim
+from probe_kd.files.run_folder import Claim, claim
 from probe_kd.measures import MEASURES, OF_PAIRS
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import Source
@@ -118,7 +118,6 @@ def tune(
         allow_import=tuple(allow_import),
         deadline=None if budget.timeout is None else started + budget.timeout,
     )
-    trials.open_images()  # as every process does; a data set that cannot be divided is told before anything is written
     settings = settings_of(source, parameters, epochs=epochs)
     goes_on = open_folder(folder, settings, planned.datasets, overwrite=overwrite)
     study = _Study(trials, planned, progress, budget)
@@ -187,10 +186,10 @@ class _Study:
         self._train_teachers(TEACHER, self.planned.datasets)
         trials = replace(self.trials, teachers=self._teachers(TEACHER, self._cache()))
         self.trials = trials
-        _run_trials(trials, self.progress, self.budget.jobs)
+        _run_trials(trials, self.progress, self.budget.jobs, self.planned.datasets)
         study = open_study(trials)
         best, values = best_of(study, trials)
-        with self._alone():
+        with self._claim_results():
             comparison = self._compare(best, values) if values and self.budget.seeds else None
             shutil.rmtree(self.folder / CACHE, ignore_errors=True)
             outcome = self._outcome(study, best, comparison)
@@ -199,19 +198,14 @@ class _Study:
             write_json(outcome, self.folder / SUMMARY)
         return outcome
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Hold the right to compare and to write the results. Raises RunError if another process has it."""
+    def _claim_results(self) -> Claim:
+        """Claim the right to compare and to write the results. Raises RunError if another process has it."""
         try:
-            claimed = claim(self.folder / FULL, self.progress.say)
+            return claim(self.folder / FULL, self.progress.say)
         except RunError as refusal:
             raise RunError(
                 f"the trials are done, and another process of the study compares the best with the recipe: {refusal}"
             ) from None
-        try:
-            yield
-        finally:
-            claimed.release()
 
     def _train_teachers(self, name: str, images: Datasets) -> None:
         """Train the teachers that have no weights yet, once for all trials. Raises RunError, or Stopped."""
@@ -361,7 +355,7 @@ class _Titled(Progress):
         """What a run says of itself is not about the study."""
 
 
-def _run_trials(trials: Trials, progress: Progress, jobs: int) -> None:
+def _run_trials(trials: Trials, progress: Progress, jobs: int, datasets: Datasets) -> None:
     """Run trials in this process or in several, until there are enough; trials of killed processes are run again."""
     study = open_study(trials)
     while True:
@@ -374,7 +368,7 @@ def _run_trials(trials: Trials, progress: Progress, jobs: int) -> None:
             continue
         if jobs == 1 or not counted(study):
             # The recipe as it stands comes first and alone, so that its process fills the cache.
-            work(trials, progress, most=None if jobs == 1 else 1)
+            work(trials, progress, datasets, most=None if jobs == 1 else 1)
         else:
             _run_in_processes(trials, progress, jobs)
 
@@ -434,7 +428,7 @@ def _work_apart(trials: Trials, process: int, threads: int, quiet: bool) -> None
     torch.set_num_threads(threads)
     console: Console = PlainConsole(width=None if sys.stdout.isatty() else 160)
     try:
-        work(trials, Progress(console, quiet=quiet), process=process)
+        work(trials, Progress(console, quiet=quiet), trials.open_images(), process=process)
     except (Stopped, KeyboardInterrupt):
         sys.exit(128 + signal.SIGINT)
     except ProbeKDError as refusal:

@@ -10,7 +10,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -30,8 +29,6 @@ from probe_kd.tuning.budget import scored_on_held_out, shortened, with_teachers
 from probe_kd.tuning.space import Parameter, all_values
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import optuna
 
 JOURNAL = "study.log"
@@ -199,12 +196,12 @@ class _Reporting(Progress):
             self.report(row["epoch"], row[self.measure])
 
 
-def work(trials: Trials, progress: Progress, *, process: int = 0, most: int | None = None) -> None:
+def work(trials: Trials, progress: Progress, datasets: Datasets, *, process: int = 0, most: int | None = None) -> None:
     """Run trials until the study has as many as it should, the time is over, or `most` are done.
 
     Raises Stopped, or KeyboardInterrupt, after a signal; the trial that was running is begun anew by whoever goes on.
     """
-    study, datasets, done = open_study(trials, process=process), trials.open_images(), 0
+    study, done = open_study(trials, process=process), 0
     while (most is None or done < most) and counted(study) < trials.count:
         if trials.deadline is not None and time.time() > trials.deadline and counted(study):
             return
@@ -240,7 +237,7 @@ class _Trial:
 
         started, folder = time.monotonic(), self.trials.trial_folder(self.trial.number)
         try:
-            with _claimed(folder, self.progress) as claimed:
+            with claim(folder, self.progress.say) as claimed:
                 value = self._value(datasets, folder, claimed)
                 self._keep_best(value, folder)
                 self._tell(value, started)
@@ -281,7 +278,7 @@ class _Trial:
         return {parameter.path: _suggest(self.trial, parameter) for parameter in parameters}
 
     def _report(self, epoch: int, value: float) -> None:
-        """Report an epoch, and stop a trial that is behind. The baseline is measured to its end."""
+        """Report an epoch, and stop a trial that is behind, unless it is to be measured to its end."""
         from optuna import TrialPruned
 
         self.trial.report(value, epoch)
@@ -306,15 +303,6 @@ class _Trial:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, aside / name)
         os.replace(aside, place)
-
-
-@contextmanager
-def _claimed(folder: Path, progress: Progress) -> "Iterator[Claim]":
-    claimed = claim(folder, progress.say)
-    try:
-        yield claimed
-    finally:
-        claimed.release()
 
 
 def _suggest(trial: "optuna.Trial", parameter: Parameter) -> float | str:
