@@ -401,6 +401,6 @@ def test_a_disk_that_is_full_under_what_is_printed_is_told(command: Command, mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("probe_kd.cli._console", full)
+    monkeypatch.setattr("probe_kd.cli.models.make_console", full)
     result = command("inspect", "resnet10t")
     assert (result.returncode, "error: No space left on device; `probe-kd -v" in result.stderr) == (2, True)

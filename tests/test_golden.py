@@ -24,12 +24,17 @@ COMMANDS = {
 }
 
 
+def print_on(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    for commands in ("models", "recipes"):
+        monkeypatch.setattr(f"probe_kd.cli.{commands}.make_console", lambda: console)
+
+
 @pytest.mark.parametrize("columns", [80, 200])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_text_is_as_it_was(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     paper = io.StringIO()
     console = Console(file=paper, width=columns, force_terminal=False)
-    monkeypatch.setattr(cli, "_console", lambda: console)
+    print_on(console, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["probe-kd", *shlex.split(COMMANDS[name])])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as end:
@@ -47,7 +52,7 @@ def test_no_color_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     paper = io.StringIO()
-    monkeypatch.setattr(cli, "_console", lambda: Console(file=paper, width=200, force_terminal=True))
+    print_on(Console(file=paper, width=200, force_terminal=True), monkeypatch)
     monkeypatch.setattr(sys, "argv", ["probe-kd", "inspect", "resnet10t"])
     with pytest.raises(SystemExit):
         cli.main()

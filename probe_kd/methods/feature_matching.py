@@ -16,6 +16,7 @@ DISTANCE = 0.05  # of a pair's layers from each other, against the share of the 
 LEAST_UNEXPLAINED = 0.01  # of a layer, so that one that is explained counts for something
 RANK_ONE = 2.0  # an effective rank below this is one direction and rounding, or little else
 MOSTLY = 0.5  # of the energy, in a few channels: then they rule a squared error, and a norm over the channels
+FEW_IMAGES = 100  # below this, a held-out half says little: a map that is fitted on 4 images explains less than nothing
 NEARLY_ALL = 0.9  # of the energy, the same for all images
 
 
@@ -162,8 +163,13 @@ def normalization(layer: LayerFigures) -> Normalize:
 
 
 def remarks(figures: FeatureFigures) -> list[str]:
-    """Sentences on the layers that are left out, and on those whose target has to be normalised."""
-    sentences = [
+    """Sentences on too few images, on the layers that are left out, and on targets that have to be normalised."""
+    few = (
+        f"figures of {figures.images} images mean little: maps are fitted on one half of them and measured on the "
+        "other; take 512 (`num_images`)"
+    )
+    sentences = [few] if figures.images < FEW_IMAGES else []
+    sentences += [
         f"{side} layer '{layer.tap}' {defect(layer)}; it is not paired"
         for side, layers in (("student", figures.student), ("teacher", figures.teacher))
         for layer in layers

@@ -1,6 +1,7 @@
 """The figures of layers and pairs, against numpy and scikit-learn on all features at once, and what is degenerate."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations, permutations
 from typing import Any
 
@@ -305,6 +306,13 @@ def test_a_target_that_a_channel_or_a_constant_rules_is_told_and_normalised(chan
     assert pairs["stages.2"].adapter == {"normalize": "fitted"}
     assert pairs["stages.1"].adapter == {"normalize": "layer"}
     assert why in pairs["stages.2"].reason
+
+
+def test_figures_of_few_images_are_told_to_mean_little() -> None:
+    figures = measured(stages(), stages())
+    few, enough = (remarks(replace(figures, images=images)) for images in (99, 100))
+    assert few[1:] == enough
+    assert "figures of 99 images mean little" in few[0]
 
 
 @pytest.mark.parametrize("size", [32, 48])

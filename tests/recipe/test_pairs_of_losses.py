@@ -9,7 +9,7 @@ from conftest import GRAFT
 from rich.console import Console
 from running import run
 
-from probe_kd.cli import _pair_lines
+from probe_kd.cli.recipes import _pair_lines
 from probe_kd.errors import RecipeError
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import parse
