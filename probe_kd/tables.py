@@ -273,13 +273,18 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def teacher_lines(plan: Plan) -> list[str]:
-    """List the models that get a new classifier, and how a teacher that already has weights is fine-tuned."""
+    """List new classifiers, how a teacher that already has weights is fine-tuned, and which teachers are sharded."""
     lines = list(plan.new_classifiers)
     for teacher in plan.teachers.values():
         train = teacher.options.train
         if train is not None and (teacher.options.pretrained or teacher.options.checkpoint):
             how = f"{train.epochs} epochs, lr {train.optimizer.lr:g}"
             lines.append(f"the {teacher.role} has weights, and is first fine-tuned: {how}")
+        if teacher.options.shard:
+            lines.append(
+                f"the {teacher.role} is sharded: each process of a run holds a part of its "
+                f"{amount(teacher.trace.parameters)} parameters, and a single process all of them"
+            )
     for stage in plan.recipe.stages:
         if stage.teacher_dropping is not None:
             lines.append(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from probe_kd.engine.sharding import end_forward
 from probe_kd.engine.spec import FeatureSpec, Tap
 from probe_kd.errors import TapError, demand, nearest
 
@@ -142,6 +143,7 @@ class Probe:
             self._refuse_overwritten()
         finally:
             captured = self._close_window()
+            end_forward(self.model)
         return self._complete(captured)
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
@@ -399,7 +401,14 @@ def reader(model: nn.Module, tap: Tap) -> Callable[[Tensor], Tensor]:
     if not _at_root(tap) or tap.port == "input":
         probe = Probe(model, tap)
         return lambda images: probe(images)[tap]
-    return lambda images: pick(tap, model(images), tap.items)
+
+    def read_output(images: Tensor) -> Tensor:
+        try:
+            return pick(tap, model(images), tap.items)
+        finally:
+            end_forward(model)
+
+    return read_output
 
 
 def pick_argument(tap: Tap, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -423,7 +423,7 @@ class TeacherOptions(ModelOptions):
     file. `same_init` draws the initial weights from the same seed as the student's, so that two models of one
     architecture start equal. `cache` is a folder for the teacher's outputs, so that it does not run twice on the same
     view of an image, in this run or another. `cache_top_k` stores only the largest so many logits, and spreads the rest
-    of the probability evenly.
+    of the probability evenly. `shard` divides its parameters among the processes of a run, once it is frozen.
     """
 
     input_size: InputSize | None = None
@@ -436,6 +436,7 @@ class TeacherOptions(ModelOptions):
     same_init: bool = False
     cache: str | None = None
     cache_top_k: int | None = Field(default=None, ge=1)
+    shard: bool = False
 
     @model_validator(mode="after")
     def _lower_lr_to_fine_tune(self) -> Self:

@@ -75,6 +75,7 @@ DESCRIPTIONS = {
     "cache": "Folder in which the teacher's outputs are stored, so that it does not run twice on the same view of "
     "an image.",
     "cache_top_k": "Cache only the largest so many logits of each image. The rest of the probability is spread evenly.",
+    "shard": "Divide the parameters of the frozen teacher among the processes of a run.",
     "NamedTeacher.weight": "Factor on this teacher's pairs in every loss, and its share of the mean of several "
     "classifiers.",
     "embedding": "The tap whose mean over positions is the vector of an image for `evaluate`. Not set: what the "

@@ -92,7 +92,7 @@ def _check(recipe: Recipe, views: int | None) -> None:
 def _student(models: Models) -> TrainedModel:
     for trained in models.in_turn():
         if trained.is_teacher:
-            models.teachers[trained.name] = trained
+            models.add_teacher(trained)
         if trained.role == "student":
             return trained
     raise AssertionError("every recipe has a student")

@@ -12,6 +12,7 @@ from probe_kd.data.batches import Batches
 from probe_kd.data.loading import loader, readable
 from probe_kd.engine.embedding import embedding_spec
 from probe_kd.engine.probe import Probe
+from probe_kd.engine.sharding import is_sharded
 from probe_kd.engine.spec import InputSpec
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import RunError, for_all
@@ -91,6 +92,7 @@ def _score(probe: LabelledSet, train: Vectors, test: Vectors, *, seed: int) -> f
 
 
 def _embedding(trained: TrainedModel, options: ModelOptions) -> tuple[Probe, nn.Module]:
-    traced = trace(trained.model, trained.input.size)
+    # A sharded model cannot be copied for a trace.
+    traced = trained.trace if is_sharded(trained.model) else trace(trained.model, trained.input.size)
     spec = embedding_spec(trained.model, traced, tap=options.embedding, output=options.output)
     return Probe(trained.model, [spec]), pooled(spec)

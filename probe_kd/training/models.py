@@ -9,7 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
+from probe_kd.console import amount
 from probe_kd.engine.models import build_model, checkpoint_gradients
+from probe_kd.engine.sharding import is_sharded, shard
 from probe_kd.engine.spec import InputSpec, Tap, Trace
 from probe_kd.engine.weights import load_weights, renew_classifier
 from probe_kd.methods.adapters import ImageView
@@ -101,6 +103,15 @@ class Models:
         ensemble = ensemble.to(self.accelerator.device)
         return TrainedModel(ENSEMBLE, ensemble, teachers[0].trace, images, (), Tap(""))
 
+    def add_teacher(self, trained: TrainedModel) -> None:
+        """Let the next models learn from this one, which no longer trains."""
+        if self._shards(trained.name) and not is_sharded(trained.model):
+            shard(trained.model, trained.trace, self.accelerator.device)
+        self.teachers[trained.name] = trained
+
+    def _shards(self, name: str) -> bool:
+        return self.accelerator.num_processes > 1 and self.plan.recipe.teachers_by_name[name].shard
+
     def in_turn(self) -> Iterator[TrainedModel]:
         """Yield the models in the order of training. Each is built when its turn comes."""
         plan, recipe = self.plan, self.plan.recipe
@@ -174,7 +185,11 @@ class Models:
         elif role == TEACHER_BASELINE and not (options.pretrained or options.checkpoint):
             phases = self._stages(alone="teacher")
         seed = plan.recipe.seed if options.same_init else teacher_seed(plan.recipe.seed, name)
-        model, output = self._build(options, planned.trace, seed), plan.output_of(role_of_teacher(name))
+        model, output = build_weighted(options, planned.trace, seed), plan.output_of(role_of_teacher(name))
+        if self._shards(name) and not phases:  # a device may not hold the whole
+            shard(model, planned.trace, self.accelerator.device)
+        else:
+            model = self._to_device(model)
         return TrainedModel(role, model, planned.trace, planned.input, phases, output, name=name)
 
     def _input_alone(self) -> InputSpec:
@@ -210,6 +225,18 @@ class Models:
     def _to_device(self, model: nn.Module) -> nn.Module:
         model = model.to(self.accelerator.device)
         return model.to(memory_format=memory_format(self.plan.recipe, self.accelerator.device))
+
+
+def describe_sharding(plan: Plan, processes: int) -> list[str]:
+    """What `shard` does in a run of so many processes, a line for each teacher that has it."""
+    lines = []
+    for teacher in plan.teachers.values():
+        if teacher.options.shard and processes == 1:
+            lines.append(f"the {teacher.role} is whole in the only process of this run, where `shard` has no effect")
+        elif teacher.options.shard:
+            count = amount(teacher.trace.parameters)
+            lines.append(f"the {teacher.role} is sharded: {processes} processes hold its {count} parameters together")
+    return lines
 
 
 def _alone(values: Mapping[str, T]) -> T | Mapping[str, T] | None:

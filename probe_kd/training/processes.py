@@ -42,8 +42,8 @@ def accelerating(recipe: Recipe, folder: Path | None = None) -> Iterator[Acceler
             raise RunError(
                 f"accelerate is set to {distributed_type}, which cuts a model's parameters up and gathers them layer "
                 "by layer; captured layers, shared weights and a teacher beside the student do not survive that. Run "
-                "with plain DDP (`accelerate launch --multi_gpu`, or torchrun), with `grad_checkpointing: true` where "
-                "memory is short"
+                "with plain DDP (`accelerate launch --multi_gpu`, or torchrun), with `grad_checkpointing: true` and "
+                "`teacher: {shard: true}` where memory is short"
             )
         yield accelerator
 

@@ -31,7 +31,7 @@ from probe_kd.training.epochs import Epochs, no_number
 from probe_kd.training.fitting import fit_targets
 from probe_kd.training.folder import open_run
 from probe_kd.training.loop import Loop
-from probe_kd.training.models import BASELINE, UNTRAINED, Models, TrainedModel
+from probe_kd.training.models import BASELINE, UNTRAINED, Models, TrainedModel, describe_sharding
 from probe_kd.training.pair_scores import means
 from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating, listening, with_peers
@@ -92,6 +92,8 @@ def train(
                 accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
         if settings := describe_device(plan.recipe, accelerator):
             progress.tell(settings)
+        for line in describe_sharding(plan, accelerator.num_processes):
+            progress.tell(line)
         if resume and checkpoint is None and not state.results:
             check_student(plan, accelerator, progress)
         models = Models(plan, accelerator)
@@ -162,7 +164,7 @@ class Run:
             elif result.weights and not trained.learns_from_teacher:
                 _load_again(trained.model, self.saver.folder / result.weights)
             if trained.is_teacher:
-                self.models.teachers[trained.name] = trained
+                self.models.add_teacher(trained)
 
     def _train_model(self, trained: TrainedModel) -> None:
         if trained.partner is not None:

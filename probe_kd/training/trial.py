@@ -89,7 +89,7 @@ def student_of(models: Models) -> TrainedModel:
         if trained.phases and trained.is_teacher:
             reach_of(models, trained, first_batch(models, trained, most=MOST_TRIED))
         if trained.is_teacher and not models.plan.recipe.share:
-            models.teachers[trained.name] = trained
+            models.add_teacher(trained)
         if trained.role == "student":
             return trained
     raise AssertionError("every recipe has a student")

@@ -144,9 +144,21 @@ def check_sides(recipe: Recipe, index: int, objectives: Sequence[Objective]) -> 
         elif objective.of == "teacher" and recipe.share is None:
             message = f"loss `{name}` is `of: teacher`, which learns only where both train together; give `share`"
             mistakes.append(((*place, name), message))
+        elif _copies_sharded_classifier(recipe, objective):
+            message = (
+                f"loss `{name}` keeps a copy of the teacher's classifier, which no process has whole with `shard`; "
+                "leave one of the two out"
+            )
+            mistakes.append(((*place, name), message))
     if recipe.share and objectives:
         mistakes += _check_both_train(index, recipe.stages[index], objectives)
     return mistakes
+
+
+def _copies_sharded_classifier(recipe: Recipe, objective: Objective) -> bool:
+    names = {pair.teacher.model for pair in objective.pairs}
+    sharded = [name for name, teacher in recipe.teachers_by_name.items() if teacher.shard]
+    return "classifier" in objective.resolved.needs and any(name in names or names == {""} for name in sharded)
 
 
 def _check_both_train(index: int, stage: StageOptions, objectives: Sequence[Objective]) -> list[Mistake]:

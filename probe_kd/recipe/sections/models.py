@@ -13,6 +13,7 @@ from torch import nn
 from probe_kd.data.record import DataRecord
 from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, check_import, check_kwargs, checkpoint_gradients
+from probe_kd.engine.sharding import why_unsupported
 from probe_kd.engine.spec import InputSpec, Tap, Trace, Traces
 from probe_kd.engine.tracing import trace
 from probe_kd.engine.weights import classifiers, load_weights, read_weights
@@ -170,7 +171,7 @@ def check_teachers(recipe: Recipe) -> list[Mistake]:
 
 
 def _check_teacher(recipe: Recipe, teacher: TeacherOptions) -> list[Mistake]:
-    mistakes = _check_cache(recipe, teacher)
+    mistakes = [*_check_cache(recipe, teacher), *_check_shard(recipe, teacher)]
     if recipe.share and teacher.train:
         message = "with `share` the stages train the teacher too, alone and with the student; leave `train` out"
         mistakes.append((("teacher", "train"), message))
@@ -199,6 +200,24 @@ def _check_cache(recipe: Recipe, teacher: TeacherOptions) -> list[Mistake]:
     if teacher.cache_top_k and not teacher.cache:
         reasons.append(("cache_top_k", "it says what a cache keeps; give the folder as `cache` too"))
     return [(("teacher", key), f"`{key}`: {why}") for key, why in reasons]
+
+
+def _check_shard(recipe: Recipe, teacher: TeacherOptions) -> list[Mistake]:
+    """Refuse to shard a teacher where it trains, or where not every process runs it at the same time."""
+    if not teacher.shard:
+        return []
+    reasons = [reason] if (reason := why_unsupported()) else []
+    if recipe.share:
+        reasons.append("with `share` the teacher trains too, and only a frozen one can be divided; leave one out")
+    if teacher.cache:
+        reasons.append(
+            "all processes run a sharded teacher together, and each has other images in the cache; leave one out, or "
+            "fill the cache where the teacher fits into one device (`probe-kd cache`) and train without `shard`"
+        )
+    target = recipe.torchcompile.target if recipe.torchcompile else None
+    if target in ("step", "teacher"):
+        reasons.append("compiled code cannot gather its layers one by one; give `torchcompile: {target: student}`")
+    return [(("teacher", "shard"), f"`shard`: {reason}") for reason in reasons]
 
 
 def _unwritable(folder: Path) -> str:
