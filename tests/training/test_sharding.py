@@ -14,6 +14,7 @@ from conftest import record
 from running import finish, run, start
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from probe_kd.engine import sharding
 from probe_kd.engine.models import build_on_meta
@@ -172,3 +173,9 @@ def test_units_are_called_and_bound_what_is_gathered_at_once() -> None:
             assert is_layer or module.parameters <= traced.parameters / 8, (name, unit)
         rest = traced.parameters - sum(traced.modules[unit].parameters for unit in names)
         assert rest < traced.parameters / 8, (name, rest)
+
+
+def test_a_torch_that_cannot_leave_a_sharded_forward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FSDPModule, "reset_iter_state")
+    with pytest.raises(RecipeError, match=r"`shard`: torch .* upgrade to torch 2\.14"):
+        plan(parse(ONE))

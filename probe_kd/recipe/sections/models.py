@@ -206,7 +206,8 @@ def _check_shard(recipe: Recipe, teacher: TeacherOptions) -> list[Mistake]:
     """Refuse to shard a teacher where it trains, or where not every process runs it at the same time."""
     if not teacher.shard:
         return []
-    reasons = [reason] if (reason := why_unsupported()) else []
+    unsupported = why_unsupported()
+    reasons = [unsupported] if unsupported else []
     if recipe.share:
         reasons.append("with `share` the teacher trains too, and only a frozen one can be divided; leave one out")
     if teacher.cache:
