@@ -46,6 +46,7 @@ data:
   fraction: 0.25
   batch_size: 64
   hflip: 0.0
+  color_jitter: 0.0
 pairs:
   blocks.0: layer2
   blocks.1: layer3
@@ -69,7 +70,7 @@ WHOLE = TINY.replace("fraction: 0.25\n  batch_size: 64", "batch_size: 256")  # w
 ROCKET = """\
 student: {model: resnet10t, model_kwargs: {channels: [8, 16, 24, 32]}}
 teacher: {model: resnet18, model_kwargs: {channels: [8, 16, 24, 32], stem_width: 32, stem_type: deep_tiered}}
-data: {dataset: sklearn/digits, input_size: [3, 16, 16], fraction: 0.25, batch_size: 128, hflip: 0.0}
+data: {dataset: sklearn/digits, input_size: [3, 16, 16], fraction: 0.25, batch_size: 128, hflip: 0.0, color_jitter: 0.0}
 share: {form: weights, modules: interval}
 stages:
   - epochs: 2
@@ -147,4 +148,4 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first, so that no process is left with one of them while the others have nothing to do."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
+    items.sort(key=lambda item: item.path.stem != "test_pages" and "training" not in item.path.parts)

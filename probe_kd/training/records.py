@@ -101,17 +101,20 @@ def draw_curves(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4))
     left, right = figure.subplots(1, 2)
+    # Room for the labels, measured once: a layout engine draws everything twice.
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.13, top=0.92, wspace=0.15)
     if headline:
         _draw_measure(left, rows, headline, split)
     student_rows = [row for row in rows if row["role"] == "student"]
     for term in dict.fromkeys(key for row in student_rows for key in row if key not in {*other_columns, "loss"}):
         points = [(epoch, row[term]) for epoch, row in enumerate(student_rows, 1) if term in row]
-        right.plot(*zip(*points, strict=True), label=term)
+        right.plot(*zip(*points, strict=True), label=term, marker=".")
     right.set(title="Training losses of the student (not weighted)", xlabel="epoch", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.lines:
             axes.legend()
     figure.savefig(path, dpi=120)
@@ -123,7 +126,7 @@ def _draw_measure(axes: Any, rows: Sequence[Row], name: str, split: str) -> None
         epochs = enumerate((row for row in rows if row["role"] == role), 1)
         points = [(epoch, measure.factor * row[name]) for epoch, row in epochs if name in row]
         if points:
-            axes.plot(*zip(*points, strict=True), label=role)
+            axes.plot(*zip(*points, strict=True), label=role, marker=".")
     # k-NN and linear probes have images of their own.
     title = measure.title if name in OF_LABELLED_SET else f"{split} {measure.title}"
     axes.set(title=title, xlabel="epoch", ylabel=measure.unit)
