@@ -61,7 +61,6 @@ gpu: $(READY)  ## what only a GPU shows, 8 minutes with one; tests and benchmark
 
 study: $(READY)  ## the methods against each other on Fashion-MNIST; hours, says how many, goes on where it was stopped
 	$(BIN)/python study/study.py
-	$(BIN)/python study/fit.py
 	$(BIN)/python study/report.py
 
 docs: $(READY)  ## the site, in site/

@@ -33,7 +33,7 @@ from probe_kd.training.records import write_metrics
 TABLE = study.ROOT / "docs" / "study" / "choices.csv"
 SEEDS = (0, 1, 2)
 IMAGES = 512  # that `match_features` looks at
-BUDGET = study.BUDGETS[study.FEW]
+BUDGET = study.Budget()
 TRIALS = {"tune, 3 runs": 6, "tune, 10 runs": 20}
 LOSSES = {
     "task": {"loss": "cross_entropy"},
@@ -52,10 +52,10 @@ def start_of(pair: str, home: Path, settings: study.Settings) -> Path:
         "scheduler": {"sched": "cosine", "warmup_epochs": BUDGET.warmup},
         "clip_grad": 1.0,
     }
-    teacher = study.teacher_of(pair, settings).resolve() / "student.safetensors"
+    teacher = study.weights_of(study.PAIRS[pair], settings.out).resolve()
     recipe = {
         "extends": str(study.RECIPES / f"{pair}.yaml"),
-        "data": {"fraction": BUDGET.fraction, "batch_size": BUDGET.batch_size, "memory": True},
+        "data": {"fraction": BUDGET.fraction, "batch_size": BUDGET.batch_size},
         "teacher": {"train": None, "checkpoint": str(teacher), "cache": str(settings.out.resolve() / "cache")},
         "val_interval": BUDGET.epochs // 2,
         "stages": [stage],
@@ -118,7 +118,7 @@ ARMS: Mapping[str, Callable[[Path, Path], Path]] = {
 def row(pair: str, arm: str, seed: int, recipe: Path, home: Path) -> dict[str, Any]:
     folder = home / arm.replace(", ", "-").replace(" ", "-") / f"seed{seed}"
     done = study.run(recipe, seed, (), folder)
-    accuracy = study.test(recipe, seed, (), folder, None)["student"]
+    accuracy = study.test(recipe, seed, (), folder / "student.safetensors", None)["student"]
     held_out = round(100 * done["student"]["accuracy"], 2)
     return {"pair": pair, "choice": arm, "seed": str(seed), "held_out": held_out, "test": round(100 * accuracy, 2)}
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     wishes = parser.parse_args()
     torch.set_num_threads(1)
-    settings = study.Settings(wishes.out, study.BUDGETS)
+    settings = study.Settings(wishes.out)
     for pair in wishes.pairs:
         study.run_teacher(study.PAIRS[pair], settings)
         home = wishes.out / "choices" / pair

@@ -18,7 +18,7 @@ from probe_kd.methods.feature_matching import features_score
 from probe_kd.recipe.feature_measuring import ImageSource, measure_models
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import load
-from study import ALLOWED, PAIRS, RECIPES, ROOT, known, teacher_folder
+from study import ALLOWED, PAIRS, RECIPES, ROOT, known, weights_of
 
 METHODS = {"one": "hint, one pair", "crossed": "hint, pairs crossed", "all": "hint, all pairs"}
 
@@ -35,7 +35,7 @@ def gains(pair: str) -> dict[str, float]:
 
 
 def measured(pair: str, out: Path) -> tuple[Plan, FeatureFigures]:
-    weights = str(teacher_folder(PAIRS[pair], out) / "student.safetensors")
+    weights = str(weights_of(PAIRS[pair], out))
     sets = [f"data.root={out / 'data'}", "teacher.train=null", f"teacher.checkpoint={weights}"]
     planned = plan(load(RECIPES / f"{pair}.yaml", sets=sets), allow_import=ALLOWED)
     assert planned.teacher is not None
@@ -76,7 +76,7 @@ def main() -> None:
     with (ROOT / "docs" / "study" / "features.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["pair", "layers", "gain", "score", "cka", "explained", "pairs"])
-        for pair in PAIRS:
+        for pair in (pair for pair in PAIRS if "crossed" in known()["layers"][pair]):  # what tests.csv has
             writer.writerows(rows_of(pair, out))
 
 

@@ -1,6 +1,6 @@
 """Is FSP easier to fit than hints? What of a teacher's features each of them makes a student predict, without labels.
 
-    python study/fit.py                   # `make study` runs it after study.py, whose teachers it takes
+    python study/fit.py                   # after study.py, whose teachers it takes
 
 A student that is new is trained by one loss at one stage of the teacher, for the same steps, on the same images in the
 same order; on images that neither has seen, what share of the variance of the loss's own target does it explain? Each
@@ -35,7 +35,6 @@ from probe_kd.recipe.reading import load
 from probe_kd.training.records import write_metrics
 from study import (
     ALLOWED,
-    BUDGETS,
     PAIRS,
     RECIPES,
     ROOT,
@@ -223,7 +222,7 @@ def run_pair(bench: Bench, out: Path, seeds: Sequence[int]) -> tuple[Rows, Rows]
     for seed in seeds:
         crossed += _cross(bench, home, "nothing", 0.0, seed)
     if pair == "resnet-resnet":  # whose teachers have the student's layers
-        run_teacher("resnet", Settings(out, BUDGETS), seed=1)
+        run_teacher("resnet", Settings(out), seed=1)
         crossed += _cross(bench, home, "another teacher", 0.0, seeds[0], teacher_folder("resnet", out, seed=1))
     return curves, crossed
 
@@ -259,7 +258,7 @@ def _cross(bench: Bench, home: Path, backbone: str, rate: float, seed: int, othe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", action="append", choices=PAIRS, help="only this pair of models; may be repeated")
+    parser.add_argument("--pair", action="append", choices=STAGES, help="only this pair of models; may be repeated")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--tables", type=Path, default=ROOT / "docs" / "study")
@@ -270,15 +269,15 @@ def main() -> None:
     curves: Rows = []
     crossed: Rows = []
     spectra: Rows = []
-    for pair in options.pair or PAIRS:
+    for pair in options.pair or STAGES:
         bench = Bench.of(pair, options.out)
         if PAIRS[pair] not in {row["teacher"] for row in spectra}:
             spectra += channels(bench)
             _write(spectra, options.tables / "channels.csv", "teacher", list(PAIRS.values()))
         more = run_pair(bench, options.out, range(options.seeds))
         curves, crossed = curves + more[0], crossed + more[1]
-        _write(curves, options.tables / "fit.csv", "pair", list(PAIRS))
-        _write(crossed, options.tables / "crossfit.csv", "pair", list(PAIRS))
+        _write(curves, options.tables / "fit.csv", "pair", list(STAGES))
+        _write(crossed, options.tables / "crossfit.csv", "pair", list(STAGES))
 
 
 def _write(rows: Rows, path: Path, key: str, order: Sequence[str]) -> None:

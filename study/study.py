@@ -1,26 +1,31 @@
-"""Train every method with every pair of models, and write what came of it to docs/study/.
+"""Train every method with every pair of models under one budget, and write each run to docs/study/control.csv.
 
     python study/study.py                 # go on where it was stopped; `make study`
-    python study/study.py --list          # what there is to do, and how long it will take
+    python study/study.py --list          # what is left, and how many hours of two cores it takes
 
-For every cell (a pair of models, a method, how many images) the learning rate is chosen on held-out training images
-with the first seed; then the other seeds are trained with it. The test images are looked at once a run, at its end:
-tests.csv. What the runs measured on held-out images on their way, the ones of other learning rates too, is in
-curves.csv. The runs lie in runs/study, each a folder of `probe-kd train`; a run that is finished is not run again, so
-keep that folder until all is done. What the tables say of cells that are not run here is kept.
+A cell is a pair of models and a method. Its learning rate, and then its weight, are chosen on held-out training images
+by the mean of two seeds; with both, three other seeds are trained, and only these see the test images, once. Every run
+is a row of the table as soon as it ends, and a run that has a row is not run again: to go on, the table and the
+teachers are enough. Commit it as it grows. Teachers are trained from their recipes where they are not there; the study
+refuses to mix rows of two teachers (teachers.csv). To measure a cell again, name another folder: `--tables FOLDER`.
 """
 
 import argparse
+import copy
 import csv
 import gzip
+import hashlib
 import json
 import multiprocessing
 import statistics
 import subprocess
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,121 +37,167 @@ from torch import Tensor
 
 from probe_kd import load_student
 from probe_kd.data.loading import loader
+from probe_kd.engine.weights import read_weights
+from probe_kd.errors import RunError
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import load
-from probe_kd.results.comparison import read_metrics
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import write_metrics
 from probe_kd.training.run import train
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "study"
-PAIRS = {"resnet-resnet": "resnet", "vit-resnet": "resnet", "resnet-vit": "vit", "mixer-convnext": "convnext"}
-FULL = ("resnet-resnet", "vit-resnet")  # the pairs that are also tried with all images
+TABLES = ROOT / "docs" / "study"
+PAIRS = {
+    "vit-resnet": "resnet",
+    "mixer-convnext": "convnext",
+    "resnet-vit": "vit",
+    "swin-vit": "vit",
+    "mobilenet-convnext": "convnext",
+    "resnet-resnet": "resnet",
+}
 RATES = (2e-4, 7e-4, 2e-3, 6e-3, 2e-2, 6e-2, 2e-1)
 FIRST = (6e-3,)  # tried first; then what is beside the best, until both its neighbours are tried
-ALLOWED = ["timm", "outliers"]  # the mixer is one of timm's classes and none of its names; outliers.py
-FEW, ALL = "few", "all"  # images
-KNOWN = 15  # seconds in which a cell is only read, and says nothing of how long the others take
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+DEFAULT_FACTOR = 1.0
+CHOICE_SEEDS, TEST_SEEDS = (0, 1), (2, 3, 4)
+TOGETHER = "the two best together"  # the best loss of outputs and the best loss of layers, each with its chosen weight
+KINDS = ("outputs", "layers")
+DEEPEST = {"level": "stage", "num_pairs": 1}
+ALLOWED = ["timm"]  # the mixer is one of timm's classes and none of its names
+USUAL_RUNS = 14  # of a cell
 
-
-@dataclass(frozen=True)
-class Cell:
-    """What is compared: one method with one pair of models, and how many images."""
-
-    images: str
-    pair: str
-    method: str
-
-
-ABOUT = tuple(field.name for field in fields(Cell))  # of a row, its cell
+Row = dict[str, Any]
+Rows = list[Row]
 
 
 @dataclass(frozen=True)
 class Budget:
     """The same for every method. `fraction` is of the training images that are not held out."""
 
-    fraction: float
-    epochs: int
-    batch_size: int
-    warmup: float
+    fraction: float = 0.05
+    epochs: int = 6
+    batch_size: int = 64
+    warmup: float = 0.5
 
 
 @dataclass(frozen=True)
 class Settings:
     out: Path
-    budgets: Mapping[str, Budget]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: Budget = field(default_factory=Budget)
+    choice_seeds: tuple[int, ...] = CHOICE_SEEDS
+    test_seeds: tuple[int, ...] = TEST_SEEDS
     rates: tuple[float, ...] = RATES
     sets: tuple[str, ...] = ()  # of the data, where it is other data
 
 
-BUDGETS = {FEW: Budget(0.05, 6, 64, 0.5), ALL: Budget(1.0, 2, 128, 0.2)}
+@dataclass(frozen=True)
+class Cell:
+    """What is compared: a method with a pair of models. `parts` are the methods that `TOGETHER` puts together."""
+
+    pair: str
+    method: str
+    parts: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def about(self) -> str:
+        return " + ".join(f"{method} x {factor:g}" for method, factor in self.parts)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a cell."""
+
+    cell: Cell
+    rate: float
+    factor: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """By which its row is found."""
+        values = (f"{self.rate:g}", f"{self.factor:g}", str(self.seed))
+        return (self.cell.pair, self.cell.method, self.cell.about, *values)
+
+
+KEY = ("pair", "method", "parts", "lr", "factor", "seed")
 
 
 @cache
 def known() -> dict[str, Any]:
     """study/methods.yaml."""
-    found: dict[str, Any] = YAML(typ="safe").load(Path(__file__).with_name("methods.yaml"))
-    return found
+    methods: dict[str, Any] = YAML(typ="safe").load(Path(__file__).with_name("methods.yaml"))
+    return methods
 
 
-def cells() -> Iterator[Cell]:
-    """In the order in which they are run: what is asked of all comes first."""
-    methods = known()["methods"]
-    for images, pairs in ((FEW, tuple(PAIRS)), (ALL, FULL)):
-        for pair in pairs:
-            for method, about in methods.items():
-                if pair in about.get("of", PAIRS) and (images == FEW or about.get("full")):
-                    yield Cell(images, pair, method)
+def all_methods() -> list[str]:
+    """In the order in which they are run."""
+    return [*known()["methods"], TOGETHER]
 
 
-def sets_of(cell: Cell, rate: float, settings: Settings) -> list[str]:
+def cells(pairs: Sequence[str] = tuple(PAIRS), methods: Sequence[str] = ()) -> list[Cell]:
+    """Each method with all pairs before the next."""
+    return [Cell(pair, method) for method in all_methods() if not methods or method in methods for pair in pairs]
+
+
+def losses_of(cell: Cell, factor: float) -> tuple[dict[str, Any], float]:
+    """The losses of a cell, with the weight that varies times `factor`; and what its weight decay is multiplied by."""
+    losses: dict[str, Any] = {}
+    decay = 1.0
+    for method, own_factor in cell.parts or ((cell.method, 1.0),):
+        about = known()["methods"][method]
+        stage = copy.deepcopy({"losses": about["losses"], "optimizer": {"weight_decay": 1.0}})
+        for path in about["vary"]:
+            *above, last = path.split(".")
+            section: Any = stage
+            for key in above:
+                section = section[key]
+            section[last] *= own_factor * factor
+        losses = {**stage["losses"], **losses}  # of the labels, the weight beside the loss of outputs
+        decay *= stage["optimizer"]["weight_decay"]
+    layers = {**known()["layers"][cell.pair], "deepest": DEEPEST}
+    for loss in losses.values():
+        if isinstance(loss.get("pairs"), str):
+            loss["pairs"] = layers[loss["pairs"]]
+    return losses, decay
+
+
+def sets_of(trial: Trial, settings: Settings) -> list[str]:
     """What is changed in the pair's recipe, as the command line's --set would."""
-    found, budget = known(), settings.budgets[cell.images]
-    about = found["methods"][cell.method]
-    stages = [
-        {
-            **stage,
-            "epochs": max(1, round(budget.epochs * stage.get("epochs", 1))),
-            "optimizer": {"opt": "adamw", "lr": rate, "weight_decay": 0.05},
-            "scheduler": {"sched": "cosine", "warmup_epochs": budget.warmup},
-            "clip_grad": 1.0,
-        }
-        for stage in about["stages"]
-    ]
+    budget = settings.budget
+    losses, decay = losses_of(trial.cell, trial.factor)
+    stage = {
+        "name": "train",
+        "epochs": budget.epochs,
+        "losses": losses,
+        "optimizer": {"opt": "adamw", "lr": trial.rate, "weight_decay": 0.05 * decay},
+        "scheduler": {"sched": "cosine", "warmup_epochs": budget.warmup},
+        "clip_grad": 1.0,
+    }
     changes: dict[str, Any] = {
-        "stages": stages,
+        "stages": [stage],
         "data.fraction": budget.fraction,
         "data.batch_size": budget.batch_size,
+        "val_interval": budget.epochs,
         "teacher.train": None,
-        "val_interval": max(1, budget.epochs // 2),
+        "teacher.checkpoint": str(weights_of(PAIRS[trial.cell.pair], settings.out)),
     }
-    if about.get("layers", "all") != "all":
-        changes["pairs"] = found["layers"][cell.pair][about["layers"]]
-    if "teacher" in about:
-        changes["teacher.model"] = about["teacher"]
-    if "share" in about:
-        changes["share"] = about["share"]
-    else:
-        changes["teacher.checkpoint"] = str(teacher_of(cell.pair, settings) / "student.safetensors")
-        changes["teacher.cache"] = str(settings.out / "cache")
-    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-
-
-def teacher_of(pair: str, settings: Settings) -> Path:
-    return teacher_folder(PAIRS[pair], settings.out)
+    return [*settings.sets, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
 
 
 def teacher_folder(name: str, out: Path, seed: int = 0) -> Path:
     return out / "teachers" / (f"{name}-seed{seed}" if seed else name)
 
 
+def weights_of(teacher: str, out: Path) -> Path:
+    return teacher_folder(teacher, out) / "student.safetensors"
+
+
 def planned(recipe: Path, seed: int, sets: Sequence[str]) -> Plan:
     """The plan of a run that measures itself on held-out images, and leaves the test images alone."""
-    found = plan(load(recipe, seed, sets), allow_import=ALLOWED)
-    assert found.datasets.held_out is not None
-    return replace(found, datasets=replace(found.datasets, test=found.datasets.held_out))
+    whole = plan(load(recipe, seed, sets), allow_import=ALLOWED)
+    assert whole.datasets.held_out is not None
+    return replace(whole, datasets=replace(whole.datasets, test=whole.datasets.held_out))
 
 
 def run(recipe: Path, seed: int, sets: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -158,161 +209,245 @@ def run(recipe: Path, seed: int, sets: Sequence[str], folder: Path) -> dict[str,
     return {result["role"]: result for result in results}
 
 
-def test(recipe: Path, seed: int, sets: Sequence[str], folder: Path, teacher: Path | None) -> dict[str, float]:
-    """Accuracy of every model of the run on the test images, and the student's agreement with its teacher."""
-    kept = folder / "study-test.json"
-    if not kept.exists():
-        found = plan(load(recipe, seed, sets), allow_import=ALLOWED)
-        answers, target = {}, torch.tensor([])
-        files = {file.stem: file for file in folder.glob("*.safetensors") if not file.stem.startswith("adapters")}
-        for role, file in (files | ({"teacher": teacher} if teacher else {})).items():
-            answers[role], target = _answers(found, file)
-        measures = {role: float((answer == target).float().mean()) for role, answer in answers.items()}
-        if "teacher" in answers:
-            measures["agreement"] = float((answers["student"] == answers["teacher"]).float().mean())
-        kept.write_text(json.dumps(measures), encoding="utf-8")
-    measured: dict[str, float] = json.loads(kept.read_text(encoding="utf-8"))
-    return measured
+def test(recipe: Path, seed: int, sets: Sequence[str], student: Path, teacher: Path | None) -> dict[str, float]:
+    """Accuracy of these weights on the test images, and the agreement with the teacher's."""
+    whole = plan(load(recipe, seed, sets), allow_import=ALLOWED)
+    answers, target = _answers(whole, student)
+    measures = {"student": float((answers == target).float().mean())}
+    if teacher is not None:
+        expected, _ = _answers(whole, teacher)
+        measures["agreement"] = float((answers == expected).float().mean())
+        measures["teacher"] = float((expected == target).float().mean())
+    return measures
 
 
 @torch.no_grad()
-def _answers(found: Plan, weights: Path) -> tuple[Tensor, Tensor]:
+def _answers(whole: Plan, weights: Path) -> tuple[Tensor, Tensor]:
     """What the model of these weights answers; kept beside a teacher, which many runs ask for."""
     of_teacher = weights.parent.parent.name == "teachers"
-    kept = weights.with_suffix(f".{len(found.datasets.test)}.pt")  # type: ignore[arg-type]
-    if of_teacher and kept.exists():
-        answers, target = torch.load(kept)
+    stored = weights.with_suffix(f".{len(whole.datasets.test)}.pt")  # type: ignore[arg-type]
+    if of_teacher and stored.exists():
+        answers, target = torch.load(stored)
         return answers, target
     model = load_student(weights, allow_import=ALLOWED).eval()
-    batches = list(loader(found.datasets.test, found.recipe.data, found.student_input, training=False))
+    batches = list(loader(whole.datasets.test, whole.recipe.data, whole.student_input, training=False))
     answers = torch.cat([model(images).argmax(1) for images, _ in batches])
     target = torch.cat([target for _, target in batches])
     if of_teacher:
-        torch.save((answers, target), kept)
+        torch.save((answers, target), stored)
     return answers, target
 
 
-def run_teacher(name: str, settings: Settings, seed: int = 0) -> str:
+def run_teacher(name: str, settings: Settings, seed: int = 0) -> Row:
+    """Train a teacher from its recipe, or find it there. Returns its row of teachers.csv."""
     torch.set_num_threads(1)
-    run(RECIPES / f"teacher-{name}.yaml", seed, settings.sets, teacher_folder(name, settings.out, seed))
-    return name
+    recipe, folder = RECIPES / f"teacher-{name}.yaml", teacher_folder(name, settings.out, seed)
+    run(recipe, seed, settings.sets, folder)
+    weights = folder / "student.safetensors"
+    digest = hashlib.sha256()
+    for key, tensor in sorted(read_weights(weights).items()):
+        digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
+    accuracy = test(recipe, seed, settings.sets, weights, None)["student"]
+    return {"teacher": name, "seed": str(seed), "test": f"{100 * accuracy:.2f}", "digest": digest.hexdigest()[:16]}
+
+
+def check_teachers(rows: Rows, table: Path) -> None:
+    """Write the teachers of this study to a table that may have others. Stops where one has other weights there."""
+    with_weights = {row["teacher"]: row for row in read(table)}
+    for row in rows:
+        other = with_weights.get(row["teacher"], row)
+        if other != row:
+            raise SystemExit(
+                f"the rows of {table.parent} are of another teacher `{row['teacher']}`: {other['test']} % of the test "
+                f"images ({other['digest']}), and the one trained here has {row['test']} % ({row['digest']}). Students "
+                "of both are not compared: name another folder by --tables, or bring the teacher of the rows."
+            )
+    write_metrics(beside(rows, table, "teacher"), table)
 
 
 def choose(
-    accuracy: Callable[[float], float], rates: Sequence[float], first: Sequence[float] = FIRST
+    score: Callable[[float], float], values: Sequence[float], first: Sequence[float] = FIRST
 ) -> tuple[float, list[float]]:
-    """The best of these learning rates and all that were tried: none is the best whose neighbours were not tried."""
-    places = [place for place, rate in enumerate(rates) if rate in first] or list(range(len(rates)))
-    found = {place: accuracy(rates[place]) for place in places}
+    """The best of these values and all that were tried: none is the best whose neighbours were not tried."""
+    places = [place for place, value in enumerate(values) if value in first] or list(range(len(values)))
+    scores = {place: score(values[place]) for place in places}
     while True:
-        best = max(found, key=found.__getitem__)
-        beside = [place for place in (best - 1, best + 1) if 0 <= place < len(rates) and place not in found]
-        if not beside:
-            return rates[best], [rates[place] for place in sorted(found)]
-        found[beside[0]] = accuracy(rates[beside[0]])
+        best = max(scores, key=scores.__getitem__)
+        beside_best = [place for place in (best - 1, best + 1) if 0 <= place < len(values) and place not in scores]
+        if not beside_best:
+            return values[best], [values[place] for place in sorted(scores)]
+        scores[beside_best[0]] = score(values[beside_best[0]])
 
 
-Rows = list[dict[str, Any]]
-
-
-def run_cell(cell: Cell, settings: Settings) -> tuple[Rows, Rows]:
-    """All runs of a cell: the rows of tests.csv, and those of curves.csv."""
+def run_trial(trial: Trial, settings: Settings) -> Row:
+    """Train, measure, and forget the run's folder. One whose loss does not stay finite has an accuracy of 0."""
     torch.set_num_threads(1)
-    recipe, first = RECIPES / f"{cell.pair}.yaml", settings.seeds[0]
-    home = settings.out / "runs" / cell.images / cell.pair / "".join(c if c.isalnum() else "-" for c in cell.method)
-    sets = {rate: [*settings.sets, *sets_of(cell, rate, settings)] for rate in settings.rates}
-
-    def held_out(rate: float) -> float:
-        done = run(recipe, first, sets[rate], home / f"lr{rate:g}-seed{first}")
-        return float(done["student"]["accuracy"])
-
-    best, tried = choose(held_out, settings.rates)
-    shares = "share" in known()["methods"][cell.method]
-    rows, curves = [], [row for rate in tried for row in _curve(cell, home, rate, first)]
-    for seed in settings.seeds:
-        folder = home / f"lr{best:g}-seed{seed}"
-        done = run(recipe, seed, sets[best], folder)
-        teacher = None if shares else teacher_of(cell.pair, settings) / "student.safetensors"
-        measured = test(recipe, seed, sets[best], folder, teacher)
-        rows.append(
-            {
-                **asdict(cell),
-                "lr": best,
-                "seed": seed,
-                "held_out": round(100 * done["student"]["accuracy"], 2),
-                "test": round(100 * measured["student"], 2),
-                "agreement": round(100 * measured.get("agreement", 0), 2),
-                "teacher": round(100 * measured.get("teacher", 0), 2),
-                "teacher_alone": round(100 * measured["teacher-baseline"], 2) if "teacher-baseline" in measured else "",
-            }
-        )
-        curves += _curve(cell, home, best, seed) if seed != first else []
-    return rows, curves
+    begun = time.process_time()
+    recipe, sets = RECIPES / f"{trial.cell.pair}.yaml", sets_of(trial, settings)
+    tests = trial.seed in settings.test_seeds
+    measures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(dir=settings.out) as name:
+        folder = Path(name) / "run"
+        try:
+            held_out = float(run(recipe, trial.seed, sets, folder)["student"]["accuracy"])
+            if tests:
+                teacher = weights_of(PAIRS[trial.cell.pair], settings.out)
+                measures = test(recipe, trial.seed, sets, folder / "student.safetensors", teacher)
+        except RunError as error:
+            if " became " not in str(error):  # a loss, or a weight, became no number
+                raise
+            held_out, measures = 0.0, {"student": 0.0, "agreement": 0.0} if tests else {}
+    return {
+        **dict(zip(KEY, trial.key, strict=True)),
+        "part": "test" if tests else "choice",
+        "held_out": f"{100 * held_out:.2f}",
+        "test": f"{100 * measures['student']:.2f}" if measures else "",
+        "agreement": f"{100 * measures['agreement']:.2f}" if measures else "",
+        "core_seconds": f"{time.process_time() - begun:.1f}",
+    }
 
 
-def timed_cell(cell: Cell, settings: Settings) -> tuple[tuple[Rows, Rows], float]:
-    started = time.perf_counter()
-    return run_cell(cell, settings), time.perf_counter() - started
+class NotRun(Exception):
+    """A run that has no row."""
 
 
-def _curve(cell: Cell, home: Path, rate: float, seed: int) -> Iterator[dict[str, Any]]:
-    """The epochs of the student that were measured."""
-    for row in read_metrics(home / f"lr{rate:g}-seed{seed}" / "metrics.csv"):
-        if row["role"] == "student" and "accuracy" in row:
-            where = {"lr": rate, "seed": seed, "stage": row["stage"], "epoch": row["epoch"]}
-            yield {
-                **asdict(cell),
-                **where,
-                "loss": f"{row['loss']:.5g}",
-                "held_out": round(100 * row["accuracy"], 2),
-            }
+class Runs:
+    """The table of all runs: one that has a row is read, another is run in `pool` and written."""
+
+    def __init__(self, table: Path, settings: Settings, pool: Executor | None = None, commit: str = "") -> None:
+        self.table, self.settings, self.pool, self.commit = table, settings, pool, commit
+        self.rows: Rows = read(table)
+        self.lock = threading.Lock()
+        self.begun: dict[Trial, Future[Row]] = {}
+
+    def find(self, trial: Trial) -> Row | None:
+        return next((row for row in self.rows if tuple(row[key] for key in KEY) == trial.key), None)
+
+    def row_of(self, trial: Trial) -> Row:
+        row = self.find(trial)
+        if row is not None:
+            return row
+        if self.pool is None:
+            raise NotRun(trial)
+        with self.lock:
+            future = self.begun.get(trial)
+            if future is None:
+                future = self.begun[trial] = self.pool.submit(run_trial, trial, self.settings)
+        row = future.result() | {"commit": self.commit}
+        with self.lock:
+            if self.find(trial) is None:
+                self.rows.append(row)
+                self.write()
+        return row
+
+    def write(self) -> None:
+        order = {name: place for place, name in enumerate((*PAIRS, *all_methods()))}
+
+        def place(row: Row) -> tuple[Any, ...]:
+            numbers = (float(row[key]) for key in ("lr", "factor", "seed"))
+            return order[row["pair"]], order[row["method"]], row["parts"], row["part"], *numbers
+
+        write_metrics(sorted(self.rows, key=place), self.table)
+
+    def chosen(self, cell: Cell) -> tuple[float, float]:
+        """The learning rate of the cell, and the factor of its weight.
+
+        Raises NotRun where a run has no row and there is no pool.
+        """
+
+        def held_out(rate: float, factor: float) -> float:
+            seeds = self.settings.choice_seeds
+            return statistics.fmean(float(self.row_of(Trial(cell, rate, factor, seed))["held_out"]) for seed in seeds)
+
+        factors = known()["methods"].get(cell.method, {}).get("factors", FACTORS)
+        rate, _ = choose(lambda rate: held_out(rate, DEFAULT_FACTOR), self.settings.rates)
+        factor, _ = choose(lambda factor: held_out(rate, factor), factors, first=(DEFAULT_FACTOR,))
+        return rate, factor
+
+    def tests(self, cell: Cell) -> Rows:
+        rate, factor = self.chosen(cell)
+        return [self.row_of(Trial(cell, rate, factor, seed)) for seed in self.settings.test_seeds]
+
+    def held_out(self, cell: Cell) -> float:
+        """The mean over the seeds of the choice."""
+        trials = (Trial(cell, *self.chosen(cell), seed) for seed in self.settings.choice_seeds)
+        return statistics.fmean(float(self.row_of(trial)["held_out"]) for trial in trials)
+
+    def together(self, pair: str) -> Cell:
+        """The cell of the pair's best loss of outputs and best loss of layers, on the held-out images of the choice."""
+        parts = []
+        for kind in KINDS:
+            candidates = [Cell(pair, name) for name, about in known()["methods"].items() if about.get("kind") == kind]
+            best = max(candidates, key=self.held_out)
+            parts.append((best.method, self.chosen(best)[1]))
+        return Cell(pair, TOGETHER, tuple(parts))
 
 
-def write(rows: Rows, path: Path) -> None:
-    order = {astuple(cell): place for place, cell in enumerate(cells())}
-    every = [row for row in beside(rows, path, *ABOUT) if _keys(row, *ABOUT) in order]
-    ranked = sorted(every, key=lambda row: (order[_keys(row, *ABOUT)], float(row["lr"]), int(row["seed"])))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_metrics(ranked, path)
+def finished(table: Path, settings: Settings, chosen: Sequence[Cell]) -> dict[Cell, Rows]:
+    """The rows on the test images of the cells whose runs all have one."""
+    runs, done = Runs(table, settings), {}
+    for cell in chosen:
+        with suppress(NotRun):
+            whole = runs.together(cell.pair) if cell.method == TOGETHER else cell
+            done[cell] = runs.tests(whole)
+    return done
+
+
+def hours_left(table: Path, settings: Settings, chosen: Sequence[Cell]) -> float | None:
+    """Hours of two cores for what is not finished, by the runs in the table. None if there is none."""
+    rows = read(table)
+    if not rows:
+        return None
+    seconds = {pair: [float(row["core_seconds"]) for row in rows if row["pair"] == pair] for pair in PAIRS}
+    usual = statistics.fmean(value for values in seconds.values() for value in values)
+    done = finished(table, settings, chosen)
+    whole = [row for row in rows if (row["pair"], row["method"]) in {(cell.pair, cell.method) for cell in done}]
+    runs = len(whole) / len(done) if done else USUAL_RUNS
+    begun = {(cell.pair, cell.method): 0 for cell in chosen if cell not in done}
+    for row in rows:
+        if (row["pair"], row["method"]) in begun:
+            begun[row["pair"], row["method"]] += 1
+    left = (max(1, runs - count) * statistics.fmean(seconds[pair] or [usual]) for (pair, _), count in begun.items())
+    return sum(left) / 2 / 3600
+
+
+def read(path: Path) -> Rows:
+    """The rows of a table; none where it is not there yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def beside(rows: Rows, path: Path, *keys: str) -> Rows:
     """The rows, and those of the table that is there which are about something else: nothing measured is lost."""
-    done = {_keys(row, *keys) for row in rows}
-    if not path.exists():
-        return rows
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if _keys(row, *keys) not in done] + rows
-
-
-def _keys(row: Mapping[str, Any], *keys: str) -> tuple[Any, ...]:
-    return tuple(row[key] for key in keys)
+    new = {tuple(row[key] for key in keys) for row in rows}
+    return [row for row in read(path) if tuple(row[key] for key in keys) not in new] + rows
 
 
 def study(chosen: Sequence[Cell], settings: Settings, tables: Path, jobs: int, console: Console) -> None:
-    """Everything, several runs at a time, saying how long the rest will take."""
-    rows: Rows = []
-    curves: Rows = []
-    taken: list[float] = []
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    """All cells, several at a time, each method with all pairs before the next; what is put together comes last."""
+    table = tables / "control.csv"
+    for folder in (settings.out, tables):
+        folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, ThreadPoolExecutor(jobs) as threads:
         names = sorted({PAIRS[cell.pair] for cell in chosen})
-        for name in pool.map(run_teacher, names, [settings] * len(names)):
-            console.print(f"teacher {name} is there")
-        waiting = {pool.submit(timed_cell, cell, settings): cell for cell in chosen}
-        for count, future in enumerate(as_completed(waiting), 1):
-            (done, run_by_run), seconds = future.result()
-            taken += [seconds] if seconds > KNOWN else []
-            rows, curves = rows + done, curves + run_by_run
-            write(rows, tables / "tests.csv")
-            write(curves, tables / "curves.csv")
-            tests = statistics.fmean(row["test"] for row in done)
-            left = statistics.fmean(taken or [0]) * (len(chosen) - count) / jobs / 60
-            cell = waiting[future]
-            console.print(
-                f"{count}/{len(chosen)} {cell.images} {cell.pair} {cell.method}: {tests:.2f}; {left:.0f} minutes left",
-                highlight=False,
-                soft_wrap=True,
-            )
+        check_teachers(list(pool.map(run_teacher, names, [settings] * len(names))), tables / "teachers.csv")
+        runs = Runs(table, settings, pool, commit())
+
+        def measure(cell: Cell) -> str:
+            whole = runs.together(cell.pair) if cell.method == TOGETHER else cell
+            rows = runs.tests(whole)
+            return f"{cell.pair}, {cell.method}: {statistics.fmean(float(row['test']) for row in rows):.2f}"
+
+        for count, line in enumerate(threads.map(measure, chosen), 1):
+            console.print(f"{count}/{len(chosen)} {line}", highlight=False, soft_wrap=True)
+
+
+def commit() -> str:
+    """The commit that the runs are of, with a mark if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
 
 
 def bring_images(folder: Path) -> None:
@@ -334,34 +469,27 @@ def bring_images(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="only say what there is to do")
+    parser.add_argument("--list", action="store_true", help="only say what is left")
     parser.add_argument("--pair", action="append", choices=PAIRS, help="only this pair of models; may be repeated")
-    parser.add_argument("--images", action="append", choices=(FEW, ALL), help="only with so many images")
-    parser.add_argument(
-        "--method", action="append", choices=known()["methods"], help="only this method", metavar="NAME"
-    )
+    parser.add_argument("--method", action="append", choices=all_methods(), help="only this method", metavar="NAME")
     parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--tables", type=Path, default=ROOT / "docs" / "study", help="the folder of the tables")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the folder of images and teachers")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="the folder of the tables")
     options = parser.parse_args()
-    chosen = [
-        cell
-        for cell in cells()
-        if cell.pair in (options.pair or PAIRS)
-        and cell.images in (options.images or (FEW, ALL))
-        and cell.method in (options.method or known()["methods"])
-    ]
     console = Console()
-    console.print(
-        f"{len(chosen)} cells of 5 to 7 runs, {options.jobs} at a time; a run takes 20 to 120 s of one core, all of "
-        f"them about {len(chosen) * 6 * 70 / options.jobs / 3600:.1f} hours; what is finished in {options.out} is read"
-    )
+    chosen = cells(options.pair or tuple(PAIRS), options.method or ())
+    settings, table = Settings(options.out), options.tables / "control.csv"
+    done = finished(table, settings, chosen)
+    hours = hours_left(table, settings, chosen)
+    cost = "the first rows tell how long they take" if hours is None else f"{hours:.1f} hours of two cores"
+    console.print(f"{len(done)} of {len(chosen)} cells are finished; the others: {cost}", highlight=False)
     if options.list:
         for cell in chosen:
-            console.print(f"  {cell.images} {cell.pair} {cell.method}", highlight=False)
+            if cell not in done:
+                console.print(f"  {cell.pair}, {cell.method}", highlight=False)
         return
     bring_images(options.out / "data")
-    study(chosen, Settings(options.out, BUDGETS), options.tables, options.jobs, console)
+    study([cell for cell in chosen if cell not in done], settings, options.tables, options.jobs, console)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The study in small: its methods, one cell that is run and gone on with, and what is made of its tables."""
+"""The study in small: its methods, how it chooses and goes on, one run, and what is made of its tables."""
 
-import csv
+import json
 import math
-from dataclasses import asdict
+import re
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import fit
 import pytest
@@ -16,68 +18,123 @@ from probe_kd.engine.weights import save_weights
 from probe_kd.recipe.reading import load
 
 DIGITS = ("data.dataset=sklearn/digits", "data.root=null", "data.train_split=train", "data.views=1")
+HINT = study.Cell("vit-resnet", "hint, all pairs, normalised")
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> study.Settings:
-    budget = study.Budget(fraction=0.2, epochs=2, batch_size=64, warmup=0)
-    return study.Settings(tmp_path, {study.FEW: budget, study.ALL: budget}, (0, 1), (1e-3, 4e-3), DIGITS)
+    return study.Settings(tmp_path, study.Budget(fraction=0.2, epochs=1, batch_size=64, warmup=0), sets=DIGITS)
 
 
-@pytest.mark.parametrize("cell", study.cells(), ids=lambda cell: f"{cell.images}-{cell.pair}-{cell.method}")
-def test_every_method_is_a_recipe_within_the_same_budget(cell: study.Cell) -> None:
-    settings = study.Settings(Path("runs"), study.BUDGETS)
-    found = load(study.RECIPES / f"{cell.pair}.yaml", 0, study.sets_of(cell, 1e-3, settings)).recipe
-    assert sum(stage.epochs for stage in found.stages) == study.BUDGETS[cell.images].epochs
-    assert {stage.optimizer.lr for stage in found.stages} == {1e-3}
-    assert found.teacher is not None
-    assert bool(found.teacher.checkpoint) != bool(found.share)
+class Made(Executor):
+    """Runs that are not trained: their accuracy is made up, and the seeds disagree about the best rate."""
+
+    def __init__(self) -> None:
+        self.trials: list[study.Trial] = []
+
+    def submit(self, _run: Any, trial: study.Trial, settings: study.Settings) -> Future[Any]:  # type: ignore[override]
+        self.trials.append(trial)
+        best_rate = {0: 2e-3, 1: 2e-2}.get(trial.seed, 6e-3)
+        off = math.log10(trial.rate / best_rate) ** 2 + math.log10(trial.factor / 0.3) ** 2
+        tests = trial.seed in settings.test_seeds
+        row = dict(zip(study.KEY, trial.key, strict=True)) | {
+            "part": "test" if tests else "choice",
+            "held_out": f"{80 - 5 * off + (trial.cell.method == 'DIST'):.2f}",
+            "test": f"{79 - 5 * off:.2f}" if tests else "",
+            "core_seconds": "20.0",
+        }
+        future: Future[Any] = Future()
+        future.set_result(row)
+        return future
 
 
-def test_every_method_can_be_run_where_it_names_layers_and_with_the_first_pair_that_it_is_tried_with(
-    settings: study.Settings,
-) -> None:
-    for pair in study.PAIRS:
+def test_every_method_has_the_same_budget_and_layers_that_exist(settings: study.Settings) -> None:
+    """One recipe for each pair of models, with the losses of all methods."""
+    for pair, name in study.PAIRS.items():
         teacher = load(study.RECIPES / f"{pair}.yaml").recipe.teacher
         assert teacher is not None
-        study.teacher_of(pair, settings).mkdir(parents=True, exist_ok=True)
-        made = build_model(teacher.model, {"num_classes": 10, **teacher.model_kwargs})
-        save_weights(made, study.teacher_of(pair, settings) / "student.safetensors", {})
-    tried: set[str] = set()
-    for cell in study.cells():
-        names_layers = study.known()["methods"][cell.method].get("layers", "all") != "all"
-        if cell.images == study.FEW and (names_layers or cell.method not in tried):
-            tried.add(cell.method)
-            sets = [*settings.sets, *study.sets_of(cell, 1e-3, settings)]
-            assert study.planned(study.RECIPES / f"{cell.pair}.yaml", 0, sets).objectives
+        weights = study.weights_of(name, settings.out)
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        save_weights(build_model(teacher.model, {"num_classes": 10, **teacher.model_kwargs}), weights, {})
+        losses: dict[str, Any] = {}
+        for cell in study.cells((pair,)):
+            if cell.method != study.TOGETHER:
+                own, _ = study.losses_of(cell, 1.0)
+                losses |= {f"{key}-{len(losses)}": loss for key, loss in own.items()}
+        sets = study.sets_of(study.Trial(study.Cell(pair, "alone"), 1e-3, 1.0, 0), settings)
+        planned = study.planned(study.RECIPES / f"{pair}.yaml", 0, [*sets, f"stages.0.losses={json.dumps(losses)}"])
+        assert len(planned.objectives[0]) == len(losses)
 
 
-def test_a_cell_chooses_by_held_out_images_and_goes_on_where_it_was(settings: study.Settings) -> None:
-    study.run(
-        study.RECIPES / "teacher-resnet.yaml",
-        0,
-        [*settings.sets, "stages.0.epochs=1"],
-        study.teacher_of("resnet-resnet", settings),
+@pytest.mark.parametrize("method", study.known()["methods"])
+def test_a_factor_multiplies_what_varies_and_nothing_else(method: str, settings: study.Settings) -> None:
+    cell = study.Cell("vit-resnet", method)
+    once, thrice = (set(study.sets_of(study.Trial(cell, 1e-3, factor, 0), settings)) for factor in (1.0, 3.0))
+    ((before, after),) = zip(once - thrice, thrice - once, strict=True)
+    numbers = [float(number) for number in re.findall(r"[-+]?[\d.]+(?:e-?\d+)?", before)]
+    others = [float(number) for number in re.findall(r"[-+]?[\d.]+(?:e-?\d+)?", after)]
+    changed = [(one, other) for one, other in zip(numbers, others, strict=True) if one != other]
+    assert len(changed) == len(study.known()["methods"][method]["vary"])
+    assert all(other == pytest.approx(3 * one) for one, other in changed)
+
+
+def test_a_cell_is_chosen_by_the_mean_of_two_seeds_and_goes_on_from_its_table_alone(settings: study.Settings) -> None:
+    table, pool = settings.out / "control.csv", Made()
+    with pytest.raises(study.NotRun):
+        study.Runs(table, settings).tests(HINT)
+    rows = study.Runs(table, settings, pool, "abc").tests(HINT)
+    assert [(row["lr"], row["factor"], row["seed"]) for row in rows] == [("0.006", "0.3", seed) for seed in "234"]
+    tried = {(trial.rate, trial.factor) for trial in pool.trials}
+    assert tried == {(rate, 1.0) for rate in (2e-3, 6e-3, 2e-2)} | {(6e-3, factor) for factor in (0.1, 0.3)}
+    assert len(pool.trials) == len({(trial.rate, trial.factor, trial.seed) for trial in pool.trials}) == 5 * 2 + 3
+    assert study.Runs(table, settings).tests(HINT) == rows
+    assert study.finished(table, settings, [HINT, study.Cell("vit-resnet", "DIST")]) == {HINT: rows}
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join(line for line in lines if ",choice," not in line or ",1,1," not in line) + "\n")
+    again = Made()
+    assert study.Runs(table, settings, again, "abc").tests(HINT) == rows
+    assert {(trial.factor, trial.seed) for trial in again.trials} == {(1.0, 1)}
+
+
+def test_the_two_best_are_those_of_the_held_out_images_with_their_weights(settings: study.Settings) -> None:
+    runs = study.Runs(settings.out / "control.csv", settings, Made())
+    cell = runs.together("vit-resnet")
+    assert cell.parts == (("DIST", 0.3), (HINT.method, 0.3))
+    losses, decay = study.losses_of(cell, 3.0)
+    assert {name: loss.get("weight", 1.0) for name, loss in losses.items()} == pytest.approx(
+        {"task": 1.0, "dist": 0.9, "hint": 0.9}
     )
-    cell = study.Cell(study.FEW, "resnet-resnet", "soft targets, T 4")
-    rows, curves = study.run_cell(cell, settings)
-    runs = {folder.parent.name: folder for folder in settings.out.glob("runs/*/*/*/*/summary.json")}
-    assert len(runs) == len(settings.rates) + len(settings.seeds) - 1
-    ends = {row["lr"]: row["held_out"] for row in curves if row["seed"] == 0 and row["epoch"] == 2}
-    assert {row["lr"] for row in rows} == {max(ends, key=ends.__getitem__)}
-    before = {folder: folder.stat().st_mtime_ns for folder in runs.values()}
-    assert study.run_cell(cell, settings) == (rows, curves)
-    assert {folder: folder.stat().st_mtime_ns for folder in runs.values()} == before
+    assert decay == 1
+    assert runs.row_of(study.Trial(cell, 6e-3, 1.0, 2))["parts"] == "DIST x 0.3 + hint, all pairs, normalised x 0.3"
 
 
-def test_a_table_keeps_what_was_measured_of_other_cells(tmp_path: Path) -> None:
-    first, second, third = (asdict(cell) for cell in list(study.cells())[:3])
-    table = tmp_path / "tests.csv"
-    study.write([{**row, "lr": 0.1, "seed": 0, "test": 1.0} for row in (first, third)], table)
-    study.write([{**row, "lr": 0.2, "seed": 0, "test": 2.0} for row in (second, third)], table)
-    with table.open(encoding="utf-8") as file:
-        rows = [(row["method"], row["lr"], row["test"]) for row in csv.DictReader(file)]
-    assert rows == [(first["method"], "0.1", "1.0"), (second["method"], "0.2", "2.0"), (third["method"], "0.2", "2.0")]
+def test_the_hours_that_are_left_follow_from_the_rows(settings: study.Settings) -> None:
+    table = settings.out / "control.csv"
+    chosen = [HINT, study.Cell("vit-resnet", "DIST")]
+    assert study.hours_left(table, settings, chosen) is None
+    study.Runs(table, settings, Made()).tests(HINT)
+    assert study.hours_left(table, settings, chosen) == pytest.approx(13 * 20 / 2 / 3600)
+
+
+def test_a_run_leaves_its_row_and_no_folder_and_another_teacher_is_refused(settings: study.Settings) -> None:
+    recipe = study.RECIPES / "teacher-resnet.yaml"
+    study.run(
+        recipe, 0, [*DIGITS, "stages.0.epochs=1", "data.fraction=0.2"], study.teacher_folder("resnet", settings.out)
+    )
+    teacher = study.run_teacher("resnet", settings)
+    before = set(settings.out.iterdir())
+    row = study.run_trial(study.Trial(HINT, 6e-3, 1.0, 2), settings)
+    assert set(settings.out.iterdir()) == before
+    assert 0 < float(row["test"]) <= 100
+    assert 0 < float(row["held_out"]) <= 100
+    diverged = study.run_trial(study.Trial(HINT, 1e30, 1.0, 0), settings)
+    assert (diverged["held_out"], diverged["test"]) == ("0.00", "")
+    table = settings.out / "teachers.csv"
+    for _ in range(2):
+        study.check_teachers([teacher], table)
+    assert study.read(table) == [teacher]
+    with pytest.raises(SystemExit, match="another teacher `resnet`"):
+        study.check_teachers([teacher | {"digest": "0"}], table)
 
 
 def test_a_learning_rate_is_the_best_only_between_two_others() -> None:
