@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from probe_kd.console import size
 from probe_kd.data.cache import TeacherCache
+from probe_kd.data.cache_keys import DEPENDS_ON
 from probe_kd.data.loading import load, loader, readable, seed_of_view
 from probe_kd.errors import RunError, Stopped, for_all
 from probe_kd.methods.distiller import Distiller
@@ -23,9 +21,10 @@ from probe_kd.recipe.planner import Plan
 from probe_kd.recipe.sections.outputs import role_of_teacher
 from probe_kd.training.devices import memory_format
 from probe_kd.training.loop import compile_distiller
+from probe_kd.training.machines import check_machines, check_shared
 from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.phase import Phase
-from probe_kd.training.processes import accelerating, listening
+from probe_kd.training.processes import accelerating, by_first, listening
 from probe_kd.training.progress import Progress
 from probe_kd.training.teacher_cache import opened_cache, stored_targets
 
@@ -53,10 +52,13 @@ def fill_caches(plan: Plan, progress: Progress, *, views: int | None = None) -> 
     _check(plan.recipe, views)
     then = "stopping after this batch; what is done is kept"
     with accelerating(plan.recipe) as accelerator, listening(progress, then) as signals, ExitStack() as cleanup:
+        check_machines(plan, accelerator)
         models = Models(plan, accelerator)
         trained = _student(models)
         fills = _open(models, trained, views, progress, cleanup)
-        _make_room_once(accelerator, fills, plan.recipe.seed, progress)
+        for folder in {cache.folder: None for fill in fills for cache in fill.caches.values()}:
+            check_shared(accelerator, folder / DEPENDS_ON, "the teacher's cache")
+        by_first(accelerator, lambda: _make_room(fills, plan.recipe.seed, progress))
         for fill in fills:
             _fill(models, trained, fill, progress, signals)
             accelerator.wait_for_everyone()
@@ -131,19 +133,6 @@ def _views_of(phase: Phase, recipe: Recipe, views: int | None) -> tuple[int, ...
     count = recipe.data.num_views
     assert count is not None
     return tuple(sorted({age % count for age in range(phase.age, phase.age + phase.epochs)}))
-
-
-def _make_room_once(accelerator: Accelerator, fills: Sequence[StageFill], seed: int, progress: Progress) -> None:
-    """Make room by one process, whose error all of them raise."""
-    error: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            _make_room(fills, seed, progress)
-        except RunError as refusal:
-            error = [refusal]
-    error = broadcast_object_list(error)
-    if error[0] is not None:
-        raise for_all(error[0])
 
 
 def _make_room(fills: Sequence[StageFill], seed: int, progress: Progress) -> None:

@@ -3,24 +3,25 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, get_cpu_distributed_information
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, get_cpu_distributed_information
 
-from probe_kd.errors import PeerLost, RunError, for_all, short
+from probe_kd.errors import PeerLost, ProbeKDError, RunError, for_all, short
 from probe_kd.files.run_folder import is_abandoned
 from probe_kd.recipe.keys import Recipe
 from probe_kd.training.devices import cuda_settings, mixed_precision
 from probe_kd.training.progress import Progress
 
 TRACKERS = "trackers"
+T = TypeVar("T")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
 
 
@@ -93,6 +94,21 @@ def launched_processes() -> int:
             "which; start them by torchrun or `accelerate launch`, or unset WORLD_SIZE"
         )
     return max(int(environment.world_size), 1)
+
+
+def by_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Do some work in the first process, and return its result in all of them, or raise its error if it is of ours."""
+    result: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            result = [work()]
+        except ProbeKDError as refusal:
+            result = [refusal]
+    result = broadcast_object_list(result)
+    if isinstance(result[0], ProbeKDError):
+        raise for_all(result[0])
+    first: T = result[0]
+    return first
 
 
 @contextmanager

@@ -10,16 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from probe_kd.data.cache import TeacherCache
+from probe_kd.data.cache_keys import DEPENDS_ON
 from probe_kd.engine.weights import load_weights
-from probe_kd.errors import ProbeKDError, RunError, WeightsError, for_all, short
-from probe_kd.files.run_folder import Claim, claim, record
+from probe_kd.errors import RunError, WeightsError, for_all, short
+from probe_kd.files.run_folder import LOCK, Claim, claim, record
 from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import training_only
 from probe_kd.recipe.planner import Plan
@@ -31,10 +31,11 @@ from probe_kd.training.epochs import Epochs, no_number
 from probe_kd.training.fitting import fit_targets
 from probe_kd.training.folder import open_run
 from probe_kd.training.loop import Loop
+from probe_kd.training.machines import check_machines, check_shared
 from probe_kd.training.models import BASELINE, UNTRAINED, Models, TrainedModel, describe_sharding
 from probe_kd.training.pair_scores import means
 from probe_kd.training.phase import Phase
-from probe_kd.training.processes import accelerating, listening, with_peers
+from probe_kd.training.processes import accelerating, by_first, listening, with_peers
 from probe_kd.training.progress import Progress
 from probe_kd.training.records import TABLES, write_report
 from probe_kd.training.saving import Saver
@@ -65,28 +66,20 @@ def train(
 
     Raises RunError if the folder holds a run and neither `resume` nor `overwrite` is set, if another process writes to
     it, if the recipe differs from that of the run to resume, if the folder vanishes or a checkpoint cannot be written,
-    and if a loss is not finite. Raises PeerLost if another process of the run ended, DataError if images cannot be
-    read, and WeightsError if a file that the run continues from has changed. The last checkpoint stays valid after any
-    of these errors.
+    if machines do not share what they need, and if a loss is not finite. Raises PeerLost if another process of the run
+    ended, DataError if images cannot be read, and WeightsError if a file that the run continues from has changed. The
+    last checkpoint stays valid after any of these errors.
     """
     with accelerating(plan.recipe, folder) as accelerator, listening(progress) as signals, ExitStack() as cleanup:
         cleanup.enter_context(with_peers(accelerator, folder))
+        check_machines(plan, accelerator)
         if not resume:
             check_student(plan, accelerator, progress)  # before anything is written
-        run_or_error: list[Any] = [None]
-        if accelerator.is_main_process:
-            try:
-                if claimed is None:
-                    claimed = claim(folder, progress.say)
-                    cleanup.callback(claimed.release)
-                run_or_error = [open_run(plan, folder, progress, resume=resume, overwrite=overwrite)]
-            except ProbeKDError as refusal:
-                run_or_error = [refusal]
-        run_or_error = broadcast_object_list(run_or_error)
-        if isinstance(run_or_error[0], ProbeKDError):
-            raise for_all(run_or_error[0])
-        state: TrainState
-        state, checkpoint = run_or_error[0]
+        claimed = _claimed(folder, claimed, progress, accelerator, cleanup)
+        check_shared(accelerator, folder / LOCK, "the folder of results")
+        state, checkpoint = by_first(
+            accelerator, lambda: open_run(plan, folder, progress, resume=resume, overwrite=overwrite)
+        )
         if plan.recipe.trackers:
             with _tracking():
                 accelerator.init_trackers("probe-kd", config={"recipe": dump(plan.resolved)})
@@ -107,6 +100,22 @@ def train(
                 checkpoints.remove(folder)
         accelerator.end_training()
     return state
+
+
+def _claimed(
+    folder: Path, claimed: Claim | None, progress: Progress, accelerator: Accelerator, cleanup: ExitStack
+) -> Claim | None:
+    """The folder's lock in the first process: the caller's, or one until the end of `cleanup`. None in the others."""
+    claims = [claimed] if claimed is not None else []
+
+    def lock() -> None:
+        if claims:
+            return
+        claims.append(claim(folder, progress.say))
+        cleanup.callback(claims[0].release)
+
+    by_first(accelerator, lock)
+    return claims[0] if claims else None
 
 
 @contextmanager
@@ -213,6 +222,8 @@ class Run:
             # The optimizer must not change parameters that no loss reaches, by weight decay say, nor DDP wait for them.
             cleanup.enter_context(training_only(distiller, reached(self.models, trained, distiller)))
             caches = open_caches(self.models, trained, distiller, self.progress, cleanup)
+            for cache in caches.values():
+                check_shared(self.accelerator, cache.folder / DEPENDS_ON, "the teacher's cache")
             loop = loop_of(self.models, trained, phase, distiller, caches)
             cleanup.callback(loop.close)
             loop.check_caches()
