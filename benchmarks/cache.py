@@ -3,11 +3,13 @@
     python benchmarks/cache.py
 
 An epoch of `told` has what the teacher gives in memory already, so that it is the same step with nothing asked and
-nothing read: what a cache could be at best.
+nothing read: what a cache could be at best. The arms that "wait" read rows in the process that trains, after the
+images, and write them before the step goes on. In the others the loader reads them with the images (in its processes,
+with `--workers`), and a thread writes them.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ import yaml
 from measure import Arm, command, interleaved, options, section
 from torch import Tensor
 
+from probe_kd.data.cache import TeacherCache
 from recipes import Ours, one_epoch, settle
 
 RECIPE = """\
@@ -43,6 +46,8 @@ def main() -> None:
     parser.add_argument(
         "--profile", metavar="LOSSES", help="the functions that an epoch from the cache spends its time in"
     )
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images and rows")
+    parser.add_argument("--size", type=int, default=32, help="the width and height of the images, and so of the rows")
     wishes = parser.parse_args()
     settle(wishes.device)
     rows = []
@@ -53,10 +58,11 @@ def main() -> None:
         section(
             "A cached teacher",
             command(),
-            "resnet18 from a resnet34 of twice its width, 32x32 images, one view of each. Time of an epoch, median "
-            "(quartiles) of the ratios of each round, to the student with labels alone and to the same losses with the "
-            "teacher's answers in memory; kB on disk for an image.",
-            ["", "epoch", "images/s", "to no teacher", "to answers in memory", "kB an image"],
+            f"resnet18 from a resnet34 of twice its width, {wishes.size}x{wishes.size} images, one view of each, "
+            f"{wishes.workers} workers. Time of an epoch, median (quartiles) of the ratios of each round, to the "
+            "student with labels alone, to the same losses with the teacher's answers in memory, and of cached epochs "
+            "to those that wait; kB on disk for an image.",
+            ["", "epoch", "images/s", "to no teacher", "to answers in memory", "to waiting", "kB an image"],
             rows,
         )
     )
@@ -68,8 +74,13 @@ def measured(name: str, losses: dict[str, Any], wishes: Any) -> list[list[object
             "no teacher": _live(_made(LABELS, Path(folder, "alone"), stack, wishes)),
             "live": _live(_made(losses, Path(folder, "live"), stack, wishes)),
             "in memory": _told(_made(losses, Path(folder, "told"), stack, wishes)),
-            "cached, first epoch": _written(_made(losses, Path(folder, "first"), stack, wishes, cached=True)),
+            "cached, first epoch, waits": _written(
+                _made(losses, Path(folder, "first"), stack, wishes, cached=True), waits=True
+            ),
+            "cached, first epoch": _written(_made(losses, Path(folder, "behind"), stack, wishes, cached=True)),
         }
+        waiting = _made(losses, Path(folder, "gathered"), stack, wishes, cached=True)
+        arms["cached, every other, waits"] = _read(waiting, stack, waits=True)
         kept = _made(losses, Path(folder, "read"), stack, wishes, cached=True)
         arms["cached, every other"] = _read(kept, stack)
         _, _, loop = kept.stages[0]
@@ -87,6 +98,7 @@ def measured(name: str, losses: dict[str, Any], wishes: Any) -> list[list[object
             f"{images / seen.milliseconds(arm) * 1000:,.0f}",
             "1" if arm == "no teacher" else seen.ratio(arm, to="no teacher"),
             "1" if arm == "in memory" else seen.ratio(arm, to="in memory"),
+            seen.ratio(arm, to=f"{arm}, waits") if f"{arm}, waits" in arms else "",
             f"{size:.2f}" if arm.startswith("cached") else "",
         ]
         for arm in arms
@@ -98,6 +110,7 @@ def _made(losses: dict[str, Any], folder: Path, stack: ExitStack, wishes: Any, *
     tree = yaml.safe_load(RECIPE)
     tree["stages"][0]["losses"] = losses
     tree["data"]["fraction"] = 0.1 if wishes.quick else 0.5
+    tree["data"] |= {"workers": wishes.workers, "input_size": [3, wishes.size, wishes.size]}
     if not any(loss["loss"] in ("hint", "fsp") for loss in losses.values()):
         del tree["pairs"]
     if losses is LABELS:
@@ -115,7 +128,7 @@ def _told(ours: Ours) -> Arm:
     _, distiller, loop = ours.stages[0]
     kept: dict[int, list[Tensor]] = {}
 
-    def told(images: Tensor, _: Tensor) -> list[Tensor]:
+    def told(images: Tensor, *_: Any) -> list[Tensor]:
         if len(images) not in kept:
             kept[len(images)] = distiller.teacher_targets(images)
         return kept[len(images)]
@@ -124,24 +137,39 @@ def _told(ours: Ours) -> Arm:
     return lambda: one_epoch(loop, 0)
 
 
-def _written(ours: Ours) -> Callable[[], None]:
-    """The first epoch; the folder is new each time."""
+def _written(ours: Ours, *, waits: bool = False) -> Callable[[], None]:
+    """The first epoch; the folder is new each time. No rows are there to be read."""
     trained, distiller, loop = ours.stages[0]
 
     def epoch() -> None:
         ours.times += 1
         loop.caches = ours.caches(trained, distiller)
+        if waits:
+            _wait_for_writing(loop.caches[""])
         one_epoch(loop, 0)
-        assert loop.caches
         loop.caches[""].close()
 
     return epoch
 
 
-def _read(ours: Ours, stack: ExitStack) -> Arm:
+def _wait_for_writing(cache: TeacherCache) -> None:
+    keep = cache.keep
+
+    def kept(indices: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
+        stored = keep(indices, features)
+        cache._behind[-1].result()
+        return stored
+
+    cache.keep = kept  # type: ignore[method-assign]
+
+
+def _read(ours: Ours, stack: ExitStack, *, waits: bool = False) -> Arm:
     trained, distiller, loop = ours.stages[0]
-    loop.caches = ours.caches(trained, distiller)
-    assert loop.caches
+    caches = ours.caches(trained, distiller)
+    if waits:
+        loop.caches = caches
+    else:
+        ours.read_from(loop, caches)
     stack.callback(loop.caches[""].close)
     while len(loop.caches[""].some(loop.views.view, loop.caches[""].count)[0]) < loop.caches[""].count:
         one_epoch(loop, 0)
@@ -154,9 +182,8 @@ def agree(ours: Ours) -> None:
     _, distiller, loop = ours.stages[0]
     assert loop.caches
     loop._begin(0)
-    images, _, indices = next(iter(loop.batches))
-    found = loop.caches[""].find(indices)
-    assert found is not None
+    images, _, _, rows = next(iter(loop.batches))
+    found = loop.caches[""].features(rows[""])
     for kept, given in zip(found, distiller.teacher_targets(images), strict=True):
         torch.testing.assert_close(kept.to(given.device), given, rtol=1e-5, atol=1e-5)
 

@@ -29,7 +29,7 @@ from probe_kd.methods.distiller import Distiller
 from probe_kd.methods.gradients import training_only
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import parse
-from probe_kd.training.loop import Loop
+from probe_kd.training.loop import Loop, row_readers
 from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating
@@ -99,11 +99,17 @@ class Ours:
         self.times += 1
         for trained, distiller, loop in self.stages:
             with ExitStack() as stack:
-                loop.caches = self.caches(trained, distiller)
+                self.read_from(loop, self.caches(trained, distiller))
                 for cache in loop.caches.values():
                     stack.callback(cache.close)
                 for epoch in range(loop.phase.epochs):
                     one_epoch(loop, epoch)
+
+    def read_from(self, loop: Loop, caches: dict[str, TeacherCache]) -> None:
+        """As if the loop were made with these caches; before its workers begin."""
+        loop.caches = caches
+        images: Any = loop.batches.loader.dataset
+        images.rows = row_readers(caches, self.plan.recipe, loop.phase)
 
     def caches(self, trained: TrainedModel, distiller: Distiller) -> dict[str, TeacherCache]:
         wish = self.plan.recipe.teacher

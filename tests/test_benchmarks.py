@@ -40,7 +40,11 @@ def test_the_loop_by_hand_is_that_of_a_stage(tmp_path: Path) -> None:
 def test_an_epoch_is_read_from_the_cache(tmp_path: Path) -> None:
     with ExitStack() as stack:
         kept = cache._made(
-            cache.LOSSES["hints of three layers"], tmp_path / "kept", stack, SimpleNamespace(quick=True), cached=True
+            cache.LOSSES["hints of three layers"],
+            tmp_path / "kept",
+            stack,
+            SimpleNamespace(quick=True, workers=0, size=32),
+            cached=True,
         )
         cache._read(kept, stack)
         cache.agree(kept)

@@ -6,7 +6,7 @@ operation, so the images have the same bits wherever they are normalised.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -34,12 +34,16 @@ class Pixels(NamedTuple):
 
 
 class RawBatch(NamedTuple):
-    """A batch of `Pixels` as it leaves a worker. In memory the channels are last, as a decoder writes them."""
+    """A batch of `Pixels` as it leaves a worker. In memory the channels are last, as a decoder writes them.
+
+    `rows` is what is stored of these images elsewhere, as in the caches of teachers, by a name.
+    """
 
     pixels: UInt8[Tensor, "batch channels height width"]
     target: Int[Tensor, " batch"] | Float[Tensor, "batch classes"]
     position: Int[Tensor, " batch"] | None = None
     erased: Bool[Tensor, "batch 1 height width"] | None = None
+    rows: Mapping[str, list[Tensor]] | None = None
 
 
 def collate(images: Sequence[Pixels]) -> RawBatch:
@@ -57,7 +61,8 @@ class Batches:
     """The batches of a DataLoader as (images, target) or, of training images, (images, target, position).
 
     `images` are float32, normalised by `mean` and `std`, on `device`; so is `target`. `position` stays on the CPU,
-    where the cache of a teacher looks images up.
+    where the cache of a teacher looks images up. If rows are stored of all images of a batch, they are a fourth part,
+    on `device`.
 
     On a GPU nothing waits: copies are asynchronous, and training batches (`ahead`) are copied and normalised on a
     stream of their own while the step before them runs.
@@ -112,14 +117,14 @@ class Batches:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         if self.ahead and self.device.type == "cuda":
             return self._one_ahead()
         return map(self.finish, self.loader)
 
-    def _one_ahead(self) -> Iterator[tuple[Tensor, ...]]:
+    def _one_ahead(self) -> Iterator[tuple[Any, ...]]:
         self._stream = self._stream or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        ready: tuple[Tensor, ...] | None = None
+        ready: tuple[Any, ...] | None = None
         for raw in self.loader:
             # What the steps so far have freed is written to again only after they have run.
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -132,11 +137,11 @@ class Batches:
         if ready is not None:
             yield ready
 
-    def take(self, keys: Sequence[Any]) -> tuple[Tensor, ...]:
+    def take(self, keys: Sequence[Any]) -> tuple[Any, ...]:
         """The batch of these images, by what the loader's sampler calls them."""
-        return self.finish(collate(self.loader.dataset.__getitems__(keys)))  # type: ignore[attr-defined]
+        return self.finish(self.loader.dataset.__getitems__(keys))  # type: ignore[attr-defined]
 
-    def finish(self, raw: RawBatch) -> tuple[Tensor, ...]:
+    def finish(self, raw: RawBatch) -> tuple[Any, ...]:
         """Move a batch to the device and normalise it there."""
         pixels = raw.pixels.to(self.device, non_blocking=True)
         images: Float[Tensor, "batch channels height width"]
@@ -149,6 +154,9 @@ class Batches:
         if raw.erased is not None:
             images.masked_fill_(raw.erased.to(self.device, non_blocking=True), 0.0)
         target = raw.target.to(self.device, non_blocking=True)
+        if raw.rows:
+            rows = {name: [row.to(self.device, non_blocking=True) for row in part] for name, part in raw.rows.items()}
+            return images, target, raw.position, rows
         return (images, target) if raw.position is None else (images, target, raw.position)
 
 

@@ -8,73 +8,31 @@ noticed. What a cache depends on is in its key: where any of it changes, so does
 where it lies, so that it can be moved and copied.
 """
 
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import log, prod
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from probe_kd.data.row_files import SUM, RowFile, create, metadata_of, open_rows, write_present
-from probe_kd.errors import RunError
+from probe_kd.data.cache_rows import Stored, as_feature, checksums, file_of, open_files, shorten
+from probe_kd.data.row_files import RowFile, create, metadata_of, write_present
+from probe_kd.errors import RunError, short
 from probe_kd.files.atomic import to_disk
 from probe_kd.files.run_folder import lock_file, unlock_file
 
-
-@dataclass(frozen=True)
-class Stored:
-    """What is stored for one tap: its name, and the shape and dtype of one image's feature.
-
-    With `top_k`, only the k largest logits are stored, and the logarithm of the summed exponentials of all.
-    """
-
-    tap: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    top_k: int | None = None
-
-    @property
-    def row(self) -> tuple[int, ...]:
-        """The shape of what is written: for top-k logits, the values, their indices as numbers, and the normaliser."""
-        return (2 * self.top_k + 1,) if self.top_k else self.shape
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """The dtype of a stored row. Class indices need more than the 16 bits of a half-precision float."""
-        return torch.float32 if self.top_k else self.dtype
-
-    @property
-    def bytes(self) -> int:
-        """The stored bytes of one image."""
-        return prod(self.row) * self.stored_dtype.itemsize
-
-
-def shorten(logits: Tensor, k: int) -> Tensor:
-    """(batch, classes) logits to (batch, 2k + 1): the k largest, their classes, and the normaliser of all."""
-    logits = logits.float()
-    values, classes = logits.topk(k)
-    return torch.cat([values, classes.float(), logits.logsumexp(1, keepdim=True)], dim=1)
-
-
-def lengthen(rows: Tensor, classes: int) -> Tensor:
-    """The logits that `shorten` kept: the k largest as they were, and what probability is left shared out evenly.
-
-    At temperature 1 the k classes have the teacher's own probabilities (Shen & Xing 2022, arXiv 2112.01528, call it
-    marginal smoothing).
-    """
-    k = (rows.shape[1] - 1) // 2
-    values, indices, total = rows[:, :k], rows[:, k : 2 * k].long(), rows[:, -1:]
-    left = (1 - (values - total).exp().sum(1, keepdim=True)).clamp_min(1e-12)
-    rest = total + left.log() - log(max(classes - k, 1))
-    return rest.expand(-1, classes).scatter(1, indices, values)
+MOST_BEHIND = 4  # batches that wait in memory until they are written
+Written = list[tuple[Tensor, Tensor]]  # the indices and checksums of the rows of a batch, by tap
 
 
 @dataclass
 class TeacherCache:
     """The cache of one phase: `find` what is there, `keep` what is not, `flush` at every checkpoint.
+
+    What is kept is written behind, by a thread, and counts as absent until it is flushed: so no row is read while it
+    is written, and training waits for neither checksums nor the disk.
 
     `damaged` counts the rows that were not as they were written; they count as absent.
     `count` is the number of training images. Of several runs that use one folder at a time the first writes, and the
@@ -90,7 +48,8 @@ class TeacherCache:
     damaged: int = 0
     _view: int = -1
     _files: list[RowFile] = field(default_factory=list)
-    _fresh: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)  # indices and sums since the last flush
+    _behind: list[Future[Written]] = field(default_factory=list)  # what was kept since the last flush
+    _thread: ThreadPoolExecutor | None = None  # from the first row that is kept until the next flush
     _lock: IO[str] | None = None
 
     def lock(self) -> bool:
@@ -121,13 +80,8 @@ class TeacherCache:
         self.flush()
         if view == self._view:
             return
-        files = [
-            open_rows(self.path(tap, view), self.count, tap.row, tap.stored_dtype, writes=self.writes)
-            for tap in self.taps
-        ]
-        opened = [file for file in files if file is not None]
-        # Not all are there in a cache that another run writes.
-        self._view, self._files = (view, opened) if len(opened) == len(files) else (-1, [])
+        self._files = open_files(self.folder, self.taps, self.count, view, writes=self.writes)
+        self._view = view if self._files else -1
 
     def missing(self, view: int) -> Tensor:
         """The indices of the images of a view that are not there at every tap. Their rows are not read."""
@@ -142,49 +96,81 @@ class TeacherCache:
 
     def find(self, indices: Tensor) -> list[Tensor] | None:
         """The features of these images at every tap, on the CPU, as they were written; None unless all are there."""
+        rows = self.rows(indices)
+        return None if rows is None else self.features(rows)
+
+    def rows(self, indices: Tensor) -> list[Tensor] | None:
+        """What is stored of these images at every tap; None unless all are there."""
         if not self._files or not all(bool(file.sums[indices].all()) for file in self._files):
             return None
-        features, intact = [], True
-        for tap, file in zip(self.taps, self._files, strict=True):
+        rows, intact = [], True
+        for file in self._files:
             stored = file.rows[indices]
             mismatched = checksums(stored) != file.sums[indices]
             if mismatched.any():
                 intact = False
                 self.damaged += int(mismatched.sum())
                 file.sums[indices[mismatched]] = 0
-            features.append(self._as_feature(tap, stored))
-        return features if intact else None
+            rows.append(stored)
+        return rows if intact else None
+
+    def features(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """The features at every tap from what is stored of them, on any device."""
+        return [as_feature(tap, row) for tap, row in zip(self.taps, rows, strict=True)]
 
     def keep(self, indices: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
-        """Write the features of these images, one tensor per tap. Returns what `find` will give for them."""
+        """Write the features of these images, one tensor per tap. Returns what `find` will give for them.
+
+        Raises RunError if what was kept before could not be written.
+        """
         rows = [
             shorten(feature, tap.top_k) if tap.top_k else feature.detach()
             for tap, feature in zip(self.taps, features, strict=True)
         ]
         if self.writes and self._files:
-            rows_here = [row.cpu() for row in rows]
-            for file, row in zip(self._files, rows_here, strict=True):
-                file.rows[indices] = row
-            self._fresh.append((indices, [checksums(row) for row in rows_here]))
-        return [self._as_feature(tap, row) for tap, row in zip(self.taps, rows, strict=True)]
+            self._write_behind(indices, rows)
+        return self.features(rows)
 
-    @staticmethod
-    def _as_feature(tap: Stored, rows: Tensor) -> Tensor:
-        return lengthen(rows, tap.shape[-1]).to(tap.dtype) if tap.top_k else rows
+    def _write_behind(self, indices: Tensor, rows: Sequence[Tensor]) -> None:
+        """Leave rows that are absent to the thread. It gets copies, because the step may overwrite a feature."""
+        if len(self._behind) >= MOST_BEHIND:
+            self._result(self._behind[-MOST_BEHIND])
+        absent = [(file.sums[indices] == 0).nonzero().flatten() for file in self._files]
+        copies = [row.to("cpu", non_blocking=True, copy=True) for row in rows]
+        copied = None
+        if rows[0].is_cuda:
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(torch.cuda.current_stream(rows[0].device))
+        self._thread = self._thread or ThreadPoolExecutor(1, "cache")
+        self._behind.append(self._thread.submit(_written, self._files, indices, absent, copies, copied))
+
+    def _result(self, behind: Future[Written]) -> Written:
+        try:
+            return behind.result()
+        except Exception as refusal:  # of mapped memory there is none that one could name
+            raise RunError(f"cannot write the teacher's cache in {self.folder}: {short(refusal)}") from refusal
 
     def flush(self) -> None:
-        """Write new rows to the disk, and only then their checksums, which mark them as present."""
-        if not self._fresh:
+        """Write new rows to the disk, and only then their checksums, which mark them as present.
+
+        Raises RunError if they could not be written. They are computed again then.
+        """
+        if self._thread is not None:
+            # No thread is left when workers of a loader are forked.
+            self._thread.shutdown()
+            self._thread = None
+        behind, self._behind = self._behind, []
+        written = [self._result(batch) for batch in behind]
+        if not written:
             return
         paths = [self.path(tap, self._view) for tap in self.taps]
         for path in paths:
             to_disk(path)
-        for indices, sums_of_taps in self._fresh:
-            for file, sums in zip(self._files, sums_of_taps, strict=True):
+        for batch in written:
+            for file, (indices, sums) in zip(self._files, batch, strict=True):
                 file.sums[indices] = sums
         for path, file in zip(paths, self._files, strict=True):
             write_present(path, int(file.sums.count_nonzero()))
-        self._fresh = []
 
     def some(self, view: int, most: int) -> tuple[Tensor, list[Tensor]]:
         """(indices, features at every tap) of at most `most` images that are stored."""
@@ -205,18 +191,27 @@ class TeacherCache:
 
     def path(self, tap: Stored, view: int) -> Path:
         """The file of one tap and view."""
-        name = tap.tap.replace("/", "_") or "output"
-        folder = self.folder / (f"{name} top {tap.top_k}" if tap.top_k else name)
-        return folder / f"{view:06d}.safetensors"
+        return file_of(self.folder, tap, view)
 
     @property
     def metadata(self) -> dict[str, str]:
         """The metadata of one of the files; empty if there is none."""
-        first = next(iter(sorted(self.folder.glob("*/*.safetensors"))), None)
-        return metadata_of(first) if first else {}
+        return next(self.all_metadata(), {})
+
+    def all_metadata(self) -> Iterator[dict[str, str]]:
+        """The metadata of every file."""
+        return map(metadata_of, sorted(self.folder.glob("*/*.safetensors")))
 
 
-def checksums(rows: Tensor) -> Tensor:
-    """(images, ...) to (images,): the CRC-32 of each row, and never 0, which says that there is none."""
-    parts = rows.contiguous().flatten(1).view(torch.uint8).numpy() if rows.numel() else rows.numpy()
-    return torch.tensor([zlib.crc32(part) or 1 for part in parts], dtype=SUM)
+def _written(
+    files: Sequence[RowFile], indices: Tensor, absent: Sequence[Tensor], rows: Sequence[Tensor], copied: Any
+) -> Written:
+    """Write the rows at the places that are absent, one tensor per tap, into the mapped files."""
+    if copied is not None:
+        copied.synchronize()
+    batch = []
+    for file, places, row in zip(files, absent, rows, strict=True):
+        new = row if len(places) == len(row) else row[places]
+        file.rows[indices[places]] = new
+        batch.append((indices[places], checksums(new)))
+    return batch

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from probe_kd.data.digests import sizes_of
+from probe_kd.data.digests import sizes_and_times_of
 from probe_kd.data.label_sets import MultiHotImages
 from probe_kd.data.timm_datasets import files_of
 from probe_kd.errors import DataError
@@ -24,12 +24,22 @@ DEPENDS_ON = "depends-on.json"  # in the folder of a cache
 LIBRARIES = ("torch", "torchvision", "timm", "pillow")
 
 
-def depends_on(teacher: nn.Module, images: Dataset[Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a cache depends on: weights, images, versions of libraries, and what `about` says."""
+class Fingerprint(NamedTuple):
+    """Digests of a data set: of the images and their order, and of the times when their files were changed.
+
+    `times` is empty without files. It is in no key, since data may be copied.
+    """
+
+    images: str
+    times: str
+
+
+def depends_on(teacher: nn.Module, images: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a cache depends on: weights, the `Fingerprint.images`, versions of libraries, and what `about` says."""
     dependencies = {
         "format": FORMAT,
         "teacher": digest_of_weights(teacher),
-        "images": fingerprint(images),
+        "images": images,
         "versions": {name: version(name) for name in LIBRARIES},
         **about,
     }
@@ -76,21 +86,24 @@ def _short(name: str) -> str:
     return name.removeprefix("versions.").removeprefix("views.")
 
 
-def fingerprint(images: Dataset[Any]) -> str:
-    """A digest of the images and their order: of the names and sizes of all files, or of all pixels.
+def fingerprint(images: Dataset[Any]) -> Fingerprint:
+    """Digests of the images and their order, from the names and sizes of all files or all pixels, and of their times.
 
-    It does not depend on where the files lie, nor on their times, so that data may be copied. It always includes the
-    pixels of some images. Without files or pixels in memory, it has nothing else.
+    The first does not depend on where the files lie, nor on their times, so that data may be copied. It always includes
+    the pixels of some images. Without files or pixels in memory, it has nothing else.
     """
     if isinstance(images, Subset):
-        return _digest([fingerprint(images.dataset).encode(), repr(list(images.indices)).encode()])
+        whole = fingerprint(images.dataset)
+        return whole._replace(images=_digest([whole.images.encode(), repr(list(images.indices)).encode()]))
     if isinstance(images, MultiHotImages):  # no teacher sees the labels
         return fingerprint(images.images)
-    count = len(images)  # type: ignore[arg-type]
+    count, times = len(images), ""  # type: ignore[arg-type]
     parts = [str(count).encode()]
     inner = getattr(images, "images", images)
     if paths := _paths(images, inner):
-        parts += _names_and_sizes(paths)
+        statuses = sizes_and_times_of(paths)
+        parts += _names_and_sizes(paths, [size for size, _ in statuses])
+        times = _digest(str(time).encode() for _, time in statuses)
     elif hasattr(inner, "data"):
         parts.append(_bytes_of(torch.as_tensor(inner.data)))
     for index in range(0, count, max(1, count // 64)):
@@ -99,7 +112,7 @@ def fingerprint(images: Dataset[Any]) -> str:
         except DataError:  # it may be one that the recipe leaves out
             continue
         parts += [f"{image.mode} {image.size}".encode(), image.tobytes()]
-    return _digest(parts)
+    return Fingerprint(_digest(parts), times)
 
 
 def _paths(images: Dataset[Any], inner: Any) -> list[str]:
@@ -109,11 +122,11 @@ def _paths(images: Dataset[Any], inner: Any) -> list[str]:
     return list(map(str, getattr(images, "files", ()))) or [path for path, _ in files_of(inner)]
 
 
-def _names_and_sizes(paths: list[str]) -> Iterable[bytes]:
+def _names_and_sizes(paths: list[str], sizes: list[int]) -> Iterable[bytes]:
     # What the first and the last in the order of the alphabet have in common, all have. `commonpath` would raise for
     # a mixture of absolute and relative paths.
     folder = os.path.dirname(os.path.commonprefix([min(paths), max(paths)]))  # noqa: RUF071
-    for path, size in zip(paths, sizes_of(paths), strict=True):
+    for path, size in zip(paths, sizes, strict=True):
         yield os.fsencode(f"{path[len(folder) :]}\0{size}")
 
 

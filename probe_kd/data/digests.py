@@ -185,19 +185,26 @@ def printable(name: str) -> str:
 
 
 def sizes_of(paths: Sequence[str]) -> list[int]:
-    """In threads, because a file system may be remote."""
+    """The size of each file; -1 of what is not a file, since the size of a folder depends on the disk."""
+    return [size for size, _ in sizes_and_times_of(paths)]
+
+
+def sizes_and_times_of(paths: Sequence[str]) -> list[tuple[int, int]]:
+    """The size of each file, and when it was changed last, in seconds since 1970. In threads, as some disks are remote.
+
+    Whole seconds, because a copy of a file to another file system may lose the fraction.
+    """
     parts = [paths[start : start + 1024] for start in range(0, len(paths), 1024)]
     with ThreadPoolExecutor(8) as threads:
-        return [size for part in threads.map(lambda part: [*map(_size, part)], parts) for size in part]
+        return [status for part in threads.map(lambda part: [*map(_size_and_time, part)], parts) for status in part]
 
 
-def _size(path: str) -> int:
-    """-1 if it is not a file, since the size of a folder depends on the disk."""
+def _size_and_time(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError:
-        return -1
-    return status.st_size if S_ISREG(status.st_mode) else -1
+        return -1, 0
+    return (status.st_size, int(status.st_mtime)) if S_ISREG(status.st_mode) else (-1, 0)
 
 
 def _digest_of_file(path: str) -> str:

@@ -4,7 +4,7 @@ import random
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from probe_kd.data.batches import Batches, Pixels, collate, worker_count
+from probe_kd.data.batches import Batches, Pixels, RawBatch, collate, worker_count
 from probe_kd.data.datasets import Datasets, open_datasets
 from probe_kd.data.memory import DecodedImages, PixelStore, once
 from probe_kd.data.options import DataOptions
@@ -63,6 +63,8 @@ def mixer(options: DataOptions, num_classes: int) -> Callable[[Tensor, Tensor], 
     return mixed
 
 
+# Reads what is stored of images in a view: the tensors by (indices, seed of the view), or None unless all are there.
+Rows = Callable[[Sequence[int], int], list[Tensor] | None]
 WINDOW = 8192  # images of shards that are mixed with each other, as many as timm's reader mixes
 
 
@@ -167,12 +169,14 @@ def loader(
     seed: int = 0,
     balanced: Int[np.ndarray, " images"] | None = None,
     only: Sequence[int] | None = None,
+    rows: Mapping[str, Rows] | None = None,
 ) -> Batches:
     """Batches of images normalised as `spec` says, with their class indices.
 
     Training batches are augmented and shuffled, as the `Views` that is their sampler says, and carry the indices of
     the images in the dataset as a third tensor. `balanced` are the classes of the images, for `Views`. With `only`,
-    they are these images, and all of them. Workers live as long as the loader, from one epoch to the next.
+    they are these images, and all of them. Workers live as long as the loader, from one epoch to the next, and read
+    `rows` with the images.
     """
     spec = spec.or_plain()  # there is no model here to ask
     count, channels = len(dataset), spec.size[0]  # type: ignore[arg-type]
@@ -180,6 +184,7 @@ def loader(
     shards = _shards_of(dataset)
     sampler = Views(count, seed, options.num_views, shards=shards, balanced=balanced, only=only) if training else None
     images = _Transformed(dataset, _transform(options, spec, training), channels)
+    images.rows = rows or {}
     if options.memory:
         _remember(images, options, spec.size, sampler)
     batches = DataLoader(
@@ -189,12 +194,17 @@ def loader(
         drop_last=training and only is None and count > options.batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=collate,
+        collate_fn=_collated,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or an iterator would draw its seed from the numbers that dropout uses
     )
     mean, std = (_per_channel(numbers, channels) for numbers in (spec.mean, spec.std))
     return Batches(batches, mean, std, ahead=training)
+
+
+def _collated(batch: Any) -> Any:
+    """The batch as it is, because the data set makes batches of images itself."""
+    return batch
 
 
 def _remember(images: "_Transformed", options: DataOptions, size: tuple[int, ...], sampler: Views | None) -> None:
@@ -344,26 +354,39 @@ def _drawing(transform: Any) -> tuple[Callable[[Image.Image], Image.Image], Call
 class _Transformed(Dataset[Any]):
     """A dataset of images seen through a transform, in as many channels as the models take.
 
-    An index with a seed is that of a training image: the transform draws its random numbers from that seed alone.
+    An index with a seed is that of a training image: the transform draws its random numbers from that seed alone. Of
+    training images, `rows` reads by name what is stored of them in this view.
     """
 
     def __init__(self, images: Dataset[Any], transform: Callable[[Image.Image], torch.Tensor], channels: int) -> None:
         self.images, self.mode = images, "L" if channels == 1 else "RGB"
         self.draw, self.erase = _drawing(transform)
         self.store: PixelStore | None = None
+        self.rows: Mapping[str, Rows] = {}
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Pixels:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Pixels]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Pixels:
         with _preserved_random_states():
-            return [self._seen(index, None) if isinstance(index, int) else self._seen(*index) for index in indices]
+            return self._seen(key)
 
-    def _seen(self, index: int, view: int | None) -> Pixels:
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> RawBatch:
+        """The batch of these images."""
+        with _preserved_random_states():
+            images = [self._seen(key) for key in keys]
+        return collate(images)._replace(rows=self._rows_of(keys))
+
+    def _rows_of(self, keys: Sequence[int | tuple[int, int]]) -> dict[str, list[Tensor]]:
+        """The stored rows of training images, which are all in one view."""
+        in_view = [key for key in keys if not isinstance(key, int)]
+        indices = [index for index, _ in in_view]
+        rows = {name: read(indices, in_view[0][1]) for name, read in self.rows.items()}
+        return {name: of_name for name, of_name in rows.items() if of_name is not None}
+
+    def _seen(self, key: int | tuple[int, int]) -> Pixels:
         """The image as it is, or in a view: from memory if it is there."""
+        index, view = (key, None) if isinstance(key, int) else key
         stored = None if self.store is None else self.store.find(index, view)
         if stored is not None:
             return stored

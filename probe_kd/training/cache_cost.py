@@ -79,6 +79,7 @@ def _measured(
     cache.prepare(0)
     cache.begin(0)
     cache.keep(torch.arange(cache.count), ask())
+    cache.flush()
     asked = [_seconds(ask, images.device) for _ in range(ROUNDS)]
     disk = []
     for _ in range(ROUNDS):

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from probe_kd.data.cache import TeacherCache, lengthen, shorten
-from probe_kd.data.loading import Views, load, loader, mixer, readable
+from probe_kd.data.cache import TeacherCache
+from probe_kd.data.cache_rows import RowReader, lengthen, shorten
+from probe_kd.data.loading import Views, load, loader, mixer, readable, seed_of_view
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
 from probe_kd.methods.distiller import Distiller
@@ -51,7 +52,10 @@ class Loop:
     ) -> None:
         self.caches = caches or {}
         self.accelerator, self.distiller, self.phase = accelerator, distiller, phase
-        batches = loader(images, recipe.data, image_input, training=True, seed=recipe.seed, balanced=balanced)
+        rows = row_readers(self.caches, recipe, phase)
+        batches = loader(
+            images, recipe.data, image_input, training=True, seed=recipe.seed, balanced=balanced, rows=rows
+        )
         assert isinstance(batches.sampler, Views)
         self.views = batches.sampler
         self.average = _average(distiller.student, recipe) if averaged else None
@@ -80,7 +84,7 @@ class Loop:
     def run(self, epoch: int, first: int = 0) -> Iterator[int]:
         """Train one epoch from batch `first` on. Yield the number of batches done after every update of the weights.
 
-        Raises DataError if a batch cannot be read.
+        At its end, the caches are on the disk. Raises DataError if a batch cannot be read.
         """
         self._begin(self.phase.age + epoch)
         self.module.train()
@@ -88,6 +92,8 @@ class Loop:
         for step, batch in enumerate(readable(self.batches.skip(first)), first):
             if self._step(epoch, step, *self._arguments(*batch)):
                 yield step + 1
+        for cache in self.caches.values():
+            cache.flush()
 
     def first_batches(self) -> Iterator[StepArguments]:
         """The arguments of the steps of the phase's first epoch, for what is measured before them."""
@@ -95,12 +101,14 @@ class Loop:
         for batch in readable(self.batches):
             yield self._arguments(*batch)
 
-    def _arguments(self, images: Tensor, target: Tensor, indices: Tensor) -> StepArguments:
+    def _arguments(
+        self, images: Tensor, target: Tensor, indices: Tensor, rows: Mapping[str, list[Tensor]] | None = None
+    ) -> StepArguments:
         """The arguments of the step on a batch: mixed images, labels, cached targets, and the images' numbers."""
         if self.mix is not None:
             images, target = self.mix(images, target)
         index = indices.to(images.device) if self.distiller.reads_index else None
-        return images, None if self.unlabelled else target, self._targets(images, indices), index
+        return images, None if self.unlabelled else target, self._targets(images, indices, rows or {}), index
 
     def _begin(self, age: int) -> None:
         self.views.begin(age)
@@ -113,23 +121,29 @@ class Loop:
         for cache in self.caches.values():
             cache.begin(self.views.view)
 
-    def _targets(self, images: Tensor, indices: Tensor) -> CachedTargets | None:
-        """The targets of the teachers with a cache for these images. The other teachers run in the step."""
+    def _targets(self, images: Tensor, indices: Tensor, rows: Mapping[str, list[Tensor]]) -> CachedTargets | None:
+        """The targets of the teachers with a cache for these images. The other teachers run in the step.
+
+        `rows` are what the loader has read from the caches.
+        """
         if not self.caches:
             return None
         targets: dict[str, Tensor] = {}
         for name, cache in self.caches.items():
-            features = self._targets_of(name, cache, images, indices)
+            features = self._targets_of(name, cache, images, indices, rows.get(name))
             targets |= zip(self.distiller.targets_of(name), features, strict=True)
         in_order = [targets[name] for name in self.distiller.targets if name in targets]
         return in_order if len(in_order) == len(self.distiller.targets) else targets
 
-    def _targets_of(self, name: str, cache: TeacherCache, images: Tensor, indices: Tensor) -> list[Tensor]:
+    def _targets_of(
+        self, name: str, cache: TeacherCache, images: Tensor, indices: Tensor, rows: list[Tensor] | None
+    ) -> list[Tensor]:
         """A teacher's targets for these images: read from its cache, or computed and stored in it."""
-        cached = cache.find(indices)
-        if cached is not None:
+        if rows is None:  # some were damaged, or not there when the loader looked
+            rows = cache.rows(indices)
+        if rows is not None:
             self.recalled[name] += len(indices)
-            return [feature.to(images.device) for feature in cached]
+            return cache.features([row.to(images.device) for row in rows])
         self.computed[name] += len(indices)
         with self.accelerator.autocast():
             features = self.distiller.teacher_targets(images, [name])
@@ -218,6 +232,16 @@ class Loop:
     def rate(self) -> float:
         """The largest learning rate, of the parameters that are not scaled down."""
         return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+
+def row_readers(caches: Mapping[str, TeacherCache], recipe: Recipe, phase: Phase) -> dict[str, RowReader]:
+    """What reads the rows of the caches where the loader of a phase reads the images, by the names of the teachers."""
+    count = recipe.data.num_views
+    views = {age % count if count else age for age in range(phase.age, phase.age + phase.epochs)}
+    by_seed = {seed_of_view(recipe.seed, view): view for view in views}
+    return {
+        name: RowReader(cache.folder, cache.taps, cache.count, cache.writes, by_seed) for name, cache in caches.items()
+    }
 
 
 def compile_distiller(distiller: Distiller, options: CompileOptions | None) -> None:

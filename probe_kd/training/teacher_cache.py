@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from probe_kd.data.cache import Stored, TeacherCache
-from probe_kd.data.cache_keys import DEPENDS_ON, as_text, depends_on, differences_beside, key_of
+from probe_kd.data.cache import TeacherCache
+from probe_kd.data.cache_keys import DEPENDS_ON, as_text, depends_on, differences_beside, fingerprint, key_of
+from probe_kd.data.cache_rows import Stored
 from probe_kd.engine.models import portable
 from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError
@@ -81,9 +82,10 @@ def opened_cache(
     opened: list[Any] = [None]
     cache = TeacherCache(parent, taps, len(models.plan.datasets.train))  # type: ignore[arg-type]
     if models.accelerator.is_main_process:
-        dependencies = _depends_on(models, name, trained)
+        images, times = fingerprint(models.plan.datasets.train)
+        dependencies = _depends_on(models, name, trained, images)
         cache.folder = parent / key_of(dependencies)
-        cache.about = _metadata(cache.folder.name, dependencies, models.images_for(trained))
+        cache.about = _metadata(cache.folder.name, dependencies, models.images_for(trained), times)
         _tell_of_others(cache, dependencies, progress)
         opened = [(cache.folder, _lock(cache, dependencies), cache.about)]
     cache.folder, cache.writes, cache.about = broadcast_object_list(opened)[0]
@@ -106,8 +108,11 @@ def _lock(cache: TeacherCache, dependencies: Mapping[str, Any]) -> bool:
     return writes
 
 
-def _depends_on(models: Models, name: str, trained: TrainedModel) -> dict[str, Any]:
-    """All on which a teacher's targets depend, but for the rounding of another student's normalisation."""
+def _depends_on(models: Models, name: str, trained: TrainedModel, digest: str) -> dict[str, Any]:
+    """All on which a teacher's targets depend, but for the rounding of another student's normalisation.
+
+    `digest` is that of the training images.
+    """
     recipe, teacher, images = models.plan.recipe, models.teachers[name], models.images_for(trained)
     data = recipe.data.model_dump(mode="json", exclude=UNSEEN)
     model, kwargs = portable(teacher.trace.model, teacher.trace.model_kwargs)
@@ -121,16 +126,19 @@ def _depends_on(models: Models, name: str, trained: TrainedModel) -> dict[str, A
         "precision": str(models.accelerator.mixed_precision),
         "device": models.accelerator.device.type,
     }
-    return depends_on(teacher.model, models.plan.datasets.train, about)
+    return depends_on(teacher.model, digest, about)
 
 
-def _metadata(key: str, dependencies: Mapping[str, Any], images: InputSpec) -> dict[str, str]:
-    """The metadata of new files: whose rows they are, and the normalisation from which the teacher's was computed."""
+def _metadata(key: str, dependencies: Mapping[str, Any], images: InputSpec, times: str) -> dict[str, str]:
+    """The metadata of new files: whose rows they are, the normalisation from which the teacher's was computed, and a
+    digest of the times of the image files.
+    """
     return {
         "key": key,
         "teacher": dependencies["teacher"],
         "images": dependencies["images"],
         "normalisation": json.dumps([images.mean, images.std]),
+        "times": times,
     }
 
 
@@ -147,6 +155,12 @@ def _tell_of_others(cache: TeacherCache, dependencies: Mapping[str, Any], progre
         progress.tell(
             f"the cache in {cache.folder} was begun for a student whose images are normalised by other means and "
             "deviations: its rows are what the teacher gives here but for rounding"
+        )
+    if any(other.get("times", cache.about["times"]) != cache.about["times"] for other in cache.all_metadata()):
+        progress.say(
+            f"the image files have other times than when the cache in {cache.folder} was begun: they are a copy, or "
+            "were edited. Rows of edited images are no longer what the teacher gives: delete that folder, unless they "
+            "are a copy"
         )
 
 

@@ -1,18 +1,23 @@
 """The teacher's cache: the same bits as a live teacher, no teacher where it serves, and never another teacher's."""
 
+import os
+import pickle
 import resource
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import TINY, apart, begin
+from conftest import NARROW, TINY, apart, begin
 from running import After, Quiet, same, stop
 from safetensors.torch import load_file, save_file
 
-from probe_kd.data.cache import Stored, TeacherCache, checksums, lengthen, shorten
+from probe_kd.data.cache import TeacherCache
 from probe_kd.data.cache_keys import depends_on, fingerprint, key_of
+from probe_kd.data.cache_rows import RowReader, Stored, checksums, lengthen, shorten
 from probe_kd.data.loading import DataOptions, open_datasets
 from probe_kd.data.row_files import RowFile, metadata_of, open_rows
 from probe_kd.errors import RecipeError, RunError
@@ -20,13 +25,16 @@ from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import parse
 from probe_kd.training.run import train
 
+TAPS = [Stored("layer", (3,), torch.float32)]
+
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
     """A frozen teacher from a file; augmentation in two views; hint and soft targets in different stages."""
     torch.manual_seed(1)
-    save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
-    text = TINY.replace("  train: {epochs: 1}", f"  checkpoint: {tmp_path / 'teacher.safetensors'}")
+    teacher = timm.create_model("resnet10t", num_classes=10, channels=[8, 16, 24, 32])
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    text = NARROW.replace("  train: {epochs: 1}", f"  checkpoint: {tmp_path / 'teacher.safetensors'}")
     text = text.replace("hflip: 0.0", "hflip: 0.0\n  views: 2").replace("baseline: true\n", "")
     return text.replace("- name: task\n    epochs: 2", "- name: task\n    epochs: 3")
 
@@ -42,6 +50,21 @@ def mapped(folder: Path, tap: str) -> RowFile:
     file = open_rows(path, 359, rows.shape[1:], rows.dtype, writes=True)
     assert file is not None
     return file._replace(rows=file.rows.flatten(1))
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches of which the process that trains has read the rows."""
+    sizes = list[int]()
+    rows = TeacherCache.rows
+
+    def counted(self: TeacherCache, indices: torch.Tensor) -> Any:
+        found = rows(self, indices)
+        sizes.extend([len(indices)] * (found is not None and len(indices) > 8))  # fewer are compared with the teacher
+        return found
+
+    monkeypatch.setattr(TeacherCache, "rows", counted)
+    return sizes
 
 
 def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, **options: Any) -> int:
@@ -68,12 +91,16 @@ def run(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch | None = None, 
 
 
 def test_a_run_with_a_cache_is_the_run_without_and_asks_about_every_view_once(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gathered: list[int]
 ) -> None:
+    """What a batch reads of the cache is read with its images, by a worker too, and from images in memory."""
     live = run(recipe, tmp_path / "live", monkeypatch)
     text, said = cached(recipe, tmp_path / "cache"), Quiet()
     first = run(text, tmp_path / "first", monkeypatch, display=said)
-    again = run(text, tmp_path / "again", monkeypatch)
+    assert not gathered
+    worked = text.replace("views: 2", "views: 2\n  workers: 2\n  memory: true")
+    again = run(worked, tmp_path / "again", monkeypatch)
+    assert not gathered
     assert f"student: hint: {5 * 64} images asked of the teacher, 0 known from its cache" in said.said[0]
     images = 5 * 64  # of an epoch; the last batch is not full
     # The hint sees view 0, and the task views 1, 0, 1, each once from the teacher. Which images an epoch leaves out
@@ -103,15 +130,15 @@ def test_what_a_killed_run_kept_is_whole_and_the_rest_is_asked_again(recipe: str
 
 
 def test_rows_that_are_damaged_are_asked_again_and_told(recipe: str, tmp_path: Path) -> None:
-    """Two swapped words, a lost half, and whole checksums that are not those of their rows."""
+    """Words in another order, a lost half, and whole checksums that are not those of their rows; a worker sees them."""
     text, said = cached(recipe, tmp_path / "cache"), Quiet()
     run(text, tmp_path / "run")
     sums, rows = mapped(tmp_path / "cache", "layer3")
     filled = sums.nonzero().flatten()[:40]
-    rows[filled[:, None], [0, 1]] = rows[filled[:, None], [1, 0]]
+    rows[filled] = rows[filled].flip(1)
     sums[200:][sums[200:] != 0] += 1
     written = rows.clone()
-    run(text, tmp_path / "again", display=said)
+    run(text.replace("views: 2", "views: 2\n  workers: 1"), tmp_path / "again", display=said)
     same(tmp_path / "run", tmp_path / "again")
     (told,) = [line for line in said.said if "were damaged" in line]
     assert int(told.split()[0]) >= 40
@@ -135,14 +162,14 @@ def test_the_key_changes_with_all_that_it_depends_on(tmp_path: Path) -> None:
     options = DataOptions(dataset="sklearn/digits", input_size=(3, 8, 8))
     images = open_datasets(options).train
     about = {"seed": 0, "views": {"aa": None}}
-    key = key_of(depends_on(model, images, about))
-    assert key_of(depends_on(model, images, dict(about))) == key
-    others = [key_of(depends_on(model, images, {**about, "seed": 1}))]
+    key = key_of(depends_on(model, fingerprint(images).images, about))
+    assert key_of(depends_on(model, fingerprint(images).images, dict(about))) == key
+    others = [key_of(depends_on(model, fingerprint(images).images, {**about, "seed": 1}))]
     held_out = open_datasets(options.model_copy(update={"holdout": 0.1}))
-    others.append(key_of(depends_on(model, held_out.train, about)))
+    others.append(key_of(depends_on(model, fingerprint(held_out.train).images, about)))
     with torch.no_grad():
         model.bn1.running_var[3] += 1e-6
-    others.append(key_of(depends_on(model, images, about)))
+    others.append(key_of(depends_on(model, fingerprint(images).images, about)))
     assert len({key, *others}) == 4
 
 
@@ -154,11 +181,11 @@ def test_a_folder_of_images_is_known_by_its_files(tmp_path: Path) -> None:
             path.mkdir(parents=True, exist_ok=True)
             digits[index][0].save(path / f"{index}.png")
     options = DataOptions(root=str(tmp_path), input_size=(3, 8, 8), num_classes=10)
-    before = fingerprint(open_datasets(options).train)
-    assert fingerprint(open_datasets(options).train) == before
+    before = fingerprint(open_datasets(options).train).images
+    assert fingerprint(open_datasets(options).train).images == before
     some = sorted((tmp_path / "train").glob("*/*.png"))[101]  # one that is not among those whose pixels are read
     digits[0][0].resize((9, 9)).save(some)
-    assert fingerprint(open_datasets(options).train) != before
+    assert fingerprint(open_datasets(options).train).images != before
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
@@ -198,6 +225,56 @@ def test_bf16_features_are_kept_as_they_are(tmp_path: Path) -> None:
     assert found is not None
     assert torch.equal(found[0], feature.flip(0))
     assert cache.damaged == 0
+
+
+def _killed(folder: Path, feature: torch.Tensor) -> None:
+    """Keeps four images and flushes, and four more, which are on their way when it is killed."""
+    cache = TeacherCache(folder, TAPS, 10)
+    cache.prepare(0)
+    cache.begin(0)
+    cache.keep(torch.arange(4), [feature])
+    cache.flush()
+    cache.keep(torch.arange(4, 8), [feature])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_is_kept_is_written_behind_and_no_process_reads_it_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feature = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    begin(_killed, tmp_path, feature).join()
+    cache, reader = TeacherCache(tmp_path, TAPS, 10), RowReader(tmp_path, TAPS, 10, True, {77: 0})
+    assert cache.missing(0).tolist() == [4, 5, 6, 7, 8, 9]
+    (rows,) = reader([3, 0], 77) or [None]
+    assert rows is not None
+    assert torch.equal(rows, feature[[3, 0]])
+
+    gate = threading.Event()
+    monkeypatch.setattr("probe_kd.data.cache.checksums", lambda rows: (gate.wait(60), checksums(rows))[1])
+    indices = torch.tensor([8, 3, 5, 9])
+    kept = cache.keep(indices, [-feature])
+    kept[0].zero_()  # as a step might
+    behind: RowReader = pickle.loads(pickle.dumps(reader))
+    for read in (reader, behind):
+        assert read([8, 5, 9], 77) is None
+        assert read([3], 78) is None, "another view"
+    gate.set()
+    assert cache.missing(0).tolist() == [4, 6, 7], "it is flushed before it is asked"
+    for read in (reader, behind):
+        (rows,) = read([8, 3, 5, 9], 77) or [None]
+        assert rows is not None
+        assert torch.equal(rows, torch.stack([-feature[0], feature[3], -feature[2], -feature[3]])), "3 was there"
+    assert metadata_of(cache.path(TAPS[0], 0))["rows_present"] == f"{7:012d}"
+
+    def fails(_: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("probe_kd.data.cache.checksums", fails)
+    cache.keep(torch.tensor([4]), [feature[:1]])
+    with pytest.raises(RunError, match=f"cannot write the teacher's cache in {tmp_path}: no room"):
+        cache.flush()
+    cache.close()
+    assert reader([4], 77) is None
 
 
 def test_of_two_runs_with_one_cache_the_first_writes(tmp_path: Path) -> None:

@@ -130,6 +130,28 @@ def test_a_cache_made_with_other_versions_or_elsewhere_is_told_and_one_for_anoth
     assert f"made with device cuda (here cpu), timm 0.9 (here {version('timm')}): it is not used" in told
 
 
+def test_images_that_may_have_been_edited_are_told(weights: Path, tmp_path: Path) -> None:
+    """One of 130 images of one size, which is neither among those whose pixels are in the key nor compared."""
+    for number in range(130):
+        file = tmp_path / "images" / "train" / str(number % 2) / f"{number:03d}.bmp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), number).save(file)
+    images = f"root: {tmp_path / 'images'}\n  no_aug: true\n  val_split: none\n  holdout: 0.2\n  num_classes: 10"
+    text = NARROW.replace("  train: {epochs: 1}", f"  checkpoint: {weights}\n  cache: {tmp_path / 'cache'}")
+    text = text.replace("dataset: sklearn/digits", images).replace("  fraction: 0.25\n", "")
+    text = text.replace("baseline: true\n", "").partition("  - name: task")[0]
+    for edited in (False, False, True):
+        said = Quiet()
+        if edited:
+            Image.new("L", (16, 16), 255).save(file)
+            os.utime(file, (10**9, 10**9))
+        fill_caches(plan(parse(text)), said)
+        told = [line for line in said.said if "have other times than when the cache" in line]
+        assert len(told) == edited
+    assert "0 images asked" in said.said[-1]
+    assert "delete that folder, unless they are a copy" in told[0]
+
+
 def test_images_in_another_place_have_the_same_key(tmp_path: Path) -> None:
     images = load_digits().images
     for number in range(20):
@@ -140,11 +162,11 @@ def test_images_in_another_place_have_the_same_key(tmp_path: Path) -> None:
     prints = set()
     for root in (tmp_path / "here", tmp_path / "there" / "deeper"):
         options = DataOptions(root=str(root), input_size=(3, 8, 8), val_split="none", holdout=0.1)
-        prints.add(fingerprint(open_datasets(options).train))
+        prints.add(fingerprint(open_datasets(options).train).images)
     assert len(prints) == 1
     (tmp_path / "here" / "train" / "0" / "0.png").rename(tmp_path / "here" / "train" / "0" / "x.png")
     options = DataOptions(root=str(tmp_path / "here"), input_size=(3, 8, 8), val_split="none", holdout=0.1)
-    assert fingerprint(open_datasets(options).train) not in prints
+    assert fingerprint(open_datasets(options).train).images not in prints
 
 
 @pytest.mark.parametrize(

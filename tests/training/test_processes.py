@@ -47,10 +47,17 @@ def alike(tmp_path: Path) -> str:
 
 
 def test_two_processes_train_what_one_does_with_the_whole_batch(alike: str, tmp_path: Path) -> None:
-    """Also the weight of a loss, which follows the gradients of all processes."""
-    whole, half = halves(alike.replace("weight: 0.5", "weight: {share: 0.5, batches: 2, follow: true}"))
+    """Also the weight of a loss, which follows the gradients of all processes.
+
+    The workers of both read from the cache what the one has asked of the teacher.
+    """
+    text = alike.replace("weight: 0.5", "weight: {share: 0.5, batches: 2, follow: true}")
+    text = text.replace("model: resnet10t", f"model: resnet10t\n  cache: {tmp_path / 'cache'}")
+    whole, half = halves(text.replace("hflip: 0.0", "hflip: 0.0\n  views: 2\n  workers: 1"))
     run(whole, tmp_path / "one")
+    files = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.safetensors")}
     assert run_by_two(half, tmp_path / "two") == ["done", "done"]
+    assert files == {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.safetensors")}, "all were there"
     close(tmp_path / "one", tmp_path / "two", 1e-4)
     one, two = (json.loads((tmp_path / run_ / "summary.json").read_text())["results"][-1] for run_ in ("one", "two"))
     assert one["measured_weights"]["task"]["soft"] == pytest.approx(two["measured_weights"]["task"]["soft"], rel=1e-4)

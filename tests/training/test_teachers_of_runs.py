@@ -142,12 +142,16 @@ def test_two_outputs_are_evaluated_with_their_mean_and_with_each(two: str, tmp_p
 
 
 def test_a_resumed_run_gives_the_same_bits(finished: Path, two: str, tmp_path: Path) -> None:
-    """It is stopped in the first epoch of the student, whose steps drop teachers, and one of two has a cache."""
+    """It is stopped in the first epoch of the student, whose steps drop teachers.
+
+    One of two teachers has a cache, which a worker reads.
+    """
+    text = two.replace("views: 1}", "views: 1, workers: 1}")
     with pytest.raises(KeyboardInterrupt):
-        run(two, tmp_path, After(stop, updates=5 * 3 + 3))  # an epoch of the teacher, two of the baseline
+        run(text, tmp_path, After(stop, updates=5 * 3 + 3))  # an epoch of the teacher, two of the baseline
     assert not (tmp_path / "student.safetensors").exists()
     display = Quiet()
-    run(two, tmp_path, display, resume=True)
+    run(text, tmp_path, display, resume=True)
     same(finished, tmp_path)
     (told,) = [text for text in display.said if "asked of the teacher dino" in text]
     assert "student: train: 0 images asked" in told
