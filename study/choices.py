@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from ruamel.yaml import YAML
+from run_table import beside
 from torch.utils.data import Subset
 
 import study
@@ -137,7 +138,7 @@ def main() -> None:
         for arm, choose in ARMS.items():
             recipe = choose(start, home)
             for seed in SEEDS:
-                rows = study.beside([row(pair, arm, seed, recipe, home)], TABLE, "pair", "choice", "seed")
+                rows = beside([row(pair, arm, seed, recipe, home)], TABLE, "pair", "choice", "seed")
                 write_metrics(sorted(rows, key=lambda each: [str(value) for value in each.values()][:3]), TABLE)
                 print(rows[-1], flush=True)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from run_table import Rows, beside, choose
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -38,11 +39,8 @@ from study import (
     PAIRS,
     RECIPES,
     ROOT,
-    Rows,
     Settings,
-    beside,
     bring_images,
-    choose,
     run_teacher,
     teacher_folder,
 )

@@ -2,58 +2,23 @@
 
 python study/report.py                # `make study` runs it last
 
-What the figures mean is written around the marks by hand, and has to be read again where they have changed.
+What is said about what helps stands between the marks too, so that no sentence outlives its figures.
 """
 
 import argparse
-import csv
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from statistics import fmean, stdev
+from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
+import control_report
+import other_reports
 from matplotlib.figure import Figure
+from rows import DOCS, Key, Row, groups, read, spread, table
 from scipy.stats import spearmanr
 
-DOCS = Path(__file__).parents[1] / "docs"
-Row = dict[str, Any]
-Key = tuple[str, ...]
-
-
-def read(name: str) -> list[Row]:
-    """The rows of a table, with numbers where there are any; none where it is not there yet."""
-    path = DOCS / "study" / name
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: _number(text) for key, text in row.items()} for row in csv.DictReader(file)]
-
-
-def _number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def groups(rows: Iterable[Row], *keys: str) -> dict[Key, list[Row]]:
-    found: dict[Key, list[Row]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """`85.21 ± 0.40`: the mean and the standard deviation over seeds."""
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{deviation}"
-
-
-def table(*head: str, rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+from study import PAIRS, all_methods
 
 
 def gains(rows: Sequence[Row]) -> dict[Key, list[float]]:
@@ -191,6 +156,25 @@ def draw_gains(rows: Sequence[Row]) -> None:
     _save(figure, "gains")
 
 
+def draw_control(measured: control_report.Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> None:
+    """Every method less normalised hints of all pairs, seed by seed, a panel for each pair of models."""
+    automatic = control_report.AUTOMATIC
+    figure, axes = _panels(len(pairs), 3.6)
+    for place, pair in zip(axes, pairs, strict=True):
+        compared = {name: control_report.over(measured, pair, name, automatic) for name in methods if name != automatic}
+        shown = {name: values for name, values in compared.items() if values}
+        for line, values in enumerate(shown.values()):
+            place.plot(values, [line] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
+            place.plot(fmean(values), line, "|", color="black", markersize=12)
+        place.axvline(0, color="grey", linewidth=1)
+        place.set_yticks(range(len(shown)), shown, fontsize=7)
+        place.invert_yaxis()
+        place.set_title(control_report.name_of(pair), fontsize=9)
+        place.set_xlabel("points over normalised hints of all pairs", fontsize=8)
+        place.grid(alpha=0.3)
+    _save(figure, "control")
+
+
 def draw_fits(rows: Sequence[Row]) -> None:
     pairs = list(dict.fromkeys(row["pair"] for row in rows))
     figure, axes = _panels(len(pairs), 3.4)
@@ -227,16 +211,21 @@ def put(text: str, name: str, body: str) -> str:
     return re.sub(marks, lambda found: f"{found[1]}\n{body}\n{found[2]}", text, flags=re.DOTALL)
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    import matplotlib as mpl
-
-    mpl.rcParams["svg.hashsalt"] = "probe-kd"  # so that a drawing of the same figures is the same file
-    names = ("tests.csv", "curves.csv", "fit.csv", "crossfit.csv", "channels.csv")
-    tests, curves, fit, crossed, spectra = map(read, names)
-    page = DOCS / "results.md"
-    text = page.read_text(encoding="utf-8")
-    parts = {
+def parts() -> dict[str, Iterator[str]]:
+    """What stands between each pair of marks."""
+    names = ("tests.csv", "curves.csv", "fit.csv", "crossfit.csv", "channels.csv", "choices.csv")
+    tests, curves, fit, crossed, spectra, chosen = map(read, names)
+    pairs, methods = tuple(PAIRS), all_methods()
+    control = control_report.accuracies(read("control.csv"))
+    return {
+        "label-free": other_reports.label_free(read("label_free.csv")),
+        "few-labels": other_reports.few_labels(read("few_labels.csv")),
+        "choices": other_reports.choices(chosen, tests, pairs),
+        "control-state": iter([control_report.state(control, pairs, methods)]),
+        "control-answer": control_report.answer(control, pairs, methods),
+        "control-gains": control_report.gains(control, pairs, methods),
+        "control-claims": control_report.claims(control, pairs),
+        "helped": other_reports.helped(tests),
         "accuracies": accuracies(tests),
         "boosters": boosters(tests),
         "indicators": indicators(curves),
@@ -244,13 +233,23 @@ def main() -> None:
         "crossfits": crossfits(crossed),
         "channels": channels(spectra),
     }
-    for name, lines in parts.items():
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    import matplotlib as mpl
+
+    mpl.rcParams["svg.hashsalt"] = "probe-kd"  # so that a drawing of the same figures is the same file
+    page = DOCS / "results.md"
+    text = page.read_text(encoding="utf-8")
+    for name, lines in parts().items():
         text = put(text, name, "\n".join(lines) or "Not measured yet.\n")
     page.write_text(text, encoding="utf-8")
-    if tests:
-        draw_gains(tests)
-    if fit:
-        draw_fits(fit)
+    draw_gains(read("tests.csv"))
+    draw_fits(read("fit.csv"))
+    control = control_report.accuracies(read("control.csv"))
+    if control:
+        draw_control(control, tuple(PAIRS), all_methods())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ refuses to mix rows of two teachers (teachers.csv). To measure a cell again, nam
 
 import argparse
 import copy
-import csv
 import gzip
 import hashlib
 import json
@@ -20,19 +19,18 @@ import multiprocessing
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from ruamel.yaml import YAML
+from run_table import Row, Rows, Runs, beside, choose, finished, hours_left, read
 from torch import Tensor
 
 from probe_kd import load_student
@@ -66,9 +64,6 @@ KINDS = ("outputs", "layers")
 DEEPEST = {"level": "stage", "num_pairs": 1}
 ALLOWED = ["timm"]  # the mixer is one of timm's classes and none of its names
 USUAL_RUNS = 14  # of a cell
-
-Row = dict[str, Any]
-Rows = list[Row]
 
 
 @dataclass(frozen=True)
@@ -121,6 +116,13 @@ class Trial:
 
 
 KEY = ("pair", "method", "parts", "lr", "factor", "seed")
+
+
+def place_of(row: Row) -> tuple[Any, ...]:
+    """Where a row stands in the table."""
+    order = {name: place for place, name in enumerate((*PAIRS, *all_methods()))}
+    numbers = (float(row[name]) for name in ("lr", "factor", "seed"))
+    return order[row["pair"]], order[row["method"]], row["parts"], row["part"], *numbers
 
 
 @cache
@@ -265,20 +267,6 @@ def check_teachers(rows: Rows, table: Path) -> None:
     write_metrics(beside(rows, table, "teacher"), table)
 
 
-def choose(
-    score: Callable[[float], float], values: Sequence[float], first: Sequence[float] = FIRST
-) -> tuple[float, list[float]]:
-    """The best of these values and all that were tried: none is the best whose neighbours were not tried."""
-    places = [place for place, value in enumerate(values) if value in first] or list(range(len(values)))
-    scores = {place: score(values[place]) for place in places}
-    while True:
-        best = max(scores, key=scores.__getitem__)
-        beside_best = [place for place in (best - 1, best + 1) if 0 <= place < len(values) and place not in scores]
-        if not beside_best:
-            return values[best], [values[place] for place in sorted(scores)]
-        scores[beside_best[0]] = score(values[beside_best[0]])
-
-
 def run_trial(trial: Trial, settings: Settings) -> Row:
     """Train, measure, and forget the run's folder. One whose loss does not stay finite has an accuracy of 0."""
     torch.set_num_threads(1)
@@ -298,7 +286,6 @@ def run_trial(trial: Trial, settings: Settings) -> Row:
                 raise
             held_out, measures = 0.0, {"student": 0.0, "agreement": 0.0} if tests else {}
     return {
-        **dict(zip(KEY, trial.key, strict=True)),
         "part": "test" if tests else "choice",
         "held_out": f"{100 * held_out:.2f}",
         "test": f"{100 * measures['student']:.2f}" if measures else "",
@@ -307,147 +294,50 @@ def run_trial(trial: Trial, settings: Settings) -> Row:
     }
 
 
-class NotRun(Exception):
-    """A run that has no row."""
+def chosen(cell: Cell, runs: Runs, settings: Settings) -> tuple[float, float]:
+    """The learning rate of the cell, and the factor of its weight, by the mean of the seeds of the choice."""
+
+    def held_out(rate: float, factor: float) -> float:
+        return runs.mean([Trial(cell, rate, factor, seed) for seed in settings.choice_seeds], "held_out")
+
+    factors = known()["methods"].get(cell.method, {}).get("factors", FACTORS)
+    rate, _ = choose(lambda rate: held_out(rate, DEFAULT_FACTOR), settings.rates, FIRST)
+    factor, _ = choose(lambda factor: held_out(rate, factor), factors, (DEFAULT_FACTOR,))
+    return rate, factor
 
 
-class Runs:
-    """The table of all runs: one that has a row is read, another is run in `pool` and written."""
-
-    def __init__(self, table: Path, settings: Settings, pool: Executor | None = None, commit: str = "") -> None:
-        self.table, self.settings, self.pool, self.commit = table, settings, pool, commit
-        self.rows: Rows = read(table)
-        self.lock = threading.Lock()
-        self.begun: dict[Trial, Future[Row]] = {}
-
-    def find(self, trial: Trial) -> Row | None:
-        return next((row for row in self.rows if tuple(row[key] for key in KEY) == trial.key), None)
-
-    def row_of(self, trial: Trial) -> Row:
-        row = self.find(trial)
-        if row is not None:
-            return row
-        if self.pool is None:
-            raise NotRun(trial)
-        with self.lock:
-            future = self.begun.get(trial)
-            if future is None:
-                future = self.begun[trial] = self.pool.submit(run_trial, trial, self.settings)
-        row = future.result() | {"commit": self.commit}
-        with self.lock:
-            if self.find(trial) is None:
-                self.rows.append(row)
-                self.write()
-        return row
-
-    def write(self) -> None:
-        order = {name: place for place, name in enumerate((*PAIRS, *all_methods()))}
-
-        def place(row: Row) -> tuple[Any, ...]:
-            numbers = (float(row[key]) for key in ("lr", "factor", "seed"))
-            return order[row["pair"]], order[row["method"]], row["parts"], row["part"], *numbers
-
-        write_metrics(sorted(self.rows, key=place), self.table)
-
-    def chosen(self, cell: Cell) -> tuple[float, float]:
-        """The learning rate of the cell, and the factor of its weight.
-
-        Raises NotRun where a run has no row and there is no pool.
-        """
-
-        def held_out(rate: float, factor: float) -> float:
-            seeds = self.settings.choice_seeds
-            return statistics.fmean(float(self.row_of(Trial(cell, rate, factor, seed))["held_out"]) for seed in seeds)
-
-        factors = known()["methods"].get(cell.method, {}).get("factors", FACTORS)
-        rate, _ = choose(lambda rate: held_out(rate, DEFAULT_FACTOR), self.settings.rates)
-        factor, _ = choose(lambda factor: held_out(rate, factor), factors, first=(DEFAULT_FACTOR,))
-        return rate, factor
-
-    def tests(self, cell: Cell) -> Rows:
-        rate, factor = self.chosen(cell)
-        return [self.row_of(Trial(cell, rate, factor, seed)) for seed in self.settings.test_seeds]
-
-    def held_out(self, cell: Cell) -> float:
-        """The mean over the seeds of the choice."""
-        trials = (Trial(cell, *self.chosen(cell), seed) for seed in self.settings.choice_seeds)
-        return statistics.fmean(float(self.row_of(trial)["held_out"]) for trial in trials)
-
-    def together(self, pair: str) -> Cell:
-        """The cell of the pair's best loss of outputs and best loss of layers, on the held-out images of the choice."""
-        parts = []
-        for kind in KINDS:
-            candidates = [Cell(pair, name) for name, about in known()["methods"].items() if about.get("kind") == kind]
-            best = max(candidates, key=self.held_out)
-            parts.append((best.method, self.chosen(best)[1]))
-        return Cell(pair, TOGETHER, tuple(parts))
+def together(pair: str, runs: Runs, settings: Settings) -> Cell:
+    """The cell of the pair's best loss of outputs and best loss of layers, on the held-out images of the choice."""
+    parts = []
+    for kind in KINDS:
+        scores: dict[tuple[str, float], float] = {}
+        for method, about in known()["methods"].items():
+            if about.get("kind") == kind:
+                rate, factor = chosen(Cell(pair, method), runs, settings)
+                trials = [Trial(Cell(pair, method), rate, factor, seed) for seed in settings.choice_seeds]
+                scores[method, factor] = runs.mean(trials, "held_out")
+        parts.append(max(scores, key=scores.__getitem__))
+    return Cell(pair, TOGETHER, tuple(parts))
 
 
-def finished(table: Path, settings: Settings, chosen: Sequence[Cell]) -> dict[Cell, Rows]:
-    """The rows on the test images of the cells whose runs all have one."""
-    runs, done = Runs(table, settings), {}
-    for cell in chosen:
-        with suppress(NotRun):
-            whole = runs.together(cell.pair) if cell.method == TOGETHER else cell
-            done[cell] = runs.tests(whole)
-    return done
+def tests(cell: Cell, runs: Runs, settings: Settings) -> Rows:
+    """The rows of a cell on the test images."""
+    whole = together(cell.pair, runs, settings) if cell.method == TOGETHER else cell
+    rate, factor = chosen(whole, runs, settings)
+    return [runs.row_of(Trial(whole, rate, factor, seed)) for seed in settings.test_seeds]
 
 
-def hours_left(table: Path, settings: Settings, chosen: Sequence[Cell]) -> float | None:
-    """Hours of two cores for what is not finished, by the runs in the table. None if there is none."""
-    rows = read(table)
-    if not rows:
-        return None
-    seconds = {pair: [float(row["core_seconds"]) for row in rows if row["pair"] == pair] for pair in PAIRS}
-    usual = statistics.fmean(value for values in seconds.values() for value in values)
-    done = finished(table, settings, chosen)
-    whole = [row for row in rows if (row["pair"], row["method"]) in {(cell.pair, cell.method) for cell in done}]
-    runs = len(whole) / len(done) if done else USUAL_RUNS
-    begun = {(cell.pair, cell.method): 0 for cell in chosen if cell not in done}
-    for row in rows:
-        if (row["pair"], row["method"]) in begun:
-            begun[row["pair"], row["method"]] += 1
-    left = (max(1, runs - count) * statistics.fmean(seconds[pair] or [usual]) for (pair, _), count in begun.items())
-    return sum(left) / 2 / 3600
-
-
-def read(path: Path) -> Rows:
-    """The rows of a table; none where it is not there yet."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def beside(rows: Rows, path: Path, *keys: str) -> Rows:
-    """The rows, and those of the table that is there which are about something else: nothing measured is lost."""
-    new = {tuple(row[key] for key in keys) for row in rows}
-    return [row for row in read(path) if tuple(row[key] for key in keys) not in new] + rows
-
-
-def study(chosen: Sequence[Cell], settings: Settings, tables: Path, jobs: int, console: Console) -> None:
+def study(cells: Sequence[Cell], settings: Settings, tables: Path, jobs: int, console: Console) -> None:
     """All cells, several at a time, each method with all pairs before the next; what is put together comes last."""
-    table = tables / "control.csv"
     for folder in (settings.out, tables):
         folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, ThreadPoolExecutor(jobs) as threads:
-        names = sorted({PAIRS[cell.pair] for cell in chosen})
+        names = sorted({PAIRS[cell.pair] for cell in cells})
         check_teachers(list(pool.map(run_teacher, names, [settings] * len(names))), tables / "teachers.csv")
-        runs = Runs(table, settings, pool, commit())
-
-        def measure(cell: Cell) -> str:
-            whole = runs.together(cell.pair) if cell.method == TOGETHER else cell
-            rows = runs.tests(whole)
-            return f"{cell.pair}, {cell.method}: {statistics.fmean(float(row['test']) for row in rows):.2f}"
-
-        for count, line in enumerate(threads.map(measure, chosen), 1):
-            console.print(f"{count}/{len(chosen)} {line}", highlight=False, soft_wrap=True)
-
-
-def commit() -> str:
-    """The commit that the runs are of, with a mark if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+        runs = Runs(tables / "control.csv", KEY, place_of, partial(run_trial, settings=settings), pool)
+        for cell, rows in zip(cells, threads.map(lambda cell: tests(cell, runs, settings), cells), strict=True):
+            mean = statistics.fmean(float(row["test"]) for row in rows)
+            console.print(f"{cell.pair}, {cell.method}: {mean:.2f}", highlight=False, soft_wrap=True)
 
 
 def bring_images(folder: Path) -> None:
@@ -477,19 +367,20 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, default=TABLES, help="the folder of the tables")
     options = parser.parse_args()
     console = Console()
-    chosen = cells(options.pair or tuple(PAIRS), options.method or ())
-    settings, table = Settings(options.out), options.tables / "control.csv"
-    done = finished(table, settings, chosen)
-    hours = hours_left(table, settings, chosen)
+    asked = cells(options.pair or tuple(PAIRS), options.method or ())
+    settings, runs = Settings(options.out), Runs(options.tables / "control.csv", KEY, place_of)
+    done = finished(asked, lambda cell: tests(cell, runs, settings))
+    left = [cell for cell in asked if cell not in done]
+    named_left, named_done = ([(cell.pair, cell.method) for cell in some] for some in (left, done))
+    hours = hours_left(runs, named_left, named_done, USUAL_RUNS)
     cost = "the first rows tell how long they take" if hours is None else f"{hours:.1f} hours of two cores"
-    console.print(f"{len(done)} of {len(chosen)} cells are finished; the others: {cost}", highlight=False)
+    console.print(f"{len(done)} of {len(asked)} cells are finished; the others: {cost}", highlight=False)
     if options.list:
-        for cell in chosen:
-            if cell not in done:
-                console.print(f"  {cell.pair}, {cell.method}", highlight=False)
+        for cell in left:
+            console.print(f"  {cell.pair}, {cell.method}", highlight=False)
         return
     bring_images(options.out / "data")
-    study([cell for cell in chosen if cell not in done], settings, options.tables, options.jobs, console)
+    study(left, settings, options.tables, options.jobs, console)
 
 
 if __name__ == "__main__":

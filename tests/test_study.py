@@ -4,13 +4,17 @@ import json
 import math
 import re
 from concurrent.futures import Executor, Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import control_report
 import fit
 import pytest
 import report
+import run_table
 import torch
+from rows import DOCS, Row, decided
 
 import study
 from probe_kd.engine.models import build_model
@@ -32,12 +36,12 @@ class Made(Executor):
     def __init__(self) -> None:
         self.trials: list[study.Trial] = []
 
-    def submit(self, _run: Any, trial: study.Trial, settings: study.Settings) -> Future[Any]:  # type: ignore[override]
+    def submit(self, run: Any, trial: study.Trial) -> Future[Any]:  # type: ignore[override]
         self.trials.append(trial)
         best_rate = {0: 2e-3, 1: 2e-2}.get(trial.seed, 6e-3)
         off = math.log10(trial.rate / best_rate) ** 2 + math.log10(trial.factor / 0.3) ** 2
-        tests = trial.seed in settings.test_seeds
-        row = dict(zip(study.KEY, trial.key, strict=True)) | {
+        tests = trial.seed in run.keywords["settings"].test_seeds
+        row = {
             "part": "test" if tests else "choice",
             "held_out": f"{80 - 5 * off + (trial.cell.method == 'DIST'):.2f}",
             "test": f"{79 - 5 * off:.2f}" if tests else "",
@@ -46,6 +50,11 @@ class Made(Executor):
         future: Future[Any] = Future()
         future.set_result(row)
         return future
+
+
+def runs_of(settings: study.Settings, pool: Executor | None = None) -> run_table.Runs:
+    run = partial(study.run_trial, settings=settings)
+    return run_table.Runs(settings.out / "control.csv", study.KEY, study.place_of, run, pool)
 
 
 def test_every_method_has_the_same_budget_and_layers_that_exist(settings: study.Settings) -> None:
@@ -79,41 +88,37 @@ def test_a_factor_multiplies_what_varies_and_nothing_else(method: str, settings:
 
 
 def test_a_cell_is_chosen_by_the_mean_of_two_seeds_and_goes_on_from_its_table_alone(settings: study.Settings) -> None:
-    table, pool = settings.out / "control.csv", Made()
-    with pytest.raises(study.NotRun):
-        study.Runs(table, settings).tests(HINT)
-    rows = study.Runs(table, settings, pool, "abc").tests(HINT)
+    pool, table = Made(), settings.out / "control.csv"
+    with pytest.raises(run_table.NotRun):
+        study.tests(HINT, runs_of(settings), settings)
+    rows = study.tests(HINT, runs_of(settings, pool), settings)
     assert [(row["lr"], row["factor"], row["seed"]) for row in rows] == [("0.006", "0.3", seed) for seed in "234"]
     tried = {(trial.rate, trial.factor) for trial in pool.trials}
     assert tried == {(rate, 1.0) for rate in (2e-3, 6e-3, 2e-2)} | {(6e-3, factor) for factor in (0.1, 0.3)}
     assert len(pool.trials) == len({(trial.rate, trial.factor, trial.seed) for trial in pool.trials}) == 5 * 2 + 3
-    assert study.Runs(table, settings).tests(HINT) == rows
-    assert study.finished(table, settings, [HINT, study.Cell("vit-resnet", "DIST")]) == {HINT: rows}
+    other = study.Cell("vit-resnet", "DIST")
+    table_alone = runs_of(settings)
+    assert run_table.finished([HINT, other], lambda cell: study.tests(cell, table_alone, settings)) == {HINT: rows}
+    left, done = ([(cell.pair, cell.method)] for cell in (other, HINT))
+    assert run_table.hours_left(table_alone, left, done, usual=99) == pytest.approx(13 * 20 / 2 / 3600)
     lines = table.read_text().splitlines()
     table.write_text("\n".join(line for line in lines if ",choice," not in line or ",1,1," not in line) + "\n")
     again = Made()
-    assert study.Runs(table, settings, again, "abc").tests(HINT) == rows
+    assert [row["test"] for row in study.tests(HINT, runs_of(settings, again), settings)] == [
+        row["test"] for row in rows
+    ]
     assert {(trial.factor, trial.seed) for trial in again.trials} == {(1.0, 1)}
 
 
 def test_the_two_best_are_those_of_the_held_out_images_with_their_weights(settings: study.Settings) -> None:
-    runs = study.Runs(settings.out / "control.csv", settings, Made())
-    cell = runs.together("vit-resnet")
+    cell = study.together("vit-resnet", runs_of(settings, Made()), settings)
     assert cell.parts == (("DIST", 0.3), (HINT.method, 0.3))
     losses, decay = study.losses_of(cell, 3.0)
-    assert {name: loss.get("weight", 1.0) for name, loss in losses.items()} == pytest.approx(
-        {"task": 1.0, "dist": 0.9, "hint": 0.9}
-    )
+    weights = {name: loss.get("weight", 1.0) for name, loss in losses.items()}
+    assert weights == pytest.approx({"task": 1.0, "dist": 0.9, "hint": 0.9})
     assert decay == 1
-    assert runs.row_of(study.Trial(cell, 6e-3, 1.0, 2))["parts"] == "DIST x 0.3 + hint, all pairs, normalised x 0.3"
-
-
-def test_the_hours_that_are_left_follow_from_the_rows(settings: study.Settings) -> None:
-    table = settings.out / "control.csv"
-    chosen = [HINT, study.Cell("vit-resnet", "DIST")]
-    assert study.hours_left(table, settings, chosen) is None
-    study.Runs(table, settings, Made()).tests(HINT)
-    assert study.hours_left(table, settings, chosen) == pytest.approx(13 * 20 / 2 / 3600)
+    row = runs_of(settings, Made()).row_of(study.Trial(cell, 6e-3, 1.0, 2))
+    assert row["parts"] == "DIST x 0.3 + hint, all pairs, normalised x 0.3"
 
 
 def test_a_run_leaves_its_row_and_no_folder_and_another_teacher_is_refused(settings: study.Settings) -> None:
@@ -132,7 +137,7 @@ def test_a_run_leaves_its_row_and_no_folder_and_another_teacher_is_refused(setti
     table = settings.out / "teachers.csv"
     for _ in range(2):
         study.check_teachers([teacher], table)
-    assert study.read(table) == [teacher]
+    assert run_table.read(table) == [teacher]
     with pytest.raises(SystemExit, match="another teacher `resnet`"):
         study.check_teachers([teacher | {"digest": "0"}], table)
 
@@ -145,7 +150,7 @@ def test_a_learning_rate_is_the_best_only_between_two_others() -> None:
             asked.append(rate)
             return -abs(math.log(rate / peak))
 
-        best, tried = study.choose(accuracy, study.RATES)
+        best, tried = run_table.choose(accuracy, study.RATES, study.FIRST)
         assert best == peak
         assert sorted(asked) == tried
         at = study.RATES.index(peak)
@@ -167,6 +172,49 @@ def test_what_the_tables_say_follows_from_their_rows() -> None:
         report.put("a\n<!-- study: x -->\nold\n<!-- end -->\nb", "x", "new")
         == "a\n<!-- study: x -->\n\nnew\n<!-- end -->\nb"
     )
+
+
+def test_a_verdict_needs_one_sign_and_a_mean_beyond_the_deviation() -> None:
+    for values, verdict in (
+        ((1.0, 1.2, 0.9), 1),
+        ((-1.0, -1.2, -0.9), -1),
+        ((0.1, 3.0, 0.1), 0),
+        ((1.0, 1.0, -0.1), 0),
+        ((0.02, 0.02, 0.02), 0),
+    ):
+        assert decided(values) == verdict
+
+
+def test_what_is_said_of_the_control_follows_from_its_finished_cells() -> None:
+    """A remedy that is better everywhere is the answer, and one that is not finished is left out."""
+    pairs, methods = tuple(study.PAIRS), study.all_methods()
+    accuracy = {"alone": 70.0, control_report.AUTOMATIC: 75.0, "RSD": 77.0, "OFA, outputs and exits": 76.0}
+
+    def tested(seeds: int) -> list[Row]:
+        return [
+            {"pair": pair, "method": name, "part": "test", "seed": seed, "test": accuracy.get(name, 72.0) + 0.1 * seed}
+            for pair in pairs
+            for name in methods
+            for seed in range(2, 2 + (seeds if name == "RSD" else 3))
+        ]
+
+    whole = control_report.accuracies(tested(3))
+    assert control_report.state(whole, pairs, methods).startswith("**126 of 126 cells are finished.**")
+    first, table = control_report.answer(whole, pairs, methods)
+    assert "RSD; OFA, outputs and exits are better in all 5 of them" in first
+    assert "| RSD | vision transformer <- ResNet +2.0 ± 0.0 (+++);" in table
+    (orders,) = control_report.claims(whole, pairs)
+    assert orders.count("confirmed +1.0 ± 0.0 (+++)") == 5
+    assert orders.count("refuted -2.0 ± 0.0 (---)") == 10
+    part = control_report.accuracies(tested(2))
+    assert "RSD" not in "".join(control_report.answer(part, pairs, methods))
+    assert "no answer" in "".join(control_report.answer({}, pairs, methods))
+
+
+def test_the_page_says_what_its_tables_say() -> None:
+    text = (DOCS / "results.md").read_text(encoding="utf-8")
+    for name, lines in report.parts().items():
+        assert report.put(text, name, "\n".join(lines) or "Not measured yet.\n") == text, "run python study/report.py"
 
 
 def test_a_student_fits_what_a_teacher_like_it_gives_and_a_frozen_one_only_what_its_map_can() -> None:

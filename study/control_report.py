@@ -1,0 +1,135 @@
+"""The control of unlike pairs, from docs/study/control.csv: tables, verdicts and sentences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from rows import Key, Row, change, decided, differences, groups, table
+
+MODELS = {
+    "vit": "vision transformer",
+    "resnet": "ResNet",
+    "mixer": "mixer",
+    "swin": "Swin",
+    "mobilenet": "MobileNet",
+    "convnext": "ConvNeXt",
+}
+ALONE, AUTOMATIC = "alone", "hint, all pairs, normalised"
+ALIKE = "resnet-resnet"  # the one pair of one family
+
+Accuracies = Mapping[Key, Mapping[float, float]]  # of a pair and a method, by seed
+
+
+class Claim(NamedTuple):
+    """A published order of two methods."""
+
+    better: str
+    worse: str
+    source: str
+
+
+CLAIMS = (
+    Claim(ALONE, "hint, one pair", "hints collapse between unlike models: Hao et al. 2023"),
+    Claim(ALONE, "hint, all pairs", "hints collapse between unlike models: Hao et al. 2023"),
+    Claim("OFA, outputs and exits", "soft targets, labels in full", "Hao et al. 2023"),
+    Claim("OFA, outputs and exits", "DIST", "Hao et al. 2023"),
+    Claim("OFA, outputs and exits", "OFA, outputs", "Hao et al. 2023"),
+    Claim("RSD", "OFA, outputs and exits", "Zhang et al. 2025"),
+    Claim("RSD", "hint, one pair", "Zhang et al. 2025"),
+    Claim("DIST", "soft targets, labels in full", "Huang et al. 2022"),
+    Claim("DKD", "soft targets, labels in full", "Zhao et al. 2022"),
+    Claim("ReviewKD", "hint, one pair", "Chen et al. 2021"),
+    Claim("PKD", "hint, all pairs", "Cao et al. 2022"),
+    Claim("SP", "hint, one pair", "Tung and Mori 2019"),
+    Claim("RKD", "hint, one pair", "Park et al. 2019"),
+)
+
+
+def accuracies(rows: Sequence[Row]) -> Accuracies:
+    """The test accuracy of every finished cell: of one whose three seeds were tested with what was chosen."""
+    tests = groups([row for row in rows if row["part"] == "test"], "pair", "method")
+    return {key: {row["seed"]: row["test"] for row in runs} for key, runs in tests.items() if len(runs) == 3}
+
+
+def name_of(pair: str) -> str:
+    student, teacher = pair.split("-")
+    return f"{MODELS[student]} <- {MODELS[teacher]}"
+
+
+def over(measured: Accuracies, pair: str, method: str, other: str) -> list[float]:
+    """The differences of two methods seed by seed; none where a cell is not finished."""
+    if (pair, method) not in measured or (pair, other) not in measured:
+        return []
+    return differences(measured[pair, method], measured[pair, other])
+
+
+def state(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> str:
+    count = len(pairs) * len(methods)
+    return f"**{len(measured)} of {count} cells are finished.** An empty place in a table is a cell that is not.\n"
+
+
+def gains(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> Iterator[str]:
+    """Points over the student alone; in the first line its accuracy."""
+    if not measured:
+        return
+    lines = []
+    for method in methods:
+        if method == ALONE:
+            means = [fmean(measured[pair, ALONE].values()) if (pair, ALONE) in measured else None for pair in pairs]
+            lines.append([method, *("" if mean is None else f"{mean:.1f} %" for mean in means)])
+        else:
+            changes = (over(measured, pair, method, ALONE) for pair in pairs)
+            lines.append([method, *(change(values) if values else "" for values in changes)])
+    yield table("method", *map(name_of, pairs), rows=lines) + "\n"
+
+
+def answer(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> Iterator[str]:
+    """Which methods are better or worse than automatic matching with normalised hints, pair by pair."""
+    unlike = [pair for pair in pairs if pair != ALIKE]
+    against: dict[str, list[tuple[str, list[float]]]] = {}
+    for method in methods:
+        compared = [(pair, over(measured, pair, method, AUTOMATIC)) for pair in unlike]
+        if method not in (ALONE, AUTOMATIC) and any(values for _, values in compared):
+            against[method] = [(pair, values) for pair, values in compared if values]
+    if not against:
+        yield "No method has been compared with normalised hints of all pairs yet, so there is no answer.\n"
+        return
+    lines = []
+    for method, compared in sorted(against.items(), key=lambda item: -fmean(fmean(values) for _, values in item[1])):
+        places: dict[int, list[str]] = {1: [], 0: [], -1: []}
+        for pair, values in compared:
+            places[decided(values)].append(f"{name_of(pair)} {change(values)}")
+        lines.append([method, *("; ".join(places[sign]) for sign in (1, 0, -1))])
+    better = [line[0] for line in lines if line[1] and not line[3]]
+    everywhere = [name for name in better if len(against[name]) == len(unlike) and not _undecided(against[name])]
+    counted = f"Of {len(against)} methods that were compared with normalised hints of all pairs in unlike pairs,"
+    if everywhere:
+        yield f"{counted} {_listed(everywhere)} better in all {len(unlike)} of them.\n"
+    else:
+        some = f"{_listed(better)} better in some and worse in none"
+        yield f"{counted} none is better in all {len(unlike)} pairs; {some}.\n"
+    yield table("method", "better", "undecided", "worse", rows=lines) + "\n"
+
+
+def _undecided(compared: Sequence[tuple[str, Sequence[float]]]) -> bool:
+    return any(decided(values) == 0 for _, values in compared)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{'; '.join(names) or 'none'} {'is' if len(names) < 2 else 'are'}"
+
+
+def claims(measured: Accuracies, pairs: Sequence[str]) -> Iterator[str]:
+    """What is published about the order of two methods, and what was measured in the unlike pairs."""
+    unlike = [pair for pair in pairs if pair != ALIKE]
+    lines = []
+    for claim in CLAIMS:
+        values = {pair: over(measured, pair, claim.better, claim.worse) for pair in unlike}
+        lines.append((claim.better, claim.worse, claim.source, *(_verdict(values[pair]) for pair in unlike)))
+    yield table("better", "worse", "said by", *map(name_of, unlike), rows=lines) + "\n"
+
+
+def _verdict(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{('undecided', 'confirmed', 'refuted')[decided(values)]} {change(values)}"
