@@ -17,18 +17,22 @@ import json
 import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from photographs import TEACHER, pretrained_teacher
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 from torchvision.datasets import FashionMNIST
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))  # where `make example` has the same teacher
+
+from photographs import TEACHER, pretrained_teacher  # noqa: E402
+
 TABLES = ROOT / "docs" / "study"
 SEEDS = (0, 1, 2)
 RATES = (3e-4, 1e-3, 3e-3)
@@ -87,7 +91,7 @@ def second_teacher(settings: Settings) -> Path:
             }
         ],
     }
-    return _write(recipe, settings.out / "second.yaml")
+    return write_recipe(recipe, settings.out / "second.yaml")
 
 
 def distil_command(teachers: tuple[str, ...], seed: int, settings: Settings) -> list[str]:
@@ -151,7 +155,9 @@ def tune_rows(settings: Settings, done: list[Row]) -> Iterator[tuple[list[str], 
             trained = {int(row["seed"]) for row in done if row["start"] == start and float(row["lr"]) == best}
             missing = [(best, seed) for seed in SEEDS if seed not in trained]
         for rate, seed in missing:
-            recipe = _write(tune_recipe(start, rate, seed, settings), settings.out / f"{start}-{rate:g}-{seed}.yaml")
+            recipe = write_recipe(
+                tune_recipe(start, rate, seed, settings), settings.out / f"{start}-{rate:g}-{seed}.yaml"
+            )
             run = settings.out / f"tune-{start}-{rate:g}-{seed}"
             command = ["probe-kd", "train", str(recipe), "--out", str(run), "--overwrite", "--quiet"]
             yield command, {"start": start, "lr": rate, "seed": seed}
@@ -161,7 +167,7 @@ def _distilled(teachers: tuple[str, ...], seed: int, settings: Settings) -> Path
     return settings.out / f"distil-{'+'.join(teachers)}-{seed}"
 
 
-def _write(recipe: Mapping[str, Any], path: Path) -> Path:
+def write_recipe(recipe: Mapping[str, Any], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         YAML().dump(dict(recipe), file)

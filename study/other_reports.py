@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
 from control_report import name_of
-from rows import Row, change, decided, differences, groups, spread, table
+from pretrained import ARMS, CHANGES, FREE, FROM_PROBED, FROM_TUNED, LABELS
+from rows import Key, Row, change, decided, differences, groups, spread, table
 from scipy.stats import spearmanr
 
 DEFAULT = "default"
@@ -91,33 +92,51 @@ def few_labels(rows: Sequence[Row]) -> Iterator[str]:
             yield f"- `{start}` over `scratch`: {change(differences(starts[start], starts['scratch']))} points.\n"
 
 
-def sweep(rows: Sequence[Row]) -> Iterator[str]:
-    """The runs of study/pretrained.py, and whether explained variance orders them as k-NN does."""
-    lines = []
-    for (part, arm), runs in groups(rows, "part", "arm").items():
-        measures = [[100 * row[name] for row in runs if row[name] != ""] for name in ("knn", "linear")]
-        explained = [row["explained"] for row in runs if row["explained"] != ""]
-        accuracy = [100 * row["test"] for row in runs if row["test"] != ""]
-        texts = [spread(values) if values else "" for values in (*measures, accuracy)]
-        lines.append((part, arm, len(runs), *texts, spread(explained, 3) if explained else ""))
-    if not lines:
-        yield "Nothing of this has been measured yet.\n"
+def pretrained(rows: Sequence[Row]) -> Iterator[str]:
+    """Test accuracy of each arm by the number of labels, and whether the probed teacher is the better one."""
+    measured = finished_arms(rows, "test")
+    if not measured:
+        yield f"**Not measured yet**: none of {len(LABELS) * len(ARMS)} cells is finished.\n"
         return
-    yield (
-        table("part", "arm", "seeds", "k-NN", "linear probe", "test accuracy", "explained variance", rows=lines) + "\n"
-    )
-    yield from order_of_explained(rows)
+    lines = [[arm, *(_spread_of(measured.get((part, arm))) for part in LABELS)] for arm in ARMS]
+    yield table("test accuracy, percent", *LABELS, rows=lines) + "\n"
+    for part in LABELS:
+        if (part, FROM_PROBED) in measured and (part, FROM_TUNED) in measured:
+            values = differences(measured[part, FROM_PROBED], measured[part, FROM_TUNED])
+            verdict = ("Undecided", "Yes", "No")[decided(values)]
+            yield f"- {part}: is the probed teacher the better one for a student? {verdict}: {change(values)}.\n"
 
 
-def order_of_explained(rows: Sequence[Row]) -> Iterator[str]:
-    """Whether held-out explained variance orders the runs that compare the same layers of one teacher as k-NN does."""
-    for (layers,), runs in groups([row for row in rows if row["explained"] != ""], "compared").items():
-        if len(runs) > 3:
-            rank = spearmanr([row["explained"] for row in runs], [row["knn"] for row in runs]).statistic
-            best = max(runs, key=lambda row: row["explained"])["knn"]
-            lost = 100 * (max(row["knn"] for row in runs) - best)
-            said = f"{layers}: the rank correlation of explained variance and k-NN is {rank:+.2f} over {len(runs)} runs"
-            yield f"- {said}; choosing by it costs {lost:.2f} points.\n"
+def without_labels(rows: Sequence[Row]) -> Iterator[str]:
+    """k-NN and linear probe of each arm, and whether explained variance orders the runs as k-NN does."""
+    knn, linear = finished_arms(rows, "knn"), finished_arms(rows, "linear")
+    arms = [arm for arm in CHANGES if (FREE, arm) in knn]
+    if not arms:
+        yield f"**Not measured yet**: none of {len(CHANGES)} cells is finished.\n"
+        return
+    base = next(iter(CHANGES))
+    lines = []
+    for arm in arms:
+        values = differences(knn[FREE, arm], knn[FREE, base]) if (FREE, base) in knn and arm != base else []
+        lines.append((arm, _spread_of(knn[FREE, arm]), _spread_of(linear[FREE, arm]), change(values) if values else ""))
+    yield table("changed", "k-NN", "linear probe", "k-NN over the first line", rows=lines) + "\n"
+    comparable = {arm for arm, changed in CHANGES.items() if not changed.keys() & {"loss", "pairs"}}
+    runs = [row for row in rows if row["part"] == FREE and row["arm"] in comparable and row["use"] == "choice"]
+    if len(runs) > 3:
+        rank = spearmanr([row["explained"] for row in runs], [row["knn"] for row in runs]).statistic
+        lost = max(row["knn"] for row in runs) - max(runs, key=lambda row: row["explained"])["knn"]
+        said = f"Over {len(runs)} runs with token matching of all pairs, explained variance and k-NN on held-out images"
+        yield f"{said} have a rank correlation of {rank:+.2f}; choosing by the former costs {lost:.2f} points.\n"
+
+
+def finished_arms(rows: Sequence[Row], column: str) -> dict[Key, dict[float, float]]:
+    """By seed, the values of the cells of which three seeds were tested."""
+    cells = groups([row for row in rows if row["use"] == "test" and row[column] != ""], "part", "arm")
+    return {key: {row["seed"]: row[column] for row in runs} for key, runs in cells.items() if len(runs) == 3}
+
+
+def _spread_of(values: dict[float, float] | None) -> str:
+    return spread(list(values.values())) if values else ""
 
 
 def helped(tests: Sequence[Row]) -> Iterator[str]:

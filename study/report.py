@@ -220,6 +220,8 @@ def parts() -> dict[str, Iterator[str]]:
     return {
         "label-free": other_reports.label_free(read("label_free.csv")),
         "few-labels": other_reports.few_labels(read("few_labels.csv")),
+        "pretrained": other_reports.pretrained(read("pretrained.csv")),
+        "without-labels": other_reports.without_labels(read("pretrained.csv")),
         "choices": other_reports.choices(chosen, tests, pairs),
         "control-state": iter([control_report.state(control, pairs, methods)]),
         "control-answer": control_report.answer(control, pairs, methods),

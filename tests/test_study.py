@@ -10,6 +10,8 @@ from typing import Any
 
 import control_report
 import fit
+import other_reports
+import pretrained
 import pytest
 import report
 import run_table
@@ -209,6 +211,26 @@ def test_what_is_said_of_the_control_follows_from_its_finished_cells() -> None:
     part = control_report.accuracies(tested(2))
     assert "RSD" not in "".join(control_report.answer(part, pairs, methods))
     assert "no answer" in "".join(control_report.answer({}, pairs, methods))
+
+
+def test_what_is_said_of_the_pretrained_teacher_follows_from_its_rows() -> None:
+    def row(part: str, arm: str, seed: int, **values: Any) -> Row:
+        empty = {"use": "test", "test": "", "knn": "", "linear": "", "explained": ""}
+        return {"part": part, "arm": arm, "seed": seed, **empty, **values}
+
+    arms = {pretrained.FROM_PROBED: 80.0, pretrained.FROM_TUNED: 78.0}
+    labelled = [row("500 labels", arm, seed, test=value + seed) for arm, value in arms.items() for seed in (2, 3, 4)]
+    table, verdict = other_reports.pretrained(labelled)
+    assert "| features and outputs of the probed teacher | 83.00 ± 1.00 |  |  |" in table
+    assert "Yes: +2.0 ± 0.0 (+++)" in verdict
+    assert "Not measured yet" in "".join(other_reports.pretrained(labelled[1:2]))
+    first = next(iter(pretrained.CHANGES))
+    seeds, judged = (2, 3, 4), pretrained.FREE
+    free = [row(judged, arm, seed, knn=70.0 + seed, linear=75.0) for arm in pretrained.CHANGES for seed in seeds]
+    free += [row(judged, first, 0, use="choice", knn=60.0 + n, explained=n / 10) for n in range(4)]
+    _, order = other_reports.without_labels(free)
+    assert "rank correlation of +1.00" in order
+    assert "costs 0.00 points" in order
 
 
 def test_the_page_says_what_its_tables_say() -> None:
