@@ -6,7 +6,7 @@ with the last unit before the stride grows. A model of one stride, such as a pla
 its blocks are counted instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -98,7 +98,7 @@ class Anatomy:
         """
         if not self.is_container(name):
             return False
-        if self._grows_after_a_block(name):
+        if self._grows_after_a_block(name) or self._is_nested(name):
             return True
         share = self.trace.modules[name].macs / max(self.trace.modules[self.root].macs, 1)
         if share <= MAIN_SHARE:
@@ -129,8 +129,9 @@ class Anatomy:
         """Whether a module reads the image, and a decoder or a dense head beside it reads what it yields.
 
         A decoder reads several of its features, or gives the model an output that is finer than the deepest of them. A
-        dense head has no blocks, and gives the model a map. The encoder has layers and parameters that a stem has not,
-        and nothing beside it is coarser.
+        pyramid reads one at each of three strides or more, in layers side by side. A dense head has no blocks, and
+        gives the model a map. The encoder has layers and parameters that a stem has not, and nothing beside it is
+        coarser, but for the small levels that a pyramid adds.
         """
         module = self.trace.modules[name]
         inside = [spec for spec in self._within(name) if spec.grid != (1, 1)]
@@ -139,16 +140,27 @@ class Anatomy:
         siblings = [child for child in self.called_children(parent) if self.trace.modules[child].first >= module.last]
         deepest = max(spec.reduction or 1.0 for spec in inside)
         coarser = [other for other in siblings if other in self.outputs and self.stride(other) > deepest * SAME_STRIDE]
-        if coarser or not self._reads_image(name):
-            return False
         produced = {spec.tensor for spec in self.trace.specs if self._lies_in(spec, name)}
+        read = [spec for other in siblings for spec in self._at(other, "input") if spec.tensor in produced]
+        is_pyramid = self._count_strides(read) > 2 and self._macs_of_stages(coarser) < MAIN_SHARE * module.macs
+        if (coarser and not is_pyramid) or not self._reads_image(name):
+            return False
         outputs = [spec.reduction for spec in self._at(parent, "output") if spec.reduction]
         heads = [other for other in siblings if self.trace.modules[other].parameters]
         return (
-            min(outputs, default=deepest) * SAME_STRIDE < deepest
+            is_pyramid
+            or min(outputs, default=deepest) * SAME_STRIDE < deepest
             or any(len({spec.tensor for spec in self._at(other, "input")} & produced) > 1 for other in siblings)
             or (bool(outputs and heads) and not any(map(self._holds_series, heads)))
         )
+
+    def _macs_of_stages(self, names: Sequence[str]) -> int:
+        """The compute of what runs once; what runs at every stride is a head of a pyramid."""
+        return sum(self.trace.modules[name].macs for name in names if self.trace.modules[name].calls == 1)
+
+    def _count_strides(self, specs: Iterable[FeatureSpec]) -> int:
+        strides = sorted({spec.reduction or 1.0 for spec in specs})
+        return sum(new > SAME_STRIDE * old for old, new in pairwise([0.0, *strides]))
 
     def _holds_series(self, name: str) -> bool:
         return any(self._series_of(other) for other in self.trace.modules if f"{other}.".startswith(f"{name}."))
@@ -193,6 +205,17 @@ class Anatomy:
             if child in self.outputs and self.trace.modules[child].parameters and self.outputs[child].grid != (1, 1)
         )
 
+    def _is_nested(self, name: str) -> bool:
+        """Whether a module goes down and up again, around or within one of its own class: a U-Net of nested blocks."""
+        if name not in self.outputs or self.module(name).kind in _GENERIC:
+            return False
+        deepest = max(spec.reduction or 1.0 for spec in self._within(name))
+        others = [
+            other for other in self.outputs if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")
+        ]
+        own_class = any(self.module(other).kind == self.module(name).kind for other in others if other != name)
+        return own_class and deepest > SAME_STRIDE * max(self.stride(name), self.entry(name))
+
     def _wraps(self, name: str, share: float) -> bool:
         """Whether a module holds the model, and gives features of it beside or instead of its last.
 
@@ -222,11 +245,13 @@ class Anatomy:
         units = self._main_branch(self._units_in_order())
         for index, name in enumerate(units):
             module = self.module(name)
-            if module.calls > 1 and not module.parameters:
+            if (module.calls > 1 and not module.parameters) or self._passes_on(name):
                 continue
             if self._pools_all(name, trunk):
                 break
             if trunk and self.stride(name) * SAME_STRIDE < self.stride(trunk[-1]):
+                if self._is_pyramid(units[index:], trunk):
+                    break
                 new = [unit for unit in units[index:] if not self._runs_again(unit, trunk)]
                 if name not in new or not self._restarts(new, self.stride(trunk[-1])):
                     continue  # a side branch, a fusion of scales, a decoder
@@ -234,6 +259,10 @@ class Anatomy:
             trunk.append(name)
         encoder = self._without_head(trunk)
         return self._without_class_attention(self._without_tails(encoder))
+
+    def _passes_on(self, name: str) -> bool:
+        """Whether a unit gives what it read, as `Identity` does."""
+        return name in self.entries and self.entries[name].tensor == self.outputs[name].tensor
 
     def _runs_again(self, unit: str, trunk: Sequence[str]) -> bool:
         """Whether a unit is a later call of a module in the trunk."""
@@ -277,6 +306,17 @@ class Anatomy:
             if max(inside) > SAME_STRIDE * min(inside):
                 last = max(index for index, name in enumerate(trunk) if name.startswith(prefix))
                 return list(trunk[: last + 1])
+        return self._without_branches(trunk)
+
+    def _without_branches(self, trunk: Sequence[str]) -> list[str]:
+        """Leave out what begins with several units that read the feature of the unit before them (ASPP)."""
+        for index in range(1, len(trunk) - 1):
+            reads_last = [
+                name in self.entries and self.entries[name].tensor == self.outputs[trunk[index - 1]].tensor
+                for name in trunk[index : index + 2]
+            ]
+            if all(reads_last) and is_near(self.outputs[trunk[index]], self.outputs[trunk[index - 1]]):
+                return list(trunk[:index])
         return list(trunk)
 
     def _is_classifier(self, name: str, before: str) -> bool:
@@ -329,6 +369,13 @@ class Anatomy:
             macs > self.trace.macs / 2 and grows
         )
 
+    def _is_pyramid(self, units: Sequence[str], trunk: Sequence[str]) -> bool:
+        """Whether units of several strides have one width, as in a feature pyramid, and those of the trunk have not."""
+        later, before = ([self.outputs[name] for name in names if self.module(name).macs] for names in (units, trunk))
+        later = [spec for spec in later if spec.grid != (1, 1)]
+        widths, widths_before = ({spec.channels for spec in specs} for specs in (later, before))
+        return len(widths) == 1 < len(widths_before) and self._count_strides(later) > 1
+
     def _pools_all(self, name: str, before: Sequence[str]) -> bool:
         """Whether a pooling, or a convolution as large as the map, leaves only one position."""
         grid = self.outputs[name].grid
@@ -342,11 +389,18 @@ class Anatomy:
         """Whether a unit is not a block: a norm, an activation, or one convolution that widens for the classifier.
 
         A single convolution in a series of stages counts as a stage, as the author of the model wrote it (MobileNetV3).
+        So does a last one that does not widen, since it gathers what the blocks gave (Inception-ResNet).
         """
         if self._is_series(name):
             return False
         small = final and self.module(name).macs < TAIL_SHARE * self.trace.macs
-        return small or self._layer_count(name) < 2
+        classifies = not self._at("", "output")
+        once = self.module(name).calls == 1
+        gathers = final and classifies and once and self._layer_count(name) == 1 and not self._widens(name)
+        return small or (self._layer_count(name) < 2 and not gathers)
+
+    def _widens(self, name: str) -> bool:
+        return name not in self.entries or self.outputs[name].channels > self.entries[name].channels
 
     def _is_series(self, name: str) -> bool:
         """Whether this is a numbered series of numbered blocks."""
@@ -376,7 +430,7 @@ class Anatomy:
     def returned(self) -> list[FeatureSpec]:
         """The features of growing strides that an encoder gives to what comes after it, or returns.
 
-        These are ends of stages by its author's word. Of several of one stride, the last.
+        These are ends of stages by its author's word. Of several of one stride, the last. A pyramid has one width.
         """
         first: dict[int, FeatureSpec] = {}
         for spec in self.outputs.values():
@@ -390,7 +444,15 @@ class Anatomy:
             features.append(spec)
         strides = [spec.reduction or 1.0 for spec in features]
         grows = all(new > SAME_STRIDE * old for old, new in pairwise(strides))
-        return features if grows and len(features) > 2 else []
+        is_pyramid = len({spec.channels for spec in features}) == 1
+        return features if grows and len(features) > 2 and not is_pyramid else []
+
+    def _comes_late(self, spec: FeatureSpec) -> bool:
+        """Whether the next stage has ended when a feature is there: it is one of a pyramid, or normed at the end."""
+        coarser = [
+            self.outputs[name] for name in self.trunk if self.stride(name) > SAME_STRIDE * (spec.reduction or 1.0)
+        ]
+        return any(other.order < spec.order and self.is_container(other.tap.module) for other in coarser)
 
     def _given(self) -> list[FeatureSpec]:
         if not self.root:
@@ -405,24 +467,90 @@ class Anatomy:
         ends = self._structural_ends()
         for spec in self.returned:
             near = [end for end in ends if is_near(spec, end)]
-            if not any(end.channels == spec.channels for end in near):
+            if not any(end.channels == spec.channels for end in near) and not self._comes_late(spec):
                 ends = sorted([*(end for end in ends if end not in near), spec], key=lambda end: end.order)
+        if ends and self.share_without_grid > MAIN_SHARE:
+            late = [spec for spec in self._given() if spec.order > ends[-1].order and spec.grid != (1, 1)]
+            coarse = [spec for spec in late if (spec.reduction or 1.0) * SAME_STRIDE > (ends[-1].reduction or 1.0)]
+            ends = [*(end for end in ends if not is_near(end, coarse[-1])), coarse[-1]] if coarse else ends
         return ends
+
+    @cached_property
+    def share_without_grid(self) -> float:
+        """The share of the encoder's compute, 0..1, in layers that yield no feature with positions."""
+        parts = self.called_children(self.root)
+        whole = sum(self.trace.modules[part].macs for part in parts)
+        return sum(map(self._macs_without_grid, parts)) / max(whole, 1)
+
+    def _macs_without_grid(self, name: str) -> int:
+        if name in self.outputs:
+            return 0
+        parts = self.called_children(name)
+        return sum(map(self._macs_without_grid, parts)) if parts else self.trace.modules[name].macs
+
+    @cached_property
+    def other_end(self) -> FeatureSpec | None:
+        """The end of the last stage in another reading, before or after a last convolution that widens.
+
+        Authors of one and the same model differ in whether this convolution belongs to the stage (MobileNetV2 of
+        torchvision and of timm, MobileViT of timm and of transformers), so that no structure decides it.
+        """
+        if not self.trunk or self.outputs[self.trunk[-1]].tensor != self.ends[-1].tensor:
+            return None
+        last = self.trunk[-1]
+        if self._layer_count(last) == 1:
+            before = self.trunk[-2] if len(self.trunk) > 1 and self._widens(last) else last
+            is_block = self._layer_count(before) > 1 and self._near(before, [self.stride(last)])
+            return self.outputs[before] if is_block else None
+        later = [name for name in self._units_in_order() if self.outputs[name].order > self.outputs[last].order]
+        return next((self.outputs[name] for name in later if self._widens_end(name, self.outputs[last])), None)
+
+    def _widens_end(self, name: str, end: FeatureSpec) -> bool:
+        """Whether a unit is one convolution that widens the end of the last stage, and no classifier."""
+        reads_end = name in self.entries and self.entries[name].channels == end.channels
+        return (
+            reads_end
+            and self._layer_count(name) == 1
+            and self._widens(name)
+            and is_near(self.outputs[name], end)
+            and not self._has_width_of_output(name)
+        )
 
     def _structural_ends(self) -> list[FeatureSpec]:
         ends: list[FeatureSpec] = []
+        pooled: list[FeatureSpec] = []  # the last end, and what was pooled from it
         for name in self.trunk:
-            if ends and self._pools(name, ends[-1]):
+            if pooled and self._pools(name, pooled):
+                pooled.append(self.outputs[name])
                 continue
-            if ends and self.stride(name) < SAME_STRIDE * (ends[-1].reduction or 1.0):
+            same_stride = bool(ends) and self.stride(name) < SAME_STRIDE * (ends[-1].reduction or 1.0)
+            before = None if same_stride else self._end_inside(name)
+            if same_stride or (ends and before is not None and is_near(ends[-1], before)):
                 ends.pop()
-            ends.append(self.outputs[name])
+            ends += [self.outputs[name]] if before is None else [before, self.outputs[name]]
+            pooled = [ends[-1]]
         return ends
 
-    def _pools(self, name: str, end: FeatureSpec) -> bool:
-        """Whether a unit only pools the end of a stage, which makes it no second one."""
-        reads_end = name in self.entries and self.entries[name].tensor == end.tensor
-        return reads_end and not self.module(name).parameters and self.stride(name) > SAME_STRIDE * self.entry(name)
+    def _end_inside(self, name: str) -> FeatureSpec | None:
+        """Return the end of the stage before a block, where the block goes on with that stage before its stride grows.
+
+        Such a block begins with layers that are alike, have the block's own width already, and hold most of its
+        compute. Only then comes its convolution with a stride (Xception with pre-activation).
+        """
+        branch = max(self.called_children(name), key=lambda child: self.module(child).macs, default=name)
+        series = self._series_of(branch) if self.repeats(name) else []
+        before = [part for part in series if _is_same_stride(self.stride(part), self.entry(name))]
+        later = [part for part in series if part not in before]
+        macs = sum(self.module(part).macs for part in before)
+        if len(before) < 2 or not later or 2 * macs < self.module(name).macs:
+            return None
+        end = self.outputs[before[-1]]
+        return end if end.channels == self.outputs[name].channels else None
+
+    def _pools(self, name: str, pooled: Sequence[FeatureSpec]) -> bool:
+        """Whether a unit only pools the end of a stage, or what was pooled from it, and so is no end itself."""
+        reads = name in self.entries and self.entries[name].tensor in {spec.tensor for spec in pooled}
+        return reads and not self.module(name).parameters and self.outputs[name].grid != pooled[0].grid
 
     @cached_property
     def decoder(self) -> list[FeatureSpec]:
@@ -489,9 +617,10 @@ class Anatomy:
         names: list[str] = []
         single: list[str] = []
         for unit in filter(self.is_container, self.trunk):
-            if self.stride(unit) > 2 * SAME_STRIDE * self.entry(unit):
-                continue  # a stem
             inside = self._blocks_in(unit)
+            shrinks = self.stride(unit) > 2 * SAME_STRIDE * self.entry(unit)
+            if shrinks and not all(_is_same_stride(self.entry(block), self.stride(unit)) for block in inside):
+                continue  # a stem, not a stage with its patch embedding
             names += inside
             if inside == [unit] and not self.repeats(unit):
                 single.append(unit)
@@ -554,11 +683,21 @@ class Anatomy:
         if not repeated and not in_block:
             repeated = self._series_of(self.module(name).name)
         for series in (repeated, *([child] for child in children if child not in repeated)):
-            if series and all(child in self.outputs for child in series) and self._has_form_of(series[-1], name):
+            if (
+                series
+                and not self._side_by_side(series)
+                and all(child in self.outputs for child in series)
+                and self._has_form_of(series[-1], name)
+            ):
                 opened = [block for child in series for block in self._blocks_in(child, in_block=in_block)]
                 if len(series) > 1 or opened != series or self._is_same_tensor(series[0], name):
                     return opened
         return [name]
+
+    def _side_by_side(self, names: Sequence[str]) -> bool:
+        """Whether several modules all read one feature, as experts and the branches of ASPP do: no series of blocks."""
+        read = {self.entries[name].tensor for name in names if name in self.entries}
+        return len(names) > 1 and all(name in self.entries for name in names) and len(read) == 1
 
     def _is_block(self, name: str) -> bool:
         """Whether a module is one of a series in which some have one form, or alone in a list: a stage has its own."""

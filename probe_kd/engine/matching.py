@@ -9,7 +9,7 @@ from dataclasses import replace
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
 
-from probe_kd.engine.anatomy import SAME_STRIDE, Anatomy, is_near
+from probe_kd.engine.anatomy import MAIN_SHARE, SAME_STRIDE, Anatomy, is_near
 from probe_kd.engine.patterns import expression, glob
 from probe_kd.engine.spec import FeatureSpec, Layout, Pair, Tap, Trace
 from probe_kd.errors import MatchError, MatchWarning, TapError, demand, nearest
@@ -184,6 +184,8 @@ def _doubts(pairs: Sequence[Pair], student: Anatomy, teacher: Anatomy, *, comple
     for pair in pairs:
         with suppress(TapError):
             texts += _doubts_of(pair, student, teacher)
+    if complete:
+        texts += [text for side in (student, teacher) for text in _without_grid(side)]
     if complete and pairs:
         counts = [len(_above_stem(_stages(side))) for side in (student, teacher)]
         if len(pairs) < min(counts):
@@ -192,6 +194,17 @@ def _doubts(pairs: Sequence[Pair], student: Anatomy, teacher: Anatomy, *, comple
                 f"{counts[1]} stages; see the layers with `probe-kd inspect`, and name others in `pairs` by hand"
             )
     return texts
+
+
+def _without_grid(side: Anatomy) -> Iterator[str]:
+    """Say so if most of a model yields no positions, and its own output none that end a stage."""
+    share = side.share_without_grid
+    if share > MAIN_SHARE and not side.ends[-1].tap.is_output:
+        yield (
+            f"{share:.0%} of the compute of {side.trace.model} is in layers without positions (windows in the batch, "
+            "groups or a selection of the tokens, vectors), and they are left out; see what the layers yield with "
+            "`probe-kd inspect`"
+        )
 
 
 def _doubts_of(pair: Pair, student: Anatomy, teacher: Anatomy) -> Iterator[str]:
@@ -318,17 +331,23 @@ def _block_pairs(student: Anatomy, teacher: Anatomy, anchors: Sequence[Pair]) ->
 
 def _pair(student: Anatomy, teacher: Anatomy, student_layer: FeatureSpec, teacher_layer: FeatureSpec) -> Pair:
     depths = f"depth {student.depth(student_layer):.0%} and {teacher.depth(teacher_layer):.0%}"
+    others = _other_end(student, student_layer, "student") + _other_end(teacher, teacher_layer, "teacher")
     student_stride, teacher_stride = student_layer.reduction or 1.0, teacher_layer.reduction or 1.0
-    if is_near(student_layer, teacher_layer):
-        strides = (
-            f"stride {student_stride:.3g}"
-            if f"{student_stride:.3g}" == f"{teacher_stride:.3g}"
-            else f"stride {student_stride:.3g} and {teacher_stride:.3g}"
-        )
-        return Pair(student_layer.tap, teacher_layer.tap, reason=f"{strides}; {depths}")
-    return Pair(
-        student_layer.tap, teacher_layer.tap, reason=f"{depths}; stride {student_stride:.3g} and {teacher_stride:.3g}"
-    )
+    both = f"stride {student_stride:.3g} and {teacher_stride:.3g}"
+    if not is_near(student_layer, teacher_layer):
+        return Pair(student_layer.tap, teacher_layer.tap, reason=f"{depths}; {both}{others}")
+    if f"{student_stride:.3g}" == f"{teacher_stride:.3g}":
+        both = f"stride {student_stride:.3g}"
+    return Pair(student_layer.tap, teacher_layer.tap, reason=f"{both}; {depths}{others}")
+
+
+def _other_end(anatomy: Anatomy, spec: FeatureSpec, side: str) -> str:
+    """Return the end of a reason that names the last stage's end in another reading."""
+    other = anatomy.other_end if spec.tensor == anatomy.ends[-1].tensor else None
+    if other is None:
+        return ""
+    place = "its last convolution" if other.order > spec.order else "before its last convolution"
+    return f"; or '{other.tap}' of the {side}, {place}"
 
 
 def _spread(items: Sequence[T], count: int) -> list[T]:

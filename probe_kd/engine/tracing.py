@@ -285,6 +285,7 @@ _FACTORIES = {
     *(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn")),
     *(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")),
 }
+_SELECTIONS = {"gather", "index", "index_select"}  # of tokens, in any order
 _RESHAPES = {"view", "_unsafe_view", "reshape"}
 
 
@@ -293,7 +294,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     `from_image` has the ids of tensors that were computed from the images. `concatenated` maps the length of an axis to
     the lengths of (other tokens, tokens of the image, other tokens) that were concatenated to it, and `flattened` the
-    length of an axis to the sides of the map that was flattened to it.
+    length of an axis to the sides of the map that was flattened to it. `selected` are the numbers of tokens that were
+    picked from more of them, and so have no grid.
 
     The flops come from torch's own formulas. `FlopCounterMode` is not used: it also tracks modules, and fails on the
     class tokens of CaiT.
@@ -308,6 +310,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.batch = images.shape[0]
         self.concatenated: dict[int, tuple[int, int, int]] = {}
         self.flattened: dict[int, tuple[int, ...]] = {}
+        self.selected: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Read before the operation, which may overwrite its input.
@@ -332,7 +335,10 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _ACTIVATIONS.get(name, "") if is_relu6 or name != "hardtanh" else ""
 
     def _see_tokens(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        if output.ndim == 3 and name == "cat":
+        if output.ndim == 3 and name in _SELECTIONS and id(args[0]) in self.from_image:
+            if output.shape[1] < args[0].shape[1] and int(output.shape[1]) not in self._lengths_of_images():
+                self.selected.add(int(output.shape[1]))
+        elif output.ndim == 3 and name == "cat":
             self._see_concatenation(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0), output)
         elif output.ndim == 3 and name in _RESHAPES and id(args[0]) in self.from_image:
             self._see_flattening(tuple(args[0].shape), tuple(output.shape), self.axes.get(id(args[0])))
@@ -342,6 +348,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         of_image = [index for index, part in enumerate(parts) if id(part) in self.from_image]
         patches = [index for index in of_image if lengths[index] in self._lengths_of_images()] or of_image
         if len(patches) != 1 or len(parts) < 2:
+            return
+        if lengths[patches[0]] in self.selected:
             return
         before, own, after = sum(lengths[: patches[0]]), lengths[patches[0]], sum(lengths[patches[0] + 1 :])
         first, own, last = self.concatenated.get(own, (0, own, 0))
@@ -571,6 +579,8 @@ class _SpecBuilder:
         First what was seen to be concatenated, then a grid of an earlier map with the prefix tokens that the model
         names or few others, then a map that was flattened to this length, then a grid of the image's aspect ratio.
         """
+        if length in self.operations.selected:
+            return None
         return (
             self._concatenated(length)
             or self._of_known_grid(length)
@@ -609,13 +619,22 @@ class _SpecBuilder:
     def _of_aspect_ratio(self, length: int) -> _Reading | None:
         for prefix in dict.fromkeys((*self.prefix_tokens, 0, 1, 2)):
             grid = self._grid_of(length - prefix)
-            if grid is not None and grid[0] * self.size[1] == grid[1] * self.size[0]:
+            if grid is not None and grid[0] * self.size[1] == grid[1] * self.size[0] and self._is_scaled(grid):
                 return _Reading(grid=grid, prefix_tokens=prefix)
         for prefix in dict.fromkeys((0, *self.prefix_tokens, 1, 2)):
             grid = self._grid_of(length - prefix)
-            if grid is not None:
+            if grid is not None and self._is_scaled(grid):
                 return _Reading(grid=grid, prefix_tokens=prefix)
         return None
+
+    def _is_scaled(self, grid: tuple[int, int]) -> bool:
+        """Whether a grid is one that was seen, shrunk or enlarged by a whole number; true where none was seen.
+
+        Tokens that were grouped or dropped have a number that says nothing of positions.
+        """
+        seen = [other for other in self.grids if other not in (self.size, (1, 1))]
+        seen += [(sides[-2], sides[-1]) for sides in self.operations.flattened.values()]
+        return not seen or any(_scales(other, grid) or _scales(grid, other) for other in seen)
 
     def _grid_of(self, positions: int) -> tuple[int, int] | None:
         """Return the grid with this number of positions that has the aspect ratio of the image."""
@@ -634,6 +653,12 @@ class _SpecBuilder:
             return False
         stride = sqrt(height * width / (grid[0] * grid[1]))
         return abs(height / stride - grid[0]) <= 1 and abs(width / stride - grid[1]) <= 1
+
+
+def _scales(fine: tuple[int, int], coarse: tuple[int, int]) -> bool:
+    """Whether both sides of a grid are those of a finer one divided by one whole number, both rounded up or down."""
+    factor = max(round(fine[0] / coarse[0]), 1)
+    return coarse in (tuple(side // factor for side in fine), tuple(-(-side // factor) for side in fine))
 
 
 _MAPS = (Layout.NCHW, Layout.NHWC, Layout.NCDHW, Layout.NDHWC)

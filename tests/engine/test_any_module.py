@@ -309,9 +309,61 @@ def test_the_last_stage_of_a_model_without_a_classifier_stays_one() -> None:
     assert taps(Cnn(0)) == "stem low middle high"
 
 
-def test_a_pooling_of_a_tapped_layer_is_no_second_target() -> None:
-    model = nn.Sequential(conv(3, 8, 2), stage(8, 16), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 64, 10))
+@pytest.mark.parametrize("pools", [[nn.MaxPool2d(2)], [nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(8)]], ids=["one", "two"])
+def test_a_pooling_of_a_tapped_layer_is_no_second_target(pools: list[nn.Module]) -> None:
+    model = nn.Sequential(conv(3, 8, 2), stage(8, 16), *pools, nn.Flatten(), nn.Linear(16 * 64, 10))
     assert taps(model) == "0 1.2"
+
+
+class EndsWithItsStride(nn.Module):
+    """A block of which two layers go on with the stage before, and the third has the stride (Xception)."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        pairs = [(width, out, 1), (out, out, 1), (out, out, stride)]
+        self.stack = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, a, 3, s, 1), nn.Conv2d(a, b, 1)) for a, b, s in pairs))
+        self.shortcut = nn.Conv2d(width, out, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stack(x) + self.shortcut(x)
+
+
+def test_a_stage_goes_on_in_a_block_whose_last_layer_has_the_stride() -> None:
+    widths = [(8, 16, 2), (16, 24, 2), (24, 24, 1), (24, 32, 2), (32, 32, 1)]
+    blocks = [EndsWithItsStride(*width) for width in widths]
+    model = nn.Sequential(conv(3, 8, 2), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    assert taps(model, 128) == "1.stack.1 2.stack.1 4.stack.1 5"
+
+
+class LastConvolution(nn.Module):
+    """Stages and a last convolution, in their list or after it."""
+
+    def __init__(self, width: int, *, in_list: bool) -> None:
+        super().__init__()
+        last = conv(24, width)
+        self.stages = nn.Sequential(nn.Sequential(conv(3, 8, 2)), stage(8, 16), stage(16, 24))
+        self.stages.append(nn.Sequential(last)) if in_list else self.add_module("last", last)
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(x)
+        return self.fc((self.last(x) if hasattr(self, "last") else x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("width", "in_list", "last", "other"),
+    [
+        (96, True, "stages.3", "or 'stages.2' of the student, before its last convolution"),
+        (96, False, "stages.2", "or 'last' of the student, its last convolution"),
+        (20, False, "last", ""),
+    ],
+)
+def test_where_authors_differ_on_a_last_convolution_the_reason_names_the_other_choice(
+    width: int, in_list: bool, last: str, other: str, resnet: Trace
+) -> None:
+    pair = match(trace(LastConvolution(width, in_list=in_list), 64), resnet)[-1]
+    assert str(pair.student) == last
+    assert pair.reason.partition("; or")[2] == other.removeprefix("or")
 
 
 class Unet(nn.Module):
@@ -375,6 +427,100 @@ def test_a_head_at_the_stride_of_the_last_stage_is_no_stage() -> None:
     assert taps(Dense()) == "backbone.0 backbone.1 backbone.2"
 
 
+class Nested(nn.Module):
+    """A U-Net of which each level holds the next (pix2pix)."""
+
+    def __init__(self, widths: tuple[int, ...], inner: nn.Module | None = None) -> None:
+        super().__init__()
+        outer, width, *deeper = widths
+        self.down, self.up = conv(outer, width, 2), nn.ConvTranspose2d(width, outer, 2, 2)
+        self.inner = Nested((width, *deeper)) if deeper else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.inner(self.down(x)))
+
+
+def test_a_u_net_of_nested_levels_is_opened_level_by_level() -> None:
+    ends = [f"{'inner.' * depth}down" for depth in range(4)]
+    assert taps(Nested((3, 8, 16, 24, 32))) == " ".join(ends)
+
+
+class Stages(nn.Module):
+    """The stages of a backbone; the last has a stride or, dilated, none."""
+
+    def __init__(self, *, dilated: bool) -> None:
+        super().__init__()
+        self.stem, self.low, self.middle = conv(3, 8, 2), stage(8, 16), stage(16, 24)
+        self.high = nn.Sequential(conv(24, 32), Residual(32)) if dilated else stage(24, 32)
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        low = self.low(self.stem(x))
+        middle = self.middle(low)
+        return [low, middle, self.high(middle)]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.stages(x)
+
+
+class Retina(nn.Module):
+    """A pyramid with one level more, and a head that runs at every level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Stages(dilated=False)
+        self.lateral = nn.ModuleList(nn.Conv2d(width, 16, 1) for width in (16, 24, 32))
+        self.extra, self.head = nn.Conv2d(32, 16, 3, 2, 1), nn.Sequential(conv(16, 16), conv(16, 16), conv(16, 4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.backbone(x)
+        levels = [layer(feature) for layer, feature in zip(self.lateral, features, strict=True)]
+        levels[0] = levels[0] + nn.functional.interpolate(levels[1], scale_factor=2)
+        return {
+            "boxes": torch.cat([self.head(level).flatten(2).mT for level in [*levels, self.extra(features[-1])]], 1)
+        }
+
+
+class FlatPyramid(Stages):
+    """A pyramid beside the stages, in one module, which returns its levels."""
+
+    def __init__(self) -> None:
+        super().__init__(dilated=False)
+        self.lateral = nn.ModuleList(nn.Conv2d(width, 16, 1) for width in (16, 24, 32))
+        self.smooth = nn.ModuleList(conv(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        low, middle, high = (layer(feature) for layer, feature in zip(self.lateral, self.stages(x), strict=True))
+        middle = middle + nn.functional.interpolate(high, scale_factor=2)
+        levels = [low + nn.functional.interpolate(middle, scale_factor=2), middle, high]
+        return [layer(level) for layer, level in zip(self.smooth, levels, strict=True)]
+
+
+class FlatAspp(Stages):
+    """Branches beside each other that read the last stage, and a head that reads the first one too."""
+
+    def __init__(self) -> None:
+        super().__init__(dilated=True)
+        self.branches = nn.ModuleList(conv(32, 16) for _ in range(3))
+        self.fuse = nn.Sequential(conv(64, 16), conv(16, 16), nn.Conv2d(16, 5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, _, high = self.stages(x)
+        deep = torch.cat([branch(high) for branch in self.branches], 1)
+        return self.fuse(torch.cat([nn.functional.interpolate(deep, scale_factor=2), low], 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "ends"),
+    [
+        (Retina, "backbone.stem backbone.low backbone.middle backbone.high"),
+        (FlatPyramid, "stem low middle high"),
+        (FlatAspp, "stem low high"),
+    ],
+)
+def test_what_reads_the_stages_is_none_of_them(model: Callable[[], nn.Module], ends: str) -> None:
+    assert taps(model()) == ends
+
+
 class Tokens(nn.Module):
     """A transformer with `before` tokens before the grid, and `after` after it, each in a concatenation of its own."""
 
@@ -426,6 +572,83 @@ def test_tokens_of_the_grid_are_those_that_came_from_the_patches(
     assert ToMap.of(spec)(feature).shape == (2, 16, *grid)
     raw = Probe(model, "blocks.2")(images)[spec.tap]
     assert torch.equal(raw if batch_first else raw.transpose(0, 1), feature)
+
+
+class Experts(nn.Module):
+    """A block with several layers beside each other."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + sum(expert(x) for expert in self.experts)
+
+
+def test_experts_beside_each_other_are_one_block() -> None:
+    def hold(model: nn.Module) -> list[str]:
+        model.blocks = nn.ModuleList(Experts(16) for _ in range(4))
+        return [f"blocks.{index}" for index in range(4)]
+
+    assert taps(Names(hold)) == "blocks.0 blocks.1 blocks.2 blocks.3"
+
+
+class Fewer(nn.Module):
+    """Blocks on fewer tokens than patches: some of these (a masked autoencoder), or queries that read them all."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.patch = how, nn.Conv2d(3, 16, 8, 8)
+        self.queries, self.mask = nn.Parameter(torch.zeros(1, 25, 16)), nn.Parameter(torch.zeros(1, 1, 16))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.blocks = nn.Sequential(*(Mixer(16) for _ in range(8)))
+        self.decoder, self.fc = Mixer(16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        if self.how == "queries":
+            return self.fc(self.blocks(self.attention(self.queries.expand(len(x), -1, -1), x, x)[0]).mean(1))
+        order = torch.rand(x.shape[:2], device=x.device).argsort(1)[..., None].expand_as(x)
+        x = self.blocks(x.gather(1, order[:, :16]))
+        x = torch.cat([x, self.mask.expand(len(x), 48, -1)], 1).gather(1, order.argsort(1))
+        return self.decoder(x).mean(1)
+
+
+@pytest.mark.parametrize("how", ["queries", "selected"])
+def test_tokens_that_are_no_patches_have_no_grid_and_a_model_of_them_is_told(how: str, resnet: Trace) -> None:
+    traced = trace(Fewer(how), 64)
+    assert traced["blocks.3"].grid is None
+    if how == "selected":
+        assert traced["decoder"].grid == (8, 8)
+    with pytest.warns(MatchWarning, match=r"^[0-9]+% of the compute of Fewer is in layers without positions"):
+        match(traced, resnet)
+
+
+def test_the_map_that_a_model_of_windows_returns_is_its_end(resnet: Trace) -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.blocks = nn.Conv2d(3, 16, 4, 4), nn.Sequential(*(Mixer(16) for _ in range(4)))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            x = self.patch(x).unflatten(3, (4, 4)).unflatten(2, (4, 4))
+            x = self.blocks(x.permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 16))
+            x = x.reshape(-1, 4, 4, 4, 4, 16).permute(0, 5, 1, 3, 2, 4)
+            return {"map": x.reshape(-1, 16, 16, 16)}
+
+    traced = trace(Windows(), 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [str(pair) for pair in match(traced, resnet)] == ["[map] <- layer4"]
+
+
+def test_a_stage_that_holds_its_patch_embedding_counts_its_blocks() -> None:
+    widths = [(3, 8), (8, 16)]
+    parts = [nn.Sequential(nn.Conv2d(a, b, 4, 4), nn.Sequential(Residual(b), Residual(b))) for a, b in widths]
+    model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    assert [str(spec.tap) for spec in blocks(trace(model, 64))] == ["0.1.0", "0.1.1", "1.1.0", "1.1.1"]
 
 
 def test_a_sequence_as_long_as_the_batch_is_told_from_it() -> None:

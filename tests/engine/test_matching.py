@@ -5,7 +5,7 @@ import re
 
 import pytest
 from families import families
-from match_zoo import Score, check_plan, check_step, truths
+from match_zoo import SILENT, Score, check_plan, check_step, judge, judged, rings, truths
 
 from probe_kd import Trace, match, trace
 from probe_kd.engine.matching import blocks, stages
@@ -41,8 +41,12 @@ PAIRS = {
 
 @pytest.fixture(scope="module")
 def some() -> dict[str, tuple[Trace, Trace]]:
-    """Every seventh family, as a student (in training mode) and as a teacher."""
-    return {name: (trace(name, training=True), trace(name)) for name in families()[::7]}
+    """Every seventh family, as a student (every other one in training mode) and as a teacher."""
+    teachers = {name: trace(name) for name in families()[::7]}
+    learning = list(teachers)[::2]
+    return {
+        name: (trace(name, training=True) if name in learning else traced, traced) for name, traced in teachers.items()
+    }
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -73,10 +77,21 @@ def test_most_stage_ends_agree_with_feature_info(some: dict[str, tuple[Trace, Tr
     assert total.precision.alike / total.precision.layers >= 0.95, str(total.precision)
 
 
-def test_every_pair_of_families_has_a_legal_plan(some: dict[str, tuple[Trace, Trace]]) -> None:
-    for student, _ in some.values():
-        for _, teacher in some.values():
-            assert check_plan(student, teacher) >= 2, (student.model, teacher.model)
+@pytest.mark.filterwarnings("ignore::probe_kd.MatchWarning")
+def test_pairs_of_families_have_a_legal_plan(some: dict[str, tuple[Trace, Trace]]) -> None:
+    """Each as a student and as a teacher of five others; all pairs of all families are in docs/matching.md."""
+    for (student, _), (_, teacher) in rings(list(some.values()), list(some.values()), (0, 1, 4, 6, 11)):
+        assert check_plan(student, teacher) >= 2, (student.model, teacher.model)
+
+
+@pytest.mark.parametrize("name", ["ghostnet_050", "nf_regnet_b0", "inception_v4", "mobilevit_xxs", "xception41p"])
+def test_a_layer_that_its_author_does_not_name_is_told_or_named_elsewhere(name: str) -> None:
+    """All pairs of families are in docs/matching.md; these are the ones whose layers were wrong in silence."""
+    other = judged("resnet18", trace("resnet18"), truths("resnet18"))
+    model = judged(name, trace(name), truths(name))
+    for student, teacher in ((model, other), (other, model)):
+        mistakes, verdict = judge(student, teacher, match(student.traced, teacher.traced), doubted=False)
+        assert verdict != SILENT, mistakes
 
 
 @pytest.mark.parametrize(
