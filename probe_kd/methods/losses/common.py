@@ -1,8 +1,7 @@
-"""Shared by all losses: float32, the gradient block, reductions, and checks of types and shapes."""
+"""Shared by all losses: float32, the gradient block, reductions, sums in parts, and checks of types and shapes."""
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import wraps
 from math import isfinite
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, distributed, nn
+from torch.utils.checkpoint import checkpoint
 
 from probe_kd.errors import LossError, ProbeKDError
 
@@ -22,19 +22,16 @@ P = ParamSpec("P")
 Compared = Tensor | tuple[Tensor, ...]  # one side of a comparison, or that side of all pairs
 
 
-def in_float32(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
-    """Run a function outside autocast, with every tensor argument promoted to float32 at least if `promote` is set.
-
-    Tensors have to be positional: a tensor that is passed by keyword keeps its type and its gradient.
-    """
+def outside_autocast(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Run a function of tensors outside autocast."""
 
     @wraps(function)
     def computed(*args: Any, **kwargs: Any) -> Tensor:  # P.args, made in a compiled step, would fail its guards
         device: str = flat(args[0])[0].device.type
-        # Where there is none to leave, the context is left out: entering one takes longer than a small kernel.
-        outside = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with outside:
-            return function(*(map(_promote, args) if promote else args), **kwargs)
+        if not torch.is_autocast_enabled(device):  # entering a context takes longer than a small kernel
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
 
     return computed
 
@@ -44,19 +41,9 @@ def flat(side: Any) -> tuple[Tensor, ...]:
     return side if isinstance(side, tuple) else (side,)
 
 
-def _mapped(function: Callable[[Any], Any], side: Any) -> Any:
-    return tuple(map(function, side)) if isinstance(side, tuple) else function(side)
-
-
-def _promote(side: Any) -> Any:
-    return _mapped(promoted, side)
-
-
-def promoted(value: Any) -> Any:
+def promoted(tensor: Tensor) -> Tensor:
     """The tensor in float32 at least; one of whole numbers as it is."""
-    if value.dtype == torch.float32 or not value.is_floating_point():
-        return value
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -78,12 +65,17 @@ def squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Ten
     and two means hold five, and take twice the time.
     """
     check_reduction(reduction)
-    if {student.dtype.itemsize, teacher.dtype.itemsize} in ({2}, {2, 4}):
+    if student.itemsize + teacher.itemsize in (4, 6):  # both in half precision, or one beside float32
         total: Tensor = _SquaresOfHalf.apply(student, teacher)
         return total / (student.numel() if reduction == "mean" else len(student))
-    if reduction == "mean":  # events of one batch are of one size, so the mean of their means is that of all
-        return F.mse_loss(student, teacher).clone()  # the number that torch gives still holds the squares' memory
-    return F.mse_loss(student, teacher, reduction="sum") / len(student)
+    if reduction == "sum":
+        return F.mse_loss(student, teacher, reduction="sum") / len(student)
+    # Events of one batch are of one size, so the mean of their means is that of all. `F.mse_loss` broadcasts first.
+    value: Tensor = torch.ops.aten.mse_loss.default(student, teacher, 1)
+    if not has_values(value):
+        return value.clone()  # the number that torch gives still holds the squares' memory
+    value.untyped_storage().resize_(value.itemsize)  # as `clone`, without a node of its own in the backward
+    return value
 
 
 class _SquaresOfHalf(torch.autograd.Function):
@@ -96,7 +88,7 @@ class _SquaresOfHalf(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         ctx.save_for_backward(student, teacher)
         squares = torch.empty_like(student, dtype=torch.float32)
-        for part, own, other in _parts(squares, student, teacher):
+        for part, own, other in in_cache(squares, student, teacher):
             part.copy_(own).sub_(other).square_()
         return squares.sum()
 
@@ -112,16 +104,16 @@ class _SquaresOfHalf(torch.autograd.Function):
 def _differences(student: Tensor, teacher: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """(student - teacher) times a factor, computed in float32."""
     differences = torch.empty_like(student, dtype=dtype)
-    for part, own, other in _parts(differences, student, teacher):
+    for part, own, other in in_cache(differences, student, teacher):
         part.copy_(own.to(torch.float32, copy=True).sub_(other).mul_(factor))
     return differences
 
 
-def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some images at a time of each tensor, as many as the cache of a CPU holds; elsewhere all at once."""
     images, numbers = len(tensors[0]), tensors[0].numel()
-    in_parts = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    size = max(1, _IN_CACHE * images // numbers) if in_parts else images
+    some = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    size = max(1, _IN_CACHE * images // numbers) if some else images
     return zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
 
 
@@ -135,14 +127,9 @@ def loss_function(function: Callable[P, Tensor], *, promote: bool = True) -> Cal
     tensors as they are, and has to compute in float32 itself. A loss of all pairs takes a tuple of tensors for each
     side.
     """
-    computed = in_float32(function, promote=promote)
-
-    @wraps(function)
-    def blocked(student: Compared, *targets: Compared, block_gradient: bool = True, **options: Any) -> Tensor:
-        return _call(computed, function.__name__, student, targets, block_gradient, options)
-
+    blocked = wraps(function)(_guarded(function, function.__name__, promote))
     blocked.loss_function = blocked  # type: ignore[attr-defined]  # `wraps` copies it to a function around this one
-    return blocked  # type: ignore[return-value]
+    return blocked
 
 
 def call_loss(
@@ -175,23 +162,49 @@ def call_loss(
         _check_unchanged(name, args, versions)
         return _scalar(name, value)
 
-    return _call(in_float32(explained), name, student, targets, block_gradient, options)
+    return _guarded(explained, name)(student, *targets, block_gradient=block_gradient, **options)
 
 
-def _call(
-    function: Callable[..., Tensor],
-    name: str,
-    student: Compared,
-    targets: Sequence[Compared],
-    block_gradient: bool,
-    options: Mapping[str, Any],
-) -> Tensor:
-    check_tensors(name, student, targets)
-    detached = [_mapped(Tensor.detach, target) for target in targets] if block_gradient else targets
-    value = function(student, *detached, **options)
-    if has_values(value):
-        check_finite(name, value, student, *targets)
-    return value
+def _guarded(function: Callable[..., Any], name: str, promote: bool = True) -> Callable[..., Tensor]:
+    """The function of checked tensors, in float32 and outside autocast, with a value that is checked too.
+
+    The loss of some logits takes 200 microseconds, of which ten Python calls are a twentieth. So the usual case, single
+    tensors on a CPU, goes through one loop and no calls.
+    """
+
+    def guarded(student: Any, *targets: Any, block_gradient: bool = True, **options: Any) -> Tensor:
+        device, sides = "cpu", [student, *targets]
+        for position, side in enumerate(sides):
+            if type(side) not in _PLAIN or not side.is_cpu:
+                check_tensors(name, student, targets)
+                device = flat(student)[0].device.type
+                sides = [_read(one, number > 0 and block_gradient, promote) for number, one in enumerate(sides)]
+                break
+            if side.dtype is not torch.float32:
+                if not position and not side.is_floating_point():
+                    check_tensors(name, student, targets)
+                if promote:
+                    side = sides[position] = promoted(side)
+            if position and block_gradient and side.requires_grad:
+                sides[position] = side.detach()
+        if torch.is_autocast_enabled(device):  # entering a context takes longer than a small kernel
+            with torch.autocast(device, enabled=False):
+                value: Tensor = function(*sides, **options)
+        else:
+            value = function(*sides, **options)
+        if has_values(value) and not isfinite(value.item()):  # on the host: a tensor's own takes several kernels
+            check_finite(name, value, student, *targets)
+        return value
+
+    return guarded
+
+
+def _read(side: Any, detached: bool, promote: bool) -> Any:
+    """One side as a loss reads it: without its graph, and in float32."""
+    if isinstance(side, tuple):
+        return tuple(_read(tensor, detached, promote) for tensor in side)
+    side = side.detach() if detached else side
+    return promoted(side) if promote else side
 
 
 def _scalar(name: str, value: Any) -> Tensor:
@@ -229,27 +242,28 @@ def described(error: Exception) -> str:
 
 
 def check_tensors(loss: str, student: Compared, targets: Sequence[Compared]) -> None:
-    sides = [("student", student), *(("target", target) for target in targets)]
-    for side, value in sides:
-        for tensor in flat(value):
-            if not isinstance(tensor, Tensor):
-                raise LossError(f"{loss}: the {side} is a {type(tensor).__name__}; expected a torch.Tensor")
     for tensor in flat(student):
+        if not isinstance(tensor, Tensor):
+            raise LossError(f"{loss}: the student is a {type(tensor).__name__}; expected a torch.Tensor")
         if not tensor.is_floating_point():
             raise LossError(
                 f"{loss}: the student's side {tuple(tensor.shape)} is {tensor.dtype}; expected real numbers"
             )
-    device = flat(student)[0].device
+    device = tensor.device
     for target in targets:
         for tensor in flat(target):
+            if not isinstance(tensor, Tensor):
+                raise LossError(f"{loss}: the target is a {type(tensor).__name__}; expected a torch.Tensor")
             if tensor.device != device:
                 raise LossError(f"{loss}: the student is on {device} and the target on {tensor.device}")
 
 
 def has_values(tensor: Tensor) -> bool:
     """Whether the values can be read without waiting for a device, and outside of compilation, which has none."""
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return plain and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(tensor) in _PLAIN and tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+_PLAIN = (Tensor, nn.Parameter)  # no fake tensor, as of a dry run
 
 
 def check_finite(loss: str, value: Tensor, student: Compared, *targets: Compared) -> None:
@@ -328,6 +342,8 @@ def dense_outputs(loss: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, 
 
 
 def check_outputs(loss: str, student: Tensor, teacher: Tensor) -> None:
+    if student.shape == teacher.shape and student.ndim == 2 and student.numel() and teacher.is_floating_point():
+        return  # in one call
     check_same_shape(student, teacher, loss)
     check_rows(loss, student)
 
@@ -339,6 +355,48 @@ def in_float64(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
     20 it is less than 1e-4. (Apple's GPUs have no float64.)
     """
     return tuple(tensor.double() if temperature > 20 and tensor.device.type != "mps" else tensor for tensor in logits)
+
+
+def softmax_divergence(
+    student: Float[Tensor, "batch classes"], teacher: Float[Tensor, "batch classes"], temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch. What the teacher masks adds 0."""
+    if torch.compiler.is_compiling():  # which fuses the operations by itself
+        return _divergence_of(student, teacher, temperature)
+    value: Tensor = _SoftmaxDivergence.apply(student, teacher, temperature)
+    return value
+
+
+def _divergence_of(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    return divergence(*(F.log_softmax(logits / temperature, dim=1) for logits in (student, teacher)))
+
+
+class _SoftmaxDivergence(torch.autograd.Function):
+    """`softmax_divergence`, with two exponentials instead of five, and p - q as all that the backward needs."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        # The largest logits are 0, so that no large numbers cancel, and their probabilities are at least 1 / classes.
+        own, other = (logits.sub(logits.amax(1, keepdim=True)).div_(temperature) for logits in (student, teacher))
+        p, q = own.softmax(1), other.softmax(1)
+        scales = q.amax(1).div_(p.amax(1)).log_().sum()
+        if has_values(other) and other.amin() > -torch.inf:
+            total = other.sub_(own).mul_(q).sum()
+        else:
+            masked = other == -torch.inf
+            total = other.sub_(own).masked_fill_(masked, 0.0).mul_(q).sum()
+        ctx.save_for_backward(student, teacher, p.sub_(q))
+        ctx.temperature = temperature
+        return (total + scales) / len(student)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        student, teacher, difference = ctx.saved_tensors
+        if not ctx.needs_input_grad[1] and not torch.is_grad_enabled():
+            return difference * (gradients[0] / (len(student) * ctx.temperature)), None, None
+        with torch.enable_grad():  # of the teacher too, or to be differentiated once more
+            value = _divergence_of(student, teacher, ctx.temperature)
+        return *_gradients(value, (student, teacher), ctx.needs_input_grad[:2], gradients[0]), None
 
 
 def divergence(log_p: Float[Tensor, "batch classes"], log_q: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
@@ -414,6 +472,74 @@ class _Unit(torch.autograd.Function):
         return (gradients[0] - scaled * along) / length, None, None
 
 
+SMALL = 2**20  # numbers that a matrix may hold, however small the features are
+
+
+def in_parts(
+    part: Callable[..., Tensor], split: Sequence[Tensor], whole: Sequence[Tensor], *, numbers: int, largest: int
+) -> Tensor:
+    """Add up `part(*rows, *whole)` over some rows of `split` at a time, of `numbers` each and `largest` together.
+
+    The gradient of a part is computed with its value, so that no part is computed twice or stays in memory.
+    """
+    size = max(1, largest // numbers)
+    if size >= len(split[0]):
+        return part(*split, *whole)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _recomputed(part, size, split, whole)
+    total: Tensor = _Parts.apply(part, size, len(split), *split, *whole)
+    return total
+
+
+def _recomputed(part: Callable[..., Tensor], size: int, split: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
+    """The sum over all parts, each of which is computed once more in the backward."""
+    parts = zip(*(torch.split(tensor, size) for tensor in split), strict=True)
+    options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.stack([checkpoint(part, *rows, *whole, **options) for rows in parts]).sum()
+
+
+class _Parts(torch.autograd.Function):
+    """The sum of a function over parts, of which the gradients are known before the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Callable[..., Tensor], size: int, split: int, *tensors: Tensor) -> Tensor:
+        needed = [place for place, needs in enumerate(ctx.needs_input_grad[3:]) if needs]
+        gradients = {place: torch.zeros_like(tensors[place]) for place in needed}
+        values = []
+        for start in range(0, len(tensors[0]), size):
+            rows = [slice(start, start + size) if place < split else ... for place in range(len(tensors))]
+            some = [tensor.detach()[which] for tensor, which in zip(tensors, rows, strict=True)]
+            leaves = [some[place].requires_grad_() for place in needed]
+            with torch.set_grad_enabled(bool(needed)):
+                value = part(*some)
+            values.append(value.detach())
+            of_part = torch.autograd.grad(value, leaves) if needed else ()
+            for place, gradient in zip(needed, of_part, strict=True):
+                gradients[place][rows[place]] += gradient
+        ctx.save_for_backward(*tensors, *(gradients.get(place) for place in range(len(tensors))))
+        ctx.arguments = part, size, split
+        return torch.stack(values).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        part, size, split = ctx.arguments
+        count = len(ctx.saved_tensors) // 2
+        tensors, known = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if torch.is_grad_enabled():  # to be differentiated once more
+            total = _recomputed(part, size, tensors[:split], tensors[split:])
+            return None, None, None, *_gradients(total, tensors, ctx.needs_input_grad[3:], gradients[0])
+        return None, None, None, *(None if whole is None else gradients[0] * whole for whole in known)
+
+
+def _gradients(
+    value: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool], gradient: Tensor
+) -> list[Tensor | None]:
+    """The gradients of a value at the needed tensors, with a graph of their own if they are to be differentiated."""
+    inputs = [tensor for tensor, needs in zip(tensors, needed, strict=True) if needs]
+    given = iter(torch.autograd.grad(value, inputs, gradient, create_graph=torch.is_grad_enabled()))
+    return [next(given) if needs else None for needs in needed]
+
+
 def check_batch_norm(loss: str, student: Float[Tensor, "batch channels ..."]) -> None:
     """Raise LossError for features that a batch normalisation would make a figure of that means nothing.
 
@@ -424,7 +550,7 @@ def check_batch_norm(loss: str, student: Float[Tensor, "batch channels ..."]) ->
             f"{loss}: it standardises each channel over the batch, and {tuple(student.shape)} is one position of one "
             "image; give larger batches"
         )
-    largest = float(student.detach().abs().max()) if has_values(student) else 0.0
+    largest = max(map(abs, map(Tensor.item, student.detach().aminmax()))) if has_values(student) else 0.0
     if torch.finfo(student.dtype).max ** 0.5 / student.shape[1] < largest < torch.inf:
         raise LossError(
             f"{loss}: the student's side {tuple(student.shape)} has numbers up to {largest:.0e}, whose squares are "

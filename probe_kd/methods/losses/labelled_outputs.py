@@ -15,6 +15,7 @@ from probe_kd.methods.losses.common import (
     in_float64,
     is_number,
     loss_function,
+    softmax_divergence,
 )
 from probe_kd.methods.losses.labels import check_target, check_values
 
@@ -44,8 +45,10 @@ def dkd(
     _check_factors("dkd", alpha=alpha, beta=beta)
     dtype = student.dtype
     student, teacher = (logits / temperature for logits in in_float64(temperature, student, teacher))
-    of_label = divergence(*(_label_or_not(logits, index) for logits in (student, teacher)))
-    of_others = divergence(*(_others(logits, index) for logits in (student, teacher)))
+    others = [logits.scatter(1, index, -torch.inf) for logits in (student, teacher)]
+    of_labels = [logits.gather(1, index) for logits in (student, teacher)]
+    of_label = divergence(*map(_label_or_not, of_labels, others))
+    of_others = softmax_divergence(others[0], others[1])
     return (temperature**2 * (alpha * of_label + beta * of_others)).to(dtype)
 
 
@@ -169,9 +172,11 @@ def _index(loss: str, student: Tensor, teacher: Tensor, labels: Tensor, least: i
     return labels.argmax(1, keepdim=True) if labels.is_floating_point() else labels.long()[:, None]
 
 
-def _label_or_not(logits: Float[Tensor, "batch classes"], index: Int[Tensor, "batch 1"]) -> Float[Tensor, "batch 2"]:
+def _label_or_not(
+    of_label: Float[Tensor, "batch 1"], others: Float[Tensor, "batch classes"]
+) -> Float[Tensor, "batch 2"]:
     """log p_y and log (1 - p_y), by how far y lies above all other classes, so that p_y = 1 does not make it log 0."""
-    margin = logits.gather(1, index) - logits.scatter(1, index, -torch.inf).logsumexp(1, keepdim=True)
+    margin = of_label - others.logsumexp(1, keepdim=True)
     return F.logsigmoid(torch.cat([margin, -margin], dim=1))
 
 

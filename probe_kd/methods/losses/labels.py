@@ -48,11 +48,14 @@ def cross_entropy(
     check_target("cross_entropy", student.shape, target)
     if not 0 <= label_smoothing <= 1:
         raise LossError(f"cross_entropy: label_smoothing {label_smoothing}; expected a share between 0 and 1")
+    plain = class_weights is None and ignore_index is None
     if has_values(target):
+        if plain and target.dtype is torch.int64:
+            return _of_labels(student, target, label_smoothing)
         check_values(student.shape[1], target, ignore_index)
     if not target.is_floating_point():
         target = target.long()
-    if class_weights is None and ignore_index is None:
+    if plain:
         return F.cross_entropy(student, target, label_smoothing=label_smoothing)
     weights = None
     if class_weights is not None:
@@ -64,6 +67,17 @@ def cross_entropy(
         student, target, weights, label_smoothing=label_smoothing, reduction="sum", ignore_index=ignore_index
     )
     return total / (target != ignore_index).sum().clamp_min(1)
+
+
+def _of_labels(
+    student: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], label_smoothing: float
+) -> Float[Tensor, ""]:
+    """Torch checks each label of a CPU as it reads it, but for the one to ignore, -100 unless it is set to another."""
+    try:
+        return F.cross_entropy(student, labels, label_smoothing=label_smoothing, ignore_index=-(2**63))
+    except IndexError:
+        check_values(student.shape[1], labels)
+        raise
 
 
 def balanced_weights(counts: Sequence[int]) -> list[float]:
@@ -91,9 +105,9 @@ def _checked_weights(weights: Sequence[float] | str, classes: int) -> list[float
 
 def check_target(loss: str, logits: Sequence[int], target: Tensor) -> None:
     """Raise LossError if shape and type of the target are neither those of class indices nor of distributions."""
-    kind = "probabilities" if target.is_floating_point() else "class indices"
     expected = tuple(logits) if target.is_floating_point() else tuple(logits[:1])
     if target.dtype == torch.bool or target.is_complex() or tuple(target.shape) != expected:
+        kind = "probabilities" if target.is_floating_point() else "class indices"
         raise LossError(
             f"{loss}: logits {tuple(logits)} with a target {tuple(target.shape)} of {target.dtype}; expected "
             f"{tuple(logits[:1])} class indices (whole numbers) or {tuple(logits)} probabilities"

@@ -159,7 +159,7 @@ class SRRL(nn.Module):
             )
         self.features, self.logits = features, logits
         self.norm = nn.BatchNorm1d(teacher.channels)
-        self.activation = nn.ReLU() if teacher.activation == "relu" else nn.Identity()
+        self.activation = nn.ReLU(inplace=True) if teacher.activation == "relu" else nn.Identity()
         self.classifier = classifier
         _check_classifier(classifier, teacher)
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import loss_function, unit, unit_features
+from probe_kd.methods.losses.common import SMALL, in_parts, loss_function, unit, unit_features
 
 
 @loss_function
@@ -47,20 +47,21 @@ def patch_similarity(
 
     G = F F^T are the cosines between the vectors of all positions of one image (rows of F, scaled to length 1), so each
     row of the softmax says which positions a position resembles. It is the form of LightlyTrain's distillation, with
-    its temperature t. The channels of the two models may differ, and need no projector. There is no factor t^2.
+    its temperature t. The channels of the two models may differ, and need no projector. There is no factor t^2. The
+    cosines are computed in parts that are no larger than the features.
     """
     _check_maps("patch_similarity", student, teacher)
     if not temperature > 0:
         raise LossError(f"patch_similarity: temperature {temperature}; it has to be positive")
-    log_p, log_q = (_log_similarity(map_, temperature) for map_ in (student, teacher))
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
 
+    def part(own: Tensor, other: Tensor) -> Tensor:
+        log_p, log_q = (F.log_softmax((rows.mT / temperature) @ rows, dim=2) for rows in (own, other))
+        return F.kl_div(log_p, log_q, reduction="sum", log_target=True)
 
-def _log_similarity(
-    map_: Float[Tensor, "batch channels height width"], temperature: float
-) -> Float[Tensor, "rows positions"]:
-    rows = unit(map_.flatten(2)).mT
-    return F.log_softmax(rows @ rows.mT / temperature, dim=-1).flatten(0, 1)
+    rows = [unit(map_.flatten(2)) for map_ in (student, teacher)]
+    images, positions = len(student), rows[0].shape[2]
+    largest = max(student.numel(), teacher.numel(), SMALL)
+    return in_parts(part, rows, (), numbers=positions**2, largest=largest) / (images * positions)
 
 
 @loss_function

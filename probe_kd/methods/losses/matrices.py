@@ -1,7 +1,5 @@
 """Losses of matrices that are computed from one map or from two: FSP and Gram."""
 
-from functools import partial
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,8 +9,8 @@ from probe_kd.methods.losses.common import (
     Reduction,
     check_reduction,
     check_same_shape,
-    in_float32,
     loss_function,
+    outside_autocast,
     promoted,
     squared_error,
 )
@@ -73,7 +71,7 @@ def _matrices(loss: str, student: Tensor, teacher: Tensor, relative: bool, reduc
     return squared_error(student, teacher, "sum") / divisor
 
 
-@partial(in_float32, promote=False)
+@outside_autocast
 def flow_matrix(
     first: Float[Tensor, "batch m h1 w1"], second: Float[Tensor, "batch n h2 w2"], /
 ) -> Float[Tensor, "batch m n"]:

@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import check_same_shape, drawn, gathered, has_values, power_of_two, unit
-from probe_kd.methods.losses.relations import SMALL, in_parts
+from probe_kd.methods.losses.common import (
+    SMALL,
+    check_same_shape,
+    drawn,
+    gathered,
+    has_values,
+    in_parts,
+    power_of_two,
+    unit,
+)
 
 
 class PatchSimilarityQueue(nn.Module):
@@ -60,11 +68,11 @@ class PatchSimilarityQueue(nn.Module):
             self.filled.copy_(filled)
         empty = torch.arange(size, device=filled.device) >= filled
 
-        def part(some: slice) -> Tensor:
-            log_p, log_q = (self._log_softmax(side[some] @ queue.mT, empty) for side in (rows, targets))
+        def part(own: Tensor, other: Tensor) -> Tensor:
+            log_p, log_q = (self._log_softmax(side @ queue.mT, empty) for side in (own, other))
             return F.kl_div(log_p, log_q, reduction="sum", log_target=True)
 
-        return in_parts(part, len(rows), size, max(rows.numel(), SMALL)) / len(rows)
+        return in_parts(part, (rows, targets), (), numbers=size, largest=max(rows.numel(), SMALL)) / len(rows)
 
     @staticmethod
     def _bounded_unit(rows: Float[Tensor, "rows channels"]) -> Float[Tensor, "rows channels"]:

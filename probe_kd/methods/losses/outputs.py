@@ -13,11 +13,11 @@ from probe_kd.methods.losses.common import (
     check_outputs,
     check_temperature,
     dense_outputs,
-    divergence,
     has_values,
     in_float64,
     loss_function,
     power_of_two,
+    softmax_divergence,
     squared_error,
 )
 
@@ -55,9 +55,7 @@ def soft_targets(
         student, teacher = _standardize(student), _standardize(teacher)
     dtype = student.dtype
     student, teacher = in_float64(temperature, student, teacher)
-    log_p = F.log_softmax(student / temperature, dim=1)
-    log_q = F.log_softmax(teacher / temperature, dim=1)
-    return (temperature**2 * divergence(log_p, log_q)).to(dtype)
+    return (temperature**2 * softmax_divergence(student, teacher, temperature)).to(dtype)
 
 
 @loss_function
@@ -77,9 +75,9 @@ def hard_labels(
     check_outputs("hard_labels", student, teacher)
     if not 0 <= label_smoothing <= 1:
         raise LossError(f"hard_labels: label_smoothing {label_smoothing}; expected a share between 0 and 1")
-    index = teacher.argmax(1)
-    largest = teacher.detach().gather(1, index[:, None])  # NaN has an argmax too, so the loss is made NaN
-    return F.cross_entropy(student, index, label_smoothing=label_smoothing) + 0 * largest.sum()
+    largest, index = teacher.detach().max(1)
+    value = F.cross_entropy(student, index, label_smoothing=label_smoothing)
+    return value.add(largest.sum(), alpha=0)  # NaN is a maximum too, so the loss is made NaN
 
 
 @loss_function
@@ -138,9 +136,9 @@ def dist(
     dtype = student.dtype
     student, teacher = in_float64(temperature, student, teacher)
     p, q = (student / temperature).softmax(1), (teacher / temperature).softmax(1)
-    value = inter * (1 - _pearson(p, q, temperature)).mean()
+    value: Tensor = inter * (1 - _Correlation.apply(p, q, 1, temperature)).mean()
     if intra:
-        value = value + intra * (1 - _pearson(p.T, q.T, temperature)).mean()
+        value = value + intra * (1 - _Correlation.apply(p, q, 0, temperature)).mean()
     return (temperature**2 * value).to(dtype)
 
 
@@ -162,32 +160,48 @@ def _centre(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch clas
     return _without_value(centred, centred.detach().abs().amax(1, keepdim=True) <= _rounding(logits.detach()))
 
 
-def _pearson(
-    a: Float[Tensor, "rows n"], b: Float[Tensor, "rows n"], temperature: float, eps: float = 1e-8
-) -> Float[Tensor, " rows"]:
-    return F.cosine_similarity(_centred(a, temperature, eps), _centred(b, temperature, eps), dim=1, eps=eps)
+class _Correlation(torch.autograd.Function):
+    """Pearson's correlation of probabilities along one axis. Equal numbers have r = 0, and the gradient of x / norm."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor, dim: int, temperature: float) -> Tensor:
+        own, own_factor = _standardized_probabilities(first, dim, temperature)
+        other, other_factor = _standardized_probabilities(second, dim, temperature)
+        correlation = (own * other).sum(dim, keepdim=True)
+        ctx.save_for_backward(own, other, own_factor, other_factor, correlation)
+        return correlation
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise LossError("dist: its gradient cannot be differentiated; leave out `create_graph`")
+        own, other, own_factor, other_factor, correlation = ctx.saved_tensors
+        sides = (own, other, own_factor), (other, own, other_factor)
+        needed = ctx.needs_input_grad[:2]
+        of_sides = [
+            torch.addcmul(target, numbers, correlation, value=-1).mul_(gradients[0] * factor) if needs else None
+            for (numbers, target, factor), needs in zip(sides, needed, strict=True)
+        ]
+        return *of_sides, None, None
 
 
-def _centred(rows: Float[Tensor, "rows n"], temperature: float, eps: float) -> Float[Tensor, "rows n"]:
-    """Subtract the mean of each row and scale it to about 1, so that `eps` does not change the correlation.
+def _standardized_probabilities(rows: Float[Tensor, "n m"], dim: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Numbers less their mean, of length 1 along an axis, and the factor of their gradient, one over their length.
 
     The gradient of flat rows is damped. At T = 1, a row is flat if its deviation is below 1.5 times its mean, or below
-    less if it has too few numbers to reach that. Rows of equal numbers become zeros, with the gradient of row / norm.
+    less if it has too few numbers to reach that. Rows of equal numbers become zeros.
     """
-    with torch.no_grad():
-        mean = rows.mean(1, keepdim=True)
-        centred = rows - mean
-        largest = centred.abs().amax(1, keepdim=True)
-        equal = largest <= _rounding(rows)
-        scale = power_of_two(largest)
-        if not has_values(equal) or equal.any():
-            scale = torch.where(equal, rows.norm(dim=1, keepdim=True) / eps, scale)
-    if rows.requires_grad:
-        variation = centred.norm(dim=1, keepdim=True) / (rows.shape[1] ** 0.5 * mean)
-        flat = min(1.5, (rows.shape[1] - 1) ** 0.5 / 2) / temperature
-        rows = _damped(rows, variation.masked_fill(equal, 0.0) / max(flat, eps))
-        centred = rows - rows.mean(1, keepdim=True)
-    return _without_value(centred, equal) / scale.masked_fill(scale == 0, 1.0)
+    count, largest = rows.shape[dim], rows.amax(dim, keepdim=True)
+    scale = power_of_two(largest)  # so that nothing underflows
+    centred = rows / scale
+    mean = centred.mean(dim, keepdim=True)
+    equal = centred.sub_(mean).abs().amax(dim, keepdim=True) <= 4 * torch.finfo(rows.dtype).eps * largest / scale
+    lengths = centred.square().sum(dim, keepdim=True).sqrt_()
+    flat = max(min(1.5, (count - 1) ** 0.5 / 2) / temperature, 1e-8)
+    share = torch.where(equal, 1.0, (lengths / (count**0.5 * mean * flat)).clamp_max(1))
+    centred.mul_(torch.where(equal, 0.0, 1 / lengths))
+    lengths = torch.where(equal, count**0.5 * mean, lengths).mul_(scale).clamp_min_(torch.finfo(rows.dtype).tiny)
+    return centred, share / lengths.masked_fill_(largest == 0, 1.0)
 
 
 class _Damped(torch.autograd.Function):

@@ -1,19 +1,15 @@
 """Losses of the relations between the images of a batch: each model has one vector an image, of its own width."""
 
-from collections.abc import Callable
 from math import exp, factorial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import loss_function, unit_features
-
-SMALL = 2**20  # numbers that a matrix may hold, however small the features are
+from probe_kd.methods.losses.common import SMALL, in_parts, loss_function, unit_features
 
 
 @loss_function
@@ -36,7 +32,7 @@ def rkd(
     Scale, offset and rotation of the vectors do not matter. Of two images, the loss is always 0. The products are taken
     in float64, because the difference of two similar vectors is lost in the rounding of their products in float32. The
     time grows with n^2 (c1 + c2) + n^3, the memory with n^2: the cosines are computed in parts that are no larger than
-    the vectors, and once more in the backward.
+    the vectors.
     """
     largest = _check_vectors("rkd", student, teacher)
     if min(distance, angle) < 0 or not (distance or angle):
@@ -49,13 +45,23 @@ def rkd(
         own, other = (side / _or_one(side.sum() / (images * (images - 1))) for side in lengths)
         value = value + distance * F.smooth_l1_loss(own, other)
     if angle:
-
-        def part(vertices: slice) -> Tensor:
-            own, other = _cosines(student, lengths[0], vertices), _cosines(teacher, lengths[1], vertices)
-            return F.smooth_l1_loss(own, other, reduction="sum")
-
-        value = value + angle / images**3 * in_parts(part, images, images**2, largest)
+        vertices = torch.arange(images, device=student.device)
+        sides = (student, lengths[0], teacher, lengths[1])
+        total = in_parts(_angles, (vertices,), sides, numbers=images**2, largest=largest)
+        value = value + angle / images**3 * total
     return value.to(dtype)
+
+
+def _angles(
+    vertices: Int[Tensor, " vertices"],
+    student: Float[Tensor, "batch batch"],
+    student_distances: Float[Tensor, "batch batch"],
+    teacher: Float[Tensor, "batch batch"],
+    teacher_distances: Float[Tensor, "batch batch"],
+) -> Float[Tensor, ""]:
+    """The sum of the Huber losses of all cosines at these vertices."""
+    own, other = _cosines(student, student_distances, vertices), _cosines(teacher, teacher_distances, vertices)
+    return F.smooth_l1_loss(own, other, reduction="sum")
 
 
 def _products(vectors: Float[Tensor, "batch c"]) -> Float[Tensor, "batch batch"]:
@@ -75,7 +81,7 @@ def _distances(products: Float[Tensor, "batch batch"]) -> Float[Tensor, "batch b
 
 
 def _cosines(
-    products: Float[Tensor, "batch batch"], distances: Float[Tensor, "batch batch"], vertices: slice
+    products: Float[Tensor, "batch batch"], distances: Float[Tensor, "batch batch"], vertices: Int[Tensor, " vertices"]
 ) -> Float[Tensor, "vertices batch batch"]:
     """The cosine between z_i - z_j and z_k - z_j for each vertex j and all i and k."""
     at_vertex = products[vertices]
@@ -101,11 +107,12 @@ def sp(
     """
     largest = _check_vectors("sp", student, teacher)
 
-    def part(rows: slice) -> Tensor:
-        own, other = (unit_features(_rows(side, rows) @ side.mT, 1) for side in (student, teacher))
-        return F.mse_loss(own, other, reduction="sum")
+    def part(own: Tensor, other: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+        sides = unit_features(own @ student.mT, 1), unit_features(other @ teacher.mT, 1)
+        return F.mse_loss(*sides, reduction="sum")
 
-    return in_parts(part, len(student), len(student), largest) / len(student) ** 2
+    sides = student, teacher
+    return in_parts(part, sides, sides, numbers=len(student), largest=largest) / len(student) ** 2
 
 
 @loss_function
@@ -132,13 +139,15 @@ def pkt(
     images, dtype = len(student), student.dtype
     student, teacher = (unit_features(side, 1) for side in (student, teacher))
 
-    def part(rows: slice) -> Tensor:
-        own = torch.arange(images, device=student.device)
-        left_out = (own[rows, None] == own) & (form == "paper")
-        log_p, log_q = (_log_shares(_rows(side, rows) @ side.mT, left_out) for side in (student, teacher))
+    left_out = torch.eye(images, dtype=torch.bool, device=student.device) & (form == "paper")
+
+    def part(own: Tensor, other: Tensor, left_out: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+        log_p, log_q = _log_shares(own @ student.mT, left_out), _log_shares(other @ teacher.mT, left_out)
         return F.kl_div(log_p, log_q, reduction="none", log_target=True).masked_fill(left_out, 0.0).sum()
 
-    return in_parts(part, images, images, largest).to(dtype) / images
+    sides = student, teacher
+    total = in_parts(part, (*sides, left_out), sides, numbers=images, largest=largest)
+    return total.to(dtype) / images
 
 
 def _log_shares(cosines: Float[Tensor, "rows batch"], left_out: Tensor) -> Float[Tensor, "rows batch"]:
@@ -170,11 +179,12 @@ def cc(
         raise LossError(f"cc: gamma {gamma}, order {order}; expected a gamma above 0 and an order from 1 on")
     student, teacher = (unit_features(side, 1) for side in (student, teacher))
 
-    def part(rows: slice) -> Tensor:
-        own, other = (_taylor(_rows(side, rows) @ side.mT, gamma, order) for side in (student, teacher))
-        return F.mse_loss(own, other, reduction="sum")
+    def part(own: Tensor, other: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+        sides = _taylor(own @ student.mT, gamma, order), _taylor(other @ teacher.mT, gamma, order)
+        return F.mse_loss(*sides, reduction="sum")
 
-    return in_parts(part, len(student), len(student), largest) / len(student) ** 2
+    sides = student, teacher
+    return in_parts(part, sides, sides, numbers=len(student), largest=largest) / len(student) ** 2
 
 
 def _taylor(cosines: Float[Tensor, "rows batch"], gamma: float, order: int) -> Float[Tensor, "rows batch"]:
@@ -210,21 +220,3 @@ def _exact(numbers: Tensor) -> Tensor:
 
 def _or_one(numbers: Tensor) -> Tensor:
     return numbers.masked_fill(numbers == 0, 1.0)
-
-
-def _rows(side: Float[Tensor, "batch c"], rows: slice) -> Float[Tensor, "rows c"]:
-    """The rows, and of all rows the tensor itself: the backward of a slice allocates a tensor of zeros."""
-    return side if rows == slice(None) else side[rows]
-
-
-def in_parts(part: Callable[[slice], Tensor], images: int, numbers: int, largest: int) -> Tensor:
-    """Add up `part(rows)` over slices of the images, of `numbers` each, that hold at most `largest` numbers.
-
-    The parts are computed once more in the backward if there are several, so that none stays in memory.
-    """
-    size = max(1, largest // numbers)
-    if size >= images:
-        return part(slice(None))
-    slices = [slice(start, start + size) for start in range(0, images, size)]
-    parts = [checkpoint(part, rows, use_reentrant=False, preserve_rng_state=False) for rows in slices]
-    return torch.stack(parts).sum()

@@ -80,7 +80,9 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Compute a matrix whole, or in parts of at most so many numbers."""
     if request.param:
         original = relations.in_parts
-        monkeypatch.setattr(relations, "in_parts", lambda part, n, row, _: original(part, n, row, request.param))
+        monkeypatch.setattr(
+            relations, "in_parts", lambda *sides, largest, **given: original(*sides, largest=request.param, **given)
+        )
 
 
 @pytest.mark.usefixtures("parts")
@@ -151,11 +153,11 @@ def test_two_similar_vectors_far_from_the_origin_keep_their_digits() -> None:
 def test_parts_hold_no_more_than_the_vectors() -> None:
     sizes = list[int]()
 
-    def part(rows: slice) -> Tensor:
-        sizes.append(len(range(7)[rows]))
+    def part(rows: Tensor) -> Tensor:
+        sizes.append(len(rows))
         return torch.ones(())
 
-    assert relations.in_parts(part, 7, 10, 25).item() == 4
+    assert relations.in_parts(part, (torch.zeros(7),), (), numbers=10, largest=25).item() == 4
     assert sizes == [2, 2, 2, 1]
 
 
@@ -191,7 +193,7 @@ def test_a_compiled_loss_is_one_graph_in_parts_too(
     function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = relations.in_parts
-    monkeypatch.setattr(relations, "in_parts", lambda part, n, row, _: original(part, n, row, 30))
+    monkeypatch.setattr(relations, "in_parts", lambda *sides, largest, **given: original(*sides, largest=30, **given))
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="eager", fullgraph=True)
     s, t = draw(4, 3, seed=0).requires_grad_(), draw(4, 5, seed=1)
