@@ -45,7 +45,8 @@ def cross_entropy(
         _check_target_map(student.shape, target)
         student, target = of_positions(student), target.flatten()
     check_rows("cross_entropy", student)
-    check_target("cross_entropy", student.shape, target)
+    if target.dtype is not torch.int64 or target.shape != student.shape[:1]:
+        check_target("cross_entropy", student.shape, target)
     if not 0 <= label_smoothing <= 1:
         raise LossError(f"cross_entropy: label_smoothing {label_smoothing}; expected a share between 0 and 1")
     plain = class_weights is None and ignore_index is None

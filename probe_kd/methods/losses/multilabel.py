@@ -102,8 +102,9 @@ class _BernoulliDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         student, teacher = ctx.saved_tensors
-        p = teacher.sigmoid()
-        of_student = (student.sigmoid() - p).mul_(gradients[0])
+        p, q = teacher.sigmoid(), student.sigmoid()
+        difference = q - p if torch.is_grad_enabled() else q.sub_(p)  # in place unless it is differentiated once more
+        of_student = difference.mul_(gradients[0])
         if not ctx.needs_input_grad[1]:
             return of_student, None
         spread = p * (-teacher).sigmoid()
