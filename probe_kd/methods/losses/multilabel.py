@@ -51,7 +51,7 @@ def binary_cross_entropy(
         _check_shares(target)
     if not 0 <= label_smoothing <= 1:
         raise LossError(f"binary_cross_entropy: label_smoothing {label_smoothing}; expected a share between 0 and 1")
-    weights = _weights(pos_weight, student)
+    weights = None if type(pos_weight) is float and pos_weight == 1 else _weights(pos_weight, student)
     if label_smoothing:
         target = target * (1 - label_smoothing) + label_smoothing / 2
     if reduction == "mean":
@@ -168,8 +168,6 @@ def _check_shares(target: Float[Tensor, "batch classes"]) -> None:
 
 
 def _weights(pos_weight: float | Sequence[float], student: Tensor) -> Tensor | None:
-    if pos_weight == 1.0 and pos_weight is not True:
-        return None
     numbers = list(pos_weight) if isinstance(pos_weight, list | tuple) else [pos_weight]
     if len(numbers) not in (1, student.shape[1]):
         raise LossError(
