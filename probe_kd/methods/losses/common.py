@@ -70,8 +70,8 @@ def squared_error(student: Tensor, teacher: Tensor, reduction: Reduction) -> Ten
         return total / (student.numel() if reduction == "mean" else len(student))
     if reduction == "sum":
         return F.mse_loss(student, teacher, reduction="sum") / len(student)
-    # Events of one batch are of one size, so the mean of their means is that of all. `F.mse_loss` calls this too, after a
-    # broadcast that takes a tenth of the time of some logits.
+    # Events of one batch are of one size, so the mean of their means is that of all. `F.mse_loss` calls this after a
+    # broadcast, which takes a tenth of the time of some logits.
     value: Tensor = torch._C._nn.mse_loss(student, teacher, 1)  # type: ignore[arg-type]  # the stub is that of `F`
     if not has_values(value):
         return value.clone()  # the number that torch gives still holds the squares' memory
