@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.methods.normalisation import inverse_deviations
-from probe_kd.methods.similarity import Sums, exact
+from probe_kd.methods.precision import exact
+from probe_kd.methods.similarity import Sums
 
 Vectors = Float[Tensor, "batch positions channels"]
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probe_kd.errors import AdapterError
+from probe_kd.methods.precision import exact_zeros
 from probe_kd.methods.rotations import balancing_rotation
 
 Normalize = Literal["none", "layer", "channel", "fitted", "phi_s"]
@@ -48,9 +49,8 @@ class Moments:
 
     @classmethod
     def empty(cls, width: int, device: torch.device, *, joint: bool) -> "Moments":
-        exact_device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
         shapes: tuple[tuple[int, ...], ...] = ((), (width,), (width, width) if joint else (width,))
-        return cls(joint, *(torch.zeros(shape, dtype=torch.float64, device=exact_device) for shape in shapes))
+        return cls(joint, *(exact_zeros(shape, device) for shape in shapes))
 
     def add(self, feature: Float[Tensor, "batch channels ..."]) -> None:
         """Add every vector of channels of a feature, one for each position."""

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probe_kd.methods.precision import exact
+
 Sums = dict[str, Tensor]
 _CONSTANT = 1e-12  # a variance below this share of the mean square is rounding: float32 features differ by 1e-7
 
@@ -99,11 +101,6 @@ def explained_variance(sums: Mapping[str, Tensor]) -> float:
     if not total > _CONSTANT * sums["target_squared"]:
         return float("nan")
     return float(1 - residual.clamp(min=0) / total)
-
-
-def exact(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU if the tensor is on an Apple GPU, which has no float64."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
 
 
 def added(total: Sums, more: Sums) -> Sums:

@@ -34,8 +34,9 @@ from probe_kd.files.run_folder import RECIPE, check_inputs, check_own, runs_besi
 from probe_kd.methods.adapters import Adapter, ImageView, pooled
 from probe_kd.methods.ensembles import MeanOfTeachers
 from probe_kd.methods.objectives import Comparison
+from probe_kd.methods.precision import exact
 from probe_kd.methods.predictions import average_precisions, class_logits, mean_average_precision
-from probe_kd.methods.similarity import PairSums, Sums, added, cka_sums, exact, linear_cka
+from probe_kd.methods.similarity import PairSums, Sums, added, cka_sums, linear_cka
 from probe_kd.methods.targets import compared, make_adapters
 from probe_kd.recipe.keys import Recipe, TeacherOptions
 from probe_kd.recipe.planner import Plan, PlannedTeacher, plan

@@ -49,10 +49,10 @@ def linear_accuracy(train: Vectors, test: Vectors, *, C: float | None = None, se
     inverse strength of the L2 penalty. Without it, each of `STRENGTHS` is tried on a fifth of the training images,
     drawn by `seed`, and the best is fitted to all of them; of equal ones the stronger penalty.
     """
-    features, labels = train.vectors.double().cpu().numpy(), train.labels.numpy()
+    features, labels = train.vectors.cpu().double().numpy(), train.labels.numpy()
     if C is None:
         C = _best_strength(features, labels, seed)
-    return _fitted_score(features, labels, test.vectors.double().cpu().numpy(), test.labels.numpy(), C)
+    return _fitted_score(features, labels, test.vectors.cpu().double().numpy(), test.labels.numpy(), C)
 
 
 def _best_strength(features: np.ndarray, labels: np.ndarray, seed: int) -> float:

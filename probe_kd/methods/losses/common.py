@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from probe_kd.errors import LossError, ProbeKDError
+from probe_kd.methods.precision import widened
 
 Reduction = Literal["sum", "mean"]
 P = ParamSpec("P")
@@ -353,9 +354,9 @@ def in_float64(temperature: float, *logits: Tensor) -> tuple[Tensor, ...]:
     """Convert the logits to float64 if T^2 is so large that rounding in float32 would dominate the loss.
 
     At T = 1e4 the probabilities differ by 1e-4 of themselves, and T^2 = 1e8 times the rounding of float32 is 10. Below
-    20 it is less than 1e-4. (Apple's GPUs have no float64.)
+    20 it is less than 1e-4.
     """
-    return tuple(tensor.double() if temperature > 20 and tensor.device.type != "mps" else tensor for tensor in logits)
+    return tuple(map(widened, logits)) if temperature > 20 else logits
 
 
 def softmax_divergence(

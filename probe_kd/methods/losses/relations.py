@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import SMALL, in_parts, loss_function, unit_features
+from probe_kd.methods.precision import widened
 
 
 @loss_function
@@ -66,7 +67,7 @@ def _angles(
 
 def _products(vectors: Float[Tensor, "batch c"]) -> Float[Tensor, "batch batch"]:
     """The inner products of the vectors less their mean."""
-    exact = _exact(vectors)
+    exact = widened(vectors)
     centred = exact - exact.mean(0)
     return centred @ centred.mT
 
@@ -152,7 +153,7 @@ def pkt(
 
 def _log_shares(cosines: Float[Tensor, "rows batch"], left_out: Tensor) -> Float[Tensor, "rows batch"]:
     """The logarithm of K divided by its sum over a row."""
-    kernel = ((_exact(cosines) + 1) / 2).clamp_min(1e-7)
+    kernel = ((widened(cosines) + 1) / 2).clamp_min(1e-7)
     return kernel.log() - kernel.masked_fill(left_out, 0.0).sum(1, keepdim=True).log()
 
 
@@ -211,11 +212,6 @@ def _check_vectors(loss: str, student: Tensor, teacher: Tensor) -> int:
             "batches"
         )
     return max(student.numel(), teacher.numel(), SMALL)
-
-
-def _exact(numbers: Tensor) -> Tensor:
-    """In float64, for what is left of a difference of similar numbers. (Apple's GPUs have no float64.)"""
-    return numbers if numbers.device.type == "mps" else numbers.double()
 
 
 def _or_one(numbers: Tensor) -> Tensor:
