@@ -115,11 +115,11 @@ def in_cache(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some images at a time of each tensor, as many as the cache of a CPU holds; elsewhere all at once."""
     images, numbers = len(tensors[0]), tensors[0].numel()
     some = tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
-    size = max(1, _IN_CACHE * images // numbers) if some else images
+    size = max(1, IN_CACHE * images // numbers) if some else images
     return zip(*(torch.split(tensor, size) for tensor in tensors), strict=True)
 
 
-_IN_CACHE = 2**17  # numbers
+IN_CACHE = 2**17  # numbers
 
 
 def loss_function(function: Callable[P, Tensor], *, promote: bool = True) -> Callable[P, Tensor]:
@@ -398,7 +398,7 @@ class _SoftmaxDivergence(torch.autograd.Function):
             return difference * (gradients[0] / (len(student) * ctx.temperature)), None, None
         with torch.enable_grad():  # of the teacher too, or to be differentiated once more
             value = _divergence_of(student, teacher, ctx.temperature)
-        return *_gradients(value, (student, teacher), ctx.needs_input_grad[:2], gradients[0]), None
+        return *gradients_at(value, (student, teacher), ctx.needs_input_grad[:2], gradients[0]), None
 
 
 def divergence(log_p: Float[Tensor, "batch classes"], log_q: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
@@ -529,11 +529,11 @@ class _Parts(torch.autograd.Function):
         tensors, known = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if torch.is_grad_enabled():  # to be differentiated once more
             total = _recomputed(part, size, tensors[:split], tensors[split:])
-            return None, None, None, *_gradients(total, tensors, ctx.needs_input_grad[3:], gradients[0])
+            return None, None, None, *gradients_at(total, tensors, ctx.needs_input_grad[3:], gradients[0])
         return None, None, None, *(None if whole is None else gradients[0] * whole for whole in known)
 
 
-def _gradients(
+def gradients_at(
     value: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool], gradient: Tensor
 ) -> list[Tensor | None]:
     """The gradients of a value at the needed tensors, with a graph of their own if they are to be differentiated."""

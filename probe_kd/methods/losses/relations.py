@@ -1,7 +1,8 @@
 """Losses of the relations between the images of a batch: each model has one vector an image, of its own width."""
 
+from collections.abc import Sequence
 from math import exp, factorial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import SMALL, in_parts, loss_function, unit_features
+from probe_kd.methods.losses.common import IN_CACHE, SMALL, gradients_at, in_parts, loss_function, unit_features
 from probe_kd.methods.precision import widened
 
 
@@ -32,8 +33,7 @@ def rkd(
 
     Scale, offset and rotation of the vectors do not matter. Of two images, the loss is always 0. The products are taken
     in float64, because the difference of two similar vectors is lost in the rounding of their products in float32. The
-    time grows with n^2 (c1 + c2) + n^3, the memory with n^2: the cosines are computed in parts that are no larger than
-    the vectors.
+    time grows with n^2 (c1 + c2) + n^3, the memory with n^2: the cosines are computed at some vertices at a time.
     """
     largest = _check_vectors("rkd", student, teacher)
     if min(distance, angle) < 0 or not (distance or angle):
@@ -46,11 +46,76 @@ def rkd(
         own, other = (side / _or_one(side.sum() / (images * (images - 1))) for side in lengths)
         value = value + distance * F.smooth_l1_loss(own, other)
     if angle:
-        vertices = torch.arange(images, device=student.device)
-        sides = (student, lengths[0], teacher, lengths[1])
-        total = in_parts(_angles, (vertices,), sides, numbers=images**2, largest=largest)
-        value = value + angle / images**3 * total
+        sides = student, lengths[0], teacher, lengths[1]
+        compute = _angles_in_parts if torch.compiler.is_compiling() else _Angles.apply
+        value = value + angle / images**3 * compute(largest, *sides)
     return value.to(dtype)
+
+
+class _Angles(torch.autograd.Function):
+    """The sum of the Huber losses of all cosines. Its gradient is known after one pass over the vertices."""
+
+    @staticmethod
+    def forward(ctx: Any, largest: int, *sides: Tensor) -> Tensor:
+        images = len(sides[0])
+        inverses = [torch.where(lengths == 0, 0.0, 1 / lengths) for lengths in sides[1::2]]
+        gradients = [
+            torch.zeros_like(side) if needs else None
+            for side, needs in zip(sides, ctx.needs_input_grad[1:], strict=True)
+        ]
+        total = sides[0].new_zeros(())
+        size = max(1, (IN_CACHE if sides[0].is_cpu else largest) // images**2)
+        for start in range(0, images, size):
+            some = slice(start, start + size)
+            own, other = (_angles_at(*side, some) for side in zip(sides[::2], inverses, strict=True))
+            difference = own[0] - other[0]
+            slopes = difference.clamp(-1, 1)
+            total += torch.dot(slopes.flatten(), difference.sub_(slopes, alpha=0.5).flatten())
+            _add_gradients(gradients[:2], slopes, *own, inverses[0], some)
+            _add_gradients(gradients[2:], slopes.neg_(), *other, inverses[1], some)
+        ctx.save_for_backward(*sides, *gradients)
+        ctx.largest = largest
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        sides, known = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        if torch.is_grad_enabled():  # to be differentiated once more
+            value = _angles_in_parts(ctx.largest, *sides)
+            return None, *gradients_at(value, sides, ctx.needs_input_grad[1:], gradients[0])
+        return None, *(None if of_side is None else gradients[0] * of_side for of_side in known)
+
+
+def _angles_at(
+    products: Float[Tensor, "batch batch"], inverses: Float[Tensor, "batch batch"], some: slice
+) -> tuple[Float[Tensor, "vertices batch batch"], Float[Tensor, "vertices batch batch"]]:
+    """The cosines at some vertices, and by what z_i - z_j times z_k - z_j is multiplied for them."""
+    rows = products[some]
+    cosines = products - rows[:, :, None]
+    cosines -= rows[:, None] - products.diagonal()[some, None, None]
+    factors = inverses[some, :, None] * inverses[some, None]
+    return cosines.mul_(factors), factors
+
+
+def _add_gradients(
+    gradients: Sequence[Tensor | None], slopes: Tensor, cosines: Tensor, factors: Tensor, inverses: Tensor, some: slice
+) -> None:
+    """Add the gradients at the products and the distances, in place of the cosines and the factors."""
+    of_products, of_distances = gradients
+    if of_products is not None:
+        factors.mul_(slopes)
+        of_rows = factors.sum(2)
+        of_products += factors.sum(0)
+        of_products[some] -= 2 * of_rows
+        of_products.diagonal()[some] += of_rows.sum(1)
+    if of_distances is not None:
+        of_distances[some] -= 2 * cosines.mul_(slopes).sum(2) * inverses[some]
+
+
+def _angles_in_parts(largest: int, *sides: Tensor) -> Tensor:
+    images = len(sides[0])
+    vertices = torch.arange(images, device=sides[0].device)
+    return in_parts(_angles, (vertices,), sides, numbers=images**2, largest=largest)
 
 
 def _angles(
