@@ -63,9 +63,14 @@ def over(measured: Accuracies, pair: str, method: str, other: str) -> list[float
     return differences(measured[pair, method], measured[pair, other])
 
 
-def state(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> str:
-    count = len(pairs) * len(methods)
-    return f"**{len(measured)} of {count} cells are finished.** An empty place in a table is a cell that is not.\n"
+def state(rows: Sequence[Row], done: int, left: int, hours: float | None) -> str:
+    """How many cells are finished, and what the others cost by the runs so far."""
+    text = f"**{done} of {done + left} cells are finished.** An empty place in a table is a cell that is not."
+    if hours is None:
+        return text + "\n"
+    seconds = fmean(row["core_seconds"] for row in rows)
+    cost = f"A run takes {seconds:.0f} seconds of one core (the mean of {len(rows)} so far)"
+    return f"{text} {cost}, and what is left {hours:.1f} hours of two idle cores.\n"
 
 
 def gains(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> Iterator[str]:

@@ -16,9 +16,10 @@ import control_report
 import other_reports
 from matplotlib.figure import Figure
 from rows import DOCS, Key, Row, groups, read, spread, table
+from run_table import Runs
 from scipy.stats import spearmanr
 
-from study import PAIRS, all_methods
+from study import KEY, PAIRS, TABLES, Settings, all_methods, cells, place_of, progress
 
 
 def gains(rows: Sequence[Row]) -> dict[Key, list[float]]:
@@ -216,14 +217,16 @@ def parts() -> dict[str, Iterator[str]]:
     names = ("tests.csv", "curves.csv", "fit.csv", "crossfit.csv", "channels.csv", "choices.csv")
     tests, curves, fit, crossed, spectra, chosen = map(read, names)
     pairs, methods = tuple(PAIRS), all_methods()
-    control = control_report.accuracies(read("control.csv"))
+    rows = read("control.csv")
+    control = control_report.accuracies(rows)
+    done, left, hours = progress(cells(), Runs(TABLES / "control.csv", KEY, place_of), Settings(TABLES))
     return {
         "label-free": other_reports.label_free(read("label_free.csv")),
         "few-labels": other_reports.few_labels(read("few_labels.csv")),
         "pretrained": other_reports.pretrained(read("pretrained.csv")),
         "without-labels": other_reports.without_labels(read("pretrained.csv")),
         "choices": other_reports.choices(chosen, tests, pairs),
-        "control-state": iter([control_report.state(control, pairs, methods)]),
+        "control-state": iter([control_report.state(rows, len(done), len(left), hours)]),
         "control-answer": control_report.answer(control, pairs, methods),
         "control-gains": control_report.gains(control, pairs, methods),
         "control-claims": control_report.claims(control, pairs),

@@ -45,7 +45,7 @@ class Runs:
     ) -> None:
         self.table, self.columns, self.place, self.run, self.pool = table, columns, place, run, pool
         self.rows: Rows = read(table)
-        self.commit = commit()
+        self.commit = commit() if pool else ""
         self.lock = threading.Lock()
         self.begun: dict[Trial, Future[Row]] = {}
 

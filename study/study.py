@@ -327,6 +327,14 @@ def tests(cell: Cell, runs: Runs, settings: Settings) -> Rows:
     return [runs.row_of(Trial(whole, rate, factor, seed)) for seed in settings.test_seeds]
 
 
+def progress(asked: Sequence[Cell], runs: Runs, settings: Settings) -> tuple[list[Cell], list[Cell], float | None]:
+    """The cells that are finished, those that are left, and the hours of two cores that these take."""
+    done = list(finished(asked, lambda cell: tests(cell, runs, settings)))
+    left = [cell for cell in asked if cell not in done]
+    named_left, named_done = ([(cell.pair, cell.method) for cell in some] for some in (left, done))
+    return done, left, hours_left(runs, named_left, named_done, USUAL_RUNS)
+
+
 def study(cells: Sequence[Cell], settings: Settings, tables: Path, jobs: int, console: Console) -> None:
     """All cells, several at a time, each method with all pairs before the next; what is put together comes last."""
     for folder in (settings.out, tables):
@@ -369,10 +377,7 @@ def main() -> None:
     console = Console()
     asked = cells(options.pair or tuple(PAIRS), options.method or ())
     settings, runs = Settings(options.out), Runs(options.tables / "control.csv", KEY, place_of)
-    done = finished(asked, lambda cell: tests(cell, runs, settings))
-    left = [cell for cell in asked if cell not in done]
-    named_left, named_done = ([(cell.pair, cell.method) for cell in some] for some in (left, done))
-    hours = hours_left(runs, named_left, named_done, USUAL_RUNS)
+    done, left, hours = progress(asked, runs, settings)
     cost = "the first rows tell how long they take" if hours is None else f"{hours:.1f} hours of two cores"
     console.print(f"{len(done)} of {len(asked)} cells are finished; the others: {cost}", highlight=False)
     if options.list:

@@ -19,8 +19,8 @@ DIGITS = {"dataset": "sklearn/digits", "train_split": "train", "val_split": "val
 
 @pytest.fixture
 def settings(tmp_path: Path) -> pretrained.Settings:
-    save_weights(build_model("resnet10t", {}), tmp_path / "teacher.safetensors", {})
-    return pretrained.Settings(tmp_path, DIGITS, "resnet10t", epochs=1, images=3_000, warmup=0)
+    save_weights(build_model("mobilenetv3_small_050", {}), tmp_path / "teacher.safetensors", {})
+    return pretrained.Settings(tmp_path, DIGITS, "mobilenetv3_small_050", epochs=1, images=3_000, warmup=0)
 
 
 def test_every_arm_is_a_recipe(settings: pretrained.Settings) -> None:

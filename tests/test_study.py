@@ -100,9 +100,10 @@ def test_a_cell_is_chosen_by_the_mean_of_two_seeds_and_goes_on_from_its_table_al
     assert len(pool.trials) == len({(trial.rate, trial.factor, trial.seed) for trial in pool.trials}) == 5 * 2 + 3
     other = study.Cell("vit-resnet", "DIST")
     table_alone = runs_of(settings)
-    assert run_table.finished([HINT, other], lambda cell: study.tests(cell, table_alone, settings)) == {HINT: rows}
-    left, done = ([(cell.pair, cell.method)] for cell in (other, HINT))
-    assert run_table.hours_left(table_alone, left, done, usual=99) == pytest.approx(13 * 20 / 2 / 3600)
+    assert study.tests(HINT, table_alone, settings) == rows
+    done, left, hours = study.progress([HINT, other], table_alone, settings)
+    assert (done, left) == ([HINT], [other])
+    assert hours == pytest.approx(13 * 20 / 2 / 3600)
     lines = table.read_text().splitlines()
     table.write_text("\n".join(line for line in lines if ",choice," not in line or ",1,1," not in line) + "\n")
     again = Made()
@@ -201,7 +202,7 @@ def test_what_is_said_of_the_control_follows_from_its_finished_cells() -> None:
         ]
 
     whole = control_report.accuracies(tested(3))
-    assert control_report.state(whole, pairs, methods).startswith("**126 of 126 cells are finished.**")
+    assert "3 of 126 cells are finished" in control_report.state([{"core_seconds": 20.0}], 3, 123, 5.0)
     first, table = control_report.answer(whole, pairs, methods)
     assert "RSD; OFA, outputs and exits are better in all 5 of them" in first
     assert "| RSD | vision transformer <- ResNet +2.0 ± 0.0 (+++);" in table
