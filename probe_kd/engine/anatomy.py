@@ -233,8 +233,8 @@ class Anatomy:
     def _calls_of(self, name: str) -> list[str]:
         return list(self.calls[name].values()) if name in self.calls and self.module(name).parameters else [name]
 
-    def _units_in_order(self) -> list[str]:
-        units = [name for name in self.units(self.root) if name in self.outputs]
+    def _units_in_order(self, name: str | None = None) -> list[str]:
+        units = [unit for unit in self.units(self.root if name is None else name) if unit in self.outputs]
         if not any("#" in name for name in units):
             return units
         return sorted(units, key=lambda name: self.entries.get(name, self.outputs[name]).order)
@@ -242,7 +242,7 @@ class Anatomy:
     def _trunk(self) -> list[str]:
         """Return the units between the image and the classifier's pooling, in order. Their stride never shrinks."""
         trunk: list[str] = []
-        units = self._main_branch(self._units_in_order())
+        units = self._main_branch(self._last_pass(self._units_in_order()))
         for index, name in enumerate(units):
             module = self.module(name)
             if (module.calls > 1 and not module.parameters) or self._passes_on(name):
@@ -259,6 +259,20 @@ class Anatomy:
             trunk.append(name)
         encoder = self._without_head(trunk)
         return self._without_class_attention(self._without_tails(encoder))
+
+    def _last_pass(self, units: list[str]) -> list[str]:
+        """Keep the last of several passes through all strides, as of one encoder that reads several images."""
+        called = [name for name in units if name not in self.trace.modules]
+        counts = {self.module(name).calls for name in called}
+        last = [name for name in called if name == list(self.calls[self.module(name).name].values())[-1]]
+        if len(counts) != 1 or len(last) < 2:
+            return units
+        start = units.index(last[0])
+        earlier = [name for name in called if name not in last]
+        returns = start > 0 and self.stride(last[0]) * SAME_STRIDE < self.stride(units[start - 1])
+        if not returns or any(name in earlier for name in units[start:]):
+            return units
+        return [name for name in units if name not in earlier]
 
     def _passes_on(self, name: str) -> bool:
         """Whether a unit gives what it read, as `Identity` does."""
@@ -299,14 +313,20 @@ class Anatomy:
         if self.root or output is None or not trunk or (output.reduction or 1.0) * SAME_STRIDE > max(strides):
             return list(trunk)
         deepest = next(name for name in trunk if self.stride(name) * SAME_STRIDE > max(strides))
-        parts = deepest.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            prefix = ".".join(parts[:end]) + "."
-            inside = [self.stride(name) for name in trunk if name.startswith(prefix)]
-            if max(inside) > SAME_STRIDE * min(inside):
-                last = max(index for index, name in enumerate(trunk) if name.startswith(prefix))
-                return list(trunk[: last + 1])
-        return self._without_branches(trunk)
+        holders = [holder for holder in _holders(deepest) if self._spans_strides(holder, trunk)]
+        if not holders:
+            return self._without_branches(trunk)
+        # Embeddings and blocks may stand in lists of their own.
+        before = trunk[: trunk.index(deepest)]
+        beside = [holder for name in before for holder in _holders(name) if self._spans_strides(holder, trunk)]
+        outer = [holder for holder in beside if not f"{holders[0]}.".startswith(f"{holder}.")]
+        prefixes = tuple(f"{holder}." for holder in [holders[0], *outer])
+        last = max(index for index, name in enumerate(trunk) if name.startswith(prefixes))
+        return list(trunk[: last + 1])
+
+    def _spans_strides(self, holder: str, trunk: Sequence[str]) -> bool:
+        inside = [self.stride(name) for name in trunk if name.startswith(f"{holder}.")]
+        return max(inside, default=0.0) > SAME_STRIDE * min(inside, default=0.0)
 
     def _without_branches(self, trunk: Sequence[str]) -> list[str]:
         """Leave out what begins with several units that read the feature of the unit before them (ASPP)."""
@@ -394,10 +414,15 @@ class Anatomy:
         if self._is_series(name):
             return False
         small = final and self.module(name).macs < TAIL_SHARE * self.trace.macs
-        classifies = not self._at("", "output")
-        once = self.module(name).calls == 1
-        gathers = final and classifies and once and self._layer_count(name) == 1 and not self._widens(name)
+        gathers = final and self._layer_count(name) == 1 and self._ends_encoder(name) and not self._widens(name)
         return small or (self._layer_count(name) < 2 and not gathers)
+
+    def _ends_encoder(self, name: str) -> bool:
+        """Whether only a classifier comes after a unit: the model yields no map, and what follows has less compute."""
+        module = self.module(name)
+        later = {other for other, spec in self.trace.modules.items() if spec.calls and spec.first >= module.last}
+        macs = sum(self.trace.modules[other].macs for other in later if _parent(other) not in later)
+        return module.calls == 1 and not self._at("", "output") and macs < module.macs
 
     def _widens(self, name: str) -> bool:
         return name not in self.entries or self.outputs[name].channels > self.entries[name].channels
@@ -556,8 +581,8 @@ class Anatomy:
     def decoder(self) -> list[FeatureSpec]:
         """The last feature at each stride after the encoder, first to last, without the layer that gives the output."""
         end = self.outputs[self.trunk[-1]].order if self.trunk else 0
-        later = [name for name in self._units_in_order() if self.outputs[name].order > end]
-        units = [name for name in later if self.module(name).parameters]
+        later = [name for name in self._units_in_order("") if self.outputs[name].order > end]
+        units = [name for name in later if self.module(name).parameters and not self._is_of_root(name)]
         layers = dict.fromkeys(self._layer_of_decoder(name, units) for name in units)
         features = [spec for name in layers for spec in self._features_of_decoder(name)]
         widths = [spec.channels for spec in self.trace.specs if spec.tap.is_output]
@@ -569,6 +594,10 @@ class Anatomy:
                 ends.pop()
             ends.append(spec)
         return ends
+
+    def _is_of_root(self, unit: str) -> bool:
+        """Whether a unit is the encoder, where this is a part of the model, or lies in it."""
+        return self.root != "" and f"{self.module(unit).name}.".startswith(f"{self.root}.")
 
     def _layer_of_decoder(self, unit: str, units: Sequence[str]) -> str:
         """Return the outermost module around a unit that holds nothing but units of its own stride, or the unit itself.
@@ -619,7 +648,8 @@ class Anatomy:
         for unit in filter(self.is_container, self.trunk):
             inside = self._blocks_in(unit)
             shrinks = self.stride(unit) > 2 * SAME_STRIDE * self.entry(unit)
-            if shrinks and not all(_is_same_stride(self.entry(block), self.stride(unit)) for block in inside):
+            one_stride = all(_is_same_stride(self.entry(block), self.stride(unit)) for block in inside)
+            if shrinks and not one_stride and (inside == [unit] or self.entry(unit) < SAME_STRIDE):
                 continue  # a stem, not a stage with its patch embedding
             names += inside
             if inside == [unit] and not self.repeats(unit):
@@ -749,6 +779,12 @@ def _main(specs: Sequence[FeatureSpec]) -> FeatureSpec:
     costs = [prod(spec.grid or ()) * spec.channels**2 for spec in specs]
     main = specs[costs.index(max(costs))]
     return main if main.grid != specs[0].grid and max(costs) > MAIN_BRANCH * costs[0] else specs[0]
+
+
+def _holders(name: str) -> list[str]:
+    """The modules around a module by its name, the innermost first, without the model."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
 
 
 def _parent(name: str) -> str:

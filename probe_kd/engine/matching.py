@@ -36,8 +36,7 @@ def _stages(plan: Anatomy) -> list[FeatureSpec]:
     if not ends:
         raise MatchError(
             f"{trace.model} at {'x'.join(map(str, trace.input_size))} yields no feature map or tokens of several "
-            f"positions that could be matched: {_what_was_seen(trace)}; give larger images or smaller patches, or name "
-            "layers in `pairs` by hand"
+            f"positions that could be matched: {_what_was_seen(trace)}; {_what_would_help(trace)}"
         )
     chain = plan.chain
     if plan.isotropic and len(chain) > 1:
@@ -104,6 +103,14 @@ def _what_was_seen(trace: Trace) -> str:
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "no tensor"
     found = f", on grids of {', '.join(sorted(grids))}" if grids else ""
     return f"{called} modules ran and yielded {counts}{found}"
+
+
+def _what_would_help(trace: Trace) -> str:
+    """Advise on a model without stages: most often its images are too small, or stand in the batch as frames do."""
+    outputs = [spec for spec in trace.specs if spec.tap.port == "output"]
+    if 2 * sum(spec.layout is Layout.OTHER for spec in outputs) > len(outputs):
+        return "match the module in it that reads single images"
+    return "give larger images or smaller patches, or name layers in `pairs` by hand"
 
 
 def _kind_of(spec: FeatureSpec) -> str:

@@ -8,7 +8,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
-from math import prod, sqrt
+from math import log2, prod, sqrt
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -628,7 +628,7 @@ class _SpecBuilder:
         return None
 
     def _is_scaled(self, grid: tuple[int, int]) -> bool:
-        """Whether a grid is one that was seen, shrunk or enlarged by a whole number; true where none was seen.
+        """Whether a grid is one that was seen, shrunk or enlarged by a power of 2; true where none was seen.
 
         Tokens that were grouped or dropped have a number that says nothing of positions.
         """
@@ -656,8 +656,8 @@ class _SpecBuilder:
 
 
 def _scales(fine: tuple[int, int], coarse: tuple[int, int]) -> bool:
-    """Whether both sides of a grid are those of a finer one divided by one whole number, both rounded up or down."""
-    factor = max(round(fine[0] / coarse[0]), 1)
+    """Whether both sides of a grid are those of a finer one divided by a power of 2, both rounded up or down."""
+    factor = 2 ** max(round(log2(fine[0] / coarse[0])), 0)
     return coarse in (tuple(side // factor for side in fine), tuple(-(-side // factor) for side in fine))
 
 

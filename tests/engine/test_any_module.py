@@ -366,6 +366,23 @@ def test_where_authors_differ_on_a_last_convolution_the_reason_names_the_other_c
     assert pair.reason.partition("; or")[2] == other.removeprefix("or")
 
 
+class Stages(nn.Module):
+    """The stages of a backbone; the last has a stride or, dilated, none."""
+
+    def __init__(self, *, dilated: bool) -> None:
+        super().__init__()
+        self.stem, self.low, self.middle = conv(3, 8, 2), stage(8, 16), stage(16, 24)
+        self.high = nn.Sequential(conv(24, 32), Residual(32)) if dilated else stage(24, 32)
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        low = self.low(self.stem(x))
+        middle = self.middle(low)
+        return [low, middle, self.high(middle)]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.stages(x)
+
+
 class Unet(nn.Module):
     """An encoder and a decoder side by side, or each in a module; `wide` makes the decoder most of the compute."""
 
@@ -414,6 +431,63 @@ def test_the_encoder_of_a_u_net_is_paired_and_its_decoder_on_demand(
         match(traced, trace(Cnn(), 64), decoder=True)
 
 
+def test_a_decoder_beside_an_encoder_that_returns_its_stages_is_paired_on_demand() -> None:
+    class Segmenter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.ups = Stages(dilated=False), nn.ModuleList([conv(56, 24), conv(40, 16)])
+            self.head = nn.Conv2d(16, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            low, middle, x = self.encoder(x)
+            for up, skip in zip(self.ups, (middle, low), strict=True):
+                x = up(torch.cat([nn.functional.interpolate(x, scale_factor=2), skip], 1))
+            return self.head(x)
+
+    traced = trace(Segmenter(), 64)
+    pairs = [str(pair.student) for pair in match(traced, traced, decoder=True)]
+    assert pairs == ["encoder.low", "encoder.middle", "encoder.high", "ups.0", "ups.1"]
+
+
+def test_embeddings_and_blocks_in_lists_of_their_own_are_stages_together() -> None:
+    class Segformer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.ModuleList([nn.Conv2d(3, 16, 4, 4), nn.Conv2d(16, 24, 2, 2)])
+            self.blocks = nn.ModuleList(nn.ModuleList(Mixer(width) for _ in range(2)) for width in (16, 24))
+            self.out = nn.Conv2d(40, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = []
+            for embed, group in zip(self.embed, self.blocks, strict=True):
+                x = embed(x)
+                tokens = x.flatten(2).mT
+                for block in group:
+                    tokens = block(tokens)
+                features.append(x := tokens.mT.reshape(x.shape))
+            return self.out(torch.cat([features[0], nn.functional.interpolate(features[1], scale_factor=2)], 1))
+
+    assert taps(Segformer()) == "blocks.0.1 blocks.1.1"
+
+
+def test_of_two_images_through_one_encoder_the_last_pass_is_read() -> None:
+    class Twin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.fc = Stages(dilated=False), nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.cat([self.net(view)[-1].mean((2, 3)) for view in x.split(3, 1)], 1))
+
+    assert taps(Twin(), (6, 64, 64)) == "net.stem#1 net.low#1 net.middle#1 net.high#1"
+
+
+def test_blocks_of_stages_with_a_stride_of_3_are_counted() -> None:
+    stages = [nn.Sequential(nn.Conv2d(a, b, 3, 3), Residual(b), Residual(b)) for a, b in [(3, 8), (8, 16), (16, 24)]]
+    model = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
+    assert [str(spec.tap) for spec in blocks(trace(model, 81))] == ["0.1", "0.2", "1.1", "1.2", "2.1", "2.2"]
+
+
 def test_a_head_at_the_stride_of_the_last_stage_is_no_stage() -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:
@@ -443,23 +517,6 @@ class Nested(nn.Module):
 def test_a_u_net_of_nested_levels_is_opened_level_by_level() -> None:
     ends = [f"{'inner.' * depth}down" for depth in range(4)]
     assert taps(Nested((3, 8, 16, 24, 32))) == " ".join(ends)
-
-
-class Stages(nn.Module):
-    """The stages of a backbone; the last has a stride or, dilated, none."""
-
-    def __init__(self, *, dilated: bool) -> None:
-        super().__init__()
-        self.stem, self.low, self.middle = conv(3, 8, 2), stage(8, 16), stage(16, 24)
-        self.high = nn.Sequential(conv(24, 32), Residual(32)) if dilated else stage(24, 32)
-
-    def stages(self, x: Tensor) -> list[Tensor]:
-        low = self.low(self.stem(x))
-        middle = self.middle(low)
-        return [low, middle, self.high(middle)]
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return self.stages(x)
 
 
 class Retina(nn.Module):
@@ -715,6 +772,19 @@ def test_what_is_probably_not_meant_is_told() -> None:
     assert [word in text for word, text in zip(("depths", "images", "output"), texts, strict=True)] == [True] * 3
     with pytest.raises(MatchError, match="3 modules ran and yielded 3 vectors"):
         stages(trace(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), 8))
+
+
+def test_frames_that_are_merged_into_the_batch_are_told() -> None:
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Cnn()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+    with pytest.raises(MatchError, match="match the module in it that reads single images"):
+        stages(trace(Frames(), (4, 3, 64, 64)))
 
 
 def test_match_warns_with_a_class_of_our_own(monkeypatch: pytest.MonkeyPatch, resnet: Trace) -> None:
