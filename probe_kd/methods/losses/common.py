@@ -448,6 +448,12 @@ def unit_deviation(features: Float[Tensor, "..."], dim: Sequence[int]) -> Float[
     return scaled
 
 
+def check_first_derivative(name: str) -> None:
+    """Raise LossError in a backward that is to be differentiated, where a constant is saved that is none."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise LossError(f"the gradient of {name} cannot be differentiated; leave out `create_graph`")
+
+
 class _Unit(torch.autograd.Function):
     """Scale to length 1 along some axes. What is no longer than the rounding error of `of` is divided by that.
 
@@ -469,6 +475,7 @@ class _Unit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        check_first_derivative("a loss of unit vectors")
         scaled, length = ctx.saved_tensors
         along = (gradients[0] * scaled).sum(ctx.dim, keepdim=True)
         return (gradients[0] - scaled * along) / length, None, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import (
     Reduction,
+    check_first_derivative,
     check_outputs,
     check_temperature,
     dense_outputs,
@@ -173,8 +174,7 @@ class _Correlation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise LossError("dist: its gradient cannot be differentiated; leave out `create_graph`")
+        check_first_derivative("dist")
         own, other, own_factor, other_factor, correlation = ctx.saved_tensors
         sides = (own, other, own_factor), (other, own, other_factor)
         needed = ctx.needs_input_grad[:2]

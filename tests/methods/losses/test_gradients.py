@@ -14,6 +14,12 @@ from probe_kd.methods.losses.table import LOSSES
 
 OF_LOGITS = [name for name, loss in LOSSES.items() if loss.reads in ("labels", "outputs") and not loss.builds_module]
 
+OF_LAYERS = [
+    name for name, loss in LOSSES.items() if loss.reads in ("features", "maps", "vectors") and not loss.builds_module
+]
+
+OF_UNIT_VECTORS = {"pkd", "ickd", "nst", "sp", "pkt", "cc", "gram_tokens"}
+
 
 def sides_of(name: str) -> list[Tensor]:
     """The student's logits, and targets."""
@@ -54,6 +60,22 @@ def test_a_gradient_can_be_differentiated_or_says_that_it_cannot(name: str) -> N
         return
     assert torch.autograd.gradcheck(of_both, leaves)
     assert torch.autograd.gradgradcheck(of_both, leaves)
+
+
+@pytest.mark.parametrize("name", OF_LAYERS)
+def test_a_gradient_of_layers_can_be_differentiated_or_says_that_it_cannot(name: str) -> None:
+    shape = (3, 4) if LOSSES[name].reads == "vectors" else (2, 3, 2, 2)
+    student, teacher = draw(*shape, seed=0).requires_grad_(), draw(*shape, seed=1)
+
+    def check() -> bool:
+        passed: bool = torch.autograd.gradgradcheck(lambda own: LOSSES[name].function(own, teacher), student)
+        return passed
+
+    if name in OF_UNIT_VECTORS:
+        with pytest.raises(LossError, match="leave out `create_graph`"):
+            check()
+    else:
+        assert check()
 
 
 def test_a_gradient_that_is_known_in_parts_can_be_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
