@@ -222,10 +222,10 @@ class Distiller(nn.Module):
 
     def set_epoch(self, epoch: float, epochs: int) -> None:
         """Set every weight and option that is a `Schedule` to its value after `epoch` of `epochs`."""
-        self._terms.set_epoch(epoch, epochs)
+        parameter = next(self.student.parameters(), torch.empty(0))
+        self._terms.set_epoch(epoch, epochs, like=parameter)
         if self._terms.dropping is not None:
-            device = next((parameter.device for parameter in self.student.parameters()), torch.device("cpu"))
-            self._terms.dropping.begin(epoch, device)
+            self._terms.dropping.begin(epoch, parameter.device)
 
     @property
     def weights(self) -> dict[str, float]:

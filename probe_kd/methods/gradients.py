@@ -132,7 +132,7 @@ def _share_norms(
 @contextmanager
 def _without_effect(distiller: Distiller) -> Iterator[None]:
     """Let steps run that leave buffers and the state of the random numbers as they were."""
-    with RandomState(distiller).again(), buffers_aside(distiller), unmeasured(distiller.shares), _not_compiled():
+    with RandomState(distiller).again(), buffers_aside(distiller), unmeasured(distiller.shares), not_compiled():
         yield
 
 
@@ -142,8 +142,11 @@ def _in_float16(distiller: Distiller, images: Tensor) -> bool:
     return by_autocast or any(parameter.dtype is torch.float16 for parameter in distiller.student.parameters())
 
 
-def _not_compiled() -> AbstractContextManager[Any]:
-    """Run compiled modules as they are: compiled graphs give their buffers away, and allow a single backward."""
+def not_compiled() -> AbstractContextManager[Any]:
+    """Run compiled modules as they are, where they would be compiled once more: in another mode, or for another batch.
+
+    Compiled graphs also give their buffers away, and allow a single backward.
+    """
     # The import takes seconds, and nothing is compiled without it.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 

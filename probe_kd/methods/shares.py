@@ -129,18 +129,31 @@ class ShareWeights(nn.Module):
         self.tasks = {index: task_of(objectives, index) for index in self.shares}
         self.bypassed = False  # for a trial, in which only gradients' reach matters
         self.values: dict[int, float] = {}  # as Python values, because reading a buffer would wait for a GPU
+        self.measured = False  # a compiled step would depend on the values where it asks if there are any
         self.register_buffer("norms", torch.full((len(self.shares), 2), torch.nan))
         self.norms: Float[Tensor, "shares 2"]
+        # The values for a compiled step, which would be compiled anew for every new number.
+        self.register_buffer("tensors", torch.full((len(self.shares),), torch.nan), persistent=False)
+        self.tensors: Float[Tensor, " shares"]
 
     def inserted(self, weights: Sequence[float]) -> list[float]:
         """The weights of all objectives, with those that are measured in their places."""
-        if not self.values and not self.bypassed:
+        self._check_measured()
+        return [self.values.get(index, weight) for index, weight in enumerate(weights)]
+
+    def inserted_tensors(self, weights: Sequence[float | Tensor]) -> list[float | Tensor]:
+        """As `inserted`, with those that are measured as tensors."""
+        self._check_measured()
+        measured = dict(zip(self.shares, self.tensors.unbind(), strict=True))
+        return [measured.get(index, weight) for index, weight in enumerate(weights)]
+
+    def _check_measured(self) -> None:
+        if not self.measured and not self.bypassed:
             names = ", ".join(repr(self.names[index]) for index in self.shares)
             raise LossError(
                 f"the weight of {names} is a share of the task's gradient, which was not measured; call "
                 "`measure_shares(distiller, batches)` with training batches before the first step"
             )
-        return [self.values.get(index, weight) for index, weight in enumerate(weights)]
 
     @property
     def by_name(self) -> dict[str, float]:
@@ -179,10 +192,12 @@ class ShareWeights(nn.Module):
             index: share.share * task / own
             for (index, share), (task, own) in zip(self.shares.items(), self.norms.tolist(), strict=True)
         }
+        self.tensors.copy_(torch.tensor([*self.values.values()]))
+        self.measured = True
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.values = {}
+        self.values, self.measured = {}, False
         if self.norms.device.type != "meta" and all(map(isfinite, self.norms.flatten().tolist())):
             self._read()
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probe_kd.engine.spec import Tap, value_at
+from probe_kd.engine.spec import Schedule, Tap, value_at
 from probe_kd.errors import LossError
 from probe_kd.methods.dropping import TeacherDropping
 from probe_kd.methods.losses.common import call_loss, check_finite, flat
@@ -44,9 +44,20 @@ class Terms:
         self.checked = False
         self.set_epoch(0, 1)
 
-    def set_epoch(self, epoch: float, epochs: int) -> None:
-        """Set every weight and option that is a `Schedule` to its value after `epoch` of `epochs`."""
+    def set_epoch(self, epoch: float, epochs: int, like: Tensor | None = None) -> None:
+        """Set every weight and option that is a `Schedule` to its value after `epoch` of `epochs`.
+
+        A compiled step takes its weights on the device of `like`, a parameter.
+        """
         self._scheduled = [value_at(objective.weight, epoch, epochs) for objective in self.objectives]
+        like = torch.empty(0) if like is None else like
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self._compiled_weights: list[float | Tensor] = [
+            torch.full((), weight, dtype=dtype, device=like.device)
+            if isinstance(objective.weight, Schedule)
+            else weight
+            for objective, weight in zip(self.objectives, self._scheduled, strict=True)
+        ]
         self.options = [
             {name: value_at(value, epoch, epochs) for name, value in objective.options.items()}
             for objective in self.objectives
@@ -56,6 +67,13 @@ class Terms:
     def weights(self) -> list[float]:
         """The present weight of each objective. Raises LossError for a `Share` that was not measured."""
         return self._scheduled if self.shares is None else self.shares.inserted(self._scheduled)
+
+    def _factors(self) -> Sequence[float | Tensor]:
+        """The weights in a step. In a compiled one, those that change are tensors: numbers are compiled as they are."""
+        if not torch.compiler.is_compiling():
+            return self.weights
+        weights = self._compiled_weights
+        return weights if self.shares is None else self.shares.inserted_tensors(weights)
 
     def __call__(
         self,
@@ -78,11 +96,11 @@ class Terms:
         terms = {objective.name: total for objective, total in zip(self.objectives, totals, strict=True)}
         if self.dropping is not None and drop:
             totals = self._without_dropped(parts, self.dropping)
-        return _total([_weighted(weight, total) for weight, total in zip(self.weights, totals, strict=True)]), terms
+        return _total([_weighted(weight, total) for weight, total in zip(self._factors(), totals, strict=True)]), terms
 
     def _without_dropped(self, parts: Sequence[Parts], dropping: TeacherDropping) -> list[Tensor]:
         losses: dict[str, Tensor] = {}
-        for weight, of_objective in zip(self.weights, parts, strict=True):
+        for weight, of_objective in zip(self._factors(), parts, strict=True):
             for name, part in of_objective:
                 if name is not None:
                     losses[name] = losses.get(name, 0.0) + weight * part.detach()
@@ -168,10 +186,14 @@ class Terms:
 
     def _checks_values(self, tensor: Tensor) -> bool:
         """Whether to check values that the losses do not check themselves: in the first step on a GPU."""
-        return not self.checked and tensor.device.type not in ("cpu", "meta") and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():  # first, or the compiled step would depend on `checked`
+            return False
+        return not self.checked and tensor.device.type not in ("cpu", "meta")
 
 
-def _weighted(weight: float, term: Tensor) -> Tensor:
+def _weighted(weight: float | Tensor, term: Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        return weight.to(term.dtype) * term
     return term if weight == 1 else weight * term  # forth and back, a product by one is two kernels for nothing
 
 

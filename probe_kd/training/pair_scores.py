@@ -14,6 +14,7 @@ from probe_kd.engine.weights import load_weights
 from probe_kd.measures import OF_PAIRS
 from probe_kd.methods.comparisons import Comparison
 from probe_kd.methods.distiller import Distiller
+from probe_kd.methods.gradients import not_compiled
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.similarity import PairSums
 from probe_kd.methods.targets import compared, teacher_side
@@ -38,7 +39,7 @@ def score_pairs(distiller: Distiller, batches: Batches, accelerator: Accelerator
     distiller.eval()
     for images, *_ in readable(batches, "evaluation"):
         count = own_images(accelerator, len(images))
-        with accelerator.autocast():
+        with accelerator.autocast(), not_compiled():
             sides = list(_sides(distiller, images))
         for objective, comparison, student, teacher in sides:
             sums.setdefault((objective.name, comparison), PairSums()).add(student[:count], teacher[:count])

@@ -15,6 +15,7 @@ from probe_kd.engine.spec import InputSpec
 from probe_kd.errors import RunError, for_all
 from probe_kd.measures import OF_PAIRS
 from probe_kd.methods.adapters import ImageView
+from probe_kd.methods.gradients import not_compiled
 from probe_kd.methods.predictions import average_precisions, class_logits, mean_average_precision
 from probe_kd.training.devices import memory_format
 from probe_kd.training.labelled_sets import LabelledSets
@@ -232,7 +233,7 @@ class Scorer:
         for images, target in readable(held_out_batches.prepare(accelerator), "held-out"):
             if len(target) > 1 or not losses:  # one image has no variance, which some losses divide by
                 index = torch.full((len(images),), _HELD_OUT, device=images.device)
-                with accelerator.autocast():
+                with accelerator.autocast(), not_compiled():
                     loss = distiller(images, None if dataset_has_no_labels else target, index=index)["loss"]
                 losses.append(accelerator.gather_for_metrics(loss.repeat(len(target))).cpu())
         return torch.cat(losses).double().mean().item()

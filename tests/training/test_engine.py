@@ -49,6 +49,32 @@ def test_a_compiled_run_is_the_eager_run_through_stages_that_read_other_layers(
     alike(tmp_path / "run", eager)
 
 
+def test_a_compiled_run_compiles_each_stage_once(tmp_path: Path) -> None:
+    """Whatever is scheduled, evaluated in other modes, measured of pairs, or smaller than a batch."""
+    text = """\
+student: {model: resnet10t, model_kwargs: {channels: [4, 4, 8, 8]}}
+teacher: {model: resnet10t, model_kwargs: {channels: [4, 8, 8, 8]}, train: {epochs: 1}}
+data: {dataset: sklearn/digits, input_size: [3, 16, 16], fraction: 0.15, batch_size: 64, hflip: 0.0, holdout: 0.2}
+pairs: {layer2: layer2}
+evaluate: {pairs: true}
+stages:
+  - {name: hint, epochs: 2, losses: {hint: {loss: hint}}, keep: best}
+  - name: task
+    epochs: 3
+    keep: best
+    losses:
+      task: {loss: cross_entropy}
+      soft: {loss: soft_targets, weight: {start: 1.0, end: 0.1, shape: cosine}}
+      hint: {loss: hint, weight: {start: 1.0, end: 0.0, epochs: 1}}
+torchcompile: {backend: eager}
+"""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    run(text, tmp_path / "run")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3, "of the teacher, and of the student's stages"
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_gradient_checkpointing_changes_nothing_but_what_can_be_tapped(eager: Path, tmp_path: Path) -> None:
     run(SHORT.replace("grad_checkpointing: false", "grad_checkpointing: true"), tmp_path / "run")
     alike(tmp_path / "run", eager)
@@ -142,6 +168,30 @@ def test_trackers_and_the_summary_of_timm_get_what_the_metrics_say(tmp_path: Pat
 def test_names_that_torch_or_accelerate_do_not_know_are_refused_in_the_plan(line: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         plan(parse(f"{SHORT}{line}\n"))
+
+
+TEACHERS = "teachers: {one: {model: resnet10t, train: {epochs: 1}}, two: {model: resnet10t, train: {epochs: 1}}}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("  - name: task", "  - name: task\n    grad_accum_steps: 2"),
+            "would add up the wrong ones; take another mode",
+        ),
+        (
+            ("teacher:\n  model: resnet10t\n  train: {epochs: 1}", TEACHERS),
+            "would overwrite what the one before it gave",
+        ),
+    ],
+)
+def test_cuda_graphs_that_would_be_overwritten_are_refused(change: tuple[str, str], message: str) -> None:
+    text = SHORT.replace("layer2", "one:layer2").replace("layer3", "two:layer3") if TEACHERS in change else SHORT
+    text = text.replace(*change) + "torchcompile: {target: teacher, mode: MODE}\n"
+    with pytest.raises(RecipeError, match=message):
+        plan(parse(text.replace("MODE", "reduce-overhead")))
+    plan(parse(text.replace("MODE", "max-autotune-no-cudagraphs")))
 
 
 @pytest.mark.parametrize(

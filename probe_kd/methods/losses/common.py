@@ -47,9 +47,31 @@ def promoted(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
+@torch.library.custom_op("probe_kd::copied", mutates_args=())
+def _copied(values: Tensor) -> Tensor:
+    return values.clone()
+
+
+@_copied.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def before_written(values: Tensor) -> Tensor:
+    """What was read from a buffer that the same step writes to later; it has no gradient.
+
+    The backward of a compiled step may read it once more, although the buffer holds other values by then (torch 2.14).
+    No compiler knows how to compute this copy again.
+    """
+    return _copied(values.detach()) if torch.compiler.is_compiling() else values
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether an option is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    # In a compiled step a schedule is a symbol, which would break the graph here. Its ends were checked.
+    return torch.compiler.is_compiling() or isfinite(value)
 
 
 def check_reduction(reduction: Reduction) -> None:

@@ -12,6 +12,7 @@ from probe_kd.engine.spec import FeatureSpec
 from probe_kd.errors import LossError
 from probe_kd.methods.losses.common import (
     SMALL,
+    before_written,
     check_same_shape,
     drawn,
     gathered,
@@ -61,8 +62,8 @@ class PatchSimilarityQueue(nn.Module):
         size = len(self.queue)
         entering = gathered(targets) if self.training else targets.detach()
         entering = entering[:: -(-len(entering) // size)]
-        queue = torch.cat([entering, self.queue.to(entering.dtype)])[:size]
-        filled = (self.filled + len(entering)).clamp_max(size)
+        queue = torch.cat([entering, before_written(self.queue).to(entering.dtype)])[:size]
+        filled = (before_written(self.filled) + len(entering)).clamp_max(size)
         if self.training:
             self.queue.copy_(queue)
             self.filled.copy_(filled)
@@ -142,9 +143,9 @@ class CRD(nn.Module):
         losses, scales = [], []
         for side, anchors in enumerate(embeddings):
             memory = self.memories[1 - side]
-            positives = memory[index] if self.training else embeddings[1 - side].detach()
+            positives = before_written(memory[index]) if self.training else embeddings[1 - side].detach()
             own = (anchors * positives.to(anchors.dtype)).sum(1, keepdim=True) / self.temperature
-            rest = anchors @ memory[others].to(anchors.dtype).mT / self.temperature
+            rest = anchors @ before_written(memory[others]).to(anchors.dtype).mT / self.temperature
             scale = self._scale(side, torch.cat([own, rest], dim=1))
             # h = sigmoid(a b / T - log(N Z / M)), and Z / M is the mean of exp(a b / T).
             log_h = F.logsigmoid(own - scale).sum() + F.logsigmoid(scale - rest).sum()
@@ -157,7 +158,7 @@ class CRD(nn.Module):
     def _scale(self, side: int, products: Float[Tensor, "batch n"]) -> Float[Tensor, ""]:
         """log(N Z / M): Z / M is the mean of exp(a b / T) in the first batch."""
         measured = products.detach().flatten().logsumexp(0) + log(self.negatives / products.numel())
-        return torch.where(self.steps > 0, self.scales[side].to(measured.dtype), measured)
+        return before_written(torch.where(self.steps > 0, self.scales[side].to(measured.dtype), measured))
 
     @torch.no_grad()
     def _remember(self, embeddings: Sequence[Tensor], index: Int[Tensor, " batch"], scales: Float[Tensor, "2"]) -> None:

@@ -69,6 +69,12 @@ def _check_compiled(recipe: Recipe, options: CompileOptions) -> Iterator[Mistake
             "so `grad_accum_steps` would add up the wrong ones; take another mode, or a larger `batch_size`"
         )
         yield ("torchcompile", "mode"), message
+    if graphs and options.target == "teacher" and len(recipe.teachers_by_name) > 1:
+        message = (
+            f"mode {options.mode!r} replays CUDA graphs, and the graph of each teacher would overwrite what the one "
+            "before it gave; take `target: step`, or another mode"
+        )
+        yield ("torchcompile", "mode"), message
     share = recipe.share
     if share is not None and (share.form in ("trunk", "graft") or share.block in ("params", "trunk")):
         message = (
