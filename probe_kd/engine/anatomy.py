@@ -46,6 +46,8 @@ class Anatomy:
         self.calls: dict[str, dict[int, str]] = {}  # the units of a module that runs several times
         self._series: dict[str, list[str]] = {}
         self._called: dict[str, list[str]] = {}
+        self._leaves_of: dict[str, list[str]] = {}
+        self._features: dict[tuple[str, str], list[FeatureSpec]] = {}  # by module and port
         self._read_features()
         self.root = self._encoder_root()
         self.trunk = self._trunk()
@@ -56,6 +58,7 @@ class Anatomy:
         for spec in self.trace.specs:
             if spec.grid is None or spec.layout is Layout.OTHER:
                 continue
+            self._features.setdefault((spec.tap.module, spec.tap.port), []).append(spec)
             features = inputs if spec.tap.port == "input" else outputs
             features.setdefault((spec.tap.module, spec.tap.call or 0), []).append(spec)
         for (name, _), specs in inputs.items():
@@ -134,8 +137,10 @@ class Anatomy:
         coarser, but for the small levels that a pyramid adds.
         """
         module = self.trace.modules[name]
+        if module.parameters < ENCODER_SHARE * self.trace.parameters or not self._reads_image(name):
+            return False
         inside = [spec for spec in self._within(name) if spec.grid != (1, 1)]
-        if not inside or module.parameters < ENCODER_SHARE * self.trace.parameters or not self._has_blocks(name):
+        if not inside or not self._has_blocks(name):
             return False
         siblings = [child for child in self.called_children(parent) if self.trace.modules[child].first >= module.last]
         deepest = max(spec.reduction or 1.0 for spec in inside)
@@ -143,7 +148,7 @@ class Anatomy:
         produced = {spec.tensor for spec in self.trace.specs if self._lies_in(spec, name)}
         read = [spec for other in siblings for spec in self._at(other, "input") if spec.tensor in produced]
         is_pyramid = self._count_strides(read) > 2 and self._macs_of_stages(coarser) < MAIN_SHARE * module.macs
-        if (coarser and not is_pyramid) or not self._reads_image(name):
+        if coarser and not is_pyramid:
             return False
         outputs = [spec.reduction for spec in self._at(parent, "output") if spec.reduction]
         heads = [other for other in siblings if self.trace.modules[other].parameters]
@@ -166,8 +171,7 @@ class Anatomy:
         return any(self._series_of(other) for other in self.trace.modules if f"{other}.".startswith(f"{name}."))
 
     def _at(self, name: str, port: str) -> list[FeatureSpec]:
-        specs = [spec for spec in self.trace.specs if spec.tap.module == name and spec.tap.port == port]
-        return [spec for spec in specs if spec.grid is not None and spec.layout is not Layout.OTHER]
+        return self._features.get((name, port), [])
 
     def _within(self, name: str) -> list[FeatureSpec]:
         """The outputs of a module and of all modules in it."""
@@ -207,14 +211,24 @@ class Anatomy:
 
     def _is_nested(self, name: str) -> bool:
         """Whether a module goes down and up again, around or within one of its own class: a U-Net of nested blocks."""
-        if name not in self.outputs or self.module(name).kind in _GENERIC:
-            return False
-        deepest = max(spec.reduction or 1.0 for spec in self._within(name))
-        others = [
-            other for other in self.outputs if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")
+        kind = self.module(name).kind
+        others = self._by_kind[kind] if name in self.outputs and kind not in _GENERIC else []
+        own_class = [
+            other for other in others if f"{other}.".startswith(f"{name}.") or f"{name}.".startswith(f"{other}.")
         ]
-        own_class = any(self.module(other).kind == self.module(name).kind for other in others if other != name)
-        return own_class and deepest > SAME_STRIDE * max(self.stride(name), self.entry(name))
+        return len(own_class) > 1 and any(
+            (spec.reduction or 1.0) > SAME_STRIDE * max(self.stride(name), self.entry(name))
+            for spec in self._within(name)
+        )
+
+    @cached_property
+    def _by_kind(self) -> dict[str, list[str]]:
+        """The modules that yield features, by their class."""
+        names: dict[str, list[str]] = {}
+        for name in self.outputs:
+            if name in self.trace.modules:
+                names.setdefault(self.trace.modules[name].kind, []).append(name)
+        return names
 
     def _wraps(self, name: str, share: float) -> bool:
         """Whether a module holds the model, and gives features of it beside or instead of its last.
@@ -439,8 +453,12 @@ class Anatomy:
     def _leaves(self, name: str) -> list[str]:
         """Return the called modules in a module, itself included, that have no called children with parameters."""
         name = self.module(name).name
-        parts = [part for part in self.trace.modules if part == name or part.startswith(f"{name}.")]
-        return [part for part in parts if self.trace.modules[part].calls and not self.is_container(part)]
+        if name not in self._leaves_of:
+            module = self.trace.modules[name]
+            own = [name] if module.calls and not self.is_container(name) else []
+            inside = [self._leaves(child) for child in module.children if child in self.trace.modules]
+            self._leaves_of[name] = [*own, *(leaf for leaves in inside for leaf in leaves)]
+        return self._leaves_of[name]
 
     def _without_class_attention(self, trunk: list[str]) -> list[str]:
         """Drop the last blocks if they only add a class token (CaiT, Touvron et al. 2021): these are not a stage."""
