@@ -183,6 +183,7 @@ def sets_of(trial: Trial, settings: Settings) -> list[str]:
         "val_interval": budget.epochs,
         "teacher.train": None,
         "teacher.checkpoint": str(weights_of(PAIRS[trial.cell.pair], settings.out)),
+        "teacher.cache": str(settings.out.resolve() / "cache"),  # runs with the same seed see the same views
     }
     return [*settings.sets, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
 
