@@ -46,13 +46,14 @@ def main() -> None:
     parser.add_argument(
         "--profile", metavar="LOSSES", help="the functions that an epoch from the cache spends its time in"
     )
+    parser.add_argument("--only", metavar="LOSSES", choices=LOSSES, help="one set of losses: " + "; ".join(LOSSES))
     parser.add_argument("--workers", type=int, default=0, help="processes that read images and rows")
     parser.add_argument("--size", type=int, default=32, help="the width and height of the images, and so of the rows")
     wishes = parser.parse_args()
     settle(wishes.device)
     rows = []
     for name, losses in LOSSES.items():
-        if wishes.profile in (None, name):
+        if {wishes.profile, wishes.only} <= {None, name}:
             rows += measured(name, losses, wishes)
     print(
         section(

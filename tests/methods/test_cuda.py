@@ -113,7 +113,14 @@ def run(folder: Path, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"precision": "fp16"}, {"precision": "no"}, {"torchcompile": {"target": "step"}}]
+    "changes",
+    [
+        {},
+        {"precision": "fp16"},
+        {"precision": "no"},
+        {"torchcompile": {"target": "step"}},
+        {"torchcompile": {"mode": "reduce-overhead"}, "stages": [{**RECIPE["stages"][0], "grad_accum_steps": 1}]},
+    ],
 )
 def test_a_recipe_trains_and_is_measured(changes: dict[str, Any], tmp_path: Path) -> None:
     journal = run(tmp_path / "run", **changes)
@@ -125,8 +132,14 @@ def test_a_recipe_trains_and_is_measured(changes: dict[str, Any], tmp_path: Path
         assert scores.top1 == pytest.approx(trained, abs=0.02)  # another batch size takes other kernels
 
 
-def test_a_step_of_the_loop_never_waits_for_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two updates, with loader, losses, accumulation, clipping and the moving average. In bf16, the default."""
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_step_of_the_loop_never_waits_for_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """Between two updates, with loader, losses, accumulation, clipping and the moving average. In bf16, the default.
+
+    With a cache, the first epoch writes its rows and the second reads them.
+    """
     waits: list[str] = []
     steps = Loop.run
 
@@ -145,5 +158,6 @@ def test_a_step_of_the_loop_never_waits_for_the_gpu(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Loop, "run", watched)
     monkeypatch.setattr(Epochs, "_after_update", lambda *_: None)  # shows losses twice a second, and saves
-    run(tmp_path / "run")
+    cache = {"cache": str(tmp_path / "cache")} if cached else {}
+    run(tmp_path / "run", teacher=RECIPE["teacher"] | cache)
     assert waits == []
