@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
-from control_report import name_of
+from control_report import ALONE, Accuracies, name_of
 from pretrained import ARMS, CHANGES, FREE, FROM_PROBED, FROM_TUNED, LABELS
 from rows import Key, Row, change, decided, differences, groups, spread, table
 from scipy.stats import spearmanr
@@ -12,21 +12,19 @@ DEFAULT = "default"
 CHOICES = (DEFAULT, "by features", "tune, 3 runs", "tune, 10 runs")
 
 
-def choices(rows: Sequence[Row], tests: Sequence[Row], pairs: Sequence[str]) -> Iterator[str]:
-    """The default recipe beside what was chosen, and beside the best cell of the first study."""
+def choices(rows: Sequence[Row], grid: Accuracies, pairs: Sequence[str]) -> Iterator[str]:
+    """The default recipe beside what was chosen, and beside the best cell that a study found with the same budget."""
     measured = {key: {row["seed"]: row["test"] for row in runs} for key, runs in groups(rows, "pair", "choice").items()}
-    grid = groups([row for row in tests if row["images"] == "few"], "pair", "method")
-    means = {key: fmean(row["test"] for row in runs) for key, runs in grid.items()}
-    of_study = {pair for pair, _ in means}
+    means = {key: fmean(accuracies.values()) for key, accuracies in grid.items()}
     lines = []
     for pair in pairs:
         cells = [measured.get((pair, choice), {}) for choice in CHOICES]
         of_pair = {method: mean for (other, method), mean in means.items() if other == pair}
         best = max(of_pair, key=of_pair.__getitem__, default="")
-        alone = f"{of_pair['alone']:.1f}" if of_pair else ""
-        text = f"{of_pair[best]:.1f}: {best}" if best else ""
+        alone = f"{of_pair[ALONE]:.1f}" if ALONE in of_pair else ""
+        text = f"{of_pair[best]:.1f}: {best}" if len(of_pair) > 1 else ""
         lines.append((name_of(pair), alone, *(spread(list(cell.values()), 1) if cell else "" for cell in cells), text))
-    yield table("student <- teacher", "alone", *CHOICES, "best of the first study", rows=lines) + "\n"
+    yield table("student <- teacher", "alone", *CHOICES, "best of the studies", rows=lines) + "\n"
     for choice in CHOICES[1:]:
         changes = {
             pair: differences(measured[pair, choice], measured[pair, DEFAULT])
@@ -35,13 +33,11 @@ def choices(rows: Sequence[Row], tests: Sequence[Row], pairs: Sequence[str]) -> 
         }
         if changes:
             yield f"- `{choice}` over the default: {_counted(changes.values())}."
-        best = {
-            pair: max(own for (other, _), own in means.items() if other == pair) for pair in changes if pair in of_study
-        }
-        if best:
-            lost = [best[pair] - fmean(measured[pair, choice].values()) for pair in best]
-            regret = ", ".join(f"{value:.1f}" for value in lost)
-            yield f"  Below the best cell of the first study by {fmean(lost):.1f} points in the mean ({regret})."
+        of_pairs = {pair: [own for (other, _), own in means.items() if other == pair] for pair in changes}
+        over = [fmean(measured[pair, choice].values()) - max(own) for pair, own in of_pairs.items() if len(own) > 1]
+        if over:
+            listed = ", ".join(f"{value:+.1f}" for value in over)
+            yield f"  Over the best cell of the studies: {fmean(over):+.1f} points in the mean ({listed})."
     yield ""
 
 
@@ -139,16 +135,21 @@ def _spread_of(values: dict[float, float] | None) -> str:
     return spread(list(values.values())) if values else ""
 
 
+def first_study(tests: Sequence[Row]) -> Accuracies:
+    """The test accuracy of the first study's cells with few images, by seed."""
+    few = groups([row for row in tests if row["images"] == "few"], "pair", "method")
+    return {key: {row["seed"]: row["test"] for row in runs} for key, runs in few.items()}
+
+
 def helped(tests: Sequence[Row]) -> Iterator[str]:
     """The first study: in how many pairs each method was better than the student alone, with few images."""
-    few = [row for row in tests if row["images"] == "few"]
-    measured = {key: {row["seed"]: row["test"] for row in runs} for key, runs in groups(few, "pair", "method").items()}
-    methods = list(dict.fromkeys(row["method"] for row in few if row["method"] != "alone"))
+    measured = first_study(tests)
+    methods = list(dict.fromkeys(method for _, method in measured if method != ALONE))
     for sign, word in ((1, "better"), (0, "undecided"), (-1, "worse")):
         texts = []
         for method in methods:
             changes = [
-                differences(measured[pair, method], measured[pair, "alone"]) for pair, own in measured if own == method
+                differences(measured[pair, method], measured[pair, ALONE]) for pair, own in measured if own == method
             ]
             values = [fmean(own) for own in changes if decided(own) == sign]
             if values:

@@ -225,7 +225,7 @@ def parts() -> dict[str, Iterator[str]]:
         "few-labels": other_reports.few_labels(read("few_labels.csv")),
         "pretrained": other_reports.pretrained(read("pretrained.csv")),
         "without-labels": other_reports.without_labels(read("pretrained.csv")),
-        "choices": other_reports.choices(chosen, tests, pairs),
+        "choices": other_reports.choices(chosen, {**other_reports.first_study(tests), **control}, pairs),
         "control-state": iter([control_report.state(rows, len(done), len(left), hours)]),
         "control-answer": control_report.answer(control, pairs, methods),
         "control-gains": control_report.gains(control, pairs, methods),
