@@ -34,6 +34,7 @@ from run_table import Row, Rows, Runs, beside, choose, finished, hours_left, rea
 from torch import Tensor
 
 from probe_kd import load_student
+from probe_kd.data.datasets import Datasets
 from probe_kd.data.loading import loader
 from probe_kd.engine.weights import read_weights
 from probe_kd.errors import RunError
@@ -64,6 +65,7 @@ KINDS = ("outputs", "layers")
 DEEPEST = {"level": "stage", "num_pairs": 1}
 ALLOWED = ["timm"]  # the mixer is one of timm's classes and none of its names
 USUAL_RUNS = 14  # of a cell
+IMAGES: dict[str, Datasets] = {}  # of this process, by the options of the data
 
 
 @dataclass(frozen=True)
@@ -196,9 +198,18 @@ def weights_of(teacher: str, out: Path) -> Path:
     return teacher_folder(teacher, out) / "student.safetensors"
 
 
+def plan_of(recipe: Path, seed: int, sets: Sequence[str]) -> Plan:
+    """The plan of a recipe. Those with the same data have the same images in memory, with what became of them."""
+    source = load(recipe, seed, sets)
+    data = source.recipe.data.model_dump_json()
+    whole = plan(source, allow_import=ALLOWED, datasets=IMAGES.get(data))
+    IMAGES[data] = whole.datasets
+    return whole
+
+
 def planned(recipe: Path, seed: int, sets: Sequence[str]) -> Plan:
     """The plan of a run that measures itself on held-out images, and leaves the test images alone."""
-    whole = plan(load(recipe, seed, sets), allow_import=ALLOWED)
+    whole = plan_of(recipe, seed, sets)
     assert whole.datasets.held_out is not None
     return replace(whole, datasets=replace(whole.datasets, test=whole.datasets.held_out))
 
@@ -214,7 +225,7 @@ def run(recipe: Path, seed: int, sets: Sequence[str], folder: Path) -> dict[str,
 
 def test(recipe: Path, seed: int, sets: Sequence[str], student: Path, teacher: Path | None) -> dict[str, float]:
     """Accuracy of these weights on the test images, and the agreement with the teacher's."""
-    whole = plan(load(recipe, seed, sets), allow_import=ALLOWED)
+    whole = plan_of(recipe, seed, sets)
     answers, target = _answers(whole, student)
     measures = {"student": float((answers == target).float().mean())}
     if teacher is not None:
