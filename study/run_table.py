@@ -133,6 +133,11 @@ def choose(
 
 
 def commit() -> str:
-    """The commit that runs are of, with a mark if files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    """The commit that runs are of, with a mark if code or recipes differ from it."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parents[1]
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=root).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!docs")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
