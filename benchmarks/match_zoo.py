@@ -29,7 +29,8 @@ from families import families
 from foreign_stages import ForeignModel, foreign_models, trace_foreign
 
 from probe_kd import Distiller, MatchWarning, Objective, ProbeKDError, Trace, match, trace
-from probe_kd.engine.matching import SAME_STRIDE, blocks, stages
+from probe_kd.engine.anatomy.strides import SAME_STRIDE
+from probe_kd.engine.matching import blocks, stages
 from probe_kd.engine.models import build_model, build_on_meta
 from probe_kd.engine.spec import FeatureSpec, Pair, Tap
 from probe_kd.methods.adapters import adapt

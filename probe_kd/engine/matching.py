@@ -9,7 +9,9 @@ from dataclasses import replace
 from math import ceil, log2
 from typing import Literal, TypeVar, get_args
 
-from probe_kd.engine.anatomy import MAIN_SHARE, SAME_STRIDE, Anatomy, is_near
+from probe_kd.engine.anatomy.anatomy import Anatomy
+from probe_kd.engine.anatomy.encoder import MAIN_SHARE
+from probe_kd.engine.anatomy.strides import SAME_STRIDE, is_near, stride_of
 from probe_kd.engine.patterns import expression, glob
 from probe_kd.engine.spec import FeatureSpec, Layout, Pair, Tap, Trace
 from probe_kd.errors import MatchError, MatchWarning, TapError, demand, nearest
@@ -258,7 +260,7 @@ def _stage_pairs(student: Anatomy, teacher: Anatomy) -> list[Pair]:
 
 def _above_stem(ends: list[FeatureSpec]) -> list[FeatureSpec]:
     """Drop the features of stride 1 and 2, which hold little more than edges, if at least two others remain."""
-    deep = [spec for spec in ends if (spec.reduction or 1.0) > 2 * SAME_STRIDE]
+    deep = [spec for spec in ends if stride_of(spec) > 2 * SAME_STRIDE]
     return deep if len(deep) > 1 else ends
 
 
@@ -282,8 +284,8 @@ def _by_stride(
     return [
         _pair(student, teacher, student_layers[i], teacher_layers[j])
         for i, j in _align(
-            [log2(spec.reduction or 1.0) + student.depth(spec) / 2 for spec in student_layers],
-            [log2(spec.reduction or 1.0) + teacher.depth(spec) / 2 for spec in teacher_layers],
+            [log2(stride_of(spec)) + student.depth(spec) / 2 for spec in student_layers],
+            [log2(stride_of(spec)) + teacher.depth(spec) / 2 for spec in teacher_layers],
         )
     ]
 
@@ -314,7 +316,7 @@ def _decoder_pairs(student: Anatomy, teacher: Anatomy) -> list[Pair]:
     for side in (student, teacher):
         if not side.decoder:
             raise MatchError(f"{side.trace.model} has no decoder to pair: no layer after its stages yields a feature")
-    places = [[-log2(spec.reduction or 1.0) for spec in side.decoder] for side in (student, teacher)]
+    places = [[-log2(stride_of(spec)) for spec in side.decoder] for side in (student, teacher)]
     return [_pair(student, teacher, student.decoder[i], teacher.decoder[j]) for i, j in _align(*places)]
 
 
@@ -339,7 +341,7 @@ def _block_pairs(student: Anatomy, teacher: Anatomy, anchors: Sequence[Pair]) ->
 def _pair(student: Anatomy, teacher: Anatomy, student_layer: FeatureSpec, teacher_layer: FeatureSpec) -> Pair:
     depths = f"depth {student.depth(student_layer):.0%} and {teacher.depth(teacher_layer):.0%}"
     others = _other_end(student, student_layer, "student") + _other_end(teacher, teacher_layer, "teacher")
-    student_stride, teacher_stride = student_layer.reduction or 1.0, teacher_layer.reduction or 1.0
+    student_stride, teacher_stride = stride_of(student_layer), stride_of(teacher_layer)
     both = f"stride {student_stride:.3g} and {teacher_stride:.3g}"
     if not is_near(student_layer, teacher_layer):
         return Pair(student_layer.tap, teacher_layer.tap, reason=f"{depths}; {both}{others}")

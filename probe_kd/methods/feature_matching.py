@@ -5,7 +5,7 @@ from itertools import product
 from math import log2
 from statistics import fmean
 
-from probe_kd.engine.anatomy import SAME_STRIDE
+from probe_kd.engine.anatomy.strides import SAME_STRIDE
 from probe_kd.engine.spec import Pair
 from probe_kd.errors import MatchError
 from probe_kd.methods.feature_figures import FeatureFigures, LayerFigures
