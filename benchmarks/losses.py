@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec, Layout, Tap
-from probe_kd.methods.losses.common import call_loss, flat
+from probe_kd.methods.losses.calling import call_loss
+from probe_kd.methods.losses.checks import flat
 from probe_kd.methods.losses.table import LOSSES, Loss
 from probe_kd.methods.projectors import FlowMatrix
 

@@ -12,7 +12,7 @@ from probe_kd.engine.spec import FeatureSpec, Layout, Tap, Trace, Traces
 from probe_kd.errors import LossError, ProbeKDError, TraceError
 from probe_kd.methods.adapters import Adapter
 from probe_kd.methods.comparisons import Comparison
-from probe_kd.methods.losses.common import described
+from probe_kd.methods.losses.calling import described
 from probe_kd.methods.normalisation import without_statistics
 from probe_kd.methods.objectives import Objective
 from probe_kd.methods.outputs import tensor_at

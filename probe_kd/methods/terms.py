@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from probe_kd.engine.spec import Schedule, Tap, value_at
 from probe_kd.errors import LossError
 from probe_kd.methods.dropping import TeacherDropping
-from probe_kd.methods.losses.common import call_loss, check_finite, flat
+from probe_kd.methods.losses.calling import call_loss
+from probe_kd.methods.losses.checks import check_finite, flat
 from probe_kd.methods.losses.labels import check_labels, check_values
 from probe_kd.methods.losses.multilabel import check_shares
 from probe_kd.methods.objectives import Objective

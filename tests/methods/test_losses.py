@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from probe_kd import LOSSES, Loss
 from probe_kd.errors import LossError
-from probe_kd.methods.losses import common
 from probe_kd.methods.losses.features import hint
 from probe_kd.methods.losses.labels import balanced_weights, cross_entropy
 from probe_kd.methods.losses.maps import attention
@@ -260,7 +259,7 @@ def test_a_hint_of_half_precision_keeps_its_maps_as_they_are(
     kinds: tuple[torch.dtype, torch.dtype], reduction: Any, in_cache: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is, with both gradients, what float32 gives for the same numbers."""
-    monkeypatch.setattr(common, "IN_CACHE", in_cache)
+    monkeypatch.setattr("probe_kd.methods.losses.parts.IN_CACHE", in_cache)
     sides = [torch.randn(5, 8, 4, 4).to(kind).requires_grad_() for kind in kinds]
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda it: kept.append(it) or it, lambda it: it):

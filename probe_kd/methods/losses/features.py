@@ -8,15 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import (
-    Reduction,
-    check_same_shape,
-    in_float64,
-    loss_function,
-    squared_error,
-    unit_deviation,
-    unit_features,
-)
+from probe_kd.methods.losses.calling import loss_function
+from probe_kd.methods.losses.checks import Reduction, check_same_shape
+from probe_kd.methods.losses.distances import in_float64, squared_error
+from probe_kd.methods.losses.units import unit_deviation, unit_features
 
 
 @partial(loss_function, promote=False)

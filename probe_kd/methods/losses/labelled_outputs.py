@@ -7,16 +7,9 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import (
-    check_outputs,
-    check_temperature,
-    divergence,
-    has_values,
-    in_float64,
-    is_number,
-    loss_function,
-    softmax_divergence,
-)
+from probe_kd.methods.losses.calling import loss_function
+from probe_kd.methods.losses.checks import check_outputs, check_temperature, has_values, is_number
+from probe_kd.methods.losses.distances import divergence, in_float64, softmax_divergence
 from probe_kd.methods.losses.labels import check_target, check_values
 
 

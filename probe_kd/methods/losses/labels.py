@@ -9,14 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import (
-    check_rows,
-    check_tensors,
-    has_values,
-    is_number,
-    loss_function,
-    of_positions,
-)
+from probe_kd.methods.losses.calling import loss_function
+from probe_kd.methods.losses.checks import check_rows, check_tensors, has_values, is_number, of_positions
 
 
 @loss_function

@@ -10,15 +10,10 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import (
-    Reduction,
-    check_batch_norm,
-    check_reduction,
-    check_same_shape,
-    drawn,
-    squared_error,
-    unit,
-)
+from probe_kd.methods.losses.checks import Reduction, check_batch_norm, check_reduction, check_same_shape
+from probe_kd.methods.losses.distances import squared_error
+from probe_kd.methods.losses.state import drawn
+from probe_kd.methods.losses.units import unit
 
 
 class VID(nn.Module):

@@ -8,7 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import SMALL, in_parts, loss_function, unit, unit_features
+from probe_kd.methods.losses.calling import loss_function
+from probe_kd.methods.losses.parts import SMALL, in_parts
+from probe_kd.methods.losses.units import unit, unit_features
 
 
 @loss_function

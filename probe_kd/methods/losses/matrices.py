@@ -5,15 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import (
-    Reduction,
-    check_reduction,
-    check_same_shape,
-    loss_function,
-    outside_autocast,
-    promoted,
-    squared_error,
-)
+from probe_kd.methods.losses.calling import loss_function, outside_autocast, promoted
+from probe_kd.methods.losses.checks import Reduction, check_reduction, check_same_shape
+from probe_kd.methods.losses.distances import squared_error
 from probe_kd.methods.losses.maps import positions, to_one_grid
 
 

@@ -10,17 +10,10 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import (
-    SMALL,
-    before_written,
-    check_same_shape,
-    drawn,
-    gathered,
-    has_values,
-    in_parts,
-    power_of_two,
-    unit,
-)
+from probe_kd.methods.losses.checks import check_same_shape, has_values
+from probe_kd.methods.losses.parts import SMALL, in_parts
+from probe_kd.methods.losses.state import before_written, drawn, gathered
+from probe_kd.methods.losses.units import power_of_two, unit
 
 
 class PatchSimilarityQueue(nn.Module):

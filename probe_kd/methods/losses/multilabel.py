@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import (
+from probe_kd.methods.losses.calling import loss_function
+from probe_kd.methods.losses.checks import (
     Reduction,
     check_outputs,
     check_reduction,
@@ -16,11 +17,10 @@ from probe_kd.methods.losses.common import (
     check_temperature,
     check_tensors,
     has_values,
-    in_cache,
-    in_float64,
     is_number,
-    loss_function,
 )
+from probe_kd.methods.losses.distances import in_float64
+from probe_kd.methods.losses.parts import in_cache
 
 
 @loss_function

@@ -8,19 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import (
-    Reduction,
-    check_first_derivative,
-    check_outputs,
-    check_temperature,
-    dense_outputs,
-    has_values,
-    in_float64,
-    loss_function,
-    power_of_two,
-    softmax_divergence,
-    squared_error,
-)
+from probe_kd.methods.losses.calling import loss_function
+from probe_kd.methods.losses.checks import Reduction, check_outputs, check_temperature, dense_outputs, has_values
+from probe_kd.methods.losses.distances import in_float64, softmax_divergence, squared_error
+from probe_kd.methods.losses.parts import check_first_derivative
+from probe_kd.methods.losses.units import power_of_two
 
 
 @loss_function

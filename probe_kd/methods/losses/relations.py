@@ -10,7 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import IN_CACHE, SMALL, gradients_at, in_parts, loss_function, unit_features
+from probe_kd.methods.losses.calling import loss_function
+from probe_kd.methods.losses.parts import IN_CACHE, SMALL, gradients_at, in_parts
+from probe_kd.methods.losses.units import unit_features
 from probe_kd.methods.precision import widened
 
 

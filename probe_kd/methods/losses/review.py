@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import check_batch_norm
+from probe_kd.methods.losses.checks import check_batch_norm
 
 
 class ReviewKD(nn.Module):

@@ -11,7 +11,7 @@ from golden_losses import golden, inputs_of, loss_of, names
 from torch import Tensor, nn
 
 from probe_kd.errors import LossError
-from probe_kd.methods.losses.common import call_loss
+from probe_kd.methods.losses.calling import call_loss
 from probe_kd.methods.losses.table import LOSSES
 
 CONTENTS: dict[str, Callable[[Tensor], Tensor]] = {

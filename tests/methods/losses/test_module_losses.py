@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from probe_kd.engine.spec import FeatureSpec, Layout, Tap
 from probe_kd.errors import LossError
-from probe_kd.methods.losses import common
-from probe_kd.methods.losses.common import call_loss, check_finite
+from probe_kd.methods.losses.calling import call_loss
+from probe_kd.methods.losses.checks import check_finite
 from probe_kd.methods.losses.learned import MGD, RSD, SRRL, VID
 from probe_kd.methods.losses.memories import CRD, PatchSimilarityQueue
 from probe_kd.methods.losses.review import ReviewKD
@@ -529,7 +529,7 @@ def test_two_processes_remember_what_one_does(monkeypatch: pytest.MonkeyPatch) -
         queue(numbers(ROWS, step), numbers(ROWS, 9 + step))
         crd(numbers(ROWS, step), numbers(WIDER, 9 + step), torch.arange(8) + step)
     processes, of_ranks = Processes(), [memories(), memories()]
-    monkeypatch.setattr(common, "distributed", processes)
+    monkeypatch.setattr("probe_kd.methods.losses.state.distributed", processes)
 
     def train(rank: int) -> None:
         processes.own.rank = rank
