@@ -1,6 +1,7 @@
 """Open one split: one function for each source of images, and the contents of a split for `data.json`."""
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,17 @@ def _open_digits(options: DataOptions, key: str, split: str) -> Split:
     if options.num_classes not in (None, 10):
         raise DataError(f"num_classes {options.num_classes}: sklearn/digits has 10 classes", "num_classes")
     part = train_or_test(options, key, split)
-    pixels, targets = _load_digits(part)
+    images, targets = _digits(part, options.mode)
     if options.labels == "none":
-        images = DigitImages(pixels, np.zeros_like(targets), options.mode)
-        return Split(key, split, images, (), frozenset({part}), labelled=False)
+        return Split(key, split, DigitImages(images, np.zeros_like(targets)), (), frozenset({part}), labelled=False)
     names = tuple(map(str, range(10)))
-    return Split(key, split, DigitImages(pixels, targets, options.mode), names, frozenset({part}), targets)
+    return Split(key, split, DigitImages(images, targets), names, frozenset({part}), targets)
+
+
+@cache
+def _digits(part: str, mode: str) -> tuple[list[Image.Image], Any]:
+    pixels, targets = _load_digits(part)
+    return [Image.fromarray((image * (255 / 16)).astype("uint8")).convert(mode) for image in pixels], targets
 
 
 @cache
@@ -78,9 +84,8 @@ def _load_digits(part: str) -> tuple[Any, Any]:
 class DigitImages(Dataset[Any]):
     """The handwritten digits of scikit-learn (UCI): 8x8 grey images of the digits 0 to 9."""
 
-    def __init__(self, pixels: Any, targets: Any, mode: str) -> None:
-        self.images = [Image.fromarray((image * (255 / 16)).astype("uint8")).convert(mode) for image in pixels]
-        self.targets = targets
+    def __init__(self, images: Sequence[Image.Image], targets: Any) -> None:
+        self.images, self.targets = images, targets
 
     def __len__(self) -> int:
         return len(self.images)

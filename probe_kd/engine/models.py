@@ -21,6 +21,9 @@ from probe_kd.errors import RunError, TraceError, nearest, short
 from probe_kd.files.atomic import irregular, read_text, reason
 
 MAX_CALLS = 100_000  # of torch while a model of timm is built; its largest takes 11 thousand
+SET_VALUES = {  # of a tensor whose shape stays, as initialisation does
+    getattr(torch.Tensor, f"{name}_") for name in ("normal", "uniform", "erfinv", "clamp", "fill", "zero", "bernoulli")
+}
 
 
 def build_on_meta(name: str, model_kwargs: Mapping[str, Any]) -> nn.Module:
@@ -93,7 +96,10 @@ def _nearest_argument(name: str, factory: Callable[..., Any], refusal: Exception
 
 
 class _Bounded(TorchFunctionMode):
-    """Stops the construction of a model that would take hours, such as one of a million layers."""
+    """Stops the construction of a model that would take hours, such as one of a million layers.
+
+    On the meta device, where a tensor has no values, it leaves out what only sets them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,6 +109,8 @@ class _Bounded(TorchFunctionMode):
         self.calls += 1
         if self.calls > MAX_CALLS:
             raise TraceError(f"the model has more parts than any other (it takes over {MAX_CALLS} calls of torch)")
+        if func in SET_VALUES and args[0].is_meta:
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 

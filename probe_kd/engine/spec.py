@@ -331,8 +331,9 @@ class Trace:
     """The result of one dry forward of a model: a FeatureSpec for the input and output of every module call.
 
     `model` and `model_kwargs` are what the model is built from, `input_size` is (channels, height, width), and
-    `training` is the traced mode. `trace["layer3"]` is the spec of one tap. It raises TapError, with the cause and
-    the nearest valid taps, if there is none.
+    `training` is the traced mode. `pretrained_cfg` is the model's, as timm has it; empty if it has none.
+    `trace["layer3"]` is the spec of one tap. It raises TapError, with the cause and the nearest valid taps, if there is
+    none.
     """
 
     model: str
@@ -341,6 +342,7 @@ class Trace:
     specs: tuple[FeatureSpec, ...]
     modules: Mapping[str, ModuleSpec]
     model_kwargs: Mapping[str, object] = field(default_factory=dict)
+    pretrained_cfg: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _by_tap(self) -> dict[Tap, FeatureSpec]:
@@ -497,7 +499,7 @@ class InputSpec:
         return bool(self.mean and self.std)
 
     def filled(self, model: object) -> Self:
-        """Return a copy in which missing mean and std are those of the model's timm config."""
+        """Return a copy in which missing mean and std are those of the timm config of the model, or of its trace."""
         config = getattr(model, "pretrained_cfg", None) or {}
         if self.complete or not (config.get("mean") and config.get("std")):
             return self
@@ -515,7 +517,10 @@ class InputSpec:
 
     @classmethod
     def of(cls, model: object, size: tuple[int, int, int] | None = None) -> Self:
-        """Return the input of a model from its timm `pretrained_cfg`. Without one: images in [0, 1], not normalised."""
+        """Return the input of a model, or of a trace, from its timm `pretrained_cfg`.
+
+        Without one: images in [0, 1], not normalised.
+        """
         config = getattr(model, "pretrained_cfg", None) or {}
         size = size or tuple(config.get("input_size") or (3, 224, 224))
         mean, std = tuple(config.get("mean") or (0.0,)), tuple(config.get("std") or (1.0,))

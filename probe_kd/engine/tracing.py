@@ -412,7 +412,9 @@ def _observe(model: nn.Module, images: Tensor, name: str, kwargs: Mapping[str, A
     specs = tuple(builder.build(observation) for observation in log.observations)
     channels, *_, height, width = map(int, images.shape[1:])
     modules = _modules(model, log, len(images))
-    return Trace(name, (channels, height, width), model.training, specs, modules, dict(kwargs))
+    config: Any = getattr(model, "pretrained_cfg", None)
+    config = dict(config) if isinstance(config, Mapping) else {}
+    return Trace(name, (channels, height, width), model.training, specs, modules, dict(kwargs), config)
 
 
 def _prefix_tokens_of(model: nn.Module) -> tuple[int, ...]:

@@ -420,11 +420,10 @@ def _input_spec(
 
     Raises TraceError if a model of another library has no such config.
     """
-    model = build_on_meta(trace_.model, trace_.model_kwargs)
-    if library_of(trace_.model) and not (mean and std) and not InputSpec(size).filled(model).complete:
+    if library_of(trace_.model) and not (mean and std) and not InputSpec(size).filled(trace_).complete:
         raise TraceError(
             f"{trace_.model} has no preprocessor_config.json, which says how images are normalised; give `mean` and "
             "`std`, with [0.0] and [1.0] for images in [0, 1]"
         )
-    own = InputSpec.of(model, size)
+    own = InputSpec.of(trace_, size)
     return InputSpec(size, mean or own.mean, std or own.std)
