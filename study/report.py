@@ -8,7 +8,7 @@ What is said about what helps stands between the marks too, so that no sentence 
 import argparse
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -145,15 +145,9 @@ def draw_gains(rows: Sequence[Row]) -> None:
     figure, axes = _panels(len(panels), 3.2)
     for place, (images, pair) in zip(axes, panels, strict=True):
         own = {key[2]: value for key, value in gained.items() if key[:2] == (images, pair)}
-        for line, values in enumerate(own.values()):
-            place.plot(values, [line] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
-            place.plot(fmean(values), line, "|", color="black", markersize=12)
-        place.axvline(0, color="grey", linewidth=1)
-        place.set_yticks(range(len(own)), own, fontsize=7)
-        place.invert_yaxis()
+        _draw_differences(place, own)
         place.set_title(f"{pair.replace('-', ' <- ')}, {'5 %' if images == 'few' else 'all'} of the images", fontsize=9)
         place.set_xlabel("points over the baseline", fontsize=8)
-        place.grid(alpha=0.3)
     _save(figure, "gains")
 
 
@@ -163,17 +157,21 @@ def draw_control(measured: control_report.Accuracies, pairs: Sequence[str], meth
     figure, axes = _panels(len(pairs), 3.6)
     for place, pair in zip(axes, pairs, strict=True):
         compared = {name: control_report.over(measured, pair, name, automatic) for name in methods if name != automatic}
-        shown = {name: values for name, values in compared.items() if values}
-        for line, values in enumerate(shown.values()):
-            place.plot(values, [line] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
-            place.plot(fmean(values), line, "|", color="black", markersize=12)
-        place.axvline(0, color="grey", linewidth=1)
-        place.set_yticks(range(len(shown)), shown, fontsize=7)
-        place.invert_yaxis()
+        _draw_differences(place, {name: values for name, values in compared.items() if values})
         place.set_title(control_report.name_of(pair), fontsize=9)
         place.set_xlabel("points over normalised hints of all pairs", fontsize=8)
-        place.grid(alpha=0.3)
     _save(figure, "control")
+
+
+def _draw_differences(place: Any, values_of: Mapping[str, Sequence[float]]) -> None:
+    """A line for each method: a point for every seed, and their mean."""
+    for line, values in enumerate(values_of.values()):
+        place.plot(values, [line] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
+        place.plot(fmean(values), line, "|", color="black", markersize=12)
+    place.axvline(0, color="grey", linewidth=1)
+    place.set_yticks(range(len(values_of)), values_of, fontsize=7)
+    place.invert_yaxis()
+    place.grid(alpha=0.3)
 
 
 def draw_fits(rows: Sequence[Row]) -> None:

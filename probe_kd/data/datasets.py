@@ -250,20 +250,10 @@ def _divided(
 ) -> Datasets:
     """Divide the training images by `holdout` and `fraction`, and choose the images that give the figures."""
     train, *others = splits
-    all_notes = list(notes)
     held_out: Split | None = None
     if options.holdout or options.fraction < 1:
-        held_out_indices, train_indices = _division(options, train, fold)
-        held_out = train.among(held_out_indices) if held_out_indices else None
-        train = train.among(train_indices)
-        _check_train(train, names, num_classes, may_lack=True)
-        all_notes += [
-            note.replace(train.label, "what is trained on") for note in notes_on_missing(train, names, num_classes)
-        ]
-        if held_out is not None:
-            missing = notes_on_missing(held_out, names, num_classes)
-            all_notes += [note.replace(f"{held_out.label} has", "the held-out images have") for note in missing]
-        all_notes = list(dict.fromkeys(all_notes))
+        train, held_out, more_notes = _without_held_out(options, train, num_classes, names, fold=fold)
+        notes = list(dict.fromkeys([*notes, *more_notes]))
     train, *others = (_with_vectors(split, num_classes) for split in (train, *others))
     held_out = held_out and _with_vectors(held_out, num_classes)
     measured_splits = [*([] if "val_split" in options.splits or held_out is None else [held_out]), *others]
@@ -280,10 +270,25 @@ def _divided(
                 for split in (curves, final)
             )
         ),
-        notes=tuple(all_notes),
+        notes=tuple(notes),
         train_targets=train.targets,
         read_from={"test": final.key, "val": curves.key},
     )
+
+
+def _without_held_out(
+    options: DataOptions, train: Split, num_classes: int, names: Sequence[str], *, fold: int
+) -> tuple[Split, Split | None, list[str]]:
+    """The images to train on, those held out of them, and notes on classes that are missing in either."""
+    held_out_indices, train_indices = _division(options, train, fold)
+    held_out = train.among(held_out_indices) if held_out_indices else None
+    train = train.among(train_indices)
+    _check_train(train, names, num_classes, may_lack=True)
+    notes = [note.replace(train.label, "what is trained on") for note in notes_on_missing(train, names, num_classes)]
+    if held_out is not None:
+        missing = notes_on_missing(held_out, names, num_classes)
+        notes += [note.replace(f"{held_out.label} has", "the held-out images have") for note in missing]
+    return train, held_out, notes
 
 
 def _with_vectors(split: Split, num_classes: int) -> Split:

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import ceil, log2
@@ -252,10 +252,10 @@ def _stage_pairs(student: Anatomy, teacher: Anatomy) -> list[Pair]:
             for a, b in zip(_spread(student_layers, count), _spread(teacher_layers, count), strict=True)
         ]
     if student.isotropic:
-        return _by_depth(student, teacher, student.chain, _above_stem(teacher_layers))
+        return _nearest(student, teacher, student.chain, _above_stem(teacher_layers), Anatomy.depth)
     if teacher.isotropic:
-        return _by_depth(student, teacher, _above_stem(student_layers), teacher.chain)
-    return _by_stride(student, teacher, _above_stem(student_layers), _above_stem(teacher_layers))
+        return _nearest(student, teacher, _above_stem(student_layers), teacher.chain, Anatomy.depth)
+    return _nearest(student, teacher, _above_stem(student_layers), _above_stem(teacher_layers), _stride_then_depth)
 
 
 def _above_stem(ends: list[FeatureSpec]) -> list[FeatureSpec]:
@@ -264,29 +264,23 @@ def _above_stem(ends: list[FeatureSpec]) -> list[FeatureSpec]:
     return deep if len(deep) > 1 else ends
 
 
-def _by_depth(
-    student: Anatomy, teacher: Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
-) -> list[Pair]:
-    """Pair every layer of the shorter list with one of similar depth, and the last with the last."""
-    return [
-        _pair(student, teacher, student_layers[i], teacher_layers[j])
-        for i, j in _align(
-            [student.depth(spec) for spec in student_layers],
-            [teacher.depth(spec) for spec in teacher_layers],
-        )
-    ]
+def _stride_then_depth(side: Anatomy, spec: FeatureSpec) -> float:
+    """The place of a layer by its stride. Depth decides between layers of equal stride."""
+    return log2(stride_of(spec)) + side.depth(spec) / 2
 
 
-def _by_stride(
-    student: Anatomy, teacher: Anatomy, student_layers: Sequence[FeatureSpec], teacher_layers: Sequence[FeatureSpec]
+def _nearest(
+    student: Anatomy,
+    teacher: Anatomy,
+    student_layers: Sequence[FeatureSpec],
+    teacher_layers: Sequence[FeatureSpec],
+    place: Callable[[Anatomy, FeatureSpec], float],
 ) -> list[Pair]:
-    """Pair layers of similar stride. Depth decides between layers of equal stride."""
+    """Pair every layer of the shorter list with one at a similar place, and the last with the last."""
+    student_places = [place(student, spec) for spec in student_layers]
+    teacher_places = [place(teacher, spec) for spec in teacher_layers]
     return [
-        _pair(student, teacher, student_layers[i], teacher_layers[j])
-        for i, j in _align(
-            [log2(stride_of(spec)) + student.depth(spec) / 2 for spec in student_layers],
-            [log2(stride_of(spec)) + teacher.depth(spec) / 2 for spec in teacher_layers],
-        )
+        _pair(student, teacher, student_layers[i], teacher_layers[j]) for i, j in _align(student_places, teacher_places)
     ]
 
 
@@ -316,8 +310,7 @@ def _decoder_pairs(student: Anatomy, teacher: Anatomy) -> list[Pair]:
     for side in (student, teacher):
         if not side.decoder:
             raise MatchError(f"{side.trace.model} has no decoder to pair: no layer after its stages yields a feature")
-    places = [[-log2(stride_of(spec)) for spec in side.decoder] for side in (student, teacher)]
-    return [_pair(student, teacher, student.decoder[i], teacher.decoder[j]) for i, j in _align(*places)]
+    return _nearest(student, teacher, student.decoder, teacher.decoder, lambda _, spec: -log2(stride_of(spec)))
 
 
 def _block_pairs(student: Anatomy, teacher: Anatomy, anchors: Sequence[Pair]) -> list[Pair]:

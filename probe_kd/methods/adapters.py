@@ -151,22 +151,7 @@ def adapt(
     _check_choices(policy=(policy, Policy), tokens=(tokens, Tokens), normalize=(normalize, Normalize))
     _check_choices(projector=(projector, Projector), activation=(activation, Activation), grid=(grid, Grid))
     _check_features(student, teacher)
-    if tokens == "flatten":
-        raise AdapterError(
-            f"tokens 'flatten' of {student.tap} <- {teacher.tap} is for losses of vectors; use 'drop', which compares "
-            "the grids"
-        )
-    if tokens == "all":
-        raise AdapterError(
-            f"tokens 'all' of {student.tap} <- {teacher.tap} needs an adapter for class tokens and one for grids, "
-            "which an Objective makes; give `adapt` one of 'drop', 'cls' and 'pool'"
-        )
-    if policy in ("never", "fixed") and (projector != "linear" or activation != "none"):
-        raise AdapterError(
-            f"policy {policy!r} has no regressor, so `projector` and `activation` mean nothing; leave them out"
-        )
-    if tokens == "cls" and not (student.prefix_tokens or teacher.prefix_tokens):
-        raise AdapterError(f"tokens 'cls': neither '{student.tap}' nor '{teacher.tap}' has a class token; use 'pool'")
+    _check_options(student, teacher, policy, tokens, projector, activation)
     as_maps = student.spatial and teacher.spatial and tokens == "drop"
     student_plan, teacher_plan = FeaturePlan(student, tokens), FeaturePlan(teacher, tokens)
     kernel = _valid_kernel(student, teacher, as_maps, grid) if projector == "valid" else (1, 1)
@@ -402,6 +387,32 @@ def _check_choices(**choices: tuple[str, object]) -> None:
     for name, (value, kind) in choices.items():
         if value not in get_args(kind):
             raise AdapterError(f"{name} {value!r}: expected one of {', '.join(map(repr, get_args(kind)))}")
+
+
+def _check_options(
+    student: FeatureSpec,
+    teacher: FeatureSpec,
+    policy: Policy,
+    tokens: Tokens,
+    projector: Projector,
+    activation: Activation,
+) -> None:
+    if tokens == "flatten":
+        raise AdapterError(
+            f"tokens 'flatten' of {student.tap} <- {teacher.tap} is for losses of vectors; use 'drop', which compares "
+            "the grids"
+        )
+    if tokens == "all":
+        raise AdapterError(
+            f"tokens 'all' of {student.tap} <- {teacher.tap} needs an adapter for class tokens and one for grids, "
+            "which an Objective makes; give `adapt` one of 'drop', 'cls' and 'pool'"
+        )
+    if policy in ("never", "fixed") and (projector != "linear" or activation != "none"):
+        raise AdapterError(
+            f"policy {policy!r} has no regressor, so `projector` and `activation` mean nothing; leave them out"
+        )
+    if tokens == "cls" and not (student.prefix_tokens or teacher.prefix_tokens):
+        raise AdapterError(f"tokens 'cls': neither '{student.tap}' nor '{teacher.tap}' has a class token; use 'pool'")
 
 
 def _check_features(student: FeatureSpec, teacher: FeatureSpec) -> None:

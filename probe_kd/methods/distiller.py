@@ -172,25 +172,24 @@ class Distiller(nn.Module):
             self._targets = targets_of(self.objectives, self.adapters, traces)
             self._teacher = self._make_teacher(teachers, traces, teacher_inputs, student_input)
         self.unread_teachers = tuple(name for name in teachers if name not in self._teacher.models)
-        dropping = (
-            TeacherDropping(compared_alone(self.objectives), teacher_dropping, seed) if teacher_dropping else None
-        )
-        block_gradient = not self._teacher.passes_gradient
         self.shares = ShareWeights(self.objectives) if has_shares(self.objectives) else None
-        self._terms = Terms(
-            self.objectives,
-            self.adapters,
-            self.losses,
-            block_gradient=block_gradient,
-            dropping=dropping,
-            shares=self.shares,
-        )
+        self._terms = self._make_terms(teacher_dropping, seed)
         self._frozen = [student.get_parameter(name) for name in freeze_layers(student, freeze)]
         self._frozen_norms = norms_in(student, freeze)
         self.train(self.training)
         # Last, when nothing can be refused any more: a constructor that raises leaves no hook behind.
         self._student_probe.attach()
         self._teacher.attach()
+
+    def _make_terms(self, dropping: float, seed: int) -> Terms:
+        return Terms(
+            self.objectives,
+            self.adapters,
+            self.losses,
+            block_gradient=not self._teacher.passes_gradient,
+            dropping=TeacherDropping(compared_alone(self.objectives), dropping, seed) if dropping else None,
+            shares=self.shares,
+        )
 
     def _probe_student(self, student: Trace) -> Probe:
         named = [self.output] * (self.output != Tap(""))

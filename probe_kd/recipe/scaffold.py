@@ -349,36 +349,47 @@ def data_lines(
 
     Raises DataError for images that do not exist, as far as can be told without downloading any.
     """
-    folder = Path(data).is_dir()
-    lines = ["data:"]
-    if folder and not labels:
-        lines += [f"  root: {word(data)}", "  labels: none"]
-    elif folder:
-        unmeasured = not any((Path(data) / name).is_dir() for name in EVALUATED)
-        holdout |= unmeasured
-        lines += [f"  root: {word(data)}           # a folder of folders, one for each class in every split"]
-        lines += ["  train_split: .                # its folders are the classes"] * (not _has_train(Path(data)))
-        lines += ["  val_split: none               # there is no `validation` in it"] * unmeasured
-    elif data.lower().endswith(CSV) and Path(data).is_file():
-        lines += [f"  root: {word(data)}           # rows of `path,label`"]
-        lines += ["  labels: none"] if not labels else ["  val_split: none               # one file is divided"]
-        holdout |= labels
-    elif "/" not in data or data.startswith((".", "/", "~")):
+    source, undivided = _source_lines(data, root, labels=labels)
+    lines = ["data:", *source, f"  input_size: {list(size)}", f"  batch_size: {batch_size}"]
+    lines += _view_lines(data.rpartition("/")[2], size)
+    if holdout or undivided:
+        lines += ["  holdout: 0.1                  # of the training images, to choose by"]
+    return lines
+
+
+def _source_lines(data: str, root: str | None, *, labels: bool) -> tuple[list[str], bool]:
+    """Where the images are, and whether there are no others than the training images to choose by."""
+    path = Path(data)
+    if path.is_dir():
+        return ([f"  root: {word(data)}", "  labels: none"], False) if not labels else _folder_lines(path, word(data))
+    if data.lower().endswith(CSV) and path.is_file():
+        lines = [f"  root: {word(data)}           # rows of `path,label`"]
+        return [*lines, "  val_split: none               # one file is divided" if labels else "  labels: none"], labels
+    if "/" not in data or data.startswith((".", "/", "~")):
         hint = nearest(data, [*NAMES, *(entry.name for entry in Path().iterdir() if entry.is_dir())])
         raise DataError(
             f"there is no folder {data!r}{hint or ','} and --data takes a folder of folders that is there, a CSV file "
             "of `path,label`, or a name such as torch/cifar100"
         )
-    else:
-        check_name(data)
-        lines += [f"  dataset: {word(data)}"]
-        if data.startswith("torch/"):
-            lines += [f"  root: {word(root or 'data')}", "  download: true                # by torchvision, once"]
-        elif root:
-            lines += [f"  root: {word(root)}"]
-        lines += ["  labels: none                  # those of the data set are not read"] * (not labels)
-    lines += [f"  input_size: {list(size)}", f"  batch_size: {batch_size}"]
-    name = data.rpartition("/")[2]
+    check_name(data)
+    lines = [f"  dataset: {word(data)}"]
+    if data.startswith("torch/"):
+        lines += [f"  root: {word(root or 'data')}", "  download: true                # by torchvision, once"]
+    elif root:
+        lines += [f"  root: {word(root)}"]
+    return [*lines, *["  labels: none                  # those of the data set are not read"] * (not labels)], False
+
+
+def _folder_lines(folder: Path, root: str) -> tuple[list[str], bool]:
+    unmeasured = not any((folder / name).is_dir() for name in EVALUATED)
+    lines = [f"  root: {root}           # a folder of folders, one for each class in every split"]
+    lines += ["  train_split: .                # its folders are the classes"] * (not _has_train(folder))
+    return [*lines, *["  val_split: none               # there is no `validation` in it"] * unmeasured], unmeasured
+
+
+def _view_lines(name: str, size: tuple[int, int, int]) -> list[str]:
+    """Settings for small images, and for digits, which must not be mirrored."""
+    lines: list[str] = []
     is_known = name in ("digits", "mnist", "kmnist", "qmnist", "fashion_mnist", "cifar10", "cifar100")
     if is_known or max(size[1:]) <= SMALL:
         lines += [
@@ -391,7 +402,7 @@ def data_lines(
             f"  hflip: {0.5 if mirrored else '0.0                    # a mirrored digit is no digit'}",
             "  color_jitter: 0.0",
         ]
-    return [*lines, *(["  holdout: 0.1                  # of the training images, to choose by"] if holdout else [])]
+    return lines
 
 
 def _layer_lines(method: Method, student: Trace, teacher: Trace, pairs: Sequence[Pair]) -> list[str]:

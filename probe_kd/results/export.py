@@ -165,25 +165,11 @@ def export(
         raise RunError(f"cannot look into {folder}: {refusal.strerror}") from refusal
     trained = _read(run, role, ema, root, allow_import)
     if trained.why_not_timm and not onnx:
-        own = packages([str(trained.about["model"])])
-        allowed = f", allow_import={own}" if own else ""
-        raise RunError(
-            f"{trained.weights} {trained.why_not_timm}. probe_kd.load_student({str(trained.weights)!r}{allowed}) "
-            "builds it; --onnx exports it as ONNX alone, which needs none of these libraries and no code"
-        )
+        raise RunError(_why_only_onnx(trained))
     sample = _sample(trained, needed=root is not None)
     with _beside(folder) as aside, torch.no_grad():
         expected = _logits(trained.module, sample.images, trained.output)
-        written = _Written(trained.module, trained.kwargs, [trained.dropped] if trained.dropped else [])
-        if reparameterize:
-            _fuse(written, trained)
-        if not trained.why_not_timm:
-            _write_timm(written, trained, sample, expected, aside, onnx=onnx)
-        else:
-            written.notes.append(f"the model {trained.why_not_timm}: the folder holds ONNX alone")
-        if onnx:
-            at_tap = _AtTap(written.module, trained.output).eval() if trained.output != Tap("") else written.module
-            written.onnx_difference = _write_onnx(at_tap, trained.outputs, sample.images, expected, aside / ONNX)
+        written = _write(trained, sample, expected, aside, reparameterize=reparameterize, onnx=onnx)
         (aside / CARD).write_text(card_text(_card(trained, written, folder.resolve().name)), encoding="utf-8")
         files = tuple(name for name in FILES if (aside / name).exists())
     return Exported(
@@ -200,6 +186,32 @@ def export(
         onnx_difference=written.onnx_difference,
         notes=tuple(written.notes),
     )
+
+
+def _why_only_onnx(trained: _Trained) -> str:
+    own = packages([str(trained.about["model"])])
+    allowed = f", allow_import={own}" if own else ""
+    return (
+        f"{trained.weights} {trained.why_not_timm}. probe_kd.load_student({str(trained.weights)!r}{allowed}) "
+        "builds it; --onnx exports it as ONNX alone, which needs none of these libraries and no code"
+    )
+
+
+def _write(
+    trained: _Trained, sample: _Sample, expected: Tensor, aside: Path, *, reparameterize: bool, onnx: bool
+) -> _Written:
+    """Write the model for timm if timm can load it, and as ONNX if asked for."""
+    written = _Written(trained.module, trained.kwargs, [trained.dropped] if trained.dropped else [])
+    if reparameterize:
+        _fuse(written, trained)
+    if not trained.why_not_timm:
+        _write_timm(written, trained, sample, expected, aside, onnx=onnx)
+    else:
+        written.notes.append(f"the model {trained.why_not_timm}: the folder holds ONNX alone")
+    if onnx:
+        at_tap = _AtTap(written.module, trained.output).eval() if trained.output != Tap("") else written.module
+        written.onnx_difference = _write_onnx(at_tap, trained.outputs, sample.images, expected, aside / ONNX)
+    return written
 
 
 def _read(run: Path, role: str, ema: bool, root: str | Path | None, allow_import: Sequence[str]) -> _Trained:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -187,6 +188,51 @@ def _cost(
     a warm-up.
     """
     initial_state = copy.deepcopy(distiller.state_dict())
+    taken = _two_steps(models, phase, distiller, batch, reached_names)
+    if taken.second_loss is not None and not taken.second_loss.isfinite():
+        remarks.append(
+            f"the loss of stage `{phase.name}` is {taken.second_loss.item()} after one update at "
+            f"`lr: {phase.optimizer.lr:g}`; try a smaller one"
+        )
+    distiller.load_state_dict(initial_state)
+    of_teachers = [parameter for model in distiller.frozen_teachers.values() for parameter in model.parameters()]
+    steps_of_adapters = (".student_steps", ".teacher_steps", ".fitted_steps")
+    adapters = {
+        f"adapters.{name}" for name, _ in distiller.adapters.named_modules() if name.endswith(steps_of_adapters)
+    }
+    losses = {f"losses.{name}" for name, _ in distiller.losses.named_modules() if name.count(".") == 1}
+    return StepCost(
+        phase.name,
+        taken.losses,
+        images=len(batch.images),
+        steps=phase.epochs * steps,
+        seconds=taken.seconds,
+        weights=_bytes([*distiller.parameters(), *distiller.losses.buffers(), *of_teachers]),
+        gradients=taken.gradients,
+        optimizer=taken.optimizer,
+        activations=taken.activations,
+        adapter_parameters=sum(parameter.numel() for parameter in distiller.adapters.parameters()),
+        adapter_macs=_macs(taken.counter, adapters) // len(batch.images),
+        loss_parameters=sum(parameter.numel() for parameter in distiller.losses.parameters()),
+        loss_macs=_macs(taken.counter, losses) // len(batch.images),
+    )
+
+
+class _TwoSteps(NamedTuple):
+    """What two real steps took: the first one's losses, operations and bytes, the second one's loss and seconds."""
+
+    losses: dict[str, float]
+    counter: FlopCounterMode
+    activations: int
+    gradients: int
+    optimizer: int
+    second_loss: Tensor | None
+    seconds: float
+
+
+def _two_steps(
+    models: Models, phase: Phase, distiller: Distiller, batch: TrialBatch, reached_names: set[str]
+) -> _TwoSteps:
     with training_only(distiller, reached_names) as trained_parameters:
         optimizer = make_optimizer(distiller, phase.optimizer)
         saved_bytes: dict[int, int] = {}
@@ -199,36 +245,18 @@ def _cost(
         _update(optimizer, result["loss"], models)
         started = time.perf_counter()
         with models.accelerator.autocast():
-            loss = distiller(batch.images, batch.target, index=batch.indices)["loss"]
-        _update(optimizer, loss, models)
+            second_loss = distiller(batch.images, batch.target, index=batch.indices)["loss"]
+        _update(optimizer, second_loss, models)
         seconds = time.perf_counter() - started
-        if loss is not None and not loss.isfinite():
-            remarks.append(
-                f"the loss of stage `{phase.name}` is {loss.item()} after one update at `lr: {phase.optimizer.lr:g}`; "
-                "try a smaller one"
-            )
-    distiller.load_state_dict(initial_state)
-    of_teachers = [parameter for model in distiller.frozen_teachers.values() for parameter in model.parameters()]
     state = [value for entry in optimizer.state.values() for value in entry.values() if isinstance(value, Tensor)]
-    steps_of_adapters = (".student_steps", ".teacher_steps", ".fitted_steps")
-    adapters = {
-        f"adapters.{name}" for name, _ in distiller.adapters.named_modules() if name.endswith(steps_of_adapters)
-    }
-    losses = {f"losses.{name}" for name, _ in distiller.losses.named_modules() if name.count(".") == 1}
-    return StepCost(
-        phase.name,
+    return _TwoSteps(
         {name: float(value.detach()) for name, value in result.items() if name != "output" and value is not None},
-        images=len(batch.images),
-        steps=phase.epochs * steps,
-        seconds=seconds,
-        weights=_bytes([*distiller.parameters(), *distiller.losses.buffers(), *of_teachers]),
+        counter,
+        activations=sum(saved_bytes.values()),
         gradients=_bytes(trained_parameters),
         optimizer=_bytes(state),
-        activations=sum(saved_bytes.values()),
-        adapter_parameters=sum(parameter.numel() for parameter in distiller.adapters.parameters()),
-        adapter_macs=_macs(counter, adapters) // len(batch.images),
-        loss_parameters=sum(parameter.numel() for parameter in distiller.losses.parameters()),
-        loss_macs=_macs(counter, losses) // len(batch.images),
+        second_loss=second_loss,
+        seconds=seconds,
     )
 
 

@@ -66,13 +66,7 @@ class Loop:
         self.batches = batches.prepare(accelerator, memory_format(recipe, accelerator.device))
         self.steps: int = len(self.batches)
         if not self.steps:
-            size, processes = recipe.data.batch_size, accelerator.num_processes
-            raise for_all(
-                RunError(
-                    f"{len(images)} training images are no whole batch of {size} for each of {processes} processes; "  # type: ignore[arg-type]
-                    "take a smaller `batch_size`, or fewer processes"
-                )
-            )
+            raise for_all(_no_whole_batch(images, recipe.data.batch_size, accelerator.num_processes))
         self.updates = -(-self.steps // phase.grad_accum_steps)  # of an epoch
         self.schedule = make_scheduler(self.optimizer, phase, self.updates)
         self.mix, self.unlabelled = mixer(recipe.data, num_classes), recipe.data.labels == "none"
@@ -165,8 +159,7 @@ class Loop:
             features = self.distiller.teacher_targets(images, [name])
         for tap, cached_feature, feature in zip(cache.taps, cached, features, strict=True):
             expected = lengthen(shorten(feature, tap.top_k), tap.shape[-1]) if tap.top_k else feature
-            difference = (cached_feature.float() - expected.float().cpu()).norm()
-            deviation = difference / expected.float().norm().cpu().clamp_min(1e-12)
+            deviation = _deviation(cached_feature, expected)
             if not deviation < (1e-3 if tap.dtype == torch.float32 else 3e-2):
                 raise RunError(
                     f"the teacher's cache in {cache.folder} holds at `{tap.tap}` what is {float(deviation):.1%} "
@@ -252,6 +245,20 @@ def compile_distiller(distiller: Distiller, options: CompileOptions | None) -> N
         distiller.compile(backend=options.backend, mode=options.mode)
     else:
         distiller.compile_models(options.target, backend=options.backend, mode=options.mode)
+
+
+def _no_whole_batch(images: Dataset[Any], size: int, processes: int) -> RunError:
+    return RunError(
+        f"{len(images)} training images are no whole batch of {size} for each of {processes} processes; "  # type: ignore[arg-type]
+        "take a smaller `batch_size`, or fewer processes"
+    )
+
+
+def _deviation(cached_feature: Tensor, expected: Tensor) -> Tensor:
+    """The norm of the difference as a share of what is expected, on the host."""
+    difference = (cached_feature.float() - expected.float().cpu()).norm()
+    deviation: Tensor = difference / expected.float().norm().cpu().clamp_min(1e-12)
+    return deviation
 
 
 def _average(student: nn.Module, recipe: Recipe) -> Any:
