@@ -18,8 +18,7 @@ Before = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 
-# Longer than other classes: the hooks, the store and the recording window of a forward are one state, and must change
-# together.
+# The hooks, the store and the recording window of a forward are one state, and must change together.
 class Probe:
     """Runs a model and returns the tensors at its taps.
 
@@ -73,13 +72,13 @@ class Probe:
         self._handles: list[RemovableHandle] = []
         self._attached = False  # not read off the handles: torch.compile cannot look at those
         _refuse_unhookable(model)
-        self._hooks = self._plan_hooks(dict(model.named_modules(remove_duplicate=False)))
+        self._hooks = _plan_hooks(self, dict(model.named_modules(remove_duplicate=False)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Tap, Tensor]:
         if torch.compiler.is_compiling():
             return self._run_compiled(args, kwargs)
         if self.model.training not in self._rehearsed:
-            return self._rehearse(args, kwargs)
+            return _rehearse(self, args, kwargs)
         with self._hooked():
             return self._run(args, kwargs)
 
@@ -111,18 +110,6 @@ class Probe:
     def __repr__(self) -> str:
         return f"Probe({type(self.model).__name__}, [{', '.join(repr(str(tap)) for tap in self.taps)}])"
 
-    def _plan_hooks(self, modules: Mapping[str, nn.Module]) -> "list[_Hook]":
-        for tap in self.taps:
-            if tap.module not in modules:
-                raise TapError(_unknown(self.model, tap, modules))
-            if _at_root(tap) and tap.call:
-                raise TapError(f"'{tap}': the model itself runs once; write '{Tap('', tap.port, None, tap.items)}'")
-        inner = [tap for tap in self.taps if not _at_root(tap)]
-        tapped = {id(modules[tap.module]): modules[tap.module] for tap in inner}
-        return [
-            _Hook(self, module, [tap for tap in inner if modules[tap.module] is module]) for module in tapped.values()
-        ]
-
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         if self._attached:
@@ -144,7 +131,7 @@ class Probe:
         finally:
             captured = self._close_window()
             end_forward(self.model)
-        return self._complete(captured)
+        return _complete(captured)
 
     def _run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
         if self._hooks and not self._attached:
@@ -157,7 +144,7 @@ class Probe:
             _AllCaptured
         ):  # raised and caught inside the compiled code, so that the layers above are in no graph
             self._forward(args, kwargs)
-        return self._complete(self._close_window())
+        return _complete(self._close_window())
 
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for tap in self.taps:
@@ -168,37 +155,6 @@ class Probe:
         for tap in self.taps:
             if _at_root(tap) and tap.port == "output":
                 self.record(tap, pick(tap, output, tap.items))
-
-    def _rehearse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
-        """Run the whole model and clone every capture, because it is not yet known which ones are overwritten later."""
-        calls: Counter[str] = Counter()
-        names = _names_by_identity(self.model)
-
-        def count(_: str, module: nn.Module, *__: Any) -> None:
-            calls.update(names[id(module)])
-
-        self._rehearsing = True
-        try:
-            with self._hooked(), watch(self.model, before=count):
-                return self._run_rehearsal(args, kwargs, calls)
-        finally:
-            self._rehearsing = False
-
-    def _run_rehearsal(self, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Counter[str]) -> dict[Tap, Tensor]:
-        try:
-            captured = self._run(args, kwargs)
-        except _Missing:
-            raise TapError("\n".join(self._complaints(calls))) from None
-        complaints = self._complaints(calls)
-        if complaints:
-            raise TapError("\n".join(complaints))
-        if self._watched:
-            self._rehearsed.add(self.model.training)
-        return captured
-
-    def _complaints(self, calls: Mapping[str, int]) -> list[str]:
-        inner = (tap for tap in self.taps if not _at_root(tap))
-        return [text for text in (explain_calls(self.model, tap, calls) for tap in inner) if text]
 
     def _open(self, *, may_stop: bool) -> None:
         for tap in self.taps:
@@ -217,14 +173,6 @@ class Probe:
             self._store[tap] = None
         self._versions.clear()
         return captured
-
-    def _complete(self, captured: dict[Tap, Tensor | None]) -> dict[Tap, Tensor]:
-        missing = [str(tap) for tap, tensor in captured.items() if tensor is None]
-        if missing:
-            raise _Missing(
-                f"captured nothing at {', '.join(map(repr, missing))}: the module did not run in this forward"
-            )
-        return {tap: tensor for tap, tensor in captured.items() if tensor is not None}
 
     def record(self, tap: Tap, tensor: Tensor) -> None:
         if self._store[tap] is not None and not self._rehearsing:
@@ -253,6 +201,60 @@ class Probe:
                 f"{names}: an in-place operation overwrote the captured tensor, which it did not do in the dry run; "
                 "build a new Probe in the mode (train or eval) and with the input that you now use"
             )
+
+
+def _plan_hooks(probe: Probe, modules: Mapping[str, nn.Module]) -> "list[_Hook]":
+    for tap in probe.taps:
+        if tap.module not in modules:
+            raise TapError(_unknown(probe.model, tap, modules))
+        if _at_root(tap) and tap.call:
+            raise TapError(f"'{tap}': the model itself runs once; write '{Tap('', tap.port, None, tap.items)}'")
+    inner = [tap for tap in probe.taps if not _at_root(tap)]
+    tapped = {id(modules[tap.module]): modules[tap.module] for tap in inner}
+    return [_Hook(probe, module, [tap for tap in inner if modules[tap.module] is module]) for module in tapped.values()]
+
+
+def _rehearse(probe: Probe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Tap, Tensor]:
+    """Run the whole model and clone every capture, because it is not yet known which ones are overwritten later."""
+    calls: Counter[str] = Counter()
+    names = _names_by_identity(probe.model)
+
+    def count(_: str, module: nn.Module, *__: Any) -> None:
+        calls.update(names[id(module)])
+
+    probe._rehearsing = True
+    try:
+        with probe._hooked(), watch(probe.model, before=count):
+            return _run_rehearsal(probe, args, kwargs, calls)
+    finally:
+        probe._rehearsing = False
+
+
+def _run_rehearsal(
+    probe: Probe, args: tuple[Any, ...], kwargs: dict[str, Any], calls: Counter[str]
+) -> dict[Tap, Tensor]:
+    try:
+        captured = probe._run(args, kwargs)
+    except _Missing:
+        raise TapError("\n".join(_complaints(probe, calls))) from None
+    complaints = _complaints(probe, calls)
+    if complaints:
+        raise TapError("\n".join(complaints))
+    if probe._watched:
+        probe._rehearsed.add(probe.model.training)
+    return captured
+
+
+def _complaints(probe: Probe, calls: Mapping[str, int]) -> list[str]:
+    inner = (tap for tap in probe.taps if not _at_root(tap))
+    return [text for text in (explain_calls(probe.model, tap, calls) for tap in inner) if text]
+
+
+def _complete(captured: dict[Tap, Tensor | None]) -> dict[Tap, Tensor]:
+    missing = [str(tap) for tap, tensor in captured.items() if tensor is None]
+    if missing:
+        raise _Missing(f"captured nothing at {', '.join(map(repr, missing))}: the module did not run in this forward")
+    return {tap: tensor for tap, tensor in captured.items() if tensor is not None}
 
 
 def _rebuild(
