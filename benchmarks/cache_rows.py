@@ -1,6 +1,6 @@
 """How long a training step waits for a batch with its rows from a teacher's cache, beside the batch alone.
 
-    python benchmarks/rows.py
+    python benchmarks/cache_rows.py
 
 The step itself sleeps, as the process that trains does while a GPU computes. Rows are read by that process after the
 images, or with them by whoever reads the images.
