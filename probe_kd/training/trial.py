@@ -119,7 +119,7 @@ def untrained(models: Models, trained: TrainedModel, reach: Sequence[tuple[str, 
     if not _yields_classes(models, trained):
         return []
     classes = Objective("cross_entropy", student=trained.output)
-    distiller = Distiller(trained.model, None, [classes], student_input=trained.input)
+    distiller = Distiller(trained.model, None, [classes], student_input=trained.input, student_trace=trained.trace)
     distiller.to(models.accelerator.device)
     target = torch.zeros(len(images), dtype=torch.long, device=images.device)
     used = set(gradient_norms(distiller.train(), images, target)["cross_entropy"])
