@@ -1,6 +1,7 @@
 """Small things that the tests share."""
 
 import csv
+import gc
 import multiprocessing
 import os
 import sys
@@ -146,6 +147,20 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     yield call
     forget_modules_of(tmp_path)
+
+
+def pytest_collection_finish() -> None:
+    """No collection looks at the tests themselves, of which there are thousands (as `frozen` does for the imports)."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_after() -> Iterator[None]:
+    """Nor at what the tests of a file have imported and built."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
