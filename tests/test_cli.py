@@ -15,7 +15,9 @@ import pytest
 import timm
 from conftest import ROCKET, TINY, WHOLE, Command
 from PIL import Image
+from typer.main import get_command
 
+from probe_kd.cli.app import COMMANDS, app
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError
 from probe_kd.recipe.reading import load
@@ -65,6 +67,17 @@ finally:
     assert result.stdout.strip().endswith("[]")
     for name in ("inspect", "match", "train"):
         assert name in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_every_word_of_it(
+    name: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as the extra of `pip install 'probe-kd[tune]'`, which is no markup of rich."""
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = command(name, "--help").stdout
+    helps = [parameter.help or "" for parameter in get_command(app).commands[name].params]  # type: ignore[attr-defined]
+    assert set(" ".join([COMMANDS[name].__doc__ or "", *helps]).split()) <= set(shown.split())
 
 
 def test_inspect_lists_what_can_be_matched(command: Command, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The `probe-kd` command: its subcommands, and how errors end it."""
 
+import inspect as introspection
 import logging
 import os
 import sys
@@ -78,4 +79,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    described = introspection.getdoc(command) or ""
+    app.command(name, help=described.replace("[", r"\["))(command)  # rich would take `[tune]` for markup
