@@ -28,8 +28,9 @@ def unread() -> Iterator[None]:
 class Progress:
     """Shows the progress of a run: a bar per stage in a terminal, elsewhere a line at least every half minute."""
 
-    def __init__(self, console: Console, *, quiet: bool = False) -> None:
+    def __init__(self, console: Console, *, quiet: bool = False, bars: bool = True) -> None:
         self.console = console
+        self.bars = bars and console.is_terminal and not quiet
         self.quiet = quiet
         self.bar: Bar | None = None
         self.task = TaskID(0)
@@ -65,7 +66,7 @@ class Progress:
         self.steps_before = done * steps + first  # those of a run that was resumed took no time here
         self.started = self.shown = time.monotonic()
         self.text = self.measures = ""
-        if self.console.is_terminal and not self.quiet:
+        if self.bars:
             columns = (
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
@@ -120,9 +121,13 @@ class Progress:
         self.text = _text({name: value for name, value in row.items() if name not in self.other_columns})
         if self.bar is not None:
             self.bar.update(self.task, epoch=row["epoch"], losses=self._status())
-        elif not self.quiet and (row["epoch"] == self.epochs or time.monotonic() - self.shown > 5):
+        elif not self.quiet and self.is_shown(row):
             self.shown = time.monotonic()
             self._print(f"{row['epoch']}/{self.epochs}")
+
+    def is_shown(self, row: Row) -> bool:
+        """Whether an epoch has a line of its own in a log."""
+        return bool(row["epoch"] == self.epochs or time.monotonic() - self.shown > 5)
 
     def _print(self, position: str) -> None:
         """Print one line of a log: the stage, how far it is, the losses, and the time that is left of it."""

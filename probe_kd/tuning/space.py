@@ -54,7 +54,8 @@ class Parameter:
 class Planner:
     """Plans a recipe with other values, on the images that `planned` has opened; `prepare` changes it before that.
 
-    `measured` are the pairs of `from: features` by their labels, where the study has measured them before.
+    `measured` are the pairs of `from: features` by their labels, where the study has measured them before. `tell` is
+    called with what takes long.
     """
 
     source: Source
@@ -62,6 +63,7 @@ class Planner:
     allow_import: tuple[str, ...] = ()
     prepare: Callable[[Recipe], Recipe] = field(default=lambda recipe: recipe.model_copy(update={"tune": None}))
     measured: Mapping[str, Any] | None = None
+    tell: Callable[[str], None] = field(default=lambda text: None)
 
     def plan(self, values: Mapping[KeyPath, Any]) -> Plan:
         """Raises RecipeError if the recipe cannot run with these values."""
@@ -142,6 +144,7 @@ class _Reading:
         if why:
             self.problem(path, why)
             return {}
+        self.planner.tell("measuring the features of student and teacher on training images")
         try:
             found = pairs_by_features(self.source.recipe, self.planner.planned, range(least, most + 1))
         except ProbeKDError as refusal:

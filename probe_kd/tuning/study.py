@@ -103,9 +103,11 @@ def tune(
     check_folder(folder, resume=resume, overwrite=overwrite)
     started = time.time()
     held_out = replace(source, recipe=_with_tune(scored_on_held_out(source.recipe), source))
+    progress.tell("planning the recipe, and each value that may be drawn")
     planned = plan(held_out, allow_import=allow_import)
     measured = measured_before(source, folder) if resume else None
-    parameters = parameters_of(Planner(source, planned, tuple(allow_import), scored_on_held_out, measured))
+    planner = Planner(source, planned, tuple(allow_import), scored_on_held_out, measured, progress.tell)
+    parameters = parameters_of(planner)
     epochs = trial_epochs(source.recipe, budget.epochs)
     trials = Trials(
         source=source,
@@ -183,7 +185,7 @@ class _Study:
             tell(line)
 
     def run(self) -> Outcome:
-        self._train_teachers(TEACHER, self.planned.datasets)
+        self._train_teachers(TEACHER, self.planned.datasets, "training the teacher, once for all trials")
         trials = replace(self.trials, teachers=self._teachers(TEACHER, self._cache()))
         self.trials = trials
         _run_trials(trials, self.progress, self.budget.jobs, self.planned.datasets)
@@ -207,14 +209,15 @@ class _Study:
                 f"the trials are done, and another process of the study compares the best with the recipe: {refusal}"
             ) from None
 
-    def _train_teachers(self, name: str, images: Datasets) -> None:
-        """Train the teachers that have no weights yet, once for all trials. Raises RunError, or Stopped."""
+    def _train_teachers(self, name: str, images: Datasets, what: str) -> None:
+        """Train the teachers that have no weights yet, and say so by `what`. Raises RunError, or Stopped."""
         folder = self.folder / name
         trained = [name for name, teacher in self.planned.teachers.items() if teacher.options.train is not None]
         weights = [folder / weights_name(role_of_teacher(name)) for name in trained]
         is_done = (folder / SUMMARY).is_file() and all(file.is_file() for file in weights)
         if not self.trains_teacher or is_done:
             return
+        self.progress.tell(what)
         recipe = scored_on_held_out(self.trials.source.recipe)
         planned = plan(
             replace(self.trials.source, recipe=recipe), allow_import=self.trials.allow_import, datasets=images
@@ -234,6 +237,7 @@ class _Study:
         if why:
             self.progress.tell(f"the teacher is asked anew in every trial: {why}")
             return None
+        self.progress.tell("planning what the teacher's cache of all trials holds")
         needed = self._cache_bytes()
         free = shutil.disk_usage(self.folder).free / 2
         if needed > min(CACHE_LIMIT, free):
@@ -271,7 +275,8 @@ class _Study:
             f"comparing trial {best} with the recipe as it stands, {epochs_of(trials.source.recipe)} epochs, "
             f"seeds: {self.budget.seeds}, {where} held-out images"
         )
-        self._train_teachers(OTHER_TEACHER, images)
+        what = "training the teacher anew" + ", without the other held-out images" * (where == "other")
+        self._train_teachers(OTHER_TEACHER, images, what)
         default, tuned, failed = dict[int, float](), dict[int, float](), list[str]()
         for seed in range(trials.source.recipe.seed, trials.source.recipe.seed + self.budget.seeds):
             cache = self.folder / CACHE / f"seed-{seed}"
@@ -358,6 +363,9 @@ class _Titled(Progress):
 def _run_trials(trials: Trials, progress: Progress, jobs: int, datasets: Datasets) -> None:
     """Run trials in this process or in several, until there are enough; trials of killed processes are run again."""
     study = open_study(trials)
+    if counted(study) < trials.count:
+        processes = f" in {jobs} processes, after the first" if jobs > 1 else ""
+        progress.tell(f"running trials{processes}; {len(summaries(study))} of {trials.count} are done")
     while True:
         alive = revive(trials, study)
         is_late = trials.deadline is not None and time.time() > trials.deadline

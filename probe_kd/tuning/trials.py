@@ -22,7 +22,7 @@ from probe_kd.recipe.keys import Recipe, TeacherOptions
 from probe_kd.recipe.planner import Plan, plan
 from probe_kd.recipe.reading import Source, changed
 from probe_kd.recipe.yaml_tree import KeyPath
-from probe_kd.training.progress import Progress
+from probe_kd.training.progress import LOG_EVERY, Progress
 from probe_kd.training.run import train
 from probe_kd.training.state import Row
 from probe_kd.tuning.budget import scored_on_held_out, shortened, with_teachers
@@ -168,17 +168,28 @@ def first_trials(parameters: tuple[Parameter, ...], count: int) -> list[dict[str
 
 
 class _Reporting(Progress):
-    """Reports the measure of every epoch of the student's last stage, and keeps what the run says."""
+    """Reports the measure of every epoch of the student's last stage, and keeps what the run says.
 
-    def __init__(self, console: Any, measure: str, stages: int, report: Callable[[int, float], None]) -> None:
-        super().__init__(console, quiet=True)
+    Prints a line every half minute, of all stages together: a short trial has none, and never a bar.
+    """
+
+    def __init__(
+        self, progress: Progress, title: str, measure: str, stages: int, report: Callable[[int, float], None]
+    ) -> None:
+        super().__init__(progress.console, quiet=progress.quiet, bars=False)
+        self.name, self.shown = title, time.monotonic()
         self.measure, self.stages_left, self.report = measure, stages, report
         self.said: list[str] = []
         self.parent = multiprocessing.parent_process()
 
     def begin(self, title: str, *arguments: Any, **options: Any) -> None:
-        super().begin(title, *arguments, **options)
+        shown = self.shown
+        super().begin(f"{self.name}: {title}", *arguments, **options)
+        self.shown = shown
         self.stages_left -= title.startswith("student: ")
+
+    def is_shown(self, row: Row) -> bool:
+        return time.monotonic() - self.shown > LOG_EVERY
 
     def step(self, done: int, images: int) -> bool:
         if self.parent is not None and not self.parent.is_alive():
@@ -192,6 +203,7 @@ class _Reporting(Progress):
         self.said.append(text)
 
     def epoch(self, row: Row) -> None:
+        super().epoch(row)
         if row["role"] == "student" and self.stages_left == 0 and row.get(self.measure) is not None:
             self.report(row["epoch"], row[self.measure])
 
@@ -260,7 +272,8 @@ class _Trial:
         values = {} if self.is_baseline else all_values(self.trials.parameters, drawn)
         self.trial.set_user_attr(VALUES, drawn)
         planned = self.trials.plan(values, datasets)
-        reporting = _Reporting(self.progress.console, self.trials.measure, len(planned.recipe.stages), self._report)
+        name, stages = f"trial {self.trial.number}", len(planned.recipe.stages)
+        reporting = _Reporting(self.progress, name, self.trials.measure, stages, self._report)
         try:
             state = train(planned, folder, reporting, claimed=claimed)
         finally:

@@ -1,5 +1,6 @@
 """Studies: what is trained, scored, stopped, killed and gone on with, and what is written in the end."""
 
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import timm
 from conftest import Command, begin
+from rich.console import Console
 from running import Quiet
 from safetensors.torch import save_file
 
@@ -133,6 +135,9 @@ def test_a_real_study(command: Command, tmp_path: Path, monkeypatch: pytest.Monk
     options = ["recipe.yaml", "-o", "out", "--epochs", "1"]
     outcome = command("tune", *options, "--trials", "2", "--seeds", "1")
     assert outcome.returncode == 0, outcome.stderr
+    slow = "planning the recipe", "training the teacher, once", "planning what the teacher's cache", "running trials"
+    lines = [line for line in outcome.stdout.splitlines() if line.startswith(slow)]
+    assert all(line.startswith(start) for line, start in zip(lines, slow, strict=True))
     assert set(opened) == {"train_split"}
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
@@ -155,10 +160,33 @@ def test_a_real_study(command: Command, tmp_path: Path, monkeypatch: pytest.Monk
     assert (again.returncode, "--resume" in again.stderr) == (2, True)
     more = command("tune", *options, "--trials", "3", "--seeds", "0", "--resume", "--quiet")
     assert more.returncode == 0, more.stderr
+    assert "planning" not in more.stdout
     assert len(json.loads((out / "summary.json").read_text())["trials"]) == 3
     other = command("tune", *options, "--resume", "--set", "stages.0.losses.hint.weight=2.0")
     assert other.returncode == 2
     assert "`stages.0.losses.hint.weight: 1.0` where there now is `2.0`" in other.stderr
+
+
+def test_a_trial_says_where_it_is_every_half_minute_of_all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, out, reported = [0.0], io.StringIO(), list[tuple[int, float]]()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    terminal = Progress(Console(file=out, force_terminal=True, width=200, color_system=None))
+    progress = trials._Reporting(terminal, "trial 3", "accuracy", 2, lambda *row: reported.append(row))
+    for stage in ("hints", "labels"):
+        progress.begin(f"student: {stage}", 2, 5, 0)
+        for epoch in (1, 2):
+            for step in range(1, 6):
+                now[0] += 4.0
+                if progress.step(step, 32):
+                    progress.losses({"loss": 0.5})
+            progress.epoch({"role": "student", "stage": stage, "epoch": epoch, "accuracy": 0.5})
+        progress.end()
+    assert reported == [(1, 0.5), (2, 0.5)]
+    starts = [line.partition("  loss")[0] for line in out.getvalue().splitlines()]
+    assert starts == [
+        "trial 3: student: hints  step 3/5 of epoch 2/2",
+        "trial 3: student: labels  step 1/5 of epoch 2/2",
+    ]
 
 
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
