@@ -66,6 +66,10 @@ class Outcome:
     notes: tuple[str, ...]
     verdict: str = ""
 
+    @property
+    def has_importances(self) -> bool:
+        return any(row.importance is not None for row in self.mattered)
+
     def trial(self, number: int | None) -> TrialSummary | None:
         return next((trial for trial in self.trials if trial.number == number), None)
 

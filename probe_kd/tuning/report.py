@@ -23,11 +23,12 @@ def tables(outcome: Outcome) -> Iterator[Table | str]:
         for row in _seed_rows(outcome):
             table.add_row(*row)
         yield table
-    table = table_of("What mattered", "value", "importance>", "the recipe", "the best trial")
-    for value in outcome.mattered:
-        importance = "-" if value.importance is None else f"{value.importance:.0%}"
-        table.add_row(escape(value.path), importance, escape(value.default), escape(value.best))
-    yield table
+    if outcome.has_importances:
+        table = table_of("What mattered", "value", "importance>", "the recipe", "the best trial")
+        for value in outcome.mattered:
+            importance = "-" if value.importance is None else f"{value.importance:.0%}"
+            table.add_row(escape(value.path), importance, escape(value.default), escape(value.best))
+        yield table
     yield f"importance: {outcome.importance_note}"
     yield from (f"note: {note}" for note in outcome.notes)
     yield outcome.verdict

@@ -52,6 +52,7 @@ from probe_kd.tuning.folder import (
 from probe_kd.tuning.outcome import (
     TUNED,
     Outcome,
+    TrialSummary,
     best_of,
     summaries,
     verdict_of,
@@ -60,8 +61,9 @@ from probe_kd.tuning.outcome import (
     write_tuned,
 )
 from probe_kd.tuning.paired import FullRun, FullRuns, Paired, paired, run_full, value_of
+from probe_kd.tuning.remarks import near_ends, on_chance, on_failures
 from probe_kd.tuning.space import Parameter, Planner, lines_of, space_of, usual_space
-from probe_kd.tuning.trials import CACHE_LIMIT, Trials, counted, import_optuna, open_study, revive, work
+from probe_kd.tuning.trials import CACHE_LIMIT, JOURNAL, Trials, counted, import_optuna, open_study, revive, work
 from probe_kd.tuning.usual import usual_options
 
 _OF_FEATURES = ("normalize", "projector", "policy", "tokens", "grid", "activation", "pairs")
@@ -185,6 +187,16 @@ class _Study:
             tell(line)
 
     def run(self) -> Outcome:
+        """Run all steps. After a signal, raises Stopped, which says how many trials are done."""
+        try:
+            return self._run()
+        except (Stopped, KeyboardInterrupt) as stop:
+            is_begun = (self.folder / JOURNAL).is_file()
+            done = len(summaries(open_study(self.trials))) if is_begun else 0
+            why = str(stop) or "stopped"
+            raise Stopped(f"{why}; {done} of {self.trials.count} trials are done") from None
+
+    def _run(self) -> Outcome:
         self._train_teachers(TEACHER, self.planned.datasets, "training the teacher, once for all trials")
         trials = replace(self.trials, teachers=self._teachers(TEACHER, self._cache()))
         self.trials = trials
@@ -321,18 +333,26 @@ class _Study:
             importance_note=note,
             comparison=comparison,
             uses_tuned=not is_baseline and (comparison is None or comparison.mean is None or comparison.is_better),
-            notes=(*self.notes, *self._notes(all_trials)),
+            notes=(*self.notes, *self._notes(all_trials, best)),
         )
         return replace(outcome, verdict=verdict_of(outcome))
 
-    def _notes(self, all_trials: Sequence[Any]) -> list[str]:
+    def _notes(self, all_trials: Sequence[TrialSummary], best: int) -> list[str]:
         """What a reader should know beside the figures."""
-        failed = [trial for trial in all_trials if trial.outcome == "failed"]
-        notes = [f"trial {trial.number} failed: {trial.why}" for trial in failed[:5]]
-        notes += [f"and {len(failed) - 5} more trials failed"] * (len(failed) > 5)
-        if not any(trial.is_baseline and trial.outcome == "done" for trial in all_trials):
-            notes.append("the recipe as it stands did not train to its end, so there is nothing to compare with")
-        return notes
+        trials = self.trials
+        (summary,) = (trial for trial in all_trials if trial.number == best)
+        assert summary.value is not None
+        can_lengthen = trials.epochs < epochs_of(trials.source.recipe)
+        notes = on_chance(summary.value, self.planned, can_lengthen=can_lengthen)
+        return [*notes, *near_ends(trials.parameters, summary.values, self._can), *on_failures(all_trials)]
+
+    def _can(self, values: Mapping[KeyPath, Any]) -> bool:
+        """Whether a trial can run with these values."""
+        try:
+            self.trials.plan(values, self.planned.datasets)
+        except ProbeKDError:
+            return False
+        return True
 
     def _header(self, outcome: Outcome) -> list[str]:
         """The comment at the head of the tuned recipe."""

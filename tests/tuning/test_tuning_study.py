@@ -9,17 +9,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy
 import pytest
 import timm
 from conftest import Command, begin
 from rich.console import Console
 from running import Quiet
 from safetensors.torch import save_file
+from sklearn.metrics import average_precision_score
 
 import probe_kd.data.datasets
 import probe_kd.recipe.sections.models
+from probe_kd.data.label_sets import LabelSets, MultiHotImages
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import RunError, Stopped
 from probe_kd.recipe.planner import Plan, plan
@@ -29,6 +33,7 @@ from probe_kd.training.state import Result, TrainState
 from probe_kd.tuning import paired, trials
 from probe_kd.tuning.feature_pairs import pairs_by_features
 from probe_kd.tuning.outcome import Outcome
+from probe_kd.tuning.remarks import chance, on_chance
 from probe_kd.tuning.report import tables, write_report
 from probe_kd.tuning.study import Budget, tune
 
@@ -246,6 +251,41 @@ def test_a_default_that_nothing_beats_is_kept_without_more_runs(pretrained: Path
     assert "too few" in outcome.importance_note
 
 
+def test_a_score_near_chance_and_a_value_near_the_end_of_its_range_are_told(pretrained: Path) -> None:
+    space = "losses.hint.weight: {log: [0.01, 1.5]}, optimizer.lr: {log: [0.0001, 0.1]}, clip_grad: {range: [0.1, 1]}"
+    space += ", scheduler.warmup_epochs: {range: [0, 1]}"  # of which less than 0 is no recipe
+    recipe = write(
+        pretrained.parent, pretrained.read_text().replace(SPACE, f"    clip_grad: 0.12\ntune: {{{space}}}\n")
+    )
+    with instead_of_training(lambda planned, epoch: 0.1185):
+        outcome = study(recipe, trials=1, epochs=1)
+    assert outcome.notes == (
+        "the best trial has accuracy 11.85%, and guesses have 10.00%: trials that hardly learn are chosen by chance; "
+        "give more `--epochs`, or more images",
+        "`losses.hint.weight` 1 is near the end of its range (0.01 to 1.5): widen it in `tune`",
+        "`clip_grad` 0.12 is near the end of its range (0.1 to 1): widen it in `tune`",
+    )
+    assert [part for part in tables(outcome) if isinstance(part, str)] == list(tables(outcome)), "a table of dashes"
+    page = pretrained.parent / "page.html"
+    write_report(outcome, page)
+    assert "guesses have 10.00%" in page.read_text()
+    assert "importance</th>" not in page.read_text()
+
+
+def test_chance_is_what_guesses_score() -> None:
+    rng = numpy.random.default_rng(0)
+    labels = rng.random((20_000, 3)) < [0.5, 0.1, 0.3]
+    images = MultiHotImages([], LabelSets.of([numpy.flatnonzero(row).tolist() for row in labels]), 3)  # type: ignore[arg-type]
+    multilabel: Any = SimpleNamespace(headline="map", datasets=SimpleNamespace(test=images))
+    guessed = average_precision_score(labels, rng.random(labels.shape), average="macro")
+    assert chance(multilabel) == pytest.approx(guessed, abs=0.01)
+    for classes, least in ((2, 0.6), (6, 1 / 3), (100, 0.02)):
+        of_classes: Any = SimpleNamespace(headline="accuracy", datasets=SimpleNamespace(num_classes=classes))
+        assert on_chance(least - 0.001, of_classes, can_lengthen=True)
+        assert not on_chance(least + 0.001, of_classes, can_lengthen=True)
+    assert not on_chance(0.0, cast(Any, SimpleNamespace(headline="cosine", labelled_sets={})), can_lengthen=True)
+
+
 def test_what_is_behind_is_stopped_but_never_the_recipe_itself(pretrained: Path) -> None:
     text = pretrained.read_text().replace("epochs: 2", "epochs: 9")
     with instead_of_training(
@@ -307,7 +347,7 @@ def test_a_stopped_trial_is_begun_anew_with_its_values(pretrained: Path) -> None
         return 0.5
 
     with instead_of_training(figure):
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped, match=r"^stopped by SIGINT; 1 of 4 trials are done$"):
             study(pretrained, trials=4, epochs=1)
         assert not list((pretrained.parent / "out" / "trials").iterdir())
         outcome = study(pretrained, trials=4, epochs=1, resume=True)
