@@ -166,19 +166,19 @@ def pairs_table(student: str, teacher: str, rows: Iterable[PairRow]) -> Table:
 
 def figures_table(matched: "FeatureMatch") -> Table:
     """Return the table of the layers that `match --by features` measured."""
-    title = f"Features of {matched.figures.images} images"
+    title = f"Features of {matched.figures.images} training images"
     table = table_of(title, "layer", "yields", "effective rank>", "constant>", "outlier channels>", "note")
-    for side in ("student", "teacher"):
-        for layer in getattr(matched.figures, side):
-            statistics = layer.statistics
+    for side, layers in matched.figures.by_side.items():
+        for layer in layers:
+            statistics, why = layer.statistics, defect(layer, side)
             table.add_row(
                 escape(f"{side} {layer.tap}"),
                 layer.spec.describe(),
                 "" if statistics.effective_rank is None else f"{statistics.effective_rank:.1f}",
                 _percent(statistics.constant),
                 _outliers(layer),
-                defect(layer),
-                style="yellow" if defect(layer) else "",
+                why,
+                style="yellow" if why else "",
             )
     table.caption = (
         "effective rank: directions in which images differ; constant: share of the energy that is the same for every "
@@ -219,10 +219,10 @@ def figures_as_json(matched: "FeatureMatch") -> dict[str, Any]:
         "layers": {
             side: [
                 {"tap": str(layer.tap), "channels": layer.spec.channels, **asdict(layer.statistics)}
-                | {"is_input": layer.is_input, "defect": defect(layer)}
-                for layer in getattr(figures, side)
+                | {"is_input": layer.is_input, "defect": defect(layer, side)}
+                for layer in layers
             ]
-            for side in ("student", "teacher")
+            for side, layers in figures.by_side.items()
         },
         "cka": [[pair.cka for pair in row] for row in figures.pairs],
         "explained": [[pair.explained for pair in row] for row in figures.pairs],

@@ -10,6 +10,7 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
+from urllib.error import URLError
 
 import torch
 from torch import nn
@@ -52,9 +53,14 @@ def build_model(name: str, model_kwargs: Mapping[str, Any], *, pretrained: bool 
         with nullcontext() if module_of(name) else _Bounded(), _quiet_hub():
             model = factory(**arguments)
     except Exception as refusal:
+        if pretrained and _is_of_download(refusal):
+            why = short(refusal).rstrip(".")
+            raise TraceError(
+                f"cannot download the weights of {name}: {why}; give the file with its weights as a checkpoint"
+            ) from refusal
         shown_kwargs = ", ".join(f"{key}={value!r}" for key, value in model_kwargs.items())
-        near = _nearest_argument(name, factory, refusal)
-        raise TraceError(f"cannot build {name}({shown_kwargs}): {short(refusal)}{near}") from refusal
+        advice = _advice_on_arguments(name, factory, refusal)
+        raise TraceError(f"cannot build {name}({shown_kwargs}): {short(refusal)}{advice}") from refusal
     if not isinstance(model, nn.Module):
         raise TraceError(f"{name} returned a {type(model).__name__}; expected an nn.Module")
     return model
@@ -88,11 +94,23 @@ def check_kwargs(name: str, model_kwargs: Mapping[str, Any]) -> None:
         check_arguments(name, architecture, {**saved, **model_kwargs})
 
 
-def _nearest_argument(name: str, factory: Callable[..., Any], refusal: Exception) -> str:
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(refusal))
-    if unknown is None:
-        return ""
-    return nearest(unknown[1], signature(factory).parameters)
+def _is_of_download(refusal: Exception) -> bool:
+    """Whether a file of the hub or of a server could not be had."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    return isinstance(
+        refusal, HfHubHTTPError | LocalEntryNotFoundError | OfflineModeIsEnabled | URLError | ConnectionError
+    )
+
+
+def _advice_on_arguments(name: str, factory: Callable[..., Any], refusal: Exception) -> str:
+    """What to do about an argument that the model refuses; empty if the refusal is about something else."""
+    text = str(refusal)
+    if unknown := re.search(r"unexpected keyword argument '(\w+)'", text):
+        return nearest(unknown[1], signature(factory).parameters)
+    if twice := re.search(r"multiple values for (?:keyword )?argument '(\w+)'", text):
+        return f"; the name {name} says what `{twice[1]}` is: leave it out, or take another name"
+    return ""
 
 
 class _Bounded(TorchFunctionMode):

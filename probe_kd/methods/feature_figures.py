@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ MOST_INPUTS, MOST_TARGETS = 512, 256  # channels of a student's and of a teacher
 FEWEST_IMAGES = 4  # in a batch: the unbiased estimator of HSIC needs so many
 
 Grid = tuple[int, int]
+Side = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,11 @@ class FeatureFigures:
     pairs: tuple[tuple[PairFigures, ...], ...]
     within_student: tuple[tuple[float | None, ...], ...]
     within_teacher: tuple[tuple[float | None, ...], ...]
+
+    @property
+    def by_side(self) -> dict[Side, tuple[LayerFigures, ...]]:
+        """The layers of both models, the student's first."""
+        return {"student": self.student, "teacher": self.teacher}
 
     def of(self, student: str | Tap, teacher: str | Tap) -> PairFigures:
         """The figures of a pair. Raises MatchError for a layer that is no candidate."""

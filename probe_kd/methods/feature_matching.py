@@ -1,14 +1,15 @@
 """Pairs of layers, and how their targets are normalised, from figures of the features (`measure_features`)."""
 
 from collections.abc import Callable, Sequence
-from itertools import product
+from functools import partial
+from itertools import groupby, product
 from math import log2
 from statistics import fmean
 
 from probe_kd.engine.anatomy.strides import SAME_STRIDE
-from probe_kd.engine.spec import Pair
+from probe_kd.engine.spec import Pair, Tap
 from probe_kd.errors import MatchError
-from probe_kd.methods.feature_figures import FeatureFigures, LayerFigures
+from probe_kd.methods.feature_figures import FeatureFigures, LayerFigures, Side
 from probe_kd.methods.normalisation import Normalize
 
 DEFAULT_PAIRS = 4  # as many as most models have stages
@@ -122,21 +123,27 @@ def most_pairs(figures: FeatureFigures) -> int:
     return min(len(_usable(figures.student, "student")), len(_usable(figures.teacher, "teacher")))
 
 
-def _usable(layers: Sequence[LayerFigures], side: str) -> list[int]:
-    indices = [index for index, layer in enumerate(layers) if not defect(layer)]
+def _usable(layers: Sequence[LayerFigures], side: Side) -> list[int]:
+    indices = [index for index, layer in enumerate(layers) if not defect(layer, side)]
     if not indices:
-        why = "; ".join(f"'{layer.tap}' {defect(layer)}" for layer in layers[:3])
+        why = "; ".join(f"'{layer.tap}' {defect(layer, side)}" for layer in layers[:3])
         raise MatchError(f"the {side} has no layer whose features can be paired: {why}")
     return indices
 
 
-def defect(layer: LayerFigures) -> str:
-    """Why a layer teaches nothing, or cannot learn; empty if nothing is wrong."""
+def defect(layer: LayerFigures, side: Side) -> str:
+    """Why a layer of the teacher teaches nothing, or one of the student cannot learn; empty if nothing is wrong.
+
+    What a layer of the student holds before training is no defect: residual branches that begin at zero leave the last
+    stage of some models the same for every image.
+    """
     statistics = layer.statistics
     if layer.is_input:
         return "yields the images themselves, so that nothing before it learns"
     if not statistics.finite:
         return "holds NaN or infinity"
+    if side == "student":
+        return ""
     if not statistics.energy:
         return "is zero for every image"
     if statistics.scaled_rank is None:
@@ -166,20 +173,24 @@ def remarks(figures: FeatureFigures) -> list[str]:
     """Sentences on too few images, on the layers that are left out, and on targets that have to be normalised."""
     few = (
         f"figures of {figures.images} images mean little: maps are fitted on one half of them and measured on the "
-        "other; take 512 (`num_images`)"
+        "other; take 512"
     )
     sentences = [few] if figures.images < FEW_IMAGES else []
-    sentences += [
-        f"{side} layer '{layer.tap}' {defect(layer)}; it is not paired"
-        for side, layers in (("student", figures.student), ("teacher", figures.teacher))
-        for layer in layers
-        if defect(layer)
-    ]
+    for side, layers in figures.by_side.items():
+        for why, alike in groupby(layers, partial(defect, side=side)):
+            if why:
+                sentences.append(_left_out(side, [layer.tap for layer in alike], why))
     return sentences + [
         f"teacher layer '{layer.tap}': {caution(layer)}; as a target it needs `normalize: fitted`"
         for layer in figures.teacher
-        if not defect(layer) and caution(layer)
+        if not defect(layer, "teacher") and caution(layer)
     ]
+
+
+def _left_out(side: Side, taps: Sequence[Tap], why: str) -> str:
+    if len(taps) == 1:
+        return f"{side} layer '{taps[0]}' {why}; it is not paired"
+    return f"{side} layers '{taps[0]}' to '{taps[-1]}', {len(taps)} in a row: each {why}; none is paired"
 
 
 def _pair(figures: FeatureFigures, row: int, column: int) -> Pair:
@@ -187,12 +198,17 @@ def _pair(figures: FeatureFigures, row: int, column: int) -> Pair:
     statistics = teacher.statistics
     parts = [
         *([f"CKA {pair.cka:.2f}"] if pair.cka is not None else []),
-        *([f"{pair.explained:.0%} explained by a linear map"] if pair.explained is not None else []),
+        *([f"{_share(pair.explained)} explained by a linear map"] if pair.explained is not None else []),
         f"effective rank {statistics.effective_rank:.0f} of {teacher.spec.channels}",
         caution(teacher) or f"{statistics.constant:.0%} constant",
     ]
     adapter = {"normalize": normalization(teacher)}
     return Pair(student.tap, teacher.tap, reason="; ".join(parts), adapter=adapter)
+
+
+def _share(explained: float) -> str:
+    """A share in percent. A map that gives less than the mean on images that it was not fitted on explains nothing."""
+    return f"{explained:.0%}" if explained >= 0.005 else "nothing"
 
 
 def assign(costs: Sequence[Sequence[float]], gain: Callable[[int, int], float], count: int) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from probe_kd.data.datasets import Datasets, open_datasets
 from probe_kd.data.loading import loader, readable
 from probe_kd.data.options import DataOptions
-from probe_kd.engine.matching import Level, match
+from probe_kd.engine.matching import Level, doubts, find_pairs
 from probe_kd.engine.models import build_model, device_of
 from probe_kd.engine.spec import InputSpec, Pair, Trace
 from probe_kd.engine.weights import load_weights
@@ -78,10 +78,11 @@ def match_models(
     source = open_images(images, student)
     checkpoints: dict[str, Any] = {"student_checkpoint": student_checkpoint, "teacher_checkpoint": teacher_checkpoint}
     figures = measure_models(student, teacher, source, num_images=num_images, device=device, seed=seed, **checkpoints)
-    most = len(match(student, teacher, level=level))
+    most = len(find_pairs(student, teacher, level=level))
     count = min(most, most_pairs(figures)) if num_pairs is None else num_pairs
     pairs = match_features(figures, num_pairs=count)
-    return FeatureMatch(student, teacher, source, figures, pairs, tuple(remarks(figures)), **checkpoints)
+    notes = (*doubts(pairs, student, teacher, complete=num_pairs is None), *remarks(figures))
+    return FeatureMatch(student, teacher, source, figures, pairs, notes, **checkpoints)
 
 
 def write_matched_recipe(matched: FeatureMatch, path: Path, *, command: str = "") -> None:

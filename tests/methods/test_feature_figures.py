@@ -291,10 +291,36 @@ def test_a_layer_that_teaches_nothing_is_told_and_not_paired(name: str, index: i
     (remark,) = [text for text in remarks(figures) if f"'stages.{index}'" in text]
     assert why in remark
     pairs = match_features(figures, num_pairs=2)
-    usable = [str(layer.tap) for layer in figures.teacher if not defect(layer)]
+    usable = [str(layer.tap) for layer in figures.teacher if not defect(layer, "teacher")]
     assert f"stages.{index}" not in usable
     assert {str(pair.teacher) for pair in pairs} <= set(usable)
     assert (str(pairs[-1].student), str(pairs[-1].teacher)) == ("stages.3", usable[-1])
+
+
+def test_layers_in_a_row_that_teach_nothing_are_told_at_once() -> None:
+    figures = measured(stages(), stages({1: dead, 2: dead}, widths=(8, 8, 8, 8)))
+    (remark,) = [text for text in remarks(figures) if "not paired" in text or "none" in text]
+    assert remark.startswith("teacher layers 'stages.1' to 'stages.2', 2 in a row: each is zero for every image")
+
+
+@pytest.mark.parametrize("change", [constant, dead, of_rank_one])
+def test_a_layer_of_the_student_that_says_nothing_yet_is_paired(change: Change) -> None:
+    """As the last stage of a model whose residual branches begin at zero."""
+    figures = measured(stages({3: change}, widths=(8, 8, 8, 8)), stages())
+    assert not [text for text in remarks(figures) if text.startswith("student")]
+    last = match_features(figures, num_pairs=2)[-1]
+    assert (str(last.student), str(last.teacher)) == ("stages.3", "stages.3")
+
+
+def test_a_map_that_is_worse_than_the_mean_explains_nothing() -> None:
+    figures = measured(stages(), stages())
+    pairs = tuple(
+        tuple(replace(pair, explained=explained) for pair in row)
+        for row, explained in zip(figures.pairs, (-749.0, -0.4, 0.004, 0.6), strict=True)
+    )
+    reasons = [pair.reason for pair in match_features(replace(figures, pairs=pairs), num_pairs=4)]
+    assert ["nothing explained" in reason for reason in reasons] == [True, True, True, False]
+    assert "60% explained" in reasons[-1]
 
 
 @pytest.mark.parametrize(("change", "why"), [(with_outlier, "1 of 8 channels hold"), (with_offset, "is the same for")])

@@ -53,7 +53,7 @@ def test_it_writes_a_recipe_for_the_users_images_that_check_accepts(
     images(*folders)
     done = command(*MATCH, *WEIGHTS, "--images", "photos", "-o", "made/r.yaml")
     assert done.returncode == 0, done.stderr
-    assert f"Features of {count} images" in done.stdout  # a tenth is held out
+    assert f"Features of {count} training images" in done.stdout  # a tenth is held out
     assert "note: teacher layer 'blocks.1': 1 of 48 channels hold" in done.stdout
     recipe = load(tmp_path / "made" / "r.yaml").recipe
     assert recipe.data.labels == ("class" if len(folders) > 1 else "none")
