@@ -112,7 +112,8 @@ def answer(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -
         yield f"{counted} {_listed(everywhere)} better in all {len(unlike)} of them.\n"
     else:
         some = f"{_listed(better)} better in some and worse in none"
-        yield f"{counted} none is better in all {len(unlike)} pairs; {some}.\n"
+        others = some if better else "none is better in some without being worse in others"
+        yield f"{counted} none is better in all {len(unlike)} pairs, and {others}.\n"
     yield table("method", "better", "undecided", "worse", rows=lines) + "\n"
 
 
