@@ -60,12 +60,11 @@ def check(
     few rows are written, read beside the teacher, and deleted. Missing images are downloaded if the recipe says
     `download: true`.
     """
-    from probe_kd.recipe.planner import plan
     from probe_kd.recipe.reading import load
     from probe_kd.tables import idle_rows
 
     source, allowed = load(recipe, sets=sets or (), tolerant=True), allow(allow_import)
-    planned = plan(source, allow_import=allowed)
+    planned = _planned(source, allowed)
     varied, idle, console = _varied(source, planned, allowed), idle_rows(planned), make_console()
     if not as_json:
         _show_plan(planned, idle, varied, console)
@@ -117,6 +116,21 @@ def _show_audit(planned: "Plan", audited: "Audit", console: "Console", *, gradie
         console.print(shares_table(audited.shares, trains_teacher=trains_teacher))
     print_lines(cache_cost_lines(audited.caches), console)
     print_notes(audited.remarks, console)
+
+
+def _planned(source: "Source", allowed: list[str]) -> "Plan":
+    """Plan a recipe. Raises RecipeError with all that is wrong, also in `tune`."""
+    from probe_kd.errors import RecipeError
+    from probe_kd.recipe.planner import plan
+
+    try:
+        return plan(source, allow_import=allowed)
+    except RecipeError as refusal:
+        if "tune" not in source.node.value:
+            raise
+        from probe_kd.tuning.space import with_all_problems
+
+        raise with_all_problems(source, refusal, allowed) from None
 
 
 def _varied(source: "Source", planned: "Plan", allowed: list[str]) -> list[str]:
@@ -368,7 +382,7 @@ def tune(
     if resume and overwrite:
         raise RunError("--resume goes on with a study and --overwrite deletes it; give one of the two")
     folder, console = out or Path("runs") / f"{_name_of_run(recipe)}-tune", make_console()
-    source = load(recipe, seed=seed, sets=sets or ())
+    source = load(recipe, seed=seed, sets=sets or (), tolerant=True)
     budget = Budget(trials=trials, epochs=epochs, timeout=timeout, jobs=jobs, seeds=seeds)
     options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "allow_import": allow(allow_import)}
     try:

@@ -20,7 +20,7 @@ from probe_kd.methods.sharing import Sharing
 from probe_kd.methods.targets import expanded, make_adapters, targets_of
 from probe_kd.recipe.keys import PairOptions, Recipe, StageOptions, TeacherOptions
 from probe_kd.recipe.loss_names import import_losses
-from probe_kd.recipe.reading import Source
+from probe_kd.recipe.reading import Source, mended
 from probe_kd.recipe.sections.evaluation import check_evaluation, measures_pairs
 from probe_kd.recipe.sections.execution import check_execution
 from probe_kd.recipe.sections.freezing import Frozen, find_frozen
@@ -417,6 +417,7 @@ def _check_despite_form(source: Source, allow_import: Sequence[str], record: Dat
             mistakes += open_data(recipe.data, record)[1]
     else:
         _, mistakes = _check_sections(recipe, allow_import, record)
+        mistakes += check_tune(mended(source))
     # Whether a schedule fits its epochs, say, is checked again when the numbers are legal.
     of_numbers = {"scheduler", "epochs", "batch_size"}
     return [

@@ -30,6 +30,7 @@ from probe_kd.recipe.yaml_tree import (
     plain_node,
     read_yaml,
     replaced,
+    with_plain,
 )
 
 MAX_FILES = 8  # files that extend each other
@@ -92,6 +93,16 @@ def changed(source: Source, values: Mapping[KeyPath, Any], *, place: KeyPath = (
     recipe, _, _ = reading.recipe(node, tolerant=False)
     seeded = recipe.model_copy(update={"seed": source.recipe.seed})  # which an option may have replaced
     return Source(seeded, source.name, node, source.texts)
+
+
+def mended(source: Source) -> Source:
+    """The recipe without the errors of form with which it was read, and the file as if these were not in it."""
+    if not source.form:
+        return source
+    values = source.node.plain
+    _, errors = _validated(values)
+    _without_errors(source.node, values, errors)
+    return replace(source, node=with_plain(source.node, values), form=(), broken=())
 
 
 def _similar_file(path: str | Path) -> str:

@@ -141,6 +141,15 @@ def plain_node(value: Any, place: Node) -> Node:
     return replace(place, value=value)
 
 
+def with_plain(node: Node, plain: Any) -> Node:
+    """The tree with plain values in place of its own, of which some may be left out, at the places of its own."""
+    if isinstance(plain, Mapping):
+        return replace(node, value={key: with_plain(node.value[key], item) for key, item in plain.items()})
+    if isinstance(plain, list):
+        return replace(node, value=[with_plain(*both) for both in zip(node.value, plain, strict=True)])
+    return replace(node, value=plain)
+
+
 def read_value(text: str, name: str) -> Any:
     """Parse the value of a command-line option into dicts, lists and scalars. Raises RecipeError."""
     tree = read_yaml(text, name)

@@ -8,16 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from probe_kd.errors import ProbeKDError, Problem
+from probe_kd.errors import ProbeKDError, Problem, RecipeError
 from probe_kd.recipe.keys import Recipe, TuneOptions
 from probe_kd.recipe.planner import Plan, plan
-from probe_kd.recipe.reading import Source, changed
-from probe_kd.recipe.sections.tune import places_of, shown, value_at, with_value
+from probe_kd.recipe.reading import Source, changed, mended
+from probe_kd.recipe.sections.tune import check_tune, places_of, shown, value_at, with_value
 from probe_kd.recipe.yaml_tree import KeyPath
 from probe_kd.tuning.feature_pairs import pairs_by_features, why_no_features
 
 AS_WRITTEN = "as written"  # the label of the recipe's own pairs
 MOST_PAIRS = 4  # of `from: match` without `num_pairs`
+Prepare = Callable[[Recipe], Recipe]  # what is done to a recipe before it is planned
+
+
+def without_tune(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"tune": None})
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Planner:
     source: Source
     planned: Plan
     allow_import: tuple[str, ...] = ()
-    prepare: Callable[[Recipe], Recipe] = field(default=lambda recipe: recipe.model_copy(update={"tune": None}))
+    prepare: Prepare = without_tune
     measured: Mapping[str, Any] | None = None
     tell: Callable[[str], None] = field(default=lambda text: None)
 
@@ -81,6 +86,27 @@ def space_of(planner: Planner) -> tuple[Parameter, ...]:
     if reading.problems:
         raise source.error(reading.problems)
     return parameters
+
+
+def with_all_problems(
+    source: Source, refusal: RecipeError, allow_import: Sequence[str], prepare: Prepare = without_tune
+) -> RecipeError:
+    """The error of a plan, with what is wrong with other values of `tune`, if the rest of the recipe can run."""
+    if any(place[:1] != ("tune",) for place in source.broken):
+        return refusal
+    rest = mended(source)
+    wrong = {place[1] for place, _ in check_tune(rest)}
+    options = {path: value for path, value in (rest.recipe.tune or {}).items() if path not in wrong}
+    try:
+        planned = plan(replace(rest, recipe=prepare(without_tune(rest.recipe))), allow_import=allow_import)
+    except RecipeError:
+        return refusal
+    varied = replace(rest, recipe=rest.recipe.model_copy(update={"tune": options}))
+    try:
+        space_of(Planner(varied, planned, tuple(allow_import), prepare))
+    except RecipeError as more:
+        return source.error([*refusal.problems, *more.problems])
+    return refusal
 
 
 def usual_space(planner: Planner, options: Mapping[str, TuneOptions]) -> tuple[Parameter, ...]:

@@ -62,7 +62,7 @@ from probe_kd.tuning.outcome import (
 )
 from probe_kd.tuning.paired import FullRun, FullRuns, Paired, paired, run_full, value_of
 from probe_kd.tuning.remarks import near_ends, on_chance, on_failures
-from probe_kd.tuning.space import Parameter, Planner, lines_of, space_of, usual_space
+from probe_kd.tuning.space import Parameter, Planner, lines_of, space_of, usual_space, with_all_problems
 from probe_kd.tuning.trials import CACHE_LIMIT, JOURNAL, Trials, counted, import_optuna, open_study, revive, work
 from probe_kd.tuning.usual import usual_options
 
@@ -106,7 +106,10 @@ def tune(
     started = time.time()
     held_out = replace(source, recipe=_with_tune(scored_on_held_out(source.recipe), source))
     progress.tell("planning the recipe, and each value that may be drawn")
-    planned = plan(held_out, allow_import=allow_import)
+    try:
+        planned = plan(held_out, allow_import=allow_import)
+    except RecipeError as refusal:
+        raise with_all_problems(source, refusal, allow_import, scored_on_held_out) from None
     measured = measured_before(source, folder) if resume else None
     planner = Planner(source, planned, tuple(allow_import), scored_on_held_out, measured, progress.tell)
     parameters = parameters_of(planner)

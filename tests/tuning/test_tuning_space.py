@@ -9,7 +9,7 @@ import numpy
 import pytest
 import timm
 import torch
-from conftest import NARROW
+from conftest import NARROW, Command
 from pages import ROOT
 from safetensors.torch import save_file
 from scipy.stats import ttest_rel
@@ -88,6 +88,37 @@ def test_every_mistake_in_tune_is_one_error_with_its_line(text: str) -> None:
     assert len(problems) == 1, refusal.value
     assert WRONG[text] in problems[0].message
     assert problems[0].line == LINE + text.count("\n")
+
+
+MANY = """\
+tune:
+  losses.hint.weight: {vals: [1, 2]}
+  losses.hint.weigth: {log: [0.1, 1]}
+  losses.soft.temperature: {values: [1, warm]}
+  losses.hint.normalize: {values: [none, layers]}
+  optimizer.lr: {log: [0.001, 0.01]}
+"""
+OF_MANY = [
+    "unknown key `vals`",
+    "did you mean 'losses.hint.weight'",
+    "temperature: warm` makes",
+    "did you mean 'layer'",
+]
+
+
+def test_mistakes_of_form_and_of_meaning_in_tune_are_told_together(command: Command, tmp_path: Path) -> None:
+    """By both commands, each with its line. No value is planned in what is wrong elsewhere."""
+    (tmp_path / "recipe.yaml").write_text(NARROW + MANY)
+    for verb in ("check", "tune"):
+        told = command(verb, "recipe.yaml").stderr
+        lines = [line for line in told.splitlines() if "recipe.yaml:" in line]
+        for number, (line, message) in enumerate(zip(lines, OF_MANY, strict=True)):
+            assert f"recipe.yaml:{LINE + number}:" in line
+            assert message in line
+    (tmp_path / "recipe.yaml").write_text((NARROW + MANY).replace("hflip: 0.0", "hflip: 0.0\n  vflop: 1"))
+    told = command("tune", "recipe.yaml").stderr
+    assert all(message in told for message in ("unknown key `vflop`", *OF_MANY[:2]))
+    assert OF_MANY[2] not in told
 
 
 def test_paths_lead_to_every_stage_that_has_them() -> None:
