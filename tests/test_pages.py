@@ -1,13 +1,11 @@
 """Pages that are read from top to bottom are run from top to bottom, in one folder."""
 
-import json
 import os
 import re
 import runpy
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from conftest import forget_modules_of
 
 from probe_kd import LOSSES
 from probe_kd.cli import main
-from probe_kd.results.evaluation import Evaluation, Scores
 
 DOCS = Path(__file__).parents[1] / "docs"
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
@@ -75,21 +72,3 @@ def test_a_page_runs_from_top_to_bottom(page: str, tmp_path: Path, monkeypatch: 
     for file in tmp_path.glob("*.py"):
         compile(file.read_text(), file.name, "exec")
     forget_modules_of(tmp_path)
-
-
-def test_the_search_of_the_page_finds_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the page gives to Optuna, with both commands in its place."""
-    source = {title: text for _, title, text in FENCE.findall((DOCS / "howto.md").read_text()) if title}
-    asked: list[list[str]] = []
-    score = Scores("student", "resnet18", "student.safetensors", top1=0.5, nll=1.0, calibration_error=0.1)
-    found = json.dumps(asdict(Evaluation("run", "held_out", 1, (score,), ())))  # as `eval --json` prints it
-
-    def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        asked.append([str(part) for part in command])
-        return subprocess.CompletedProcess(command, 0, stdout=found)
-
-    names: dict[str, object] = {}
-    exec(compile(source["search.py"], "search.py", "exec"), names)
-    monkeypatch.setattr(subprocess, "run", answer)
-    assert names["accuracy"](0.001, 3) == 0.5  # type: ignore[operator]
-    assert asked[0][-4:] == ["--set", "stages.0.optimizer.lr=1.000e-03", "--set", "data.holdout=0.25"]

@@ -107,7 +107,7 @@ OF_MANY = [
 
 
 def test_mistakes_of_form_and_of_meaning_in_tune_are_told_together(command: Command, tmp_path: Path) -> None:
-    """By both commands, each with its line. No value is planned in what is wrong elsewhere."""
+    """By both commands, each with its line. Values are planned only where nothing is wrong elsewhere."""
     (tmp_path / "recipe.yaml").write_text(NARROW + MANY)
     for verb in ("check", "tune"):
         told = command(verb, "recipe.yaml").stderr
