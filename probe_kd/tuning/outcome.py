@@ -136,7 +136,8 @@ def _importances(study: "optuna.Study", trials: Trials) -> tuple[dict[str, float
         if rung in trial.intermediate_values and set(paths) <= trial.params.keys()
     ]
     if len(usable) < FEW:
-        return {}, f"{len(usable)} trials are too few to tell what mattered; {FEW} or more do, by --trials and --resume"
+        trials_are = "1 trial is" if len(usable) == 1 else f"{len(usable)} trials are"
+        return {}, f"{trials_are} too few to tell what mattered; {FEW} or more do, by --trials and --resume"
     at_rung = optuna.create_study(direction="maximize")
     for trial in usable:
         value = trial.intermediate_values[rung]

@@ -389,13 +389,17 @@ def _run_trials(trials: Trials, progress: Progress, jobs: int, datasets: Dataset
     if counted(study) < trials.count:
         processes = f" in {jobs} processes, after the first" if jobs > 1 else ""
         progress.tell(f"running trials{processes}; {len(summaries(study))} of {trials.count} are done")
+    is_waiting = False
     while True:
         alive = revive(trials, study)
         is_late = trials.deadline is not None and time.time() > trials.deadline
         if counted(study) >= trials.count or (is_late and counted(study)):
             if not alive:
                 return
-            time.sleep(1.0)  # another process of the study is at its last trials
+            if not is_waiting:
+                progress.tell("waiting for another process of the study, which is at its last trials")
+            is_waiting = True
+            time.sleep(1.0)
             continue
         if jobs == 1 or not counted(study):
             # The recipe as it stands comes first and alone, so that its process fills the cache.
