@@ -127,11 +127,15 @@ def _one_of(rank: int, port: int, work: Callable[..., None], arguments: tuple[An
             torch.distributed.destroy_process_group()
 
 
-def start(work: Callable[..., None], *arguments: Any) -> tuple[list[Any], Any]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = apart.Queue()
+        port: int = free.getsockname()[1]
+    return port
+
+
+def start(work: Callable[..., None], *arguments: Any) -> tuple[list[Any], Any]:
+    queue, port = apart.Queue(), free_port()
     return [begin(_one_of, rank, port, work, arguments, queue) for rank in (0, 1)], queue
 
 

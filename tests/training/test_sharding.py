@@ -11,7 +11,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from conftest import record
-from running import finish, run, start
+from running import finish, free_port, run, start
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -57,7 +57,7 @@ evaluate:
 """
 
 
-def both(text: str, folder: Path) -> None:
+def both(text: str, folder: Path, second_port: int) -> None:
     """Train with whole and with sharded teachers, and write what this process held of the latter."""
     shares, gathered = [], set()
     shard, features = sharding.shard, FrozenTeacher.features
@@ -74,6 +74,7 @@ def both(text: str, folder: Path) -> None:
 
     run(text.replace("SHARD", "false"), folder / "whole")
     AcceleratorState._reset_state(reset_partial_state=True)  # the end of a run has left the other process
+    os.environ["MASTER_PORT"] = str(second_port)  # at the first, one process may still meet the store of the first run
     models.shard, FrozenTeacher.features = watched_shard, watched_features  # type: ignore[attr-defined, method-assign, assignment]
     run(text.replace("SHARD", "true"), folder / "sharded")
     (folder / f"held-{os.environ['RANK']}.json").write_text(json.dumps({"shares": shares, "gathered": [*gathered]}))
@@ -92,7 +93,7 @@ def test_sharded_teachers_give_the_losses_of_whole_ones(tmp_path: Path) -> None:
     torch.manual_seed(1)
     save_file(timm.create_model("resnet10t", num_classes=10).state_dict(), tmp_path / "teacher.safetensors")
     text = TEACHERS.replace("FILE", str(tmp_path / "teacher.safetensors"))
-    assert finish(*start(both, text, tmp_path)) == ["done", "done"]
+    assert finish(*start(both, text, tmp_path, free_port())) == ["done", "done"]
     whole, divided = record(tmp_path / "whole"), record(tmp_path / "sharded")
     assert [row["role"] for row in divided] == [row["role"] for row in whole]
     for ours, theirs in zip(divided, whole, strict=True):
