@@ -15,11 +15,10 @@ others see the test images, as in study.py. A teacher that a student learns from
 """
 
 import argparse
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from label_free import TEACHER, pretrained_teacher, write_recipe
 from rich.console import Console
-from run_table import Row, Rows, Runs, choose, finished, hours_left
+from run_table import Row, Rows, Runs, choose, finished, hours_left, workers
 from safetensors.torch import save_file
 
 from study import CHOICE_SEEDS, TABLES, TEST_SEEDS, bring_images, run, test
@@ -279,7 +278,7 @@ def main() -> None:
 
 
 def measure(left: list[Cell], settings: Settings, table: Path, jobs: int) -> None:
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, ThreadPoolExecutor(jobs) as threads:
+    with workers(jobs) as pool, ThreadPoolExecutor(jobs) as threads:
         runs = Runs(table, KEY, place_of, partial(run_trial, settings=settings), pool)
         for cell, _ in zip(left, threads.map(lambda cell: tests(cell, runs, settings), left), strict=True):
             Console().print(f"{cell.part}, {cell.arm}: done", highlight=False)

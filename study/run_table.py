@@ -1,11 +1,13 @@
 """A table in which every run is a row: what a study needs to go on, without any run's folder."""
 
 import csv
+import multiprocessing
+import os
 import statistics
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -130,6 +132,22 @@ def choose(
         if not beside_best:
             return values[best], [values[place] for place in sorted(scores)]
         scores[beside_best[0]] = score(values[beside_best[0]])
+
+
+def workers(count: int) -> ProcessPoolExecutor:
+    """Processes that end with this one, also where it is killed."""
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def commit() -> str:

@@ -15,13 +15,12 @@ import copy
 import gzip
 import hashlib
 import json
-import multiprocessing
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from ruamel.yaml import YAML
-from run_table import Row, Rows, Runs, beside, choose, finished, hours_left, read
+from run_table import Row, Rows, Runs, beside, choose, finished, hours_left, read, workers
 from torch import Tensor
 
 from probe_kd import load_student
@@ -351,7 +350,7 @@ def study(cells: Sequence[Cell], settings: Settings, tables: Path, jobs: int, co
     """All cells, several at a time, each method with all pairs before the next; what is put together comes last."""
     for folder in (settings.out, tables):
         folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool, ThreadPoolExecutor(jobs) as threads:
+    with workers(jobs) as pool, ThreadPoolExecutor(jobs) as threads:
         names = sorted({PAIRS[cell.pair] for cell in cells})
         check_teachers(list(pool.map(run_teacher, names, [settings] * len(names))), tables / "teachers.csv")
         runs = Runs(tables / "control.csv", KEY, place_of, partial(run_trial, settings=settings), pool)
