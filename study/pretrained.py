@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from label_free import TEACHER, pretrained_teacher, write_recipe
 from rich.console import Console
-from run_table import Row, Rows, Runs, choose, finished, hours_left, workers
+from run_table import Row, Rows, Runs, choose, divided, workers
 from safetensors.torch import save_file
 
 from study import CHOICE_SEEDS, TABLES, TEST_SEEDS, bring_images, run, test
@@ -260,10 +260,9 @@ def main() -> None:
     settings = Settings(options.out, data)
     asked = [cell for cell in cells() if cell.part in (options.part or [*LABELS, FREE])]
     table = Runs(options.table, KEY, place_of)
-    done = finished(asked, lambda cell: tests(cell, table, settings))
-    left = [cell for cell in asked if cell not in done]
-    named_left, named_done = ([(cell.part, cell.arm) for cell in some] for some in (left, done))
-    hours = hours_left(table, named_left, named_done, USUAL_RUNS)
+    done, left, hours = divided(
+        asked, lambda cell: tests(cell, table, settings), table, lambda cell: (cell.part, cell.arm), USUAL_RUNS
+    )
     cost = "the first rows tell how long they take" if hours is None else f"{hours:.1f} hours of two cores"
     Console().print(f"{len(done)} of {len(asked)} cells are finished; the others: {cost}", highlight=False)
     if options.list:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from probe_kd.training.records import write_metrics
 
 Row = dict[str, Any]
 Rows = list[Row]
+C = TypeVar("C")  # a cell
 
 
 class Trial(Protocol):
@@ -73,6 +74,15 @@ class Runs:
 
     def mean(self, trials: Sequence[Trial], column: str) -> float:
         return statistics.fmean(float(self.row_of(trial)[column]) for trial in trials)
+
+
+def divided(
+    asked: Sequence[C], rows_of: Callable[[C], Rows], runs: Runs, name_of: Callable[[C], tuple[str, str]], usual: int
+) -> tuple[list[C], list[C], float | None]:
+    """The cells that are finished, those that are left, and the hours of two cores that these take (`hours_left`)."""
+    done = list(finished(asked, rows_of))
+    left = [cell for cell in asked if cell not in done]
+    return done, left, hours_left(runs, [*map(name_of, left)], [*map(name_of, done)], usual)
 
 
 def finished(chosen: Sequence[Any], rows_of: Callable[[Any], Rows]) -> dict[Any, Rows]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from ruamel.yaml import YAML
-from run_table import Row, Rows, Runs, beside, choose, finished, hours_left, read, workers
+from run_table import Row, Rows, Runs, beside, choose, divided, read, workers
 from torch import Tensor
 
 from probe_kd import load_student
@@ -339,11 +339,10 @@ def tests(cell: Cell, runs: Runs, settings: Settings) -> Rows:
 
 
 def progress(asked: Sequence[Cell], runs: Runs, settings: Settings) -> tuple[list[Cell], list[Cell], float | None]:
-    """The cells that are finished, those that are left, and the hours of two cores that these take."""
-    done = list(finished(asked, lambda cell: tests(cell, runs, settings)))
-    left = [cell for cell in asked if cell not in done]
-    named_left, named_done = ([(cell.pair, cell.method) for cell in some] for some in (left, done))
-    return done, left, hours_left(runs, named_left, named_done, USUAL_RUNS)
+    """As `divided` returns it."""
+    return divided(
+        asked, lambda cell: tests(cell, runs, settings), runs, lambda cell: (cell.pair, cell.method), USUAL_RUNS
+    )
 
 
 def study(cells: Sequence[Cell], settings: Settings, tables: Path, jobs: int, console: Console) -> None:

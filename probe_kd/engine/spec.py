@@ -16,6 +16,8 @@ from typing import Any, Literal, Self
 
 from probe_kd.errors import DataError, LossError, TapError, TraceError, nearest
 
+Side = Literal["student", "teacher"]
+
 
 class Layout(StrEnum):
     """The meaning of a feature's axes (timm's `Format`, and four more; D is the frames of a video).

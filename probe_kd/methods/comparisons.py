@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from probe_kd.engine.spec import Pair, Tap
+from probe_kd.engine.spec import Pair, Side, Tap
 from probe_kd.errors import LossError, nearest
 from probe_kd.methods.losses.table import Loss
 
@@ -30,7 +30,7 @@ class Comparison:
     def __str__(self) -> str:
         return self.label
 
-    def features(self, side: Literal["student", "teacher"], features: Mapping[Tap, Tensor], *, several: bool) -> Any:
+    def features(self, side: Side, features: Mapping[Tap, Tensor], *, several: bool) -> Any:
         """Select one model's input of the adapter: a tuple of all taps for `several`, otherwise the one feature."""
         values = tuple(features[getattr(pair, side)] for pair in self.pairs)
         return values if several or (side == "teacher" and self.is_mean) else values[0]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from probe_kd.engine.matching import blocks, stages
 from probe_kd.engine.probe import Probe
-from probe_kd.engine.spec import FeatureSpec, InputSpec, Tap, Trace
+from probe_kd.engine.spec import FeatureSpec, InputSpec, Side, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import DataError, MatchError
 from probe_kd.methods.adapter_plans import FeaturePlan
@@ -39,7 +39,6 @@ MOST_INPUTS, MOST_TARGETS = 512, 256  # channels of a student's and of a teacher
 FEWEST_IMAGES = 4  # in a batch: the unbiased estimator of HSIC needs so many
 
 Grid = tuple[int, int]
-Side = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from itertools import groupby, product
 from math import log2
 from statistics import fmean
 
-from probe_kd.engine.anatomy.strides import SAME_STRIDE
-from probe_kd.engine.spec import Pair, Tap
+from probe_kd.engine.anatomy.strides import SAME_STRIDE, stride_of
+from probe_kd.engine.spec import Pair, Side, Tap
 from probe_kd.errors import MatchError
-from probe_kd.methods.feature_figures import FeatureFigures, LayerFigures, Side
+from probe_kd.methods.feature_figures import FeatureFigures, LayerFigures
 from probe_kd.methods.normalisation import Normalize
 
 DEFAULT_PAIRS = 4  # as many as most models have stages
@@ -80,7 +80,7 @@ def _similarities(figures: FeatureFigures, columns: Sequence[int]) -> list[list[
 
 def _above_stem(layers: Sequence[LayerFigures], indices: list[int], count: int) -> list[int]:
     """Leave out layers of stride 1 and 2, which hold little more than edges, if enough others remain."""
-    deep = [index for index in indices if (layers[index].spec.reduction or 1.0) > 2 * SAME_STRIDE]
+    deep = [index for index in indices if stride_of(layers[index].spec) > 2 * SAME_STRIDE]
     return deep if len(deep) >= max(count, 2) else indices
 
 
@@ -108,7 +108,7 @@ def _distances(figures: FeatureFigures, rows: Sequence[int], columns: Sequence[i
     """
     sides = figures.student, figures.teacher
     depths = [[(index + 1) / len(layers) for index in range(len(layers))] for layers in sides]
-    octaves = [[log2(layer.spec.reduction or 1.0) for layer in layers] for layers in sides]
+    octaves = [[log2(stride_of(layer.spec)) for layer in layers] for layers in sides]
     strided = all(max(side) - min(side) > log2(SAME_STRIDE) for side in octaves)
 
     def distance(row: int, column: int) -> float:

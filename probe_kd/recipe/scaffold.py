@@ -5,13 +5,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from probe_kd.data.names import CSV, EVALUATED, NAMES, TRAINED, check_name
 from probe_kd.engine.embedding import embedding_spec
 from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, packages
-from probe_kd.engine.spec import Layout, Pair, Tap, Trace
+from probe_kd.engine.spec import Layout, Pair, Side, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import AdapterError, DataError, ProbeKDError, Problem, RecipeError, nearest
 from probe_kd.files.atomic import reason
@@ -247,7 +246,7 @@ def write_lines(lines: Sequence[str], path: Path) -> None:
         raise RecipeError(str(path), [Problem(f"cannot write the recipe: {reason(refusal)}")]) from None
 
 
-def _with_classes(trace_: Trace, side: Literal["student", "teacher"]) -> Trace:
+def _with_classes(trace_: Trace, side: Side) -> Trace:
     """The trace of a model whose number of classes follows from the data. Raises RecipeError if the model has none."""
     kwargs = {key: value for key, value in trace_.model_kwargs.items() if key != "num_classes"}
     plain = ":" not in trace_.model and any(spec.tap == Tap("") and spec.layout is Layout.NC for spec in trace_.specs)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
@@ -14,7 +13,7 @@ from probe_kd.data.record import DataRecord
 from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, check_import, check_kwargs, checkpoint_gradients
 from probe_kd.engine.sharding import why_unsupported
-from probe_kd.engine.spec import InputSpec, Tap, Trace, Traces
+from probe_kd.engine.spec import InputSpec, Side, Tap, Trace, Traces
 from probe_kd.engine.tracing import trace
 from probe_kd.engine.weights import classifiers, load_weights, read_weights
 from probe_kd.errors import AdapterError, ProbeKDError, TapError, TraceError, WeightsError, nearest
@@ -24,8 +23,6 @@ from probe_kd.methods.outputs import output_spec
 from probe_kd.recipe.keys import ModelOptions, Recipe, TeacherOptions, classifier_of
 from probe_kd.recipe.loss_names import loss_of, losses_in
 from probe_kd.recipe.sections.mistakes import Mistake, naming, noting, of_teacher
-
-Side = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)

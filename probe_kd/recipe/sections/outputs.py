@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from probe_kd.engine.models import build_on_meta
-from probe_kd.engine.spec import FeatureSpec, Tap, Trace
+from probe_kd.engine.spec import FeatureSpec, Side, Tap, Trace
 from probe_kd.engine.tracing import trace
 from probe_kd.errors import ProbeKDError
 from probe_kd.methods.naming import localised
@@ -18,7 +18,7 @@ from probe_kd.methods.objectives import Objective
 from probe_kd.methods.outputs import output_spec
 from probe_kd.recipe.keys import ModelOptions, Recipe
 from probe_kd.recipe.sections.mistakes import Mistake, noting, of_teacher
-from probe_kd.recipe.sections.models import Models, Side, in_body
+from probe_kd.recipe.sections.models import Models, in_body
 from probe_kd.recipe.yaml_tree import KeyPath
 
 Stages = Sequence[Sequence[Objective]]
