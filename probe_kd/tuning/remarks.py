@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import log
 from typing import Any
 
+from probe_kd.data.datasets import Datasets
 from probe_kd.data.label_sets import MultiHotImages
 from probe_kd.measures import MEASURES
 from probe_kd.recipe.planner import Plan
@@ -37,24 +38,40 @@ def chance(planned: Plan) -> float | None:
         if not isinstance(images, MultiHotImages):
             return None
         return len(images.sets.indices) / (len(images.sets) * images.num_classes)
-    measured_on = planned.datasets if planned.headline == "accuracy" else planned.labelled_sets.get(planned.headline)
-    return None if measured_on is None else 1 / measured_on.num_classes
+    datasets = _datasets(planned)
+    return None if datasets is None else 1 / datasets.num_classes
+
+
+def most_frequent(planned: Plan) -> float | None:
+    """The score of the most frequent class as the answer for all images; None where it is unknown, or no such score."""
+    datasets = _datasets(planned)
+    counts = None if datasets is None else datasets.train_counts
+    return max(counts) / sum(counts) if counts else None
+
+
+def _datasets(planned: Plan) -> Datasets | None:
+    """The labelled images by which trials are scored, if the score is a share of right answers."""
+    return planned.datasets if planned.headline == "accuracy" else planned.labelled_sets.get(planned.headline)
 
 
 def on_chance(best: float, planned: Plan, *, can_lengthen: bool) -> list[str]:
-    """A remark if the best score is less than twice that of guesses.
+    """A remark if the best score is less than twice that of guesses, or of the most frequent class for all images.
 
     Where that is much, as of two classes, it is less than a fifth of the way from there to a perfect score.
     """
-    guessed = chance(planned)
-    if guessed is None or best >= min(2 * guessed, guessed + LEARNED * (1 - guessed)):
-        return []
     measure = MEASURES[planned.headline]
     more = "more `--epochs`" if can_lengthen else "the recipe more epochs"
-    return [
-        f"the best trial has {measure.title} {measure.text(best)}, and guesses have {measure.text(guessed)}: "
-        f"trials that hardly learn are chosen by chance; give {more}, or more images"
-    ]
+    answers = {
+        "guesses have": chance(planned),
+        "the most frequent class as the answer for all images has": most_frequent(planned),
+    }
+    for what, score in answers.items():
+        if score is not None and best < min(2 * score, score + LEARNED * (1 - score)):
+            return [
+                f"the best trial has {measure.title} {measure.text(best)}, and {what} {measure.text(score)}: "
+                f"trials that hardly learn are chosen by chance; give {more}, or more images"
+            ]
+    return []
 
 
 def near_ends(

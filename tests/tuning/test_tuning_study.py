@@ -280,10 +280,24 @@ def test_chance_is_what_guesses_score() -> None:
     guessed = average_precision_score(labels, rng.random(labels.shape), average="macro")
     assert chance(multilabel) == pytest.approx(guessed, abs=0.01)
     for classes, least in ((2, 0.6), (6, 1 / 3), (100, 0.02)):
-        of_classes: Any = SimpleNamespace(headline="accuracy", datasets=SimpleNamespace(num_classes=classes))
+        sets = SimpleNamespace(num_classes=classes, train_counts=None)
+        of_classes: Any = SimpleNamespace(headline="accuracy", datasets=sets)
         assert on_chance(least - 0.001, of_classes, can_lengthen=True)
         assert not on_chance(least + 0.001, of_classes, can_lengthen=True)
     assert not on_chance(0.0, cast(Any, SimpleNamespace(headline="cosine", labelled_sets={})), can_lengthen=True)
+
+
+def test_the_most_frequent_class_for_all_images_is_no_score() -> None:
+    """One class has 90 of 100 images: trials that always answer it score 90 %, whatever the number of classes."""
+    for others in ([10], [5, 3, 2, 0, 0]):
+        sets = SimpleNamespace(num_classes=1 + len(others), train_counts=[*others, 90])
+        for planned in (
+            SimpleNamespace(headline="accuracy", datasets=sets),
+            SimpleNamespace(headline="knn", labelled_sets={"knn": sets}),
+        ):
+            (note,) = on_chance(0.9, cast(Any, planned), can_lengthen=True)
+            assert "the most frequent class as the answer for all images has 90.00%" in note
+            assert not on_chance(0.921, cast(Any, planned), can_lengthen=True)
 
 
 def test_what_is_behind_is_stopped_but_never_the_recipe_itself(pretrained: Path) -> None:
