@@ -7,14 +7,14 @@ from typing import NamedTuple
 from rows import Key, Row, change, decided, differences, groups, table
 
 MODELS = {
-    "vit": "vision transformer",
+    "vit": "ViT",
     "resnet": "ResNet",
     "mixer": "mixer",
     "swin": "Swin",
     "mobilenet": "MobileNet",
     "convnext": "ConvNeXt",
 }
-ALONE, AUTOMATIC = "alone", "hint, all pairs, normalised"
+ALONE, SOFT, AUTOMATIC = "alone", "soft targets, labels in full", "hint, all pairs, normalised"
 ALIKE = "resnet-resnet"  # the one pair of one family
 
 Accuracies = Mapping[Key, Mapping[float, float]]  # of a pair and a method, by seed
@@ -31,13 +31,13 @@ class Claim(NamedTuple):
 CLAIMS = (
     Claim(ALONE, "hint, one pair", "hints collapse between unlike models: Hao et al. 2023"),
     Claim(ALONE, "hint, all pairs", "hints collapse between unlike models: Hao et al. 2023"),
-    Claim("OFA, outputs and exits", "soft targets, labels in full", "Hao et al. 2023"),
+    Claim("OFA, outputs and exits", SOFT, "Hao et al. 2023"),
     Claim("OFA, outputs and exits", "DIST", "Hao et al. 2023"),
     Claim("OFA, outputs and exits", "OFA, outputs", "Hao et al. 2023"),
     Claim("RSD", "OFA, outputs and exits", "Zhang et al. 2025"),
     Claim("RSD", "hint, one pair", "Zhang et al. 2025"),
-    Claim("DIST", "soft targets, labels in full", "Huang et al. 2022"),
-    Claim("DKD", "soft targets, labels in full", "Zhao et al. 2022"),
+    Claim("DIST", SOFT, "Huang et al. 2022"),
+    Claim("DKD", SOFT, "Zhao et al. 2022"),
     Claim("ReviewKD", "hint, one pair", "Chen et al. 2021"),
     Claim("PKD", "hint, all pairs", "Cao et al. 2022"),
     Claim("SP", "hint, one pair", "Tung and Mori 2019"),
@@ -86,6 +86,29 @@ def gains(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) ->
             changes = (over(measured, pair, method, ALONE) for pair in pairs)
             lines.append([method, *(change(values) if values else "" for values in changes)])
     yield table("method", *map(name_of, pairs), rows=lines) + "\n"
+
+
+def summary(measured: Accuracies, pairs: Sequence[str]) -> Iterator[str]:
+    """For the README: points over the student alone with soft targets, and with normalised hints of all pairs."""
+    lines = []
+    for pair in pairs:
+        gained = [over(measured, pair, method, ALONE) for method in (SOFT, AUTOMATIC)]
+        if all(gained):
+            alone = f"{fmean(measured[pair, ALONE].values()):.1f} %"
+            lines.append((name_of(pair), alone, *(f"{fmean(values):+.1f}" for values in gained)))
+    yield table("student <- teacher", "alone", "soft targets", "hints, normalised", rows=lines) + "\n"
+
+
+def means(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:
+    """By method, the points over the student alone in each unlike pair; methods finished in all, the best first."""
+    unlike = [pair for pair in pairs if pair != ALIKE]
+    gained = {
+        method: [fmean(values) for pair in unlike if (values := over(measured, pair, method, ALONE))]
+        for method in methods
+        if method != ALONE
+    }
+    whole = {method: values for method, values in gained.items() if len(values) == len(unlike)}
+    return dict(sorted(whole.items(), key=lambda item: -fmean(item[1])))
 
 
 def answer(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The tables and plots of the study, from docs/study/*.csv into docs/results.md, between its `study:` marks.
+"""The tables and plots of the study, from docs/study/*.csv into docs/results.md and README.md, between `study:` marks.
 
 python study/report.py                # `make study` runs it last
 
@@ -9,6 +9,7 @@ import argparse
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -163,8 +164,19 @@ def draw_control(measured: control_report.Accuracies, pairs: Sequence[str], meth
     _save(figure, "control")
 
 
+def draw_summary(measured: control_report.Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> None:
+    """For the README: a line for each method, a point for each unlike pair of models."""
+    gained = control_report.means(measured, pairs, methods)
+    figure = Figure(figsize=(8, 0.9 + 0.28 * len(gained)), layout="constrained")
+    place = figure.subplots()
+    _draw_differences(place, gained)
+    place.margins(y=0.08)
+    place.set_xlabel("points over the student alone, in five unlike pairs and in their mean", fontsize=8)
+    _save(figure, "summary")
+
+
 def _draw_differences(place: Any, values_of: Mapping[str, Sequence[float]]) -> None:
-    """A line for each method: a point for every seed, and their mean."""
+    """A line for each method: a point for every value, and their mean."""
     for line, values in enumerate(values_of.values()):
         place.plot(values, [line] * len(values), "o", color="tab:blue", alpha=0.5, markersize=4)
         place.plot(fmean(values), line, "|", color="black", markersize=12)
@@ -206,7 +218,7 @@ def put(text: str, name: str, body: str) -> str:
     """The page with what stands between the marks of this name replaced."""
     marks = rf"(<!-- study: {name} -->\n).*?(<!-- end -->)"
     if not re.search(marks, text, re.DOTALL):
-        raise SystemExit(f"docs/results.md has no `<!-- study: {name} -->` with an `<!-- end -->` after it")
+        raise SystemExit(f"the page has no `<!-- study: {name} -->` with an `<!-- end -->` after it")
     return re.sub(marks, lambda found: f"{found[1]}\n{body}\n{found[2]}", text, flags=re.DOTALL)
 
 
@@ -238,21 +250,34 @@ def parts() -> dict[str, Iterator[str]]:
     }
 
 
+def filled(text: str, bodies: Mapping[str, Iterator[str]]) -> str:
+    for name, lines in bodies.items():
+        text = put(text, name, "\n".join(lines) or "Not measured yet.\n")
+    return text
+
+
+def pages() -> dict[Path, dict[str, Iterator[str]]]:
+    """The pages that are written from the tables, with what stands between their marks."""
+    control = control_report.accuracies(read("control.csv"))
+    return {
+        DOCS / "results.md": parts(),
+        DOCS.parent / "README.md": {"summary": control_report.summary(control, tuple(PAIRS))},
+    }
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import matplotlib as mpl
 
     mpl.rcParams["svg.hashsalt"] = "probe-kd"  # so that a drawing of the same figures is the same file
-    page = DOCS / "results.md"
-    text = page.read_text(encoding="utf-8")
-    for name, lines in parts().items():
-        text = put(text, name, "\n".join(lines) or "Not measured yet.\n")
-    page.write_text(text, encoding="utf-8")
+    for page, bodies in pages().items():
+        page.write_text(filled(page.read_text(encoding="utf-8"), bodies), encoding="utf-8")
     draw_gains(read("tests.csv"))
     draw_fits(read("fit.csv"))
     control = control_report.accuracies(read("control.csv"))
     if control:
         draw_control(control, tuple(PAIRS), all_methods())
+        draw_summary(control, tuple(PAIRS), all_methods())
 
 
 if __name__ == "__main__":

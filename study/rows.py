@@ -42,8 +42,8 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def table(*head: str, rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    first, *others = ("| " + " | ".join(map(str, line)) + " |" for line in (head, *rows))
+    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def differences(one: Mapping[Any, float], other: Mapping[Any, float]) -> list[float]:

@@ -16,7 +16,7 @@ import pytest
 import report
 import run_table
 import torch
-from rows import DOCS, Row, decided
+from rows import Row, decided
 
 import study
 from probe_kd.engine.models import build_model
@@ -205,11 +205,16 @@ def test_what_is_said_of_the_control_follows_from_its_finished_cells() -> None:
     assert "3 of 126 cells are finished" in control_report.state([{"core_seconds": 20.0}], 3, 123, 5.0)
     first, table = control_report.answer(whole, pairs, methods)
     assert "RSD; OFA, outputs and exits are better in all 5 of them" in first
-    assert "| RSD | vision transformer <- ResNet +2.0 ± 0.0 (+++);" in table
+    assert "| RSD | ViT <- ResNet +2.0 ± 0.0 (+++);" in table
     (orders,) = control_report.claims(whole, pairs)
     assert orders.count("confirmed +1.0 ± 0.0 (+++)") == 5
     assert orders.count("refuted -2.0 ± 0.0 (---)") == 10
+    (gained,) = control_report.summary(whole, pairs)
+    assert gained.count("| 70.3 % | +2.0 | +5.0 |") == 6
+    order = list(control_report.means(whole, pairs, methods))
+    assert order[:3] == ["RSD", "OFA, outputs and exits", control_report.AUTOMATIC]
     part = control_report.accuracies(tested(2))
+    assert "RSD" not in control_report.means(part, pairs, methods)
     assert "RSD" not in "".join(control_report.answer(part, pairs, methods))
     assert "no answer" in "".join(control_report.answer({}, pairs, methods))
 
@@ -234,10 +239,10 @@ def test_what_is_said_of_the_pretrained_teacher_follows_from_its_rows() -> None:
     assert "costs 0.00 points" in order
 
 
-def test_the_page_says_what_its_tables_say() -> None:
-    text = (DOCS / "results.md").read_text(encoding="utf-8")
-    for name, lines in report.parts().items():
-        assert report.put(text, name, "\n".join(lines) or "Not measured yet.\n") == text, "run python study/report.py"
+def test_the_pages_say_what_the_tables_say() -> None:
+    for page, bodies in report.pages().items():
+        text = page.read_text(encoding="utf-8")
+        assert report.filled(text, bodies) == text, "run python study/report.py"
 
 
 def test_a_student_fits_what_a_teacher_like_it_gives_and_a_frozen_one_only_what_its_map_can() -> None:
