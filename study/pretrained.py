@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from label_free import TEACHER, pretrained_teacher, write_recipe
@@ -43,7 +43,21 @@ KEY = ("part", "arm", "lr", "seed")
 USUAL_RUNS = 9
 IMAGES, HELD_OUT = 57_000, 0.05  # that are not held out of 60,000
 NEIGHBOURS = 5_000  # labelled images of k-NN and of the linear probe
-LABELS = {"500 labels": (500, 60, 32), "3,000 labels": (3_000, 20, 64), "57,000 labels": (IMAGES, 2, 128)}
+VIEWS = 4  # of every labelled image, so that the answers of a frozen teacher are computed once
+
+
+class Budget(NamedTuple):
+    images: int
+    epochs: int  # of a student
+    batch_size: int
+    teacher_epochs: int
+
+
+LABELS = {
+    "500 labels": Budget(500, 60, 32, 20),
+    "3,000 labels": Budget(3_000, 20, 64, 8),
+    "57,000 labels": Budget(IMAGES, 1, 128, 1),
+}
 TUNED, PROBED = "teacher fine-tuned", "teacher frozen, linear classifier"
 FROM_TUNED, FROM_PROBED = "features and outputs of the fine-tuned teacher", "features and outputs of the probed teacher"
 BESIDE, UNLABELLED = "features of the frozen teacher beside labels", "first without labels, then fine-tuned"
@@ -57,7 +71,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "1,000 images, 40 epochs": {"images": 1_000, "epochs": 40},
     "57,000 images, 1 epoch": {"images": IMAGES, "epochs": 1},
     "10,000 images, 1 epoch": {"epochs": 1},
-    "10,000 images, 16 epochs": {"epochs": 16},
+    "10,000 images, 8 epochs": {"epochs": 8},
     "normalised hints": {"loss": {"loss": "hint", "normalize": "layer", "tokens": "all"}},
     "patch similarity": {"loss": {"loss": "patch_similarity"}},
     "deepest pair": {"pairs": {"level": "stage", "num_pairs": 1}},
@@ -115,28 +129,31 @@ def weights_of(cell: Cell, seed: int, settings: Settings) -> Path:
 def recipe_of(trial: Trial, settings: Settings, *, tests: bool) -> dict[str, Any]:
     if trial.cell.part == FREE:
         return free_recipe(trial, BASE | CHANGES[trial.cell.arm], settings, tests=tests)
-    images, epochs, batch_size = LABELS[trial.cell.part]
-    arm = trial.cell.arm
+    budget, arm = LABELS[trial.cell.part], trial.cell.arm
+    epochs = budget.teacher_epochs if arm in (TUNED, PROBED) else budget.epochs
     losses: dict[str, Any] = {"task": {"loss": "cross_entropy"}}
     recipe: dict[str, Any] = {"student": dict(STUDENT)}
     imagenet = {"model": settings.teacher, "checkpoint": str(settings.out / "teacher.safetensors")}
+    cache = str(settings.out.resolve() / "cache")
     if arm in (TUNED, PROBED):
         recipe["student"] = {**imagenet, "new_classifier": True}
     elif arm == UNLABELLED:
         weights = weights_of(Cell(FREE, UNLABELLED), trial.seed, settings)
         recipe["student"] |= {"checkpoint": str(weights), "new_classifier": True}
     elif arm == BESIDE:
-        recipe |= {"teacher": imagenet, "pairs": "auto"}
+        recipe |= {"teacher": {**imagenet, "cache": cache}, "pairs": "auto"}
         losses["match"] = MATCH
     elif teacher := needed(trial.cell):
         weights = weights_of(teacher, CHOICE_SEEDS[0], settings)
-        recipe |= {"teacher": {**imagenet, "checkpoint": str(weights)}, "pairs": "auto"}
+        recipe |= {"teacher": {**imagenet, "checkpoint": str(weights), "cache": cache}, "pairs": "auto"}
         losses |= {"match": MATCH, "soft": OUTPUTS}
     stage = _stage(trial.rate, epochs, losses, settings)
     if arm == PROBED:
         stage["freeze"] = "backbone"
-    data = _data(images, settings) | {"batch_size": batch_size, "val_split": settings.data["val_split"]}
-    return recipe | {"data": data, "stages": [stage], "val_interval": epochs, "seed": trial.seed}
+    data = _data(budget.images, settings) | {"batch_size": budget.batch_size, "views": VIEWS}
+    data["val_split"] = settings.data["val_split"]
+    whole = {"data": data, "stages": [stage], "val_interval": epochs, "seed": trial.seed, "channels_last": True}
+    return recipe | whole
 
 
 def free_recipe(trial: Trial, values: Mapping[str, Any], settings: Settings, *, tests: bool) -> dict[str, Any]:
@@ -154,6 +171,7 @@ def free_recipe(trial: Trial, values: Mapping[str, Any], settings: Settings, *, 
         "evaluate": {"knn": labelled, "linear": {"every": 0}, "pairs": True},
         "val_interval": values["epochs"],
         "seed": trial.seed,
+        "channels_last": True,
     }
 
 
