@@ -51,7 +51,12 @@ def test_a_cell_trains_what_it_learns_from_and_goes_on_from_its_rows(
     assert 0 < float(row["test"]) <= 100
     assert pretrained.weights_of(pretrained.Cell("500 labels", pretrained.PROBED), 0, settings).exists()
     assert pretrained.tests(cell, runs(), settings) == [row]
-    assert {path.name for path in settings.out.iterdir()} == {"models", "cache", "teacher.safetensors", "pretrained.csv"}
+    assert {path.name for path in settings.out.iterdir()} == {
+        "models",
+        "cache",
+        "teacher.safetensors",
+        "pretrained.csv",
+    }
 
 
 def test_without_labels_knn_on_held_out_images_chooses(settings: pretrained.Settings) -> None:

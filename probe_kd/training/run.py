@@ -237,6 +237,7 @@ class Run:
             self.progress.tell(f"{trained.role}: {loop.phase.name}: {counts} in {cache.folder}")
         if self.saver.take_best(loop):
             self.scorer.latest.clear()
+            self.scorer.forget_teacher()
         if (shares := loop.distiller.shares) is not None:
             self.state.measured_weights[loop.phase.name] = shares.by_name
             if followed := shares.describe(followed=True):

@@ -138,15 +138,19 @@ class Scorer:
         accuracy = (answers == targets).double().mean().item()
         labels_by_count = {"images": targets, "right": targets[answers == targets]}
         classes = {name: _per_class(labels, self.plan.datasets.num_classes) for name, labels in labels_by_count.items()}
-        if trained is self.models.teacher or trained.role == TEACHER_BASELINE:  # while it trains, its answers change
+        if self._is_reference(trained):  # while it trains, its answers change
             self.teacher_predictions[split] = answers
             return Score(accuracy, None, classes)
         if not self.models.teachers or split not in self.teacher_predictions or _is_alone(trained):
             return Score(accuracy, None, classes)
         return Score(accuracy, (answers == self.teacher_predictions[split]).double().mean().item(), classes)
 
+    def _is_reference(self, trained: TrainedModel) -> bool:
+        """Whether students will be compared with this model: the single teacher, also before it is one of `models`."""
+        return trained.is_teacher and not self.plan.recipe.teachers
+
     def _agreement_alone(self, trained: TrainedModel, answers: Tensor, split: MeasuredSplit) -> Score:
-        if trained is self.models.teacher:
+        if self._is_reference(trained):
             self.teacher_predictions[split] = answers
         if trained.is_teacher or split not in self.teacher_predictions:
             return Score()

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from rich.console import Console
 from running import HINT_ONLY
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
+from torch import Tensor
 
 from probe_kd import Distiller, InputSpec, Objective, Schedule
 from probe_kd.data.loading import DataOptions, loader, mixer
@@ -30,12 +33,13 @@ from probe_kd.recipe.reading import load, parse
 from probe_kd.recipe.writing import dump
 from probe_kd.results.comparison import compare
 from probe_kd.tables import teacher_lines
-from probe_kd.training.models import Models
+from probe_kd.training.models import Models, TrainedModel
 from probe_kd.training.optimizers import make_optimizer, make_scheduler
 from probe_kd.training.phase import Phase
 from probe_kd.training.processes import accelerating
 from probe_kd.training.progress import Progress
 from probe_kd.training.run import train
+from probe_kd.training.scoring import Scorer
 from probe_kd.training.state import TrainState
 
 
@@ -105,7 +109,8 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights_and_metri
 def test_the_students_of_a_run_load_into_timm_and_answer_as_they_were_measured(whole: Path) -> None:
     journal = plan(parse((whole / "recipe.yaml").read_text()))
     rows = list(csv.DictReader((whole / "metrics.csv").open()))
-    for role, file in (("student", "student"), ("baseline", "baseline"), ("teacher", "teacher")):
+    answered: dict[str, Tensor] = {}
+    for role, file in (("teacher", "teacher"), ("student", "student"), ("baseline", "baseline")):
         trace = journal.teacher if role == "teacher" else journal.student
         given = journal.teacher_input if role == "teacher" else journal.student_input
         assert trace is not None
@@ -113,9 +118,39 @@ def test_the_students_of_a_run_load_into_timm_and_answer_as_they_were_measured(w
         model = timm.create_model(trace.model, checkpoint_path=str(whole / f"{file}.safetensors"), **trace.model_kwargs)
         batches = loader(journal.datasets.test, journal.recipe.data, given, training=False)
         with torch.no_grad():
-            right = [model.eval()(images).argmax(1) == target for images, target in batches]
-        measured = [float(row["accuracy"]) for row in rows if row["role"] == role][-1]
-        assert torch.cat(right).double().mean().item() == pytest.approx(measured)
+            answers, targets = zip(
+                *((model.eval()(images).argmax(1), target) for images, target in batches), strict=True
+            )
+        answered[role] = torch.cat(answers)
+        last = [row for row in rows if row["role"] == role][-1]
+        for column, expected in (("accuracy", torch.cat(targets)), ("agreement", answered["teacher"])):
+            if column == "accuracy" or role != "teacher":
+                share = (answered[role] == expected).double().mean().item()
+                assert share == pytest.approx(float(last[column]))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_teacher_predicts_the_images_of_a_measurement_once(
+    tmp_path: Path, trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last predictions serve all models after it."""
+    text = NARROW
+    if not trains:
+        file = tmp_path / "teacher.safetensors"
+        teacher = timm.create_model("resnet10t", channels=[8, 16, 24, 32], in_chans=3, num_classes=10)
+        save_file(teacher.state_dict(), file)
+        text = text.replace("train: {epochs: 1}", f"checkpoint: {file}")
+    measured: list[str] = []
+    predict = Scorer._predict_alike
+
+    def recorded(self: Scorer, models: Sequence[TrainedModel], *arguments: Any) -> Any:
+        measured.extend(model.role for model in models)
+        return predict(self, models, *arguments)
+
+    monkeypatch.setattr(Scorer, "_predict_alike", recorded)
+    (tmp_path / "tiny.yaml").write_text(text)
+    run(tmp_path / "tiny.yaml", tmp_path / "run")
+    assert Counter(measured) == {"teacher": 1, "baseline": 2, "student": 3}
 
 
 def test_an_epoch_is_what_a_loop_written_by_hand_does(tmp_path: Path) -> None:
