@@ -1,7 +1,6 @@
 """A study from a recipe to an outcome: teachers, trials, the comparison by seeds, the tuned recipe. Reads downwards."""
 
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -192,7 +191,8 @@ class _Study:
     def run(self) -> Outcome:
         """Run all steps. After a signal, raises Stopped, which says how many trials are done."""
         try:
-            return self._run()
+            with _interrupted_by_sigterm():
+                return self._run()
         except (Stopped, KeyboardInterrupt) as stop:
             is_begun = (self.folder / JOURNAL).is_file()
             done = len(summaries(open_study(self.trials))) if is_begun else 0
@@ -416,17 +416,16 @@ def _run_in_processes(trials: Trials, progress: Progress, jobs: int) -> None:
         context.Process(target=_work_apart, args=(trials, number, threads, progress.quiet))
         for number in range(1, jobs + 1)
     ]
-    for process in processes:
-        process.start()
     try:
-        with _raising_on_sigterm():
-            for process in processes:
-                process.join()
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
     except BaseException:
-        for process in processes:
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signal.SIGTERM)
-        for process in processes:
+        begun = [process for process in processes if process.pid is not None]
+        for process in begun:
+            process.terminate()
+        for process in begun:
             process.join()
         raise
     codes = [process.exitcode for process in processes]
@@ -440,11 +439,14 @@ def _run_in_processes(trials: Trials, progress: Progress, jobs: int) -> None:
 
 
 @contextmanager
-def _raising_on_sigterm() -> Iterator[None]:
-    """Raise Stopped on SIGTERM, which would else end this process and leave the others to themselves."""
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM, which would else end this process without a word, and leave its workers.
+
+    It is no Exception, so that nothing takes it for the failure of a trial. A run that trains has its own handler.
+    """
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        raise Stopped(f"stopped by {signal.Signals(number).name}")
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
 
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield

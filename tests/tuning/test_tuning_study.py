@@ -351,18 +351,24 @@ def test_values_that_do_not_go_together_are_no_result(pretrained: Path) -> None:
     assert all("leave nothing" in trial.why for trial in failed)
 
 
-def test_a_stopped_trial_is_begun_anew_with_its_values(pretrained: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_trial_is_begun_anew_with_its_values(pretrained: Path, name: str) -> None:
+    """SIGINT comes where a run trains, which raises Stopped, and SIGTERM where none does."""
     seen: list[float] = []
 
     def figure(planned: Plan, epoch: int) -> float:
         seen.append(weight_of(planned))
         if len(seen) == 3:
+            if name == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
             raise Stopped("stopped by SIGINT")
         return 0.5
 
+    handler = signal.getsignal(signal.SIGTERM)
     with instead_of_training(figure):
-        with pytest.raises(Stopped, match=r"^stopped by SIGINT; 1 of 4 trials are done$"):
+        with pytest.raises(Stopped, match=rf"^stopped by {name}; 1 of 4 trials are done$"):
             study(pretrained, trials=4, epochs=1)
+        assert signal.getsignal(signal.SIGTERM) is handler
         assert not list((pretrained.parent / "out" / "trials").iterdir())
         outcome = study(pretrained, trials=4, epochs=1, resume=True)
     assert len(outcome.trials) == 4
