@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 
-from control_report import ALONE, Accuracies, name_of
-from pretrained import ARMS, CHANGES, FREE, FROM_PROBED, FROM_TUNED, LABELS
+from control_report import ALONE, Accuracies, name_of, over
+from pretrained import ARMS, CHANGES, DISTILLED, FREE, FROM_PROBED, FROM_TUNED, LABELS, STUDENT_ALONE
 from rows import Key, Row, change, decided, differences, groups, spread, table
 from scipy.stats import spearmanr
 
@@ -89,16 +89,19 @@ def few_labels(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def pretrained(rows: Sequence[Row]) -> Iterator[str]:
-    """Test accuracy of each arm by the number of labels, and whether the probed teacher is the better one."""
+    """Accuracy by the number of labels, what a student gained, and whether the probed teacher is the better one."""
     measured = finished_arms(rows, "test")
     if not measured:
         yield f"**Not measured yet**: none of {len(LABELS) * len(ARMS)} cells is finished.\n"
         return
     lines = [[arm, *(_spread_of(measured.get((part, arm))) for part in LABELS)] for arm in ARMS]
     yield table("test accuracy, percent", *LABELS, rows=lines) + "\n"
+    gained = {arm: [over(measured, part, arm, STUDENT_ALONE) for part in LABELS] for arm in DISTILLED}
+    lines = [[arm, *map(_change_of, values)] for arm, values in gained.items() if any(values)]
+    if lines:
+        yield table("points over the student alone", *LABELS, rows=lines) + "\n"
     for part in LABELS:
-        if (part, FROM_PROBED) in measured and (part, FROM_TUNED) in measured:
-            values = differences(measured[part, FROM_PROBED], measured[part, FROM_TUNED])
+        if values := over(measured, part, FROM_PROBED, FROM_TUNED):
             verdict = ("Undecided", "Yes", "No")[decided(values)]
             yield f"- {part}: is the probed teacher the better one for a student? {verdict}: {change(values)}.\n"
 
@@ -113,8 +116,8 @@ def without_labels(rows: Sequence[Row]) -> Iterator[str]:
     base = next(iter(CHANGES))
     lines = []
     for arm in arms:
-        values = differences(knn[FREE, arm], knn[FREE, base]) if (FREE, base) in knn and arm != base else []
-        lines.append((arm, _spread_of(knn[FREE, arm]), _spread_of(linear[FREE, arm]), change(values) if values else ""))
+        values = over(knn, FREE, arm, base) if arm != base else []
+        lines.append((arm, _spread_of(knn[FREE, arm]), _spread_of(linear[FREE, arm]), _change_of(values)))
     yield table("changed", "k-NN", "linear probe", "k-NN over the first line", rows=lines) + "\n"
     comparable = {arm for arm, changed in CHANGES.items() if not changed.keys() & {"loss", "pairs"}}
     runs = [row for row in rows if row["part"] == FREE and row["arm"] in comparable and row["use"] == "choice"]
@@ -129,6 +132,10 @@ def finished_arms(rows: Sequence[Row], column: str) -> dict[Key, dict[float, flo
     """By seed, the values of the cells of which three seeds were tested."""
     cells = groups([row for row in rows if row["use"] == "test" and row[column] != ""], "part", "arm")
     return {key: {row["seed"]: row[column] for row in runs} for key, runs in cells.items() if len(runs) == 3}
+
+
+def _change_of(values: Sequence[float]) -> str:
+    return change(values) if values else ""
 
 
 def _spread_of(values: dict[float, float] | None) -> str:

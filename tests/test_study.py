@@ -224,11 +224,13 @@ def test_what_is_said_of_the_pretrained_teacher_follows_from_its_rows() -> None:
         empty = {"use": "test", "test": "", "knn": "", "linear": "", "explained": ""}
         return {"part": part, "arm": arm, "seed": seed, **empty, **values}
 
-    arms = {pretrained.FROM_PROBED: 80.0, pretrained.FROM_TUNED: 78.0}
+    arms = {pretrained.STUDENT_ALONE: 75.0, pretrained.FROM_PROBED: 80.0, pretrained.FROM_TUNED: 78.0}
     labelled = [row("500 labels", arm, seed, test=value + seed) for arm, value in arms.items() for seed in (2, 3, 4)]
-    table, verdict = other_reports.pretrained(labelled)
+    table, gained, verdict = other_reports.pretrained(labelled)
     assert "| features and outputs of the probed teacher | 83.00 ± 1.00 |  |  |" in table
     assert "Yes: +2.0 ± 0.0 (+++)" in verdict
+    assert f"| {pretrained.FROM_TUNED} | +3.0 ± 0.0 (+++) |  |  |" in gained
+    assert pretrained.UNLABELLED not in gained
     assert "Not measured yet" in "".join(other_reports.pretrained(labelled[1:2]))
     first = next(iter(pretrained.CHANGES))
     seeds, judged = (2, 3, 4), pretrained.FREE
