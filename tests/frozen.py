@@ -3,7 +3,6 @@
 A collection looks at half a million objects of torch and timm, which takes half a second and finds nothing. And files
 are not forced to the disk, which takes a tenth of a run: no test cuts the power, and a killed process loses nothing.
 The curves of runs with the same columns are drawn once: half of the time of a short report is text in a picture.
-A planner traces each of timm's models once in a process, with the same arguments: a trace is a frozen value.
 """
 
 import gc
@@ -15,26 +14,10 @@ import matplotlib.pyplot
 import timm
 import torchmetrics
 
-import probe_kd.recipe.scaffold
 import probe_kd.training.run
-from probe_kd import Trace, trace
-from probe_kd.recipe.sections import evaluation, models, outputs
 from probe_kd.training import records
 
 __all__ = ["matplotlib", "probe_kd", "timm", "torchmetrics"]
-
-_traces: dict[str, Trace] = {}
-
-
-def traced(model: Any, input_size: Any = None, **arguments: Any) -> Trace:
-    """`trace`, remembered for the names of timm that no file can change. Refusals are not remembered."""
-    if not isinstance(model, str) or ":" in model:
-        return trace(model, input_size, **arguments)
-    key = repr((model, input_size, sorted(arguments.items())))
-    if key not in _traces:
-        _traces[key] = trace(model, input_size, **arguments)
-    return _traces[key]
-
 
 draw_curves = records.draw_curves
 _pictures: dict[str, bytes] = {}
@@ -51,9 +34,6 @@ def drawn(rows: Any, path: Path, other_columns: Any, **options: Any) -> None:
 
 
 records.draw_curves = drawn
-
-for planner in (evaluation, models, outputs, probe_kd.recipe.scaffold):
-    planner.trace = traced  # type: ignore[attr-defined]
 
 os.fsync = lambda handle: None
 gc.collect()

@@ -27,6 +27,9 @@ from probe_kd.errors import TraceError, short
 BATCHES = (5, 7, 24, 1, 2, 4, 8, 16, 32)
 MAX_PREFIX = 16  # the zoo's largest is 10
 
+MOST_REMEMBERED = 64
+_remembered: dict[tuple[Any, str], Trace] = {}
+
 Size = tuple[int, ...]  # (channels, height, width), or of a video (channels, frames, height, width)
 
 
@@ -60,6 +63,34 @@ def trace(
             why = short(refusal).rstrip(".") + _built_for(kwargs, size)
             raise TraceError(f"{model} does not run on an input of {_times(size)}: {why}") from refusal
         return _trace_resized(model, kwargs, size, training, refusal)
+
+
+def trace_named(
+    model: str,
+    input_size: int | Sequence[int] | None = None,
+    *,
+    training: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Trace:
+    """`trace` of a model by its name. What timm registers under a plain name is traced once in a process.
+
+    For those that plan many runs of the same models: a tuning study, or a test. Files, hubs and other modules may
+    change, so their models are traced anew.
+    """
+    import timm
+
+    architecture = model.partition(".")[0]
+    if ":" in model or not timm.is_model(architecture):
+        return trace(model, input_size, training=training, model_kwargs=model_kwargs)
+    function = timm.models.model_entrypoint(architecture)  # another one may be registered under the name
+    key = (function, repr((model, input_size, training, sorted((model_kwargs or {}).items()))))
+    remembered = _remembered.get(key)
+    if remembered is None:
+        remembered = trace(model, input_size, training=training, model_kwargs=model_kwargs)
+        if len(_remembered) >= MOST_REMEMBERED:
+            _remembered.clear()
+        _remembered[key] = remembered
+    return remembered
 
 
 def _built_for(kwargs: Mapping[str, Any], size: Size) -> str:

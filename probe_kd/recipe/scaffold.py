@@ -11,7 +11,7 @@ from probe_kd.engine.embedding import embedding_spec
 from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, packages
 from probe_kd.engine.spec import Layout, Pair, Side, Tap, Trace
-from probe_kd.engine.tracing import trace
+from probe_kd.engine.tracing import trace_named
 from probe_kd.errors import AdapterError, DataError, ProbeKDError, Problem, RecipeError, nearest
 from probe_kd.files.atomic import reason
 from probe_kd.methods.losses.table import LOSSES
@@ -253,7 +253,7 @@ def _with_classes(trace_: Trace, side: Side) -> Trace:
     try:
         if not plain:
             tried = {**kwargs, "num_classes": _CLASSES}
-            seen = trace(trace_.model, trace_.input_size, training=trace_.training, model_kwargs=tried)
+            seen = trace_named(trace_.model, trace_.input_size, training=trace_.training, model_kwargs=tried)
             if output_spec(seen, Tap(""), side).channels != _CLASSES:
                 raise AdapterError(f"the {side} {trace_.model} gives other numbers than `num_classes`")
     except ProbeKDError as refusal:

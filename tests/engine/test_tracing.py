@@ -2,6 +2,7 @@
 
 import logging
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from probe_kd import Probe, Tap, trace
 from probe_kd.engine.models import build_model
+from probe_kd.engine.tracing import trace_named
 from probe_kd.errors import TapError, TraceError
 
 # tap: layout, shape without the batch, grid, prefix tokens, stride
@@ -253,3 +255,20 @@ def test_what_the_hub_logs_of_itself_is_said_once_by_the_error(monkeypatch: pyte
     finally:
         logger.removeHandler(handler)
     assert (shown, logger.level) == ([], level)
+
+
+def test_what_timm_registers_is_traced_once_and_anew_where_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another function under the name, other arguments, or a file that may change: each is another trace."""
+    first = trace_named("resnet10t", 64, model_kwargs={"num_classes": 3})
+    assert first == trace("resnet10t", 64, model_kwargs={"num_classes": 3})
+    assert trace_named("resnet10t", 64, model_kwargs={"num_classes": 3}) is first
+    assert trace_named("resnet10t", 64, model_kwargs={"num_classes": 4}).output.channels == 4
+    assert trace_named("resnet10t", 64, training=True, model_kwargs={"num_classes": 3}).training
+    wider = partial(timm.create_model, "resnet18")
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "resnet10t", lambda **options: wider(num_classes=7))
+    assert trace_named("resnet10t", 64, model_kwargs={"num_classes": 3}).output.channels == 7
+    (tmp_path / "changing.py").write_text("import timm\ndef net(): return timm.create_model('resnet10t')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert trace_named("changing:net", 64) is not trace_named("changing:net", 64)

@@ -9,7 +9,7 @@ from probe_kd.data.overlap import shared_with_training
 from probe_kd.engine.embedding import embedding_spec
 from probe_kd.engine.models import build_on_meta
 from probe_kd.engine.spec import Trace
-from probe_kd.engine.tracing import trace
+from probe_kd.engine.tracing import trace_named
 from probe_kd.errors import DataError
 from probe_kd.measures import MEASURES, OF_PAIRS
 from probe_kd.methods.adapters import pooled
@@ -101,7 +101,7 @@ def check_embedding(side: str, options: ModelOptions | None, traced: Trace | Non
         return mistakes
     with noting(mistakes, side, "model" if options.embedding is None else "embedding"):
         model = build_on_meta(traced.model, traced.model_kwargs)
-        in_eval = trace(traced.model, traced.input_size, model_kwargs=dict(traced.model_kwargs))
+        in_eval = trace_named(traced.model, traced.input_size, model_kwargs=dict(traced.model_kwargs))
         pooled(embedding_spec(model, in_eval, tap=options.embedding, output=options.output))
     return mistakes
 

@@ -14,7 +14,7 @@ from probe_kd.engine.foreign import library_of
 from probe_kd.engine.models import build_on_meta, check_import, check_kwargs, checkpoint_gradients
 from probe_kd.engine.sharding import why_unsupported
 from probe_kd.engine.spec import InputSpec, Side, Tap, Trace, Traces
-from probe_kd.engine.tracing import trace
+from probe_kd.engine.tracing import trace, trace_named
 from probe_kd.engine.weights import classifiers, load_weights, read_weights
 from probe_kd.errors import AdapterError, ProbeKDError, TapError, TraceError, WeightsError, nearest
 from probe_kd.files.atomic import read_text, reason
@@ -116,7 +116,7 @@ def _trace(
     if mistakes:
         return None, mistakes
     with noting(mistakes, side, "model"):
-        traced = trace(model.model, size, training=training, model_kwargs=kwargs)
+        traced = trace_named(model.model, size, training=training, model_kwargs=kwargs)
         if model.grad_checkpointing:
             traced = _trace_checkpointing(traced)
         return traced, []

@@ -11,7 +11,7 @@ from typing import get_args
 
 from probe_kd.engine.models import build_on_meta
 from probe_kd.engine.spec import FeatureSpec, Side, Tap, Trace
-from probe_kd.engine.tracing import trace
+from probe_kd.engine.tracing import trace_named
 from probe_kd.errors import ProbeKDError
 from probe_kd.methods.naming import localised
 from probe_kd.methods.objectives import Objective
@@ -276,7 +276,7 @@ def _measured_output(options: ModelOptions, trace_: Trace, side: Side) -> Featur
     plain = tap == Tap("") and ":" not in trace_.model and any(spec.tap == tap for spec in trace_.specs)
     seen = trace_
     if trace_.training and not plain:
-        seen = trace(trace_.model, trace_.input_size, model_kwargs=dict(trace_.model_kwargs))
+        seen = trace_named(trace_.model, trace_.input_size, model_kwargs=dict(trace_.model_kwargs))
     if tap == Tap("") and not any(spec.tap == tap for spec in seen.specs):
         tap = seen.output.tap
     return output_spec(seen, tap, side)
