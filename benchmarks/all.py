@@ -17,8 +17,8 @@ from measure import machine
 
 HERE = Path(__file__).parent
 SCRIPTS = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in {"all", "measure", "foreign_stages"})
-# Measured on request only: two ask about timm's whole zoo, and one about a GPU (`make gpu`).
-APART = {"match_zoo", "families", "gpu"}
+# Measured on request only: two ask about the whole zoo of timm, one about a GPU (`make gpu`), one needs timm's script.
+APART = {"match_zoo", "families", "gpu", "timm_script"}
 
 
 def main() -> None:

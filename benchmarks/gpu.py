@@ -46,27 +46,36 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def call_of_script(
+    script: str, device: str, case: tuple[str, str], folder: Path, size: int, batch: int, epochs: int, *options: str
+) -> list[str]:
+    """The command line of timm's script: labels and soft targets, everything else by default but for `options`."""
+    student, teacher = case
+    values = {
+        "--device": device,
+        "--data-dir": folder,
+        "--model": student,
+        "--kd-model-name": teacher,
+        "--kd-loss-type": "kl",
+        "--num-classes": 2,
+        "--img-size": size,
+        "-b": batch,
+        "--epochs": epochs,
+        "--opt": "adamw",
+        "--lr": 1e-4,
+        "--log-interval": 1000,
+        "--output": folder / "timm",
+    }
+    pairs = [text for name, value in values.items() for text in (name, str(value))]
+    return [sys.executable, "-c", WITHOUT_HUB, script, *pairs, *options]
+
+
 def of_script(
     script: str, device: str, case: tuple[str, str], folder: Path, size: int, batch: int, epochs: int
 ) -> float:
     """Images a second of the last epoch, as timm's script counts them: reading, step and schedule."""
-    student, teacher = case
-    options = [
-        "--device",
-        device,
-        "--data-dir",
-        folder,
-        "--model",
-        student,
-        "--kd-model-name",
-        teacher,
-        "--num-classes",
-        2,
-    ]
-    options += ["--img-size", size, "-b", batch, "--epochs", epochs, "--opt", "adamw", "--lr", "1e-4", "-j", 16]
-    options += ["--amp", "--amp-dtype", "bfloat16", "--channels-last", "--kd-loss-type", "kl", "--log-interval", 1000]
-    options += ["--output", folder / "timm"]
-    call = [sys.executable, "-c", WITHOUT_HUB, script, *map(str, options)]
+    options = ("-j", "16", "--amp", "--amp-dtype", "bfloat16", "--channels-last")
+    call = call_of_script(script, device, case, folder, size, batch, epochs, *options)
     run = subprocess.run(call, capture_output=True, text=True)
     rates = re.findall(rf"Train: {epochs - 1} .*?\([\d.]+s,\s*([\d.]+)/s\)", run.stdout + run.stderr)
     if not rates:

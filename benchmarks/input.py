@@ -23,14 +23,17 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def photographs(folder: Path, images: int) -> None:
-    """JPEGs of 500x375 in two classes, as large as a photograph's: a gradient with noise on it."""
+    """JPEGs of 500x375 in two classes, as large as a photograph's: a gradient with noise on it.
+
+    Those to validate are upside down: a recipe refuses copies of the training images.
+    """
     noise = np.random.default_rng(0).normal(0, 12, (375, 500, 3))
     pixels = np.clip(np.linspace(0, 255, 500)[None, :, None] + noise, 0, 255).astype("uint8")
-    for split, count in (("train", images), ("validation", 2)):
+    for split, count, seen in (("train", images, pixels), ("validation", 2, pixels[::-1])):
         for index in range(count):
             place = folder / split / "ab"[index % 2]
             place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.roll(pixels, index, 1)).save(place / f"{index}.jpg", quality=88)
+            Image.fromarray(np.roll(seen, index, 1)).save(place / f"{index}.jpg", quality=88)
 
 
 def ours(folder: Path, size: int, batch: int, workers: int, accelerator: Accelerator) -> Batches:

@@ -1,6 +1,8 @@
 """The arms of a benchmark compute the same before they are timed. No time is asserted."""
 
 import importlib
+import re
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,17 @@ import yaml
 import recipes
 
 everything = importlib.import_module("all")
+
+
+@pytest.mark.parametrize("name", ["step", "input", "gpu"])
+def test_what_make_gpu_runs_passes_at_toy_size(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", "--quick"])
+    importlib.import_module(name).main()
+    said = capsys.readouterr().out
+    assert said.startswith("## ")
+    assert len(re.findall(r"^\|.*\|$", said, re.MULTILINE)) > 2 * said.count("## "), "a table without rows"
 
 
 @pytest.mark.parametrize("name", ["fitnets", "fsp"])
