@@ -93,9 +93,20 @@ def test_a_folder_gives_the_names_that_are_used_outside(package: str) -> None:
     assert probe_kd.losses.fsp is probe_kd.LOSSES["fsp"].function
 
 
-@pytest.mark.parametrize("statement", ["import probe_kd", "from probe_kd import Tap, Pair", "import probe_kd.cli"])
-def test_imports_are_light(statement: str) -> None:
-    """torch and timm take seconds to import: a typing error in a recipe is told before them."""
-    loaded = f"{statement}; import sys; print(*sorted({{'torch', 'timm', 'numpy', 'accelerate'}} & set(sys.modules)))"
+RUNS = "from probe_kd.training import run; from probe_kd.results import comparison, html"
+
+
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        ("import probe_kd", {"torch", "timm", "numpy", "accelerate"}),
+        ("from probe_kd import Tap, Pair", {"torch", "timm", "numpy", "accelerate"}),
+        ("import probe_kd.cli", {"torch", "timm", "numpy", "accelerate"}),
+        (RUNS, {"torchmetrics", "transformers", "sklearn", "scipy"}),
+    ],
+)
+def test_imports_are_light(statement: str, heavy: set[str]) -> None:
+    """torch and timm take seconds to import, torchmetrics more: a typing error in a recipe is told before them."""
+    loaded = f"{statement}; import sys; print(*sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
     assert run.stdout.split() == []

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from torchmetrics.classification import MulticlassCalibrationError
 
 from probe_kd.data.datasets import class_names
 from probe_kd.data.loading import loader, readable
@@ -46,6 +45,9 @@ from probe_kd.recipe.writing import command_to_go_on, inputs_of
 from probe_kd.training.devices import mixed_precision
 from probe_kd.training.processes import own_accelerator, own_images
 from probe_kd.training.state import weights_file
+
+if TYPE_CHECKING:
+    from torchmetrics.classification import MulticlassCalibrationError
 
 Split = Literal["test", "val", "train", "held_out"]
 BINS = 15  # of the calibration error, as in Guo et al. 2017
@@ -516,6 +518,13 @@ def _autocast(precision: str, place: torch.device) -> AbstractContextManager[Any
     return torch.autocast(place.type, kind)
 
 
+def calibration_error(classes: int) -> "MulticlassCalibrationError":
+    """The metric of a model, to which logits come that all processes have gathered: it must not gather them again."""
+    from torchmetrics.classification import MulticlassCalibrationError  # 3 s, with all that it can do
+
+    return MulticlassCalibrationError(classes, n_bins=BINS, norm="l1", validate_args=False, sync_on_compute=False)
+
+
 class _Meter:
     """All sums over the images so far."""
 
@@ -531,10 +540,8 @@ class _Meter:
         weights = {name: teacher.weight for name, teacher in (planned.recipe.teachers or {}).items()}
         self.weights = [weights.get(entry.teacher, 1.0) for entry in self.teachers]
         self.sums: dict[str, Sums] = {entry.role: {} for entry in self.scored}
-        # Logits are gathered before they reach the metric, so it must not gather them again.
-        options: dict[str, Any] = {"n_bins": BINS, "norm": "l1", "validate_args": False, "sync_on_compute": False}
         calibrated = self.sums if planned.datasets.labels == "class" else ()
-        self.calibration = {role: MulticlassCalibrationError(self.classes, **options) for role in calibrated}
+        self.calibration = {role: calibration_error(self.classes) for role in calibrated}
         self.pools = {entry.role: entry.pools for entry in entries}
         self.teacher_pools = {
             tap: pool for entry in entries if not entry.is_student for tap, pool in entry.pools.items()
