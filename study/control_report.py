@@ -111,6 +111,14 @@ def means(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) ->
     return dict(sorted(whole.items(), key=lambda item: -fmean(item[1])))
 
 
+def ranking(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> Iterator[str]:
+    """The methods by their mean gain over the student alone, of those that are finished in all unlike pairs."""
+    gained = means(measured, pairs, methods)
+    if gained:
+        listed = "; ".join(f"{method} {fmean(values):+.1f}" for method, values in gained.items())
+        yield f"Points over the student alone, in the mean of the {len(pairs) - 1} unlike pairs: {listed}.\n"
+
+
 def answer(measured: Accuracies, pairs: Sequence[str], methods: Sequence[str]) -> Iterator[str]:
     """Which methods are better or worse than automatic matching with normalised hints, pair by pair."""
     unlike = [pair for pair in pairs if pair != ALIKE]

@@ -238,6 +238,7 @@ def parts() -> dict[str, Iterator[str]]:
         "choices": other_reports.choices(chosen, {**other_reports.first_study(tests), **control}, pairs),
         "control-state": iter([control_report.state(rows, len(done), len(left), hours)]),
         "control-answer": control_report.answer(control, pairs, methods),
+        "control-ranking": control_report.ranking(control, pairs, methods),
         "control-gains": control_report.gains(control, pairs, methods),
         "control-claims": control_report.claims(control, pairs),
         "helped": other_reports.helped(tests),

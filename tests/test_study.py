@@ -213,6 +213,7 @@ def test_what_is_said_of_the_control_follows_from_its_finished_cells() -> None:
     assert gained.count("| 70.3 % | +2.0 | +5.0 |") == 6
     order = list(control_report.means(whole, pairs, methods))
     assert order[:3] == ["RSD", "OFA, outputs and exits", control_report.AUTOMATIC]
+    assert "RSD +7.0; OFA, outputs and exits +6.0; hint" in "".join(control_report.ranking(whole, pairs, methods))
     part = control_report.accuracies(tested(2))
     assert "RSD" not in control_report.means(part, pairs, methods)
     assert "RSD" not in "".join(control_report.answer(part, pairs, methods))
