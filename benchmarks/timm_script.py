@@ -4,8 +4,8 @@ python benchmarks/timm_script.py --timm-script train.py [--quick] [--rounds 4]
 
 timm's script is not part of its package: give a checkout's `train.py`. It takes no weights for a teacher but those of
 the hub, so both teachers have random ones: a step costs the same. Both have one thread and one worker, which the script
-needs. What counts is the time of all processors, children included, of a long run less that of a short one. A round takes four
-minutes.
+needs. What counts is the time of all processors, children included, of a long run less that of a short one. A round
+takes four minutes.
 """
 
 import os
