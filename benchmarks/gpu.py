@@ -83,18 +83,24 @@ def of_script(
     return float(rates[-1])
 
 
+def text_of_recipe(case: tuple[str, str], folder: Path, size: int, batch: int, epochs: int) -> str:
+    """What a recipe says that does as `call_of_script`. Writes the weights of its teacher."""
+    student, teacher = case
+    weights = folder / f"{teacher}.safetensors"
+    if not weights.exists():
+        sized = {"img_size": size} if "vit" in teacher else {}
+        save_weights(timm.create_model(teacher, num_classes=2, **sized), weights, {})
+    return RECIPE.format(
+        student=student, teacher=teacher, weights=weights, root=folder, size=size, batch=batch, epochs=epochs
+    )
+
+
 def of_recipe(case: tuple[str, str], folder: Path, size: int, batch: int, epochs: int) -> tuple[float, float]:
     """(images a second, share of the time in which the GPU had nothing to do) of the last epoch of a recipe.
 
     The first is what metrics.csv says of a run that is not watched, the second of a run under torch's profiler.
     """
-    student, teacher = case
-    weights = folder / f"{teacher}.safetensors"
-    sized = {"img_size": size} if "vit" in teacher else {}
-    save_weights(timm.create_model(teacher, num_classes=2, **sized), weights, {})
-    text = RECIPE.format(
-        student=student, teacher=teacher, weights=weights, root=folder, size=size, batch=batch, epochs=epochs
-    )
+    text = text_of_recipe(case, folder, size, batch, epochs)
     planned, quiet = plan(parse(text, "gpu.yaml")), Progress(Console(quiet=True), quiet=True)
     with tempfile.TemporaryDirectory() as place:
         rows = train(planned, Path(place) / "run", quiet).rows

@@ -17,11 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import measure
-import timm
-from gpu import RECIPE, call_of_script
+from gpu import call_of_script, text_of_recipe
 from input import photographs
-
-from probe_kd.engine.weights import save_weights
 
 CASE, QUICK = ("resnet18", "resnet34"), ("resnet10t", "resnet10t")
 OURS, SCRIPT, CHANNELS_LAST = "probe-kd train", "timm's script", "timm's script, channels last"
@@ -40,13 +37,7 @@ def seconds_of(call: Sequence[str]) -> float:
 
 
 def call_of_recipe(case: tuple[str, str], folder: Path, size: int, batch: int, epochs: int) -> list[str]:
-    student, teacher = case
-    weights, recipe = folder / "teacher.safetensors", folder / f"recipe-{epochs}.yaml"
-    if not weights.exists():
-        save_weights(timm.create_model(teacher, num_classes=2), weights, {})
-    text = RECIPE.format(
-        student=student, teacher=teacher, weights=weights, root=folder, size=size, batch=batch, epochs=epochs
-    )
+    recipe, text = folder / f"recipe-{epochs}.yaml", text_of_recipe(case, folder, size, batch, epochs)
     recipe.write_text(text.replace("batch_size:", "workers: 1, batch_size:"), encoding="utf-8")
     return [*PROBE_KD, "train", str(recipe), "--out", str(folder / "run"), "--overwrite", "--quiet"]
 

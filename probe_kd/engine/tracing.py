@@ -86,7 +86,8 @@ def trace_named(
     key = (function, repr((model, input_size, training, sorted((model_kwargs or {}).items()))))
     remembered = _remembered.get(key)
     if remembered is None:
-        remembered = trace(model, input_size, training=training, model_kwargs=model_kwargs)
+        own = copy.deepcopy(dict(model_kwargs or {}))  # the caller's may change
+        remembered = trace(model, input_size, training=training, model_kwargs=own)
         if len(_remembered) >= MOST_REMEMBERED:
             _remembered.clear()
         _remembered[key] = remembered

@@ -43,7 +43,10 @@ def chance(planned: Plan) -> float | None:
 
 
 def most_frequent(planned: Plan) -> float | None:
-    """The score of the most frequent class as the answer for all images; None where it is unknown, or no such score."""
+    """The share of the most frequent class in the training images: its score as the answer for all images like them.
+
+    None where it is unknown, or the score of trials is no share of right answers.
+    """
     datasets = _datasets(planned)
     counts = None if datasets is None else datasets.train_counts
     return max(counts) / sum(counts) if counts else None
@@ -61,14 +64,14 @@ def on_chance(best: float, planned: Plan, *, can_lengthen: bool) -> list[str]:
     """
     measure = MEASURES[planned.headline]
     more = "more `--epochs`" if can_lengthen else "the recipe more epochs"
-    answers = {
-        "guesses have": chance(planned),
-        "the most frequent class as the answer for all images has": most_frequent(planned),
-    }
-    for what, score in answers.items():
+    answers = (
+        ("guesses have", chance(planned), ""),
+        ("the most frequent class as the answer for all images has", most_frequent(planned), " of the training images"),
+    )
+    for what, score, of_what in answers:
         if score is not None and best < min(2 * score, score + LEARNED * (1 - score)):
             return [
-                f"the best trial has {measure.title} {measure.text(best)}, and {what} {measure.text(score)}: "
+                f"the best trial has {measure.title} {measure.text(best)}, and {what} {measure.text(score)}{of_what}: "
                 f"trials that hardly learn are chosen by chance; give {more}, or more images"
             ]
     return []

@@ -266,6 +266,11 @@ def test_what_timm_registers_is_traced_once_and_anew_where_it_changes(
     assert trace_named("resnet10t", 64, model_kwargs={"num_classes": 3}) is first
     assert trace_named("resnet10t", 64, model_kwargs={"num_classes": 4}).output.channels == 4
     assert trace_named("resnet10t", 64, training=True, model_kwargs={"num_classes": 3}).training
+    changing = {"channels": [8, 16, 24, 32]}
+    before = trace_named("resnet10t", 64, model_kwargs=changing)
+    changing["channels"][0] = 16  # another model, of which the first must not know
+    assert before.model_kwargs == {"channels": [8, 16, 24, 32]}
+    assert trace_named("resnet10t", 64, model_kwargs=changing).parameters > before.parameters
     wider = partial(timm.create_model, "resnet18")
     monkeypatch.setitem(timm.models._registry._model_entrypoints, "resnet10t", lambda **options: wider(num_classes=7))
     assert trace_named("resnet10t", 64, model_kwargs={"num_classes": 3}).output.channels == 7
