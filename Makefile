@@ -59,7 +59,8 @@ gpu: $(READY)  ## what only a GPU shows, 8 minutes with one; tests and benchmark
 		$(BIN)/python benchmarks/gpu.py --quick; \
 	fi
 
-study: $(READY)  ## the methods against each other on Fashion-MNIST; hours, says how many, goes on where it was stopped
+study: $(READY)  ## every recipe, and the methods against each other on Fashion-MNIST; hours; goes on where it was stopped
+	$(BIN)/python study/every_recipe.py
 	$(BIN)/python study/study.py
 	$(BIN)/python study/report.py
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import control_report
 import other_reports
+import recipe_report
 from matplotlib.figure import Figure
 from rows import DOCS, Key, Row, groups, read, spread, table
 from run_table import Runs
@@ -227,10 +228,13 @@ def parts() -> dict[str, Iterator[str]]:
     names = ("tests.csv", "curves.csv", "fit.csv", "crossfit.csv", "channels.csv", "choices.csv")
     tests, curves, fit, crossed, spectra, chosen = map(read, names)
     pairs, methods = tuple(PAIRS), all_methods()
-    rows = read("control.csv")
+    rows, recipes = read("control.csv"), read("recipes.csv")
     control = control_report.accuracies(rows)
     done, left, hours = progress(cells(), Runs(TABLES / "control.csv", KEY, place_of), Settings(TABLES))
     return {
+        "quickstart": recipe_report.quickstart(recipes),
+        "losses": recipe_report.losses(recipes),
+        "once": recipe_report.once(recipes),
         "label-free": other_reports.label_free(read("label_free.csv")),
         "few-labels": other_reports.few_labels(read("few_labels.csv")),
         "pretrained": other_reports.pretrained(read("pretrained.csv")),

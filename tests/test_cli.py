@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import timm
-from conftest import ROCKET, TINY, WHOLE, Command
+from conftest import NARROW, ROCKET, TINY, Command
 from PIL import Image
 from typer.main import get_command
 
@@ -131,7 +131,7 @@ def test_match_writes_a_recipe_that_runs(command: Command, tmp_path: Path) -> No
     again = command("match", *arguments, *small)
     assert again.returncode == 2
     assert "--overwrite" in again.stderr
-    short = ("teacher.train.epochs=1", "stages.0.epochs=1")
+    short = ("teacher.train.epochs=1", "stages.0.epochs=1", "data.fraction=0.25")
     result = command("train", "r.yaml", *(f"--set={value}" for value in short))
     assert result.returncode == 0, result.stderr
     for part in ("teacher", "baseline", "accuracy", "agreement", "parameters", "timm.create_model("):
@@ -345,9 +345,9 @@ def test_check_remarks_on_an_absurd_learning_rate_and_shows_no_table_of_nothing(
 
 
 def test_a_teacher_that_is_worse_is_told_once_at_the_end_of_a_run(command: Command, tmp_path: Path) -> None:
-    text = WHOLE.replace("train: {epochs: 1}", "train: {epochs: 1, optimizer: {lr: 1.0e-9}}")
+    text = NARROW.replace("train: {epochs: 1}", "train: {epochs: 1, optimizer: {lr: 1.0e-9}}")
     (tmp_path / "r.yaml").write_text(text)
-    result = command("train", "r.yaml", "-q", "--set", "stages.1.epochs=6", "--set", "data.batch_size=64")
+    result = command("train", "r.yaml", "-q", "--set", "stages.1.epochs=6", "--set", "data.batch_size=16")
     assert result.returncode == 0, result.stderr
     assert (result.stdout + result.stderr).count("is worse than the baseline") == 1
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import control_report
+import every_recipe
 import fit
 import other_reports
 import pretrained
 import pytest
+import recipe_report
 import report
 import run_table
 import torch
@@ -246,6 +248,45 @@ def test_the_pages_say_what_the_tables_say() -> None:
     for page, bodies in report.pages().items():
         text = page.read_text(encoding="utf-8")
         assert report.filled(text, bodies) == text, "run python study/report.py"
+    shown = (report.DOCS.parent / "README.md").read_text(encoding="utf-8")
+    row = run_table.read(every_recipe.TABLE)[0]
+    assert (row["recipe"], row["seed"]) == ("quickstart", "0")
+    for role, agreement in (("baseline", "baseline_agreement"), ("student", "agreement")):
+        assert re.search(rf"^ {role} +{row[role]}% +{row[agreement]}% ", shown, re.MULTILINE), role
+
+
+def test_what_is_said_of_the_recipes_follows_from_their_rows() -> None:
+    def row(recipe: str, seed: int, student: float, **values: Any) -> Row:
+        models = {"student_model": "a", "teacher_model": "b"}
+        empty = dict.fromkeys(("teacher_alone", "teacher", "baseline", "agreement", "baseline_agreement"), "")
+        return {"recipe": recipe, "seed": seed, "student": student, **models, **empty, **values}
+
+    measured = {"teacher": 98.0, "agreement": 95.0, "baseline_agreement": 79.0}
+    rows = [row("quickstart", seed, 90.0 + seed, baseline=80.0, **measured) for seed in (0, 1, 2)]
+    rows += [row("rkd", seed, 79.9 + seed / 5) for seed in (0, 1, 2)] + [row("ofa", seed, 70.0) for seed in (0, 1, 2)]
+    rows += [row("fsp", 0, 60.0)]
+    table, gained = recipe_report.quickstart(rows)
+    assert "| mean | 98.00 ± 0.00 | 80.00 ± 0.00 | 91.00 ± 1.00 |" in table
+    assert gained == "The distilled student over the baseline: +11.0 ± 1.0 (+++) points, +10.0 to +12.0.\n"
+    table, *verdicts = recipe_report.losses(rows)
+    assert "| rkd | 79.90 | 80.10 | 80.30 | 80.10 ± 0.20 | +0.1 ± 0.2 (-++) |" in table
+    assert verdicts == ["- Better: quickstart.", "- Undecided: rkd.", "- Worse: ofa.", ""]
+    assert "| fsp | a <- b |  |  |  | 60.00 |  |" in "".join(recipe_report.once(rows))
+    assert not [*recipe_report.quickstart([]), *recipe_report.losses([]), *recipe_report.once([])]
+
+
+def test_every_recipe_has_its_runs_and_each_run_a_whole_row() -> None:
+    """Those that differ from the quickstart in their losses alone have its seeds, and not its baseline again."""
+    trials = every_recipe.trials()
+    assert {trial.recipe for trial in trials} == {path.stem for path in report.DOCS.parent.glob("recipes/*.yaml")}
+    several = {trial.recipe for trial in trials if trial.seed}
+    assert several == {"quickstart", "review", "dkd", "rkd", "crd", "ofa"}
+    assert {trial.recipe for trial in trials if trial.sets} == several - {"quickstart"}
+    short = ("data.fraction=0.05", "teacher.train.epochs=1", "stages.0.epochs=1", "stages.0.scheduler.warmup_epochs=0")
+    row = every_recipe.run_trial(every_recipe.Trial("rkd", 1), short)
+    of_table = run_table.read(every_recipe.TABLE)[0].keys()
+    assert list(of_table) == [*every_recipe.KEY, *row, "commit"]
+    assert {name for name, value in row.items() if value == ""} == {"teacher_alone", "baseline", "baseline_agreement"}
 
 
 def test_a_student_fits_what_a_teacher_like_it_gives_and_a_frozen_one_only_what_its_map_can() -> None:
