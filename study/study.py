@@ -140,7 +140,14 @@ def all_methods() -> list[str]:
 
 def cells(pairs: Sequence[str] = tuple(PAIRS), methods: Sequence[str] = ()) -> list[Cell]:
     """Each method with all pairs before the next."""
-    return [Cell(pair, method) for method in all_methods() if not methods or method in methods for pair in pairs]
+    chosen = [method for method in all_methods() if not methods or method in methods]
+    return [Cell(pair, method) for method in chosen for pair in pairs if pair not in without(method)]
+
+
+def without(method: str) -> list[str]:
+    """The pairs of models that the method cannot be run with."""
+    pairs: list[str] = known()["methods"].get(method, {}).get("not_with", [])
+    return pairs
 
 
 def losses_of(cell: Cell, factor: float) -> tuple[dict[str, Any], float]:
@@ -323,7 +330,7 @@ def together(pair: str, runs: Runs, settings: Settings) -> Cell:
     for kind in KINDS:
         scores: dict[tuple[str, float], float] = {}
         for method, about in known()["methods"].items():
-            if about.get("kind") == kind:
+            if about.get("kind") == kind and pair not in without(method):
                 rate, factor = chosen(Cell(pair, method), runs, settings)
                 trials = [Trial(Cell(pair, method), rate, factor, seed) for seed in settings.choice_seeds]
                 scores[method, factor] = runs.mean(trials, "held_out")

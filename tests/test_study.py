@@ -204,7 +204,7 @@ def test_what_is_said_of_the_control_follows_from_its_finished_cells() -> None:
         ]
 
     whole = control_report.accuracies(tested(3))
-    assert "3 of 126 cells are finished" in control_report.state([{"core_seconds": 20.0}], 3, 123, 5.0)
+    assert "3 of 125 cells are finished" in control_report.state([{"core_seconds": 20.0}], 3, 122, 5.0)
     first, table = control_report.answer(whole, pairs, methods)
     assert "RSD; OFA, outputs and exits are better in all 5 of them" in first
     assert "| RSD | ViT <- ResNet +2.0 ± 0.0 (+++);" in table
