@@ -65,11 +65,16 @@ def over(measured: Accuracies, pair: str, method: str, other: str) -> list[float
 
 def state(rows: Sequence[Row], done: int, left: int, hours: float | None) -> str:
     """How many cells are finished, and what the others cost by the runs so far."""
+    seconds = [row["core_seconds"] for row in rows]
+    if not left:
+        cost = f"Their {len(rows)} runs took {sum(seconds) / 2 / 3600:.1f} hours of two cores"
+        return (
+            f"**All {done} cells are finished.** {cost}. An empty place in a table is a cell that was not possible.\n"
+        )
     text = f"**{done} of {done + left} cells are finished.** An empty place in a table is a cell that is not."
     if hours is None:
         return text + "\n"
-    seconds = fmean(row["core_seconds"] for row in rows)
-    cost = f"A run takes {seconds:.0f} seconds of one core (the mean of {len(rows)} so far)"
+    cost = f"A run takes {fmean(seconds):.0f} seconds of one core (the mean of {len(rows)} so far)"
     return f"{text} {cost}, and what is left {hours:.1f} hours of two idle cores.\n"
 
 

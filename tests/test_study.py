@@ -205,6 +205,9 @@ def test_what_is_said_of_the_control_follows_from_its_finished_cells() -> None:
 
     whole = control_report.accuracies(tested(3))
     assert "3 of 125 cells are finished" in control_report.state([{"core_seconds": 20.0}], 3, 122, 5.0)
+    assert "**All 125 cells are finished.** Their 2 runs took 1.5 hours" in control_report.state(
+        [{"core_seconds": 5400.0}] * 2, 125, 0, 0.0
+    )
     first, table = control_report.answer(whole, pairs, methods)
     assert "RSD; OFA, outputs and exits are better in all 5 of them" in first
     assert "| RSD | ViT <- ResNet +2.0 ± 0.0 (+++);" in table
