@@ -47,16 +47,16 @@ class Runs:
         pool: Executor | None = None,
     ) -> None:
         self.table, self.columns, self.place, self.run, self.pool = table, columns, place, run, pool
-        self.rows: Rows = read(table)
+        self.rows = {self._key(row): row for row in read(table)}
         self.commit = commit() if pool else ""
         self.lock = threading.Lock()
         self.begun: dict[Trial, Future[Row]] = {}
 
-    def find(self, trial: Trial) -> Row | None:
-        return next((row for row in self.rows if tuple(row[name] for name in self.columns) == trial.key), None)
+    def _key(self, row: Row) -> tuple[str, ...]:
+        return tuple(row[name] for name in self.columns)
 
     def row_of(self, trial: Trial) -> Row:
-        row = self.find(trial)
+        row = self.rows.get(trial.key)
         if row is not None:
             return row
         if self.pool is None or self.run is None:
@@ -67,9 +67,9 @@ class Runs:
                 future = self.begun[trial] = self.pool.submit(self.run, trial)
         row = dict(zip(self.columns, trial.key, strict=True)) | future.result() | {"commit": self.commit}
         with self.lock:
-            if self.find(trial) is None:
-                self.rows.append(row)
-                write_metrics(sorted(self.rows, key=self.place), self.table)
+            if trial.key not in self.rows:
+                self.rows[trial.key] = row
+                write_metrics(sorted(self.rows.values(), key=self.place), self.table)
         return row
 
     def mean(self, trials: Sequence[Trial], column: str) -> float:
@@ -107,7 +107,7 @@ def hours_left(
         return None
     seconds: dict[str, list[float]] = {}
     counts: dict[tuple[str, str], int] = {}
-    for row in runs.rows:
+    for row in runs.rows.values():
         seconds.setdefault(row[first], []).append(float(row["core_seconds"]))
         counts[row[first], row[second]] = counts.get((row[first], row[second]), 0) + 1
     all_seconds = [value for values in seconds.values() for value in values]
