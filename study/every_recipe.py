@@ -10,17 +10,17 @@ leave out the baseline, which would be that of `quickstart` again. Every other r
 import argparse
 import tempfile
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from ruamel.yaml import YAML
-from run_table import NotRun, Row, Runs, workers
+from run_table import Row, Runs, finished, percent, workers
 
 from probe_kd.recipe.planner import plan
 from probe_kd.recipe.reading import load
@@ -63,6 +63,7 @@ class Trial:
         )
 
 
+@cache
 def alike() -> list[str]:
     """The recipes that differ from the quickstart in their losses and pairs alone, and the quickstart itself."""
 
@@ -93,31 +94,16 @@ def run_trial(trial: Trial, sets: tuple[str, ...] = ()) -> Row:
     return {
         "student_model": by_role["student"]["model"].rpartition(":")[2],
         "teacher_model": by_role["teacher"]["model"].rpartition(":")[2] if "teacher" in by_role else "",
-        **{column: _percent(by_role, role, "accuracy") for role, column in COLUMNS.items()},
-        "agreement": _percent(by_role, "student", "agreement"),
-        "baseline_agreement": _percent(by_role, "baseline", "agreement"),
+        **{column: percent(by_role.get(role, {}).get("accuracy")) for role, column in COLUMNS.items()},
+        "agreement": percent(by_role["student"]["agreement"]),
+        "baseline_agreement": percent(by_role.get("baseline", {}).get("agreement")),
         "core_seconds": f"{time.process_time() - begun:.1f}",
     }
-
-
-def _percent(by_role: Mapping[str, Mapping[str, Any]], role: str, name: str) -> str:
-    share = by_role.get(role, {}).get(name)
-    return "" if share is None else f"{100 * share:.2f}"
 
 
 def place_of(row: Row) -> tuple[int, int]:
     names = [trial.recipe for trial in trials()]
     return names.index(row["recipe"]), int(row["seed"])
-
-
-def left(runs: Runs) -> list[Trial]:
-    missing = []
-    for trial in trials():
-        try:
-            runs.row_of(trial)
-        except NotRun:
-            missing.append(trial)
-    return missing
 
 
 def main() -> None:
@@ -126,7 +112,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="runs at a time, one thread each")
     parser.add_argument("--table", type=Path, default=TABLE)
     options = parser.parse_args()
-    todo = left(Runs(options.table, KEY, place_of))
+    table = Runs(options.table, KEY, place_of)
+    done = finished(trials(), lambda trial: [table.row_of(trial)])
+    todo = [trial for trial in trials() if trial not in done]
     if options.list:
         for trial in todo:
             Console().print(trial.command, highlight=False, soft_wrap=True)

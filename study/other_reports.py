@@ -5,7 +5,7 @@ from statistics import fmean
 
 from control_report import ALONE, Accuracies, name_of, over
 from pretrained import ARMS, CHANGES, DISTILLED, FREE, FROM_PROBED, FROM_TUNED, LABELS, STUDENT_ALONE
-from rows import Key, Row, change, decided, differences, groups, spread, table
+from rows import Key, Row, by_seed, change, decided, differences, groups, spread, table
 from scipy.stats import spearmanr
 
 DEFAULT = "default"
@@ -54,12 +54,12 @@ def label_free(rows: Sequence[Row]) -> Iterator[str]:
         name: {row["seed"]: 100 * row["student"] for row in runs} for (name,), runs in groups(rows, "teachers").items()
     }
     untrained = {row["seed"]: 100 * row["untrained"] for row in rows}
-    lines = [[*_by_seed("none (the untrained student)", untrained), "", ""]]
+    lines = [[*by_seed("none (the untrained student)", untrained), "", ""]]
     for name, accuracies in students.items():
         own = {str(row["teacher"]) for row in rows if row["teachers"] == name}
         alone = "" if "+" in name else ", ".join(f"{100 * float(accuracy):.2f}" for accuracy in sorted(own))
         explained = [row["explained_variance"] for row in rows if row["teachers"] == name]
-        lines.append([*_by_seed(name, accuracies), alone, spread(explained)])
+        lines.append([*by_seed(name, accuracies), alone, spread(explained)])
     seeds = [f"seed {seed:.0f}" for seed in sorted(untrained)]
     yield table("teachers", *seeds, "mean", "the teacher itself", "explained variance", rows=lines) + "\n"
     single = sorted((name for name in students if "+" not in name), key=lambda name: -fmean(students[name].values()))
@@ -69,11 +69,6 @@ def label_free(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
 
 
-def _by_seed(name: str, accuracies: dict[float, float]) -> list[str]:
-    values = [accuracies[seed] for seed in sorted(accuracies)]
-    return [name, *(f"{value:.2f}" for value in values), spread(values)]
-
-
 def few_labels(rows: Sequence[Row]) -> Iterator[str]:
     """Fine-tuned on few labels: what was distilled without labels beside the same student from scratch."""
     runs = groups(rows, "start", "lr")
@@ -81,7 +76,7 @@ def few_labels(rows: Sequence[Row]) -> Iterator[str]:
     for (start, _), own in sorted(runs.items(), key=lambda item: len(item[1])):
         starts[start] = {row["seed"]: 100 * row["test_accuracy"] for row in own}  # the rate with all seeds comes last
     yield (
-        table("start", "seed 0", "seed 1", "seed 2", "mean", rows=[_by_seed(*item) for item in starts.items()]) + "\n"
+        table("start", "seed 0", "seed 1", "seed 2", "mean", rows=[by_seed(*item) for item in starts.items()]) + "\n"
     )
     for start in starts:
         if start != "scratch":

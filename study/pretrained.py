@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from label_free import TEACHER, pretrained_teacher, write_recipe
 from rich.console import Console
-from run_table import Row, Rows, Runs, choose, divided, workers
+from run_table import Row, Rows, Runs, choose, divided, percent, workers
 from safetensors.torch import save_file
 
 from study import CHOICE_SEEDS, TABLES, TEST_SEEDS, bring_images, run, test
@@ -210,17 +210,13 @@ def run_trial(trial: Trial, settings: Settings, keep: Path | None = None) -> Row
     explained = [pair["explained_variance"] for pair in student["pairs"] if pair["explained_variance"] is not None]
     return {
         "use": "test" if tests else "choice",
-        "held_out": "" if tests and is_free else _percent(held_out),
-        "test": _percent(accuracy),
-        "knn": _percent(measures.get("knn")),
-        "linear": _percent(measures.get("linear")),
+        "held_out": "" if tests and is_free else percent(held_out),
+        "test": percent(accuracy),
+        "knn": percent(measures.get("knn")),
+        "linear": percent(measures.get("linear")),
         "explained": f"{fmean(explained):.4f}" if explained else "",
         "core_seconds": f"{time.process_time() - begun:.1f}",
     }
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f}"
 
 
 def chosen(cell: Cell, runs: Runs) -> float:

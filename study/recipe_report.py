@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from every_recipe import FIRST
-from rows import Row, change, decided, differences, groups, spread, table
+from every_recipe import FIRST, SEEDS, alike
+from rows import Row, by_seed, change, decided, differences, groups, spread, table
 
 
 def quickstart(rows: Sequence[Row]) -> Iterator[str]:
@@ -25,23 +25,20 @@ def quickstart(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def losses(rows: Sequence[Row]) -> Iterator[str]:
-    """The recipes that differ from the quickstart in their losses alone, beside its baseline."""
+    """The recipes that differ from the quickstart in their losses alone, once all seeds are there; and its baseline."""
     by_recipe = {
         name: {row["seed"]: row["student"] for row in runs}
         for (name,), runs in groups(rows, "recipe").items()
-        if len(runs) > 1
+        if name in alike() and len(runs) == len(SEEDS)
     }
     if FIRST not in by_recipe:
         return
     alone = {row["seed"]: row["baseline"] for row in rows if row["recipe"] == FIRST}
     gained = {name: differences(values, alone) for name, values in by_recipe.items()}
     order = sorted(by_recipe, key=lambda name: -fmean(by_recipe[name].values()))
-    seeds = sorted(alone)
-    lines = [["baseline", *(f"{alone[seed]:.2f}" for seed in seeds), spread([alone[seed] for seed in seeds]), ""]]
-    for name in order:
-        values = [by_recipe[name][seed] for seed in sorted(by_recipe[name])]
-        lines.append([name, *(f"{value:.2f}" for value in values), spread(values), change(gained[name])])
-    yield table("recipe", *(f"seed {seed:.0f}" for seed in seeds), "mean", "over the baseline", rows=lines) + "\n"
+    lines = [[*by_seed("baseline", alone), ""]]
+    lines += [[*by_seed(name, by_recipe[name]), change(gained[name])] for name in order]
+    yield table("recipe", *(f"seed {seed}" for seed in SEEDS), "mean", "over the baseline", rows=lines) + "\n"
     words = ("undecided", "better", "worse")
     for sign in (1, 0, -1):
         names = [name for name in order if decided(gained[name]) == sign]
@@ -51,15 +48,13 @@ def losses(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def once(rows: Sequence[Row]) -> Iterator[str]:
-    """The recipes with one seed."""
+    """The recipes that are run with one seed."""
     columns = ("teacher_alone", "teacher", "baseline", "student", "agreement")
     lines = []
     for (name,), runs in groups(rows, "recipe").items():
         row = runs[0]
-        if len(runs) == 1:
-            models = (
-                f"{row['student_model']} <- {row['teacher_model']}" if row["teacher_model"] else row["student_model"]
-            )
+        if name not in alike():
+            models = " <- ".join(filter(None, (row["student_model"], row["teacher_model"])))
             lines.append((name, models, *("" if row[column] == "" else f"{row[column]:.2f}" for column in columns)))
     if lines:
         head = ("teacher baseline", "teacher", "baseline", "student", "agreement")

@@ -41,6 +41,12 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{fmean(values):.{digits}f}{deviation}"
 
 
+def by_seed(name: str, values: Mapping[float, float]) -> list[str]:
+    """The cells of a line: the name, the value of every seed, and their mean."""
+    listed = [values[seed] for seed in sorted(values)]
+    return [name, *(f"{value:.2f}" for value in listed), spread(listed)]
+
+
 def table(*head: str, rows: Iterable[Sequence[object]]) -> str:
     first, *others = ("| " + " | ".join(map(str, line)) + " |" for line in (head, *rows))
     return "\n".join([first, "|" + "---|" * len(head), *others])

@@ -35,7 +35,8 @@ class NotRun(Exception):
 class Runs:
     """The rows of a table. `run` makes the row of a trial that has none, in `pool`; without a pool it is NotRun.
 
-    `columns` are those of a trial's key. Rows are sorted by `place`.
+    `columns` are those of a trial's key. Rows are sorted by `place`. A table that has a run twice, as after a merge,
+    stops the program.
     """
 
     def __init__(
@@ -47,7 +48,10 @@ class Runs:
         pool: Executor | None = None,
     ) -> None:
         self.table, self.columns, self.place, self.run, self.pool = table, columns, place, run, pool
-        self.rows = {self._key(row): row for row in read(table)}
+        rows = read(table)
+        self.rows = {self._key(row): row for row in rows}
+        if len(rows) > len(self.rows):
+            raise SystemExit(f"{table} has two rows of one run (of one {', '.join(columns)}); leave one of them")
         self.commit = commit() if pool else ""
         self.lock = threading.Lock()
         self.begun: dict[Trial, Future[Row]] = {}
@@ -142,6 +146,11 @@ def choose(
         if not beside_best:
             return values[best], [values[place] for place in sorted(scores)]
         scores[beside_best[0]] = score(values[beside_best[0]])
+
+
+def percent(share: float | None) -> str:
+    """A cell of a table; empty where there is no share."""
+    return "" if share is None else f"{100 * share:.2f}"
 
 
 def workers(count: int) -> ProcessPoolExecutor:

@@ -115,6 +115,16 @@ def test_a_cell_is_chosen_by_the_mean_of_two_seeds_and_goes_on_from_its_table_al
     assert {(trial.factor, trial.seed) for trial in again.trials} == {(1.0, 1)}
 
 
+def test_a_table_with_a_run_twice_is_refused(settings: study.Settings) -> None:
+    """As after a merge of two clones that went on from one table: neither figure is the right one."""
+    lines = (study.TABLES / "control.csv").read_text(encoding="utf-8").splitlines()
+    (settings.out / "control.csv").write_text("\n".join(lines[:5]), encoding="utf-8")
+    assert len(runs_of(settings).rows) == 4
+    (settings.out / "control.csv").write_text("\n".join([*lines[:5], lines[2]]), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"control\.csv has two rows of one run"):
+        runs_of(settings)
+
+
 def test_the_two_best_are_those_of_the_held_out_images_with_their_weights(settings: study.Settings) -> None:
     cell = study.together("vit-resnet", runs_of(settings, Made()), settings)
     assert cell.parts == (("DIST", 0.3), (HINT.method, 0.3))
@@ -275,6 +285,11 @@ def test_what_is_said_of_the_recipes_follows_from_their_rows() -> None:
     assert "| rkd | 79.90 | 80.10 | 80.30 | 80.10 ± 0.20 | +0.1 ± 0.2 (-++) |" in table
     assert verdicts == ["- Better: quickstart.", "- Undecided: rkd.", "- Worse: ofa.", ""]
     assert "| fsp | a <- b |  |  |  | 60.00 |  |" in "".join(recipe_report.once(rows))
+    begun = [*rows[1:], row("crd", 1, 85.0), row("crd", 2, 86.0), row("dkd", 2, 85.0)]
+    assert not [*recipe_report.losses(begun)], "the quickstart lacks a seed"
+    assert {"crd", "dkd"}.isdisjoint(
+        re.findall(r"\w+", "".join((*recipe_report.losses(rows + begun[-3:]), *recipe_report.once(begun))))
+    )
     assert not [*recipe_report.quickstart([]), *recipe_report.losses([]), *recipe_report.once([])]
 
 
